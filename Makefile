@@ -1,0 +1,33 @@
+# make demo   a small GPT trained, split and sampled on 2 ranks, offline
+# make test   lint, types, tests
+PYTHON ?= python3
+BIN = .venv/bin
+NPROC ?= 2
+RANKS = OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC)
+
+.PHONY: demo test check lint types clean
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+demo: .venv/ready
+	$(BIN)/python data/python_docs/prepare.py
+	$(RANKS) train_tp.py configs/demo.py --overwrite=True
+	$(BIN)/python shard_checkpoint.py split --init_from=out/demo --tp=$(NPROC) --out=out/demo-shards --force
+	$(RANKS) sample_tp.py --init_from=out/demo-shards --prompt="The " --max_new_tokens=400 --seed=7 --report=out/demo-report.json
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+
+types: .venv/ready
+	$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf .venv out

@@ -1,0 +1,342 @@
+"""Where weights are read from: the hub, a Hugging Face directory, a nanoGPT ckpt.pt, a shard or training directory.
+
+Every source gives any part of any full tensor in nanoGPT's names and orientation, so a rank reads only what it owns,
+at whatever tp. Nothing here executes what a file says: safetensors, JSON, and torch.load with weights_only.
+"""
+
+import difflib
+import json
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from checkpoints.shards import DTYPES, MANIFEST, ShardDirectory
+from errors import UserError
+from model import GPTConfig
+from parallel.partition import Partition, Rule, Run
+from text.dataset import Dataset
+from text.tokenizer import TOKENIZER_FILE, GPT2Tokenizer, IdsTokenizer, Tokenizer, read_tokenizer, tokenizer_from_json
+from tp_model import Read
+
+HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+LATEST = "latest"  # the file of a training directory that names its newest whole checkpoint
+GPT2_TOKENS = 50257
+
+
+class Source(Protocol):
+    """config: the model's. dtype: of the stored weights. description: for people.
+    tokenizer: what tokenizer.json should say, or None where the source does not tell; dataset: nanoGPT's hint for it."""
+
+    config: GPTConfig
+    dtype: torch.dtype
+    description: str
+    tokenizer: dict[str, Any] | None
+    dataset: str | None
+
+    def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
+        """Runs of a full tensor along dim, one after the other; the whole where dim is None. May be a view of a file."""
+        ...
+
+
+def tokenizer_of(source: Source, choice: str = "", data_dir: str = "data") -> Tokenizer:
+    """The tokenizer for these weights: the user's `choice` (a directory, gpt2 or ids), else what the source says.
+
+    A nanoGPT checkpoint names only its dataset, whose directory has the characters. Where nothing tells, text is token
+    ids (ids), which is always true of the weights.
+    """
+    if choice == "gpt2":
+        return GPT2Tokenizer()
+    if choice == "ids":
+        return IdsTokenizer(source.config.vocab_size)
+    if choice:
+        path = Path(choice).expanduser()
+        if (path / TOKENIZER_FILE).is_file():
+            return read_tokenizer(path / TOKENIZER_FILE)
+        if (path / "vocab.json").is_file() or (path / "encoder.json").is_file():
+            return GPT2Tokenizer(path)
+        raise UserError(f"--tokenizer={choice} is neither gpt2, ids, nor a directory with {TOKENIZER_FILE} or encoder.json.")
+    if source.dataset and (Path(data_dir) / source.dataset).is_dir():
+        tokenizer = Dataset(Path(data_dir) / source.dataset).tokenizer
+    elif source.tokenizer is not None:
+        tokenizer = tokenizer_from_json(source.tokenizer, source.description)
+    else:
+        tokenizer = IdsTokenizer(source.config.vocab_size)
+    if tokenizer.n_vocab > source.config.vocab_size:
+        raise UserError(
+            f"the tokenizer ({tokenizer.kind}) knows {tokenizer.n_vocab} ids, the model's vocab_size is "
+            f"{source.config.vocab_size}: they do not belong together. Name the right one with --tokenizer."
+        )
+    return tokenizer
+
+
+def reader(source: Source, rank: int) -> Read:
+    """How TensorParallelGPT reads its parameters from a source."""
+
+    def read(name: str, rule: Rule) -> Tensor:
+        return source.read(name, rule.dim, rule.runs[rank] if rule.runs else ())
+
+    return read
+
+
+def open_source(spec: str, verify: tuple[int, int] | None = None) -> Source:
+    """The source that an `--init_from` names. verify=(rank, size) checks this rank's share of a shard directory's bytes."""
+    if spec in HUB:
+        return HuggingFaceDirectory(_from_hub(spec), description=spec)
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return NanoGPTCheckpoint(path)
+    if (path / LATEST).is_file():
+        path = latest_checkpoint(path)
+    if (path / MANIFEST).is_file():
+        return ShardSource(path, verify)
+    if (path / "config.json").is_file():
+        return HuggingFaceDirectory(path)
+    if (path / "ckpt.pt").is_file():
+        return NanoGPTCheckpoint(path / "ckpt.pt")
+    if path.is_dir():
+        raise UserError(
+            f"--init_from={spec} is a directory without weights: no {MANIFEST} (shards), config.json (Hugging Face), "
+            f"ckpt.pt (nanoGPT) or {LATEST} (training)."
+        )
+    near = difflib.get_close_matches(spec, HUB, n=1)
+    raise UserError(f"--init_from={spec} is neither a file, a directory nor one of {', '.join(HUB)}." + (f" Did you mean {near[0]}?" if near else ""))
+
+
+def latest_checkpoint(directory: Path) -> Path:
+    """The newest whole checkpoint of a training directory."""
+    name = (directory / LATEST).read_text().strip()
+    path = directory / name
+    if Path(name).name != name or not (path / MANIFEST).is_file():
+        raise UserError(f"{directory / LATEST} names {name[:60]!r}, which is not a checkpoint in {directory}.")
+    return path
+
+
+class ShardSource(ShardDirectory):
+    """A shard directory as a source. Its files are checked byte by byte as they are opened for a run, each by one rank."""
+
+    dataset = None
+
+    def __init__(self, directory: Path, verify: tuple[int, int] | None = None):
+        super().__init__(directory)
+        self.check_model()
+        path = directory / "tokenizer.json"
+        self.tokenizer = read_json(path) if path.is_file() else None
+        if verify is not None:
+            rank, size = verify
+            for i in range(rank, self.manifest.tp, size):
+                self.check_bytes(i)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is not valid JSON.") from None
+
+
+# --- Hugging Face ---------------------------------------------------------------------------------------------------
+
+
+def _from_hub(name: str) -> Path:
+    """The local copy of a hub model, downloaded if need be: the one place of the program that uses the network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    patterns = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+    for repository in (HUB[name], name):  # the short name is where older caches have it
+        try:
+            path = Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=True))
+            if (path / "config.json").is_file() and list(path.glob("model*.safetensors")):
+                return path
+        except LocalEntryNotFoundError:
+            continue
+    try:
+        return Path(snapshot_download(HUB[name], allow_patterns=patterns))
+    except Exception as error:  # requests, httpx and the hub's own errors differ by version: all mean "not to be had"
+        reason = type(error).__name__
+    raise UserError(
+        f"{name} is not in the local Hugging Face cache and the hub cannot be reached ({reason}). "
+        f"A directory with config.json and model.safetensors works too: --init_from=/path/to/{name}"
+    )
+
+
+class HuggingFaceDirectory:
+    """A directory with config.json and model.safetensors (or several files and an index), as transformers saves GPT-2.
+
+    transformers keeps the linear weights as [in, out] (Conv1D); here they are [out, in].
+    """
+
+    dataset = None
+
+    def __init__(self, directory: Path, description: str = ""):
+        self.directory = directory
+        self.description = description or str(directory)
+        self._files: dict[Path, Any] = {}
+        self.config = config_from_hf(read_json(directory / "config.json"), directory / "config.json")
+        self._where = self._locate()
+        self.tokenizer = {"kind": "gpt2"} if self.config.vocab_size >= GPT2_TOKENS else None
+        self.dtype = self._check()
+
+    def _locate(self) -> dict[str, tuple[Path, str]]:
+        """nanoGPT's name -> (file, its name in that file)."""
+        index, single = self.directory / "model.safetensors.index.json", self.directory / "model.safetensors"
+        if single.is_file():
+            keys = {key: single for key in self._open(single).keys()}
+        elif index.is_file():
+            weight_map = read_json(index)
+            weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{index} has no weight_map.")
+            for name in weight_map.values():
+                if not isinstance(name, str) or Path(name).name != name:
+                    raise UserError(f"{index}: {str(name)[:60]!r} is not a file of this directory.")
+            keys = {key: self.directory / name for key, name in weight_map.items()}
+        else:
+            hint = " Save the model again with save_pretrained(...)." if list(self.directory.glob("*.bin")) else ""
+            raise UserError(f"{self.directory} has config.json but no model.safetensors.{hint}")
+        # GPT2Model saves without the prefix that GPT2LMHeadModel saves with
+        return {"transformer." + key.removeprefix("transformer."): (file, key) for key, file in keys.items()}
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._files:
+            try:
+                self._files[path] = safe_open(str(path), framework="pt")
+            except FileNotFoundError:
+                raise UserError(f"{path} is missing, though the index names it.") from None
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is not a readable safetensors file ({str(error)[:100]}).") from None
+        return self._files[path]
+
+    def _slice(self, name: str) -> Any:
+        file, key = self._where[name]
+        try:
+            return self._open(file).get_slice(key)
+        except SafetensorError:
+            raise UserError(f"{file}: tensor {key} is missing, though the index names it.") from None
+
+    def _check(self) -> torch.dtype:
+        codes = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+        for name, shape in Partition.of(self.config, 1).shapes().items():
+            if name not in self._where:
+                raise UserError(f"{self.directory}: tensor {name} is missing: these are not the weights of a GPT-2.")
+            part = self._slice(name)
+            expected = shape[::-1] if is_conv1d(name) else shape
+            if tuple(part.get_shape()) != expected:
+                raise UserError(f"{self._where[name][0]}: tensor {name} has shape {part.get_shape()}, config.json says {list(expected)}.")
+            code = part.get_dtype()
+            if code not in codes:
+                raise UserError(f"{self._where[name][0]}: tensor {name} is {code}; float32, bfloat16 and float16 are read.")
+        return DTYPES[codes[self._slice("transformer.wte.weight").get_dtype()]]
+
+    def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
+        part = self._slice(name)
+        if not is_conv1d(name):
+            return _runs_of(part, dim, runs)
+        return _runs_of(part, None if dim is None else 1 - dim, runs).t()
+
+
+def _runs_of(part: Any, dim: int | None, runs: Iterable[Run]) -> Tensor:
+    """Runs along dim of a safetensors slice or a tensor."""
+    if dim is None:
+        return part[:]  # type: ignore[no-any-return]
+    pieces = [part[(slice(None),) * dim + (slice(lo, hi),)] for lo, hi in runs]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def is_conv1d(name: str) -> bool:
+    """Whether transformers keeps this weight as [in, out], the transpose of ours."""
+    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
+_GELU_OF_HF = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+_HF_FIXED = {
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+
+
+def config_from_hf(raw: Any, where: Path) -> GPTConfig:
+    """GPTConfig of a Hugging Face config.json; UserError for anything that would be computed differently here."""
+    if not isinstance(raw, dict) or raw.get("model_type") != "gpt2":
+        kind = raw.get("model_type") if isinstance(raw, dict) else None
+        raise UserError(f"{where}: model_type is {kind!r}, nanoTP reads gpt2.")
+    sizes = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}  # transformers' defaults
+    values = {key: raw.get(key, default) for key, default in sizes.items()}
+    for key, value in values.items():
+        if type(value) is not int or not 0 < value < 2**31:
+            raise UserError(f"{where}: {key}={str(value)[:40]!r} is not a size.")
+    if raw.get("n_inner") not in (None, 4 * values["n_embd"]):
+        raise UserError(f"{where}: n_inner={raw['n_inner']} is not 4 x n_embd={values['n_embd']}, the only MLP width supported.")
+    for key, expected in _HF_FIXED.items():
+        if raw.get(key, expected) != expected:
+            raise UserError(f"{where}: {key}={str(raw[key])[:40]}, only {expected} is supported.")
+    activation = raw.get("activation_function", "gelu_new")
+    if activation not in _GELU_OF_HF:
+        raise UserError(f"{where}: activation_function={str(activation)[:40]!r} is not one of {', '.join(_GELU_OF_HF)}.")
+    if values["n_embd"] % values["n_head"]:
+        raise UserError(f"{where}: n_embd={values['n_embd']} does not divide into n_head={values['n_head']} heads.")
+    values["block_size"] = values.pop("n_positions")
+    return GPTConfig(**values, activation=_GELU_OF_HF[activation])
+
+
+# --- nanoGPT --------------------------------------------------------------------------------------------------------
+
+
+class NanoGPTCheckpoint:
+    """A nanoGPT ckpt.pt, mapped from the file: {"model": state dict, "model_args": {...}, "config": {...}, ...}."""
+
+    def __init__(self, path: Path):
+        self.path, self.description = path, str(path)
+        try:
+            raw = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError:
+            raise UserError(f"{path} holds more than tensors, numbers and strings: refused, loading it could run code.") from None
+        except Exception as error:  # torch.load raises a dozen kinds for a broken file
+            raise UserError(f"{path} is not a readable ckpt.pt ({type(error).__name__}: {str(error).splitlines()[0][:80]}).") from None
+        if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict) or not isinstance(raw.get("model_args"), dict):
+            raise UserError(f"{path} is not a nanoGPT checkpoint: it lacks `model` or `model_args`.")
+        # a compiled model's names carry a prefix
+        state = {name.removeprefix("_orig_mod."): value for name, value in raw["model"].items() if isinstance(name, str)}
+        self.config = self._config(raw["model_args"])
+        self.tensors = self._check(state)
+        self.dtype = self.tensors["transformer.wte.weight"].dtype
+        settings = raw.get("config")
+        dataset = settings.get("dataset") if isinstance(settings, dict) else None
+        self.dataset = dataset if isinstance(dataset, str) and dataset.replace("_", "").replace("-", "").isalnum() else None
+        self.tokenizer = {"kind": "gpt2"} if self.config.vocab_size >= GPT2_TOKENS else None
+
+    def _config(self, args: dict[str, Any]) -> GPTConfig:
+        kinds = {"block_size": int, "vocab_size": int, "n_layer": int, "n_head": int, "n_embd": int, "bias": bool}
+        for key, kind in kinds.items():
+            if type(args.get(key)) is not kind or (kind is int and not 0 < args[key] < 2**31):
+                raise UserError(f"{self.path}: model_args.{key}={str(args.get(key))[:40]!r} is not of type {kind.__name__}.")
+        if args["n_embd"] % args["n_head"]:
+            raise UserError(f"{self.path}: n_embd={args['n_embd']} does not divide into n_head={args['n_head']} heads.")
+        dropout = args.get("dropout", 0.0)
+        activation = args.get("activation", "gelu")
+        good = isinstance(dropout, int | float) and 0 <= dropout < 1 and activation in ("gelu", "gelu_tanh")
+        if not good:
+            raise UserError(f"{self.path}: model_args.dropout={str(dropout)[:40]} or activation={str(activation)[:40]} is not usable.")
+        return GPTConfig(**{key: args[key] for key in kinds}, dropout=float(dropout), activation=activation)
+
+    def _check(self, state: dict[str, Any]) -> dict[str, Tensor]:
+        for name, shape in Partition.of(self.config, 1).shapes().items():
+            tensor = state.get(name)
+            if not isinstance(tensor, Tensor):
+                raise UserError(f"{self.path}: tensor {name} is missing.")
+            if tuple(tensor.shape) != shape or tensor.dtype not in DTYPES.values():
+                raise UserError(f"{self.path}: tensor {name} is {list(tensor.shape)} {tensor.dtype}, model_args say {list(shape)}.")
+        return state
+
+    def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
+        return _runs_of(self.tensors[name], dim, runs)

@@ -1,0 +1,36 @@
+"""Python's own help topics, character by character: a dataset with nothing to download.
+
+Every Python carries them (465 KB of English and code), each version its own edition, so two versions of Python give two
+slightly different texts.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from errors import UserError  # noqa: E402
+from text.dataset import split_and_write  # noqa: E402
+from text.prepare import options_parser, run  # noqa: E402
+from text.tokenizer import CharTokenizer  # noqa: E402
+
+
+def help_topics() -> str:
+    """All topics, in the order of their names."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise UserError(
+            "this Python came without its help topics (pydoc_data): use another, or data/shakespeare_char"
+        ) from None
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def main() -> None:
+    options = options_parser("Prepare Python's help topics, one token a character.", __file__).parse_args()
+    text = help_topics()
+    split_and_write(options.out, text, CharTokenizer.of_text(text))
+
+
+if __name__ == "__main__":
+    run(main)

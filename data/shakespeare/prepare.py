@@ -1,0 +1,19 @@
+"""Tiny Shakespeare (1.1 MB), or any text given with --input, in GPT-2's tokens: for fine-tuning GPT-2."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from text.dataset import split_and_write  # noqa: E402
+from text.prepare import run, shakespeare_options, shakespeare_text  # noqa: E402
+from text.tokenizer import GPT2Tokenizer  # noqa: E402
+
+
+def main() -> None:
+    options = shakespeare_options("Prepare tiny Shakespeare in GPT-2's tokens.", __file__)
+    split_and_write(options.out, shakespeare_text(options), GPT2Tokenizer())
+
+
+if __name__ == "__main__":
+    run(main)

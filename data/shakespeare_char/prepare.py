@@ -1,0 +1,20 @@
+"""Tiny Shakespeare (1.1 MB), or any text given with --input, character by character."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from text.dataset import split_and_write  # noqa: E402
+from text.prepare import run, shakespeare_options, shakespeare_text  # noqa: E402
+from text.tokenizer import CharTokenizer  # noqa: E402
+
+
+def main() -> None:
+    options = shakespeare_options("Prepare tiny Shakespeare, one token a character.", __file__)
+    text = shakespeare_text(options)
+    split_and_write(options.out, text, CharTokenizer.of_text(text))
+
+
+if __name__ == "__main__":
+    run(main)

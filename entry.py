@@ -1,0 +1,79 @@
+"""How every entry point begins and ends: options, world, the run; and how a mistake or a lost rank is reported."""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch.distributed as dist
+
+from errors import UserError
+from options import as_dict, parse
+from parallel import mesh
+from parallel.collectives import CollectiveError
+
+# Options that may differ between ranks without harm: they name what only rank 0 does.
+_OWN = ("wandb_run_name", "wandb_project", "wandb_log", "debug")
+
+
+def run(options_class: type, main: Callable[[mesh.World, Any], None], prog: str) -> None:
+    """Parse sys.argv, start the world, run `main(world, options)` on every rank, and exit.
+
+    Exit status: 0; 2 for a user's mistake (one line, no traceback); 1 for an error of ours or of the machine; 130 for
+    Ctrl-C. One rank speaks; no rank is left waiting for another.
+    """
+    debug = any(word.replace("-", "_").lstrip("_").startswith("debug") for word in sys.argv[1:])
+    world = None
+    if os.environ.get("RANK", "0") != "0" and {"--help", "-h"} & set(sys.argv):
+        return  # rank 0 prints it
+    try:
+        options = parse(options_class, sys.argv[1:], prog)
+        debug = options.debug
+        promise = {name: value for name, value in as_dict(options).items() if name not in _OWN}
+        tp = options.tp if "tp" in {f.name for f in fields(options_class)} else 0
+        with mesh.start(options, tp, prog, promise) as world:
+            main(world, options)
+    except UserError as error:
+        _die(2, f"{prog}: {error}", debug)
+    except KeyboardInterrupt:
+        _die(130, f"{prog}: stopped by Ctrl-C", False)
+    except Exception as error:
+        _die(1, *_describe(prog, error, world, debug))
+
+
+def _describe(prog: str, error: Exception, world: mesh.World | None, debug: bool) -> tuple[str, bool]:
+    """The message for an error that is not the user's, and whether its traceback helps."""
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return f"{prog}: rank {rank} is out of memory: {_first_line(error)}. Use a smaller batch or a larger tp.", debug
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{prog}: rank {rank}: {error.strerror}: {error.filename}", debug
+    if _is_lost_peer(error):
+        time.sleep(0.1)  # a peer's sockets close a moment before its process is gone
+        gone = ", ".join(f"rank {r} is gone" for r in (world.gone() if world else ())) or "no rank of this host is gone"
+        return f"{prog}: rank {rank} lost contact with its peers ({gone}) in {_first_line(error)}", debug
+    return f"{prog}: rank {rank}: {type(error).__name__}: {_first_line(error)}", True
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    return isinstance(error, CollectiveError | dist.DistError) or "Connection closed by peer" in str(error)
+
+
+def _die(status: int, message: str, show_traceback: bool) -> None:
+    """Say it once and end this process at once: a tidy shutdown would wait for ranks that are not coming."""
+    if mesh.first_to_fail():
+        if show_traceback:
+            traceback.print_exc()
+        print(message, file=sys.stderr, flush=True)
+    else:
+        # give the rank that speaks the time to finish its line: torchrun ends all ranks when the first one exits
+        time.sleep(5)
+    sys.stdout.flush()
+    os._exit(status)

@@ -1,0 +1,286 @@
+"""The reference: a GPT-2 on one device, in nanoGPT's names. It knows nothing of processes; read this file first.
+
+Shapes: B batch, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
+"""
+
+import hashlib
+import inspect
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The sizes of a model. `activation` is the one thing nanoGPT does not have: OpenAI's weights were trained with the
+    tanh approximation of GELU (gelu_tanh), nanoGPT trains with the exact one (gelu)."""
+
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+    activation: str = "gelu"
+
+
+def initial_tensor(name: str, shape: tuple[int, ...], n_layer: int, seed: int) -> Tensor:
+    """The first value of one full parameter, float32: a function of its name, its shape and the seed alone.
+
+    GPT-2's scheme: N(0, 0.02), the two projections back into the residual stream N(0, 0.02 / sqrt(2 n_layer)), biases
+    0, LayerNorm gains 1. Each tensor has a random stream of its own, so a rank can draw one, keep its slice and agree
+    with every other split of the same model.
+    """
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    if ".ln_" in name:
+        return torch.ones(shape)
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    stream = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    std = 0.02 / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else 0.02
+    return torch.empty(shape).normal_(0.0, std, generator=stream)
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, for every layer. Rows of a batch may have different lengths.
+
+    k, v: n_layer tensors [B, n_head, size, D] each; a shard keeps its own heads only.
+    lengths: tokens each row has in the cache. `begin` prepares a forward pass, `update` is called by each layer in it,
+    `advance` ends it. What a pass needs in every layer (positions, mask) is made once, in `begin`.
+    """
+
+    def __init__(self, n_layer: int, batch: int, n_head: int, size: int, head_dim: int, device: torch.device, dtype: torch.dtype):
+        shape = (batch, n_head, size, head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layer)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layer)]
+        self.lengths = [0] * batch
+        self.size = size
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.k + self.v)
+
+    def begin(self, T: int) -> Tensor:
+        """Make room for T more tokens in every row. Returns their positions, [1, T] or [B, T] int64."""
+        device, first, longest = self.k[0].device, min(self.lengths), max(self.lengths)
+        if longest + T > self.size:
+            raise ValueError(f"{longest} tokens are in the cache, {T} more do not fit its {self.size}")
+        self.uniform, self.start, self.stop = first == longest, first, longest + T
+        if self.uniform:
+            positions = torch.arange(first, self.stop, device=device).unsqueeze(0)
+        else:
+            positions = torch.tensor(self.lengths, device=device).unsqueeze(1) + torch.arange(T, device=device)
+        # one new token that follows equally long rows sees everything, and so needs no mask; nor does a first pass,
+        # which is plain causal attention
+        self.causal = self.stop == T and T > 1
+        self.mask = None
+        if not self.causal and not (self.uniform and T == 1):
+            self.mask = torch.arange(self.stop, device=device) <= positions.unsqueeze(-1)  # [B or 1, T, stop]
+            self.mask = self.mask.unsqueeze(1)
+        self.positions = positions
+        return positions
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new k and v [B, n_head, T, D] of a layer; returns all it may look at, [B, n_head, stop, D]."""
+        for cache, new in ((self.k[layer], k), (self.v[layer], v)):
+            if self.uniform:
+                cache[:, :, self.start : self.stop] = new
+            else:
+                rows = torch.arange(cache.shape[0], device=cache.device).unsqueeze(1)
+                cache[rows, :, self.positions] = new.transpose(1, 2).to(cache.dtype)
+        return self.k[layer][:, :, : self.stop], self.v[layer][:, :, : self.stop]
+
+    def advance(self, lengths: list[int]) -> None:
+        """The rows now hold this many tokens; what lies beyond (padding of a shorter prompt) is overwritten later."""
+        self.lengths = list(lengths)
+
+    def rows(self, index: list[int]) -> "KVCache":
+        """A cache of these rows, in this order; a row may be taken several times."""
+        taken = object.__new__(KVCache)
+        picks = torch.tensor(index, device=self.k[0].device)
+        taken.k = [t.index_select(0, picks) for t in self.k]
+        taken.v = [t.index_select(0, picks) for t in self.v]
+        taken.lengths = [self.lengths[i] for i in index]
+        taken.size = self.size
+        return taken
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dimension whose bias is optional. eps is GPT-2's 1e-5."""
+
+    def __init__(self, n_embd: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+def gelu(x: Tensor, activation: str) -> Tensor:
+    return F.gelu(x, approximate={"gelu": "none", "gelu_tanh": "tanh"}[activation])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None, dropout: float) -> Tensor:
+    """Causal attention. q [B, H, T, D], k and v [B, H, S, D] -> [B, T, H * D]; S > T when a cache has earlier tokens."""
+    mask, causal = (None, True) if cache is None else (cache.mask, cache.causal)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+    return y.transpose(1, 2).flatten(2)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2).split(self.n_head, dim=1)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        y = self.c_proj(attend(q, k, v, cache, self.dropout if self.training else 0.0))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.activation, self.dropout = config.activation, config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.c_proj(gelu(self.c_fc(x), self.activation))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig, seed: int = 1337):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd={config.n_embd} does not divide into n_head={config.n_head} heads")
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                "ln_f": LayerNorm(config.n_embd, config.bias),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer["wte"].weight = self.lm_head.weight  # one table, two uses
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(initial_tensor(name, tuple(parameter.shape), config.n_layer, seed))
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The final hidden state [B, T, C] of tokens idx [B, T]; with a cache, idx follows what the cache holds."""
+        T = idx.shape[1]
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit block_size={self.config.block_size}")
+        positions = torch.arange(T, device=idx.device).unsqueeze(0) if cache is None else cache.begin(T)
+        x = self.transformer["wte"](idx) + self.transformer["wpe"](positions)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.transformer["h"]:  # type: ignore[union-attr]
+            x = block(x, cache)
+        return self.transformer["ln_f"](x)  # type: ignore[no-any-return]
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
+        """idx [B, T] -> (logits, loss). With targets [B, T] (-1: ignored): all logits [B, T, V] and the mean loss;
+        without: the last position's logits [B, 1, V] and None."""
+        x = self.hidden(idx, cache)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None
+        logits = self.lm_head(x)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return logits, loss
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """As nanoGPT counts: the tied table once, the position table not at all (a 124M GPT-2 prints 123.69M)."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        return total - (self.transformer["wpe"].weight.numel() if non_embedding else 0)  # type: ignore[union-attr,operator]
+
+    def configure_optimizers(
+        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
+    ) -> torch.optim.AdamW:
+        return adamw(self.named_parameters(), weight_decay, learning_rate, betas, device_type)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        use_cache: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue idx [B, T] by max_new_tokens; temperature 0 takes the most likely token.
+
+        The last block_size tokens are the context. Positions are absolute, so once the window slides every token has a
+        new position: from there on the cache is of no use and each token costs a whole forward pass.
+        """
+        size, cache = self.config.block_size, None
+        if use_cache and idx.shape[1] <= size:
+            table = self.transformer["wte"].weight
+            n_embd, n_head = self.config.n_embd, self.config.n_head
+            cache = KVCache(self.config.n_layer, len(idx), n_head, size, n_embd // n_head, idx.device, table.dtype)  # type: ignore[arg-type]
+        for _ in range(max_new_tokens):
+            if cache is not None and idx.shape[1] <= size:
+                logits, _ = self(idx[:, cache.lengths[0] :], cache=cache)
+                cache.advance([idx.shape[1]] * len(idx))
+            else:
+                logits, _ = self(idx[:, -size:])
+            idx = torch.cat([idx, choose(logits[:, -1], temperature, top_k, generator)], dim=1)
+        return idx
+
+
+def adamw(
+    named_parameters: Iterator[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    learning_rate: float,
+    betas: tuple[float, float],
+    device_type: str,
+) -> torch.optim.AdamW:
+    """AdamW with nanoGPT's two groups: matrices decay, vectors (biases, LayerNorms) do not. A split keeps a tensor's
+    number of dimensions, so a shard falls into the group of its full tensor. Fused where torch can."""
+    parameters = [parameter for _, parameter in named_parameters if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    fused = device_type in ("cuda", "cpu") and "fused" in inspect.signature(torch.optim.AdamW).parameters
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+
+def choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """One token a row [B, 1] from logits [B, V]."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)

@@ -1,0 +1,179 @@
+"""Every way in which ranks talk: a handful of collectives over one transport, each call told to the ledger.
+
+A collective takes the axis it runs along as an argument; there is no process-group state in this module or any other.
+None of them writes into its input. Along an axis of size 1 each is the identity and costs nothing.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.ledger import Entry, Ledger
+
+
+class CollectiveError(RuntimeError):
+    """A collective did not come back: a rank is gone, late, or brought something else."""
+
+
+class Transport(Protocol):
+    """What carries a message between the ranks of one group. Results are new tensors, equal bit for bit on all ranks."""
+
+    name: str
+
+    def all_reduce(self, x: Tensor, op: str) -> Tensor: ...
+    def all_gather(self, x: Tensor) -> Tensor: ...
+    def broadcast(self, x: Tensor, source: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class GroupTransport:
+    """torch.distributed's collectives over nccl or gloo. `source` of a broadcast is a rank of this group.
+
+    gloo moves host memory: where ranks share a GPU (nccl refuses that) messages are staged through the host.
+    """
+
+    group: dist.ProcessGroup
+    name: str  # nccl | gloo
+
+    def _staged(self, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.name == "gloo" and x.is_cuda:
+            return run(x.cpu()).to(x.device)
+        return run(x)
+
+    def all_reduce(self, x: Tensor, op: str) -> Tensor:
+        def run(message: Tensor) -> Tensor:
+            out = message.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(out, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=self.group)
+            return out
+
+        return self._staged(x, run)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        def run(message: Tensor) -> Tensor:
+            parts = [torch.empty_like(message) for _ in range(dist.get_world_size(self.group))]
+            dist.all_gather(parts, message, group=self.group)
+            return torch.stack(parts)
+
+        return self._staged(x.contiguous(), run)
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        def run(message: Tensor) -> Tensor:
+            out = message.clone(memory_format=torch.contiguous_format)
+            dist.broadcast(out, group_src=source, group=self.group)
+            return out
+
+        return self._staged(x, run)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of the dp x tp mesh as one rank sees it, with the account of what is said along it.
+
+    rank, size: this rank's place on the axis, and how many there are. transport: None on an axis of size 1.
+    layer, block: what a call along this axis is accounted to; `at` gives the same axis under another label.
+    """
+
+    name: str  # tp | dp
+    rank: int = 0
+    size: int = 1
+    transport: Transport | None = None
+    ledger: Ledger = field(default_factory=Ledger)
+    layer: int | None = None
+    block: str = ""
+
+    def at(self, block: str, layer: int | None = None) -> "Axis":
+        return replace(self, layer=layer, block=block)
+
+    @contextmanager
+    def account(self, op: str, direction: str, message: Tensor) -> Iterator[None]:
+        """Tell the ledger of one call that moves `message`; an error in it says which call it was."""
+        entry = Entry(self.layer, self.block, self.ledger.direction(direction), op)
+        start = _clock(message)
+        try:
+            yield
+        except RuntimeError as error:
+            raise CollectiveError(f"{op} ({entry.where()}): {str(error).strip().splitlines()[0]}") from error
+        self.ledger.record(entry, message.numel() * message.element_size(), _elapsed(start, message))
+
+    def _carrier(self) -> Transport:
+        if self.transport is None:
+            raise ValueError(f"axis {self.name} has size {self.size} and no transport")
+        return self.transport
+
+
+def _clock(message: Tensor) -> Any:
+    if not message.is_cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _elapsed(start: Any, message: Tensor) -> float | Callable[[], float]:
+    """Seconds since `start`; on a GPU a function that knows them once the stream has got there."""
+    if not message.is_cuda:
+        return time.perf_counter() - start
+    end = _clock(message)
+    return lambda: start.elapsed_time(end) / 1000.0
+
+
+# A compiler must neither trace nor reorder a call that other ranks wait for, and the ledger counts real calls only: these
+# three are the graph breaks of a compiled model, one at each sync point.
+
+
+@torch.compiler.disable
+def _all_reduce(x: Tensor, axis: Axis, direction: str, op: str) -> Tensor:
+    with axis.account("all_reduce", direction, x):
+        return axis._carrier().all_reduce(x, op)
+
+
+@torch.compiler.disable
+def _all_gather(x: Tensor, axis: Axis, direction: str) -> Tensor:
+    with axis.account("all_gather", direction, x):
+        return axis._carrier().all_gather(x)
+
+
+@torch.compiler.disable
+def _broadcast(x: Tensor, axis: Axis, direction: str, source: int) -> Tensor:
+    with axis.account("broadcast", direction, x):
+        return axis._carrier().broadcast(x, source)
+
+
+def all_reduce(x: Tensor, axis: Axis, direction: str, op: str = "sum") -> Tensor:
+    """Sum (or `op="max"`) of every rank's x, on every rank. Same shape, a new tensor."""
+    return x if axis.size == 1 else _all_reduce(x, axis, direction, op)
+
+
+def all_gather(x: Tensor, axis: Axis, direction: str) -> Tensor:
+    """Every rank's x [...], stacked in rank order: [size, ...]. All ranks bring the same shape."""
+    return x.unsqueeze(0) if axis.size == 1 else _all_gather(x, axis, direction)
+
+
+def broadcast(x: Tensor, axis: Axis, direction: str, source: int = 0) -> Tensor:
+    """The x of rank `source` of this axis, on every rank. All ranks bring the same shape and dtype."""
+    return x if axis.size == 1 else _broadcast(x, axis, direction, source)
+
+
+def average_later(x: Tensor, axis: Axis, direction: str) -> torch.futures.Future[Tensor]:
+    """Start averaging x over the axis, in place; the future gives x. For gradient buckets, which are made to be written.
+
+    The seconds accounted are from the start to the end of the message, whatever was computed meanwhile.
+    """
+    transport = axis._carrier()
+    if not isinstance(transport, GroupTransport):
+        raise ValueError(f"{transport.name} has no asynchronous all-reduce")
+    entry = Entry(axis.layer, axis.block, axis.ledger.direction(direction), "all_reduce")
+    start = _clock(x)
+    work = dist.all_reduce(x.div_(axis.size), group=transport.group, async_op=True)
+
+    def done(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+        axis.ledger.record(entry, x.numel() * x.element_size(), _elapsed(start, x))
+        return future.value()[0]
+
+    return work.get_future().then(done)

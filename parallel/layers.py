@@ -1,0 +1,136 @@
+"""The sharded layers of Megatron-LM (arXiv 1909.08053, section 3) and its two operators f and g.
+
+A column-parallel layer feeds a row-parallel one without a word between ranks; f stands where a replicated activation
+enters that pair, g where it leaves.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.collectives import Axis, all_reduce
+
+
+class _F(torch.autograd.Function):
+    """f: forward identity, backward all-reduce of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return all_reduce(grad, ctx.axis, "backward"), None
+
+
+class _G(torch.autograd.Function):
+    """g: forward all-reduce, backward identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return all_reduce(x, axis, "forward")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+@torch.compiler.disable
+def _apply(function: Any, x: Tensor, axis: Axis) -> Tensor:
+    return function.apply(x, axis)
+
+
+def f(x: Tensor, axis: Axis) -> Tensor:
+    """Enter a tensor-parallel region: every rank uses the same x, so the ranks' gradients of it add up."""
+    return _apply(_F, x, axis) if axis.size > 1 and torch.is_grad_enabled() else x
+
+
+def g(x: Tensor, axis: Axis) -> Tensor:
+    """Leave a tensor-parallel region: the ranks' partial sums add up to the output, and all share its gradient."""
+    if axis.size > 1 and torch.is_grad_enabled():
+        return _apply(_G, x, axis)
+    return all_reduce(x, axis, "forward")
+
+
+def _check_width(layer: nn.Module, x: Tensor, width: int, hint: str = "") -> None:
+    if x.shape[-1] != width:
+        raise ValueError(f"{type(layer).__name__} expects inputs of width {width}, got {x.shape[-1]}{hint}")
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x W^T + b with W split along its outputs: this rank computes `local_out` of the columns of y.
+
+    x: [..., in_features], the same on all ranks. y: [..., local_out], this rank's columns.
+    forward: no collective; backward: one all-reduce of x's gradient (f).
+    """
+
+    def __init__(self, in_features: int, local_out: int, bias: bool, axis: Axis):
+        super().__init__()
+        self.in_features, self.local_out, self.axis = in_features, local_out, axis
+        self.weight = nn.Parameter(torch.empty(local_out, in_features))
+        self.bias = nn.Parameter(torch.empty(local_out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_width(self, x, self.in_features)
+        return F.linear(f(x, self.axis), self.weight, self.bias)
+
+
+class RowParallelLinear(nn.Module):
+    """y = x W^T + b with W split along its inputs: this rank holds the rows that multiply its own columns of x.
+
+    x: [..., local_in], this rank's columns of an input `in_features` wide. y: [..., out_features], the same on all ranks.
+    forward: one all-reduce (g); backward: no collective. The bias is replicated and added once, after the all-reduce.
+    """
+
+    def __init__(self, in_features: int, local_in: int, out_features: int, bias: bool, axis: Axis):
+        super().__init__()
+        self.in_features, self.local_in, self.axis = in_features, local_in, axis
+        self.weight = nn.Parameter(torch.empty(out_features, local_in))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hint = ""
+        if self.axis.size > 1 and x.shape[-1] == self.in_features:
+            hint = (
+                f": this is the whole, unsplit input. Feed the output of a ColumnParallelLinear, "
+                f"or this rank's own columns (rank {self.axis.rank} of {self.axis.size} owns {self.local_in})"
+            )
+        _check_width(self, x, self.local_in, hint)
+        y = g(F.linear(x, self.weight), self.axis)
+        return y if self.bias is None else y + self.bias
+
+
+class VocabParallelEmbedding(nn.Module):
+    """The embedding table split along the vocabulary: this rank holds rows [lo, hi) and zero rows of padding after them.
+
+    ids: [...] int64, the same on all ranks, in [0, num_embeddings). Output: [..., dim], the same on all ranks.
+    forward: one all-reduce (each id is looked up where its row lives, the other ranks add zeros); backward: none.
+    """
+
+    def __init__(self, num_embeddings: int, dim: int, lo: int, hi: int, rows: int, axis: Axis):
+        super().__init__()
+        if not 0 <= lo < hi <= num_embeddings or rows < hi - lo:
+            raise ValueError(f"rank {axis.rank} cannot hold vocabulary rows [{lo}, {hi}) of {num_embeddings} in {rows} rows")
+        self.num_embeddings, self.lo, self.hi, self.axis = num_embeddings, lo, hi, axis
+        self.weight = nn.Parameter(torch.empty(rows, dim))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.axis.size == 1:
+            return F.embedding(ids, self.weight)
+        elsewhere = (ids < self.lo) | (ids >= self.hi)
+        local = (ids - self.lo).masked_fill(elsewhere, 0)
+        rows = F.embedding(local, self.weight).masked_fill(elsewhere.unsqueeze(-1), 0)
+        return g(rows, self.axis)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The tied head: x [..., dim], the same on all ranks -> this rank's columns of the logits, [..., hi - lo].
+
+        Padding columns are computed (the product has the width the hardware likes) and cut off: nobody can sample them.
+        forward: no collective; backward: one all-reduce of x's gradient (f).
+        """
+        _check_width(self, x, self.weight.shape[1])
+        return F.linear(f(x, self.axis.at("head")), self.weight)[..., : self.hi - self.lo]

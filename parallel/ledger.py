@@ -1,0 +1,110 @@
+"""The account: how often, how much and how long ranks talked, by layer, block and pass. No torch.distributed."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+BLOCKS = ("attention", "mlp", "embedding", "head", "loss", "sampling", "optimizer", "data_parallel")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one line of the account is about; `layer` is None outside the layers."""
+
+    layer: int | None
+    block: str
+    direction: str  # forward | backward | step
+    op: str  # all_reduce | all_gather | broadcast | ...
+
+    def where(self) -> str:
+        return f"{'' if self.layer is None else f'layer {self.layer}, '}{self.block}, {self.direction}"
+
+
+@dataclass
+class Tally:
+    """calls; bytes of the messages handed to the collective (one rank's, not the wire's); seconds spent in it."""
+
+    calls: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+    def add(self, other: "Tally", sign: int = 1) -> None:
+        self.calls += sign * other.calls
+        self.bytes += sign * other.bytes
+        self.seconds += sign * other.seconds
+
+    def as_json(self) -> dict[str, float]:
+        return {"calls": self.calls, "bytes": self.bytes, "seconds": round(self.seconds, 9)}
+
+
+Account = dict[Entry, Tally]
+
+
+@dataclass
+class Ledger:
+    """One rank's account. Every collective tells it; nothing else writes to it."""
+
+    tallies: Account = field(default_factory=dict)
+    forward_passes: int = 0
+    _recomputing: bool = False
+    _pending: list[tuple[Tally, Callable[[], float]]] = field(default_factory=list)
+
+    def record(self, entry: Entry, nbytes: int, seconds: float | Callable[[], float]) -> None:
+        """One finished call. `seconds` may be a function that is asked later (a GPU's clock is read when it is idle)."""
+        tally = self.tallies.setdefault(entry, Tally())
+        tally.calls += 1
+        tally.bytes += nbytes
+        if callable(seconds):
+            self._pending.append((tally, seconds))
+        else:
+            tally.seconds += seconds
+
+    def direction(self, direction: str) -> str:
+        """Forward work repeated by activation checkpointing happens in, and is accounted to, the backward pass."""
+        return "backward" if self._recomputing and direction == "forward" else direction
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        self._recomputing = True
+        try:
+            yield
+        finally:
+            self._recomputing = False
+
+    def settle(self) -> None:
+        """Read the clocks that were left for later. On a GPU call it after a synchronize."""
+        for tally, seconds in self._pending:
+            tally.seconds += seconds()
+        self._pending.clear()
+
+    def snapshot(self) -> Account:
+        self.settle()
+        return {entry: Tally(t.calls, t.bytes, t.seconds) for entry, t in self.tallies.items()}
+
+    def since(self, before: Account) -> Account:
+        """What was added to the account after `before = snapshot()`."""
+        now = self.snapshot()
+        for entry, tally in before.items():
+            now[entry].add(tally, sign=-1)
+        return {entry: tally for entry, tally in now.items() if tally.calls}
+
+    def total(self, account: Account | None = None, **match: Any) -> Tally:
+        """Sum of the lines whose fields equal `match`, e.g. total(block="mlp", direction="forward")."""
+        total = Tally()
+        for entry, tally in (self.snapshot() if account is None else account).items():
+            if all(getattr(entry, name) == value for name, value in match.items()):
+                total.add(tally)
+        return total
+
+
+def as_json(account: Account, n_layer: int) -> dict[str, Any]:
+    """The account in the report's form: layers -> block -> pass -> op -> tally, and the rest under `other`."""
+    layers: list[dict[str, Any]] = [{"layer": i, "attention": {}, "mlp": {}} for i in range(n_layer)]
+    other: dict[str, Any] = {}
+    total = Tally()
+    for entry, tally in sorted(account.items(), key=lambda item: (str(item[0]))):
+        blocks = other if entry.layer is None else layers[entry.layer]
+        blocks.setdefault(entry.block, {}).setdefault(entry.direction, {})[entry.op] = tally.as_json()
+        total.add(tally)
+    return {"layers": layers, "other": other, "total": total.as_json()}

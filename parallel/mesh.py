@@ -1,0 +1,234 @@
+"""Start-up and shutdown: which device, which transport, and the dp x tp mesh. The only reader of torchrun's environment."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from errors import UserError
+from parallel.collectives import Axis, GroupTransport
+from parallel.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What torchrun told this process; one rank when it was started by plain python."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+    @classmethod
+    def from_environment(cls) -> "Launch":
+        keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        if not any(key in os.environ for key in keys):
+            return cls(0, 1, 0, 1)
+        missing = [key for key in keys if not os.environ.get(key, "").isdigit()]
+        if missing:
+            raise UserError(f"{missing[0]} is not set for this rank. Start ranks with torchrun --standalone --nproc_per_node=N.")
+        return cls(*(int(os.environ[key]) for key in keys))
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's view of the run. `tp` and `dp` are the axes; `mesh` is None where one process runs alone."""
+
+    rank: int
+    size: int
+    device: torch.device
+    comm: str  # nccl | gloo | none (one rank has nobody to talk to)
+    tp: Axis
+    dp: Axis
+    ledger: Ledger
+    mesh: DeviceMesh | None = None
+    peers: tuple[tuple[str, int], ...] = ()  # (host, process id) of every rank
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that prints and writes. It takes part in every collective like the others."""
+        return self.rank == 0
+
+    def gather(self, thing: Any) -> list[Any]:
+        """A small picklable thing of every rank, in rank order, on all ranks (start-up and reports; not accounted)."""
+        if self.mesh is None:
+            return [thing]
+        things: list[Any] = [None] * self.size
+        dist.all_gather_object(things, thing)
+        return things
+
+    def barrier(self) -> None:
+        self.gather(None)
+
+    def gone(self) -> list[int]:
+        """Ranks of this host whose process has ended (an ended process may wait as a zombie for its parent)."""
+        return [rank for rank, (host, pid) in enumerate(self.peers) if host == socket.gethostname() and not _alive(pid)]
+
+    def synchronize(self) -> None:
+        """Wait until this rank's device has done all it was asked to: clocks are read after this."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's process, or a system without /proc: it exists
+        return True
+
+
+def sizes(world_size: int, tp: int, prog: str) -> tuple[int, int]:
+    """(dp, tp) of a world; tp=0 means all of it. UserError where tp does not divide the world."""
+    tp = tp or world_size
+    if world_size % tp:
+        fit = ", ".join(str(k) for k in range(1, world_size + 1) if world_size % k == 0)
+        low = world_size // tp * tp
+        counts = " or ".join(str(n) for n in (low, low + tp) if n)
+        raise UserError(
+            f"world size {world_size} cannot be split into tensor-parallel groups of {tp}. Use --tp in {{{fit}}}, or start "
+            f"{counts} processes: torchrun --standalone --nproc_per_node={low + tp} {prog} ..."
+        )
+    return world_size // tp, tp
+
+
+def pick_device(device: str, launch: Launch, oversubscribe: bool) -> torch.device:
+    """The device of this rank. auto is a GPU where there is one, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device={device} is not a device. Use auto, cpu, cuda or cuda:N.") from None
+    if kind.type == "mps" and launch.size > 1:
+        raise UserError("--device=mps runs one rank only: it has no collectives. Use --device=cpu for several ranks.")
+    if kind.type != "cuda":
+        return kind
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise UserError("--device=cuda, but torch sees no CUDA device. Use --device=cpu.")
+    if kind.index is not None and launch.size == 1:
+        if kind.index >= count:
+            raise UserError(f"--device={device}, but this host has {count} CUDA devices.")
+        return kind
+    if launch.local_size > count and not oversubscribe:
+        raise UserError(
+            f"{launch.local_size} processes on this host but {count} CUDA devices. "
+            f"Start {count}, pass --device=cpu, or share a device with --oversubscribe=True."
+        )
+    return torch.device("cuda", launch.local_rank % count)
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The precision of a run: auto is bfloat16 on a GPU that has it, else float32 (never float16 by surprise)."""
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+
+
+def pick_comm(comm: str, device: torch.device, launch: Launch) -> str:
+    """The transport: nccl where every rank has a GPU of its own, else gloo."""
+    shared = device.type == "cuda" and launch.local_size > torch.cuda.device_count()
+    if comm == "auto":
+        comm = "nccl" if device.type == "cuda" and not shared else "gloo"
+    if comm == "shm":
+        raise UserError("--comm=shm: this version carries messages over nccl and gloo only. Use --comm=gloo.")
+    if comm == "nccl" and device.type != "cuda":
+        raise UserError(f"--comm=nccl needs GPUs, the device is {device.type}. Use --comm=gloo.")
+    if comm == "nccl" and shared:
+        raise UserError("--comm=nccl cannot share a GPU between ranks. Use --comm=gloo.")
+    return comm if launch.size > 1 else "none"
+
+
+def set_threads(threads: int, device: torch.device, launch: Launch) -> None:
+    """CPU threads of this rank: its share of the cores it may use, unless told otherwise."""
+    if not threads and device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+        threads = max(1, cores // launch.local_size)
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def _agree(launch: Launch, device: torch.device, promise: dict[str, Any]) -> list[Any]:
+    """Every rank states where it runs and what it was asked to do; the first difference from rank 0 is an error."""
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "device": str(device), "options": promise}
+    stated: list[Any] = [None] * launch.size
+    dist.all_gather_object(stated, mine)
+    for rank, other in enumerate(stated):
+        for key, value in stated[0]["options"].items():
+            if other["options"].get(key) != value:
+                raise UserError(
+                    f"ranks disagree on options: rank {rank} (host {other['host']}) has {key}="
+                    f"{other['options'].get(key)!r}, rank 0 has {value!r}."
+                )
+    return stated
+
+
+def make_axis(name: str, mesh: DeviceMesh, comm: str, ledger: Ledger) -> Axis:
+    size = mesh[name].size()
+    if size == 1:
+        return Axis(name, ledger=ledger)
+    return Axis(name, mesh.get_local_rank(name), size, GroupTransport(mesh[name].get_group(), comm), ledger)
+
+
+@contextmanager
+def start(options: Any, tp: int, prog: str, promise: dict[str, Any]) -> Iterator[World]:
+    """The world of this run, for as long as the `with` lasts.
+
+    options: device, comm, threads, oversubscribe, comm_timeout. tp: tensor-parallel size, 0 for the world size.
+    promise: options that every rank must have been given alike.
+    Ranks of one tp group are neighbours: rank = dp_rank * tp + tp_rank, so a group stays on one host where it fits.
+    """
+    launch = Launch.from_environment()
+    dp, tp = sizes(launch.size, tp, prog)
+    device = pick_device(options.device, launch, options.oversubscribe)
+    comm = pick_comm(options.comm, device, launch)
+    set_threads(options.threads, device, launch)
+    ledger = Ledger()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if launch.size == 1:
+        yield World(0, 1, device, comm, Axis("tp", ledger=ledger), Axis("dp", ledger=ledger), ledger)
+        return
+    # host memory always goes over gloo; with nccl, a GPU's memory goes over nccl
+    backend = "cpu:gloo,cuda:nccl" if comm == "nccl" else "gloo"
+    dist.init_process_group(
+        backend,
+        timeout=timedelta(seconds=options.comm_timeout),
+        device_id=device if comm == "nccl" else None,
+    )
+    stated = _agree(launch, device, promise)
+    mesh = init_device_mesh("cuda" if comm == "nccl" else "cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
+    yield World(
+        launch.rank,
+        launch.size,
+        device,
+        comm,
+        make_axis("tp", mesh, comm, ledger),
+        make_axis("dp", mesh, comm, ledger),
+        ledger,
+        mesh,
+        tuple((rank["host"], rank["pid"]) for rank in stated),
+    )
+    dist.destroy_process_group()
+
+
+def first_to_fail() -> bool:
+    """True on the first rank that asks, False on those that fail in its wake: one error is shown once."""
+    if not dist.is_initialized():
+        return Launch.from_environment().rank == 0
+    try:
+        store: Any = dist.distributed_c10d._get_default_store()
+        return bool(store.add("nanotp/failed", 1) == 1)
+    except RuntimeError:  # the store is gone with the rank or the agent that held it: somebody else has spoken
+        return False

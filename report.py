@@ -1,0 +1,105 @@
+"""The account and the figures of a run, as JSON and as a table."""
+
+import json
+import resource
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from errors import UserError
+from parallel.ledger import Account, as_json
+from parallel.mesh import World
+from tp_model import TensorParallelGPT
+
+
+def check_report(path: str) -> None:
+    """Said before the run, not after it: the report must have a place to go."""
+    if path and not Path(path).resolve().parent.is_dir():
+        raise UserError(f"--report={path}: the directory {Path(path).resolve().parent} does not exist.")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this rank has held: on a GPU what torch allocated there, else the process's resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def build(
+    entry: str,
+    world: World,
+    model: TensorParallelGPT,
+    account: Account,
+    timing: dict[str, float],
+    seconds: float,
+    kv_cache_bytes: int = 0,
+    **more: Any,
+) -> dict[str, Any]:
+    """The report of a run; every rank calls it, and gets the same.
+
+    account: what this rank's ledger holds of the run. seconds: the time in which it was made; the share of it that rank
+    0 spent in collectives is `fraction_of_time`.
+    """
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    ranks = world.gather((weights, kv_cache_bytes, peak_bytes(world.device)))
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    comm = as_json(account, model.config.n_layer)
+    comm["total"]["fraction_of_time"] = round(comm["total"]["seconds"] / seconds, 6) if seconds else 0.0
+    return {
+        "entry": entry,
+        "world_size": world.size,
+        "tp": world.tp.size,
+        "dp": world.dp.size,
+        "comm": world.comm,
+        "device": world.device.type,
+        "dtype": dtype,
+        "model": {
+            **asdict(model.config),
+            "parameters": model.split.count(),
+            "parameters_per_rank": [model.split.count(rank) for rank in range(world.tp.size)],
+        },
+        "memory": {
+            "weight_bytes_per_rank": [rank[0] for rank in ranks],
+            "kv_cache_bytes_per_rank": [rank[1] for rank in ranks],
+            "peak_bytes_per_rank": [rank[2] for rank in ranks],
+        },
+        "timing": {key: round(value, 6) for key, value in timing.items()},
+        "comm_account": {"forward_passes": world.ledger.forward_passes, **comm},
+        **more,
+    }
+
+
+def write(path: str, report: dict[str, Any]) -> None:
+    Path(path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def account_table(report: dict[str, Any]) -> str:
+    """The account as a table: a line for each layer's attention and MLP, then the rest, then the sum."""
+    account = report["comm_account"]
+    lines = [
+        f"{report['entry']}: world {report['world_size']} = dp {report['dp']} x tp {report['tp']}, {report['comm']}, "
+        f"{report['device']}, {report['dtype']}; {account['forward_passes']} forward passes",
+        f"{'layer':>5}  {'block':<13} {'pass':<9} {'collective':<11} {'calls':>8} {'bytes':>14} {'seconds':>9}",
+    ]
+    if report["tp"] * report["dp"] == 1:
+        return lines[0] + "\none rank: nothing is communicated"
+
+    def add(layer: str, block: str, passes: dict[str, Any]) -> None:
+        for direction, ops in passes.items():
+            for op, tally in ops.items():
+                figures = f"{tally['calls']:>8,} {tally['bytes']:>14,} {tally['seconds']:>9.3f}"
+                lines.append(f"{layer:>5}  {block:<13} {direction:<9} {op:<11} {figures}")
+
+    for layer in account["layers"]:
+        for block in ("attention", "mlp"):
+            add(str(layer["layer"]), block, layer[block])
+    for block, passes in account["other"].items():
+        add("-", block, passes)
+    total = account["total"]
+    lines.append(f"{'sum':>5}  {'':<35} {total['calls']:>8,} {total['bytes']:>14,} {total['seconds']:>9.3f}")
+    lines.append(f"{total['fraction_of_time']:.1%} of the time was spent in collectives (rank 0's clock)")
+    return "\n".join(lines)

@@ -1,0 +1,78 @@
+"""run_ranks: a world of forked ranks over gloo, in a tenth of a second."""
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from parallel.collectives import Axis
+from parallel.ledger import Ledger
+from parallel.mesh import World, make_axis
+
+TIMEOUT = 60.0
+
+
+def run_ranks(size: int, body: Any, *args: Any, tp: int | None = None) -> list[Any]:
+    """Run `body(world, *args)` on `size` ranks; returns what each returned, in rank order.
+
+    The first rank to fail ends the others; its error is raised here, with its traceback. A failure that is only the
+    echo of a lost peer gives way to the one that caused it.
+    """
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as scratch:
+        ranks = [context.Process(target=_rank, args=(rank, size, tp or size, scratch, body, args)) for rank in range(size)]
+        for rank in ranks:
+            rank.start()
+        deadline = time.monotonic() + TIMEOUT
+        while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.005)
+        late = [i for i, rank in enumerate(ranks) if rank.is_alive()]
+        failed = [i for i, rank in enumerate(ranks) if rank.exitcode]
+        if failed:
+            time.sleep(0.1)  # the cause may be written just after its echo
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+        errors = [file.read_text() for file in sorted(Path(scratch).glob("error-*"))]
+        causes = [error for error in errors if "closed by peer" not in error] or errors
+        if causes:
+            raise AssertionError(causes[0])
+        if failed or late:
+            raise AssertionError(f"ranks {failed} died, ranks {late} did not finish in {TIMEOUT} s")
+        return [pickle.loads((Path(scratch) / f"result-{i}").read_bytes()) for i in range(size)]
+
+
+def _rank(rank: int, size: int, tp: int, scratch: str, body: Any, args: tuple[Any, ...]) -> None:
+    try:
+        torch.set_num_threads(1)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        ledger = Ledger()
+        dist.init_process_group(
+            "gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=size, timeout=timedelta(seconds=20)
+        )
+        mesh = init_device_mesh("cpu", (size // tp, tp), mesh_dim_names=("dp", "tp"))
+        axes = [make_axis(name, mesh, "gloo", ledger) for name in ("tp", "dp")]
+        world = World(rank, size, torch.device("cpu"), "gloo" if size > 1 else "none", *axes, ledger, mesh)
+        result = body(world, *args)
+        dist.destroy_process_group()
+        (Path(scratch) / f"result-{rank}").write_bytes(pickle.dumps(result))
+    except BaseException:
+        (Path(scratch) / f"error-{rank}").write_text(f"rank {rank} of {size}:\n{traceback.format_exc()}")
+        os._exit(1)
+    os._exit(0)
+
+
+def alone() -> Axis:
+    """A tp axis of size 1."""
+    return Axis("tp")

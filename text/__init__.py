@@ -1,0 +1,1 @@
+"""Tokenizers and datasets: text to token ids and back, and batches of them."""

