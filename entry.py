@@ -5,13 +5,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import torch.distributed as dist
 
 from errors import UserError
-from options import as_dict, parse
+from options import RunOptions, as_dict, parse
 from parallel import mesh
 from parallel.collectives import CollectiveError
 
@@ -19,7 +18,7 @@ from parallel.collectives import CollectiveError
 _OWN = ("wandb_run_name", "wandb_project", "wandb_log", "debug")
 
 
-def run(options_class: type, main: Callable[[mesh.World, Any], None], prog: str) -> None:
+def run(options_class: type[RunOptions], main: Callable[[mesh.World, Any], None], prog: str) -> None:
     """Parse sys.argv, start the world, run `main(world, options)` on every rank, and exit.
 
     Exit status: 0; 2 for a user's mistake (one line, no traceback); 1 for an error of ours or of the machine; 130 for
@@ -33,7 +32,7 @@ def run(options_class: type, main: Callable[[mesh.World, Any], None], prog: str)
         options = parse(options_class, sys.argv[1:], prog)
         debug = options.debug
         promise = {name: value for name, value in as_dict(options).items() if name not in _OWN}
-        tp = options.tp if "tp" in {f.name for f in fields(options_class)} else 0
+        tp = getattr(options, "tp", 0)
         with mesh.start(options, tp, prog, promise) as world:
             main(world, options)
     except UserError as error:

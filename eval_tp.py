@@ -91,7 +91,7 @@ def windows(n: int, block_size: int, stride: int) -> Iterator[tuple[int, int, in
 def measure(model: TensorParallelGPT, tokens: torch.Tensor, stride: int, batch_size: int, show: bool = False) -> tuple[float, int]:
     """Sum of the negative log-likelihoods of tokens[1:] (nats, added up in float64) and their number."""
     n, size = len(tokens), model.config.block_size
-    device = model.transformer["wpe"].weight.device
+    device = model.device
     total, count = 0.0, 0
     every = list(windows(n, size, stride))
     width = min(size, n - 1)

@@ -171,7 +171,7 @@ def _prefill(model: TensorParallelGPT, prompts: list[list[int]], sampling: Sampl
 
 def _last_logits(model: TensorParallelGPT, windows: list[list[int]], cache: KVCache | None) -> Tensor:
     """Local logits [n, v] after the last token of each window; only those positions go through the head."""
-    device = model.transformer["wpe"].weight.device
+    device = model.device
     longest = max(len(window) for window in windows)
     idx = torch.tensor([window + [0] * (longest - len(window)) for window in windows], device=device)
     last = torch.tensor([len(window) - 1 for window in windows], device=device)

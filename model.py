@@ -51,11 +51,13 @@ class KVCache:
     """Keys and values of the tokens read so far, for every layer. Rows of a batch may have different lengths.
 
     k, v: n_layer tensors [B, n_head, size, D] each; a shard keeps its own heads only.
-    lengths: tokens each row has in the cache. `begin` prepares a forward pass, `update` is called by each layer in it,
+    lengths: tokens each row has in the cache. `begin` prepares a forward pass, `update` is called by each layer in turn,
     `advance` ends it. What a pass needs in every layer (positions, mask) is made once, in `begin`.
     """
 
-    def __init__(self, n_layer: int, batch: int, n_head: int, size: int, head_dim: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, n_layer: int, batch: int, n_head: int, size: int, head_dim: int, device: torch.device, dtype: torch.dtype
+    ):
         shape = (batch, n_head, size, head_dim)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layer)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layer)]
@@ -71,6 +73,7 @@ class KVCache:
         device, first, longest = self.k[0].device, min(self.lengths), max(self.lengths)
         if longest + T > self.size:
             raise ValueError(f"{longest} tokens are in the cache, {T} more do not fit its {self.size}")
+        self.layer = 0  # whose turn it is in `update`
         self.uniform, self.start, self.stop = first == longest, first, longest + T
         if self.uniform:
             positions = torch.arange(first, self.stop, device=device).unsqueeze(0)
@@ -86,8 +89,10 @@ class KVCache:
         self.positions = positions
         return positions
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new k and v [B, n_head, T, D] of a layer; returns all it may look at, [B, n_head, stop, D]."""
+    @torch.compiler.disable  # its sizes change with every token: traced, it would be compiled again and again
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new k and v [B, n_head, T, D] of the next layer; returns all it may look at, [B, n_head, stop, D]."""
+        layer, self.layer = self.layer, self.layer + 1
         for cache, new in ((self.k[layer], k), (self.v[layer], v)):
             if self.uniform:
                 cache[:, :, self.start : self.stop] = new
@@ -135,17 +140,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None, dropout: floa
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+        self.n_head, self.dropout = config.n_head, config.dropout
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2).split(self.n_head, dim=1)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)
+            k, v = cache.update(k, v)
         y = self.c_proj(attend(q, k, v, cache, self.dropout if self.training else 0.0))
         return F.dropout(y, self.dropout, self.training)
 
@@ -163,10 +168,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd, config.bias)
-        self.attn = CausalSelfAttention(config, layer)
+        self.attn = CausalSelfAttention(config)
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
@@ -175,22 +180,26 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class Transformer(nn.Module):
+    """Everything but the head."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd, config.bias)
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig, seed: int = 1337):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd={config.n_embd} does not divide into n_head={config.n_head} heads")
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-                "ln_f": LayerNorm(config.n_embd, config.bias),
-            }
-        )
+        self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer["wte"].weight = self.lm_head.weight  # one table, two uses
+        self.transformer.wte.weight = self.lm_head.weight  # one table, two uses
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(initial_tensor(name, tuple(parameter.shape), config.n_layer, seed))
@@ -198,14 +207,14 @@ class GPT(nn.Module):
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """The final hidden state [B, T, C] of tokens idx [B, T]; with a cache, idx follows what the cache holds."""
         T = idx.shape[1]
-        if T > self.config.block_size:
+        if self.config.block_size < T:
             raise ValueError(f"{T} tokens do not fit block_size={self.config.block_size}")
         positions = torch.arange(T, device=idx.device).unsqueeze(0) if cache is None else cache.begin(T)
-        x = self.transformer["wte"](idx) + self.transformer["wpe"](positions)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)
         x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.transformer["h"]:  # type: ignore[union-attr]
+        for block in self.transformer.h:
             x = block(x, cache)
-        return self.transformer["ln_f"](x)  # type: ignore[no-any-return]
+        return self.transformer.ln_f(x)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
         """idx [B, T] -> (logits, loss). With targets [B, T] (-1: ignored): all logits [B, T, V] and the mean loss;
@@ -220,7 +229,7 @@ class GPT(nn.Module):
     def get_num_params(self, non_embedding: bool = True) -> int:
         """As nanoGPT counts: the tied table once, the position table not at all (a 124M GPT-2 prints 123.69M)."""
         total = sum(parameter.numel() for parameter in self.parameters())
-        return total - (self.transformer["wpe"].weight.numel() if non_embedding else 0)  # type: ignore[union-attr,operator]
+        return total - (self.transformer.wpe.weight.numel() if non_embedding else 0)
 
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
@@ -244,9 +253,9 @@ class GPT(nn.Module):
         """
         size, cache = self.config.block_size, None
         if use_cache and idx.shape[1] <= size:
-            table = self.transformer["wte"].weight
+            table = self.transformer.wte.weight
             n_embd, n_head = self.config.n_embd, self.config.n_head
-            cache = KVCache(self.config.n_layer, len(idx), n_head, size, n_embd // n_head, idx.device, table.dtype)  # type: ignore[arg-type]
+            cache = KVCache(self.config.n_layer, len(idx), n_head, size, n_embd // n_head, idx.device, table.dtype)
         for _ in range(max_new_tokens):
             if cache is not None and idx.shape[1] <= size:
                 logits, _ = self(idx[:, cache.lengths[0] :], cache=cache)

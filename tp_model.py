@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, C = n_embd, h = this rank's heads, D = head width, m 
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn as nn
@@ -35,14 +35,14 @@ class CausalSelfAttention(nn.Module):
         here = tp.at("attention", layer)
         self.c_attn = ColumnParallelLinear(config.n_embd, 3 * width, config.bias, here)
         self.c_proj = RowParallelLinear(config.n_embd, width, config.n_embd, config.bias, here)
-        self.tp, self.dropout, self.layer = here, config.dropout, layer
+        self.tp, self.dropout = here, config.dropout
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, _ = x.shape
         h = self.local_n_head
         q, k, v = self.c_attn(x).view(B, T, 3 * h, self.head_dim).transpose(1, 2).split(h, dim=1)  # [B, h, T, D]
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)
+            k, v = cache.update(k, v)
         if self.training and self.dropout > 0:
             y = attend_with_own_dropout(q, k, v, cache, self.dropout, self.tp)
         else:
@@ -92,6 +92,17 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class Transformer(nn.Module):
+    def __init__(self, config: GPTConfig, split: Partition, tp: Axis):
+        super().__init__()
+        lo, hi = split.vocabulary(tp.rank)
+        here = tp.at("embedding")
+        self.wte = VocabParallelEmbedding(config.vocab_size, config.n_embd, lo, hi, split.local_vocab, here)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, split, tp, layer) for layer in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd, config.bias)
+
+
 class TensorParallelGPT(nn.Module):
     """One rank's part of a GPT.
 
@@ -115,16 +126,7 @@ class TensorParallelGPT(nn.Module):
         self.split = split = Partition.of(config, tp.size, vocab_multiple)
         self.vocab_lo, self.vocab_hi = split.vocabulary(tp.rank)
         with torch.device("meta"):  # shapes only: no full tensor is ever allocated
-            self.transformer = nn.ModuleDict(
-                {
-                    "wte": VocabParallelEmbedding(
-                        config.vocab_size, config.n_embd, self.vocab_lo, self.vocab_hi, split.local_vocab, tp.at("embedding")
-                    ),
-                    "wpe": nn.Embedding(config.block_size, config.n_embd),
-                    "h": nn.ModuleList(Block(config, split, tp, layer) for layer in range(config.n_layer)),
-                    "ln_f": LayerNorm(config.n_embd, config.bias),
-                }
-            )
+            self.transformer = Transformer(config, split, tp)
         self.to_empty(device=device)
         self.to(dtype)
         self.load(read or self._draw(seed))
@@ -144,48 +146,50 @@ class TensorParallelGPT(nn.Module):
         """Fill every parameter from `read`. The tied head is the embedding table itself: there is no second copy."""
         rules = self.split.rules()
         for name, parameter in self.named_parameters():
-            rule = rules[name]
-            owned = read(name, rule)
-            if rule.rows is not None:
-                parameter.zero_()
-                parameter = parameter[: len(owned)]
-            if parameter.shape != owned.shape:
-                raise ValueError(f"{name}: rank {self.tp.rank} holds {list(parameter.shape)}, was given {list(owned.shape)}")
-            parameter.copy_(owned)
+            given = read(name, rules[name])
+            parameter.zero_()  # padding rows, where there are any, stay zero
+            owned = self.owned(name, parameter)
+            if owned.shape != given.shape:
+                raise ValueError(f"{name}: rank {self.tp.rank} holds {list(owned.shape)}, was given {list(given.shape)}")
+            owned.copy_(given)
 
     def owned(self, name: str, tensor: Tensor) -> Tensor:
         """The part of a local tensor (a parameter, or optimizer state of its shape) that is not padding."""
         rule = self.split.rules()[name]
         return tensor if rule.rows is None else tensor[: rule.owned(self.tp.rank)]
 
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.wpe.weight.device
+
     def compile_blocks(self) -> None:
         """torch.compile each block in place. The graph breaks at the collectives: what is between two is one graph."""
-        for block in self.transformer["h"]:  # type: ignore[union-attr]
+        for block in self.transformer.h:
             block.compile()
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """The final hidden state [B, T, C], equal on all ranks, of tokens idx [B, T]; with a cache, idx follows it."""
         T = idx.shape[1]
-        if T > self.config.block_size:
+        if self.config.block_size < T:
             raise ValueError(f"{T} tokens do not fit block_size={self.config.block_size}")
         positions = torch.arange(T, device=idx.device).unsqueeze(0) if cache is None else cache.begin(T)
         self.tp.ledger.forward_passes += 1
-        x = self.transformer["wte"](idx) + self.transformer["wpe"](positions)  # all-reduce
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # all-reduce
         x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.transformer["h"]:  # type: ignore[union-attr]
+        for block in self.transformer.h:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, context_fn=self._repeat)  # type: ignore[assignment]
+                x = checkpoint(block, x, use_reentrant=False, context_fn=self._repeat)
             else:
                 x = block(x, cache)
-        return self.transformer["ln_f"](x)  # type: ignore[no-any-return]
+        return self.transformer.ln_f(x)
 
-    def _repeat(self):  # type: ignore[no-untyped-def]
+    def _repeat(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts of a checkpointed block's first and second forward pass: the second belongs to the backward pass."""
         return nullcontext(), self.tp.ledger.recomputing()
 
     def local_logits(self, x: Tensor) -> Tensor:
         """This rank's columns of the logits, [..., vocab_hi - vocab_lo], of hidden states x [..., C]."""
-        return self.transformer["wte"].logits(x)  # type: ignore[no-any-return,operator,union-attr]
+        return self.transformer.wte.logits(x)
 
     def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood [B, T] (float32) of targets [B, T] after idx [B, T]; 0 where the target is -1."""
@@ -212,9 +216,9 @@ class TensorParallelGPT(nn.Module):
     def new_cache(self, batch: int, size: int | None = None) -> KVCache:
         """A KV cache for this rank's heads, for rows of at most `size` tokens (block_size unless given)."""
         lo, hi = self.split.heads(self.tp.rank)
-        table = self.transformer["wpe"].weight
+        table = self.transformer.wpe.weight
         size = self.config.block_size if size is None else size
-        return KVCache(self.config.n_layer, batch, hi - lo, size, self.split.head_dim, table.device, table.dtype)  # type: ignore[arg-type]
+        return KVCache(self.config.n_layer, batch, hi - lo, size, self.split.head_dim, table.device, table.dtype)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Parameters of the full model, as nanoGPT counts them (without the position table)."""
@@ -234,7 +238,8 @@ class TensorParallelGPT(nn.Module):
         counts once. Padding rows have no gradient.
         """
         rules = self.split.rules()
-        shared, own = [], []
+        shared: list[Tensor] = []
+        own: list[Tensor] = []
         for name, parameter in self.named_parameters():
             if parameter.grad is not None:
                 (shared if rules[name].dim is None else own).append(torch.linalg.vector_norm(parameter.grad.float()))

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 import report
 from checkpoints import training
-from checkpoints.shards import ShardDirectory
 from checkpoints.sources import Source, open_source, reader, tokenizer_of
 from checkpoints.training import Progress
 from entry import run
@@ -27,13 +26,17 @@ from model import GPTConfig
 from options import TrainOptions, as_dict
 from parallel.collectives import all_reduce
 from parallel.data_parallel import last_only, replicate
-from parallel.ledger import Account, Ledger
+from parallel.ledger import Account, total
 from parallel.mesh import World, pick_dtype
 from parallel.partition import Rule
 from text.dataset import EVAL_STREAM, Dataset, batch
 from tp_model import Read, TensorParallelGPT
 
 GPT2_VOCAB = 50304  # nanoGPT's table for GPT-2's 50257 tokens
+SHAPES_THE_CURVE = frozenset(
+    "dataset gradient_accumulation_steps batch_size block_size dropout learning_rate weight_decay beta1 beta2 grad_clip "
+    "decay_lr warmup_iters lr_decay_iters min_lr seed dtype".split()
+)  # options whose change on resume a user should hear of
 
 
 def main(world: World, options: TrainOptions) -> None:
@@ -117,7 +120,8 @@ class Run:
     def describe(self) -> str:
         w, c = self.world, self.model.config
         return (
-            f"number of parameters: {self.model.get_num_params() / 1e6:.2f}M ({c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide)\n"
+            f"number of parameters: {self.model.get_num_params() / 1e6:.2f}M "
+            f"({c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide)\n"
             f"world {w.size} = dp {w.dp.size} x tp {w.tp.size}, {w.comm}, {w.device.type}, {str(self.dtype)[6:]}; "
             f"{self.tokens_per_iter:,} tokens/iter = {self.layout.micro_rows} seq x {c.block_size} x "
             f"{self.layout.micro_steps} accum x {w.dp.size} dp"
@@ -204,10 +208,8 @@ def reader_for(source: Source, rank: int, config: GPTConfig) -> Read:
 
 def report_changes(before: dict[str, Any], options: TrainOptions) -> None:
     """Which options that shape the loss curve are not those of the run that is resumed."""
-    free = {"init_from", "max_iters", "tp", "device", "comm", "threads", "report", "debug", "compile", "progress", "log_interval"}
-    free |= {"overwrite", "eval_only", "wandb_log", "wandb_project", "wandb_run_name", "out_dir", "comm_timeout", "keep_last"}
     now = as_dict(options)
-    for key in sorted(before.keys() & now.keys() - free):
+    for key in sorted(before.keys() & now.keys() & SHAPES_THE_CURVE):
         if before[key] != now[key]:
             print(f"resume: {key} is now {now[key]!r}, it was {before[key]!r}", file=sys.stderr)
 
@@ -328,7 +330,9 @@ def learning_rate(options: TrainOptions, iter_num: int) -> float:
 
 def check_finite(run_: Run, loss: float) -> None:
     if not math.isfinite(loss):
-        where = f"last good checkpoint: {training.latest_checkpoint(run_.out_dir)}" if training.has_checkpoints(run_.out_dir) else "no checkpoint yet"
+        where = "no checkpoint yet"
+        if training.has_checkpoints(run_.out_dir):
+            where = f"last good checkpoint: {training.latest_checkpoint(run_.out_dir)}"
         raise UserError(
             f"loss is {loss} at iteration {run_.progress.iter_num}; {where}. Lower --learning_rate or use --dtype=float32, "
             f"then --init_from=resume."
@@ -380,12 +384,13 @@ class Log:
         self.bar = tqdm(total=self.options.max_iters, initial=run_.progress.iter_num, desc="train", unit="it", disable=not show)
         self.losses: dict[str, float] = {}
         self.wandb: Any = None
-        self.file = open(run_.out_dir / "metrics.jsonl", "a", encoding="utf-8") if self.on and not self.options.eval_only else None
+        self.path = run_.out_dir / "metrics.jsonl" if self.on and not self.options.eval_only else None
         if self.on and self.options.wandb_log:
             import wandb
 
+            settings = as_dict(self.options)
             self.wandb = wandb.init(
-                project=self.options.wandb_project, name=self.options.wandb_run_name, config=as_dict(self.options), dir=run_.out_dir
+                project=self.options.wandb_project, name=self.options.wandb_run_name, config=settings, dir=run_.out_dir
             )
 
     def say(self, line: str) -> None:
@@ -398,7 +403,7 @@ class Log:
         if not self.on:
             return
         rate = self.run.tokens_per_iter / seconds
-        calls = all_reduces_per_layer(account, self.run.world.ledger, self.run.model.config.n_layer, self.run.layout.micro_steps)
+        calls = all_reduces_per_layer(account, self.run)
         fraction = sum(tally.seconds for tally in account.values()) / seconds
         line = {
             "iter": iter_num,
@@ -424,34 +429,33 @@ class Log:
     def evaluation(self, iter_num: int, losses: dict[str, float]) -> None:
         self.losses = losses
         self.say(
-            f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f} (perplexity {math.exp(min(losses['val'], 700)):.2f})"
+            f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f} "
+            f"(perplexity {math.exp(min(losses['val'], 700)):.2f})"
         )
 
     def saved(self, path: Path) -> None:
         self.say(f"saved {path}")
 
     def write(self, line: dict[str, Any]) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+        if self.path is not None:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
         if self.wandb is not None:
             self.wandb.log({key: value for key, value in line.items() if key != "iter"}, step=line["iter"])
 
     def close(self) -> None:
-        if self.losses and self.file is not None:
+        if self.losses:
             self.write({"iter": self.run.progress.iter_num, "train_loss": self.losses["train"], "val_loss": self.losses["val"]})
         self.bar.close()
-        if self.file is not None:
-            self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
 
 
-def all_reduces_per_layer(account: Account, ledger: Ledger, n_layer: int, micro_steps: int) -> dict[str, float]:
+def all_reduces_per_layer(account: Account, run_: Run) -> dict[str, float]:
     """All-reduces that one layer makes in a micro-batch's forward and backward pass."""
     inside = {entry: tally for entry, tally in account.items() if entry.layer is not None and entry.op == "all_reduce"}
-    passes = n_layer * micro_steps
-    return {direction: ledger.total(inside, direction=direction).calls / passes for direction in ("forward", "backward")}
+    passes = run_.model.config.n_layer * run_.layout.micro_steps
+    return {direction: total(inside, direction=direction).calls / passes for direction in ("forward", "backward")}
 
 
 if __name__ == "__main__":

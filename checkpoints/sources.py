@@ -188,7 +188,7 @@ class HuggingFaceDirectory:
         """nanoGPT's name -> (file, its name in that file)."""
         index, single = self.directory / "model.safetensors.index.json", self.directory / "model.safetensors"
         if single.is_file():
-            keys = {key: single for key in self._open(single).keys()}
+            keys = dict.fromkeys(self._open(single).keys(), single)
         elif index.is_file():
             weight_map = read_json(index)
             weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None

@@ -141,7 +141,7 @@ def _point(out_dir: Path, name: str) -> None:
 def read_state(out_dir: Path) -> tuple[Path, Progress, dict[str, Any]]:
     """(checkpoint, where its run stood, its options) of the newest checkpoint. UserError where there is none."""
     if not has_checkpoints(out_dir):
-        raise UserError(f"--init_from=resume, but {out_dir} has no checkpoint. Start with --init_from=scratch, or name its out_dir.")
+        raise UserError(f"{out_dir} has no checkpoint to resume. Start with --init_from=scratch, or name its out_dir.")
     path = latest_checkpoint(out_dir)
     raw = read_json(path / STATE)
     try:
@@ -154,7 +154,9 @@ def read_state(out_dir: Path) -> tuple[Path, Progress, dict[str, Any]]:
     return path, progress, raw["options"]
 
 
-def load_optimizer(model: TensorParallelGPT, optimizer: torch.optim.Optimizer, path: Path, optimizer_steps: int, world: World) -> None:
+def load_optimizer(
+    model: TensorParallelGPT, optimizer: torch.optim.Optimizer, path: Path, optimizer_steps: int, world: World
+) -> None:
     """Give the optimizer its moments back, at this run's tp, whatever tp wrote them."""
     if optimizer_steps == 0:
         return

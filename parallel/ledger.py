@@ -89,22 +89,21 @@ class Ledger:
             now[entry].add(tally, sign=-1)
         return {entry: tally for entry, tally in now.items() if tally.calls}
 
-    def total(self, account: Account | None = None, **match: Any) -> Tally:
-        """Sum of the lines whose fields equal `match`, e.g. total(block="mlp", direction="forward")."""
-        total = Tally()
-        for entry, tally in (self.snapshot() if account is None else account).items():
-            if all(getattr(entry, name) == value for name, value in match.items()):
-                total.add(tally)
-        return total
+
+def total(account: Account, **match: Any) -> Tally:
+    """Sum of the lines whose fields equal `match`, e.g. total(account, block="mlp", direction="forward")."""
+    found = Tally()
+    for entry, tally in account.items():
+        if all(getattr(entry, name) == value for name, value in match.items()):
+            found.add(tally)
+    return found
 
 
 def as_json(account: Account, n_layer: int) -> dict[str, Any]:
     """The account in the report's form: layers -> block -> pass -> op -> tally, and the rest under `other`."""
     layers: list[dict[str, Any]] = [{"layer": i, "attention": {}, "mlp": {}} for i in range(n_layer)]
     other: dict[str, Any] = {}
-    total = Tally()
-    for entry, tally in sorted(account.items(), key=lambda item: (str(item[0]))):
+    for entry, tally in account.items():
         blocks = other if entry.layer is None else layers[entry.layer]
         blocks.setdefault(entry.block, {}).setdefault(entry.direction, {})[entry.op] = tally.as_json()
-        total.add(tally)
-    return {"layers": layers, "other": other, "total": total.as_json()}
+    return {"layers": layers, "other": other, "total": total(account).as_json()}

@@ -27,7 +27,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return total.log() - target
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         softmax, index, here = ctx.saved_tensors
         dz = softmax * grad.unsqueeze(-1)
         dz.scatter_add_(-1, index, (-grad * here).unsqueeze(-1))
@@ -49,4 +49,4 @@ def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, lo: int, axis:
 
 @torch.compiler.disable
 def _cross_entropy(logits: Tensor, targets: Tensor, lo: int, axis: Axis) -> Tensor:
-    return _VocabParallelCrossEntropy.apply(logits, targets, lo, axis)  # type: ignore[no-any-return]
+    return _VocabParallelCrossEntropy.apply(logits, targets, lo, axis)

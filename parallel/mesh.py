@@ -33,7 +33,7 @@ class Launch:
             return cls(0, 1, 0, 1)
         missing = [key for key in keys if not os.environ.get(key, "").isdigit()]
         if missing:
-            raise UserError(f"{missing[0]} is not set for this rank. Start ranks with torchrun --standalone --nproc_per_node=N.")
+            raise UserError(f"{missing[0]} is not set. Start ranks with torchrun --standalone --nproc_per_node=N.")
         return cls(*(int(os.environ[key]) for key in keys))
 
 

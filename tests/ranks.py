@@ -18,7 +18,7 @@ from parallel.collectives import Axis
 from parallel.ledger import Ledger
 from parallel.mesh import World, make_axis
 
-TIMEOUT = 60.0
+TIMEOUT = 90.0
 
 
 def run_ranks(size: int, body: Any, *args: Any, tp: int | None = None) -> list[Any]:
@@ -62,8 +62,8 @@ def _rank(rank: int, size: int, tp: int, scratch: str, body: Any, args: tuple[An
             "gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=size, timeout=timedelta(seconds=20)
         )
         mesh = init_device_mesh("cpu", (size // tp, tp), mesh_dim_names=("dp", "tp"))
-        axes = [make_axis(name, mesh, "gloo", ledger) for name in ("tp", "dp")]
-        world = World(rank, size, torch.device("cpu"), "gloo" if size > 1 else "none", *axes, ledger, mesh)
+        tp_axis, dp_axis = (make_axis(name, mesh, "gloo", ledger) for name in ("tp", "dp"))
+        world = World(rank, size, torch.device("cpu"), "gloo" if size > 1 else "none", tp_axis, dp_axis, ledger, mesh)
         result = body(world, *args)
         dist.destroy_process_group()
         (Path(scratch) / f"result-{rank}").write_bytes(pickle.dumps(result))

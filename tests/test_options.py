@@ -219,7 +219,7 @@ def test_backend_is_another_name_for_comm():
 def test_options_are_frozen_and_share_nothing():
     first, second = SampleOptions(), SampleOptions()
     with pytest.raises(dataclasses.FrozenInstanceError):
-        first.seed = 1
+        first.seed = 1  # type: ignore[misc]
     first.start.append("x")
     assert second.start == SampleOptions().start == ["\n"]
 

@@ -183,7 +183,9 @@ class IdsTokenizer:
         words = text.split()
         for word in words:
             if not (word.isascii() and word.isdigit()):
-                raise UserError(f"the model's tokenizer is not known, so a prompt is token ids such as 5 17 3, not {word[:40]!r}")
+                raise UserError(
+                    f"the model's tokenizer is not known, so a prompt is token ids such as 5 17 3, not {word[:40]!r}"
+                )
         return _checked_ids(map(int, words), self.n_vocab)
 
     def encode_ordinary(self, text: str) -> list[int]:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from errors import UserError  # noqa: E402
-from text.dataset import make_directory, token_writer  # noqa: E402
-from text.prepare import options_parser, run  # noqa: E402
-from text.tokenizer import GPT2Tokenizer, write_tokenizer  # noqa: E402
+from errors import UserError
+from text.dataset import make_directory, token_writer
+from text.prepare import options_parser, run
+from text.tokenizer import GPT2Tokenizer, write_tokenizer
 
 HUB_NAME = "Skylion007/openwebtext"
 VAL_FRACTION = 0.0005

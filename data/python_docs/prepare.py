@@ -9,10 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from errors import UserError  # noqa: E402
-from text.dataset import split_and_write  # noqa: E402
-from text.prepare import options_parser, run  # noqa: E402
-from text.tokenizer import CharTokenizer  # noqa: E402
+from errors import UserError
+from text.dataset import split_and_write
+from text.prepare import options_parser, run
+from text.tokenizer import CharTokenizer
 
 
 def help_topics() -> str:

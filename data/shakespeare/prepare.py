@@ -5,9 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from text.dataset import split_and_write  # noqa: E402
-from text.prepare import run, shakespeare_options, shakespeare_text  # noqa: E402
-from text.tokenizer import GPT2Tokenizer  # noqa: E402
+from text.dataset import split_and_write
+from text.prepare import run, shakespeare_options, shakespeare_text
+from text.tokenizer import GPT2Tokenizer
 
 
 def main() -> None:

@@ -1,0 +1,77 @@
+"""The habits this code keeps, checked on its source."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [path for pattern in ("*.py", "parallel/*.py", "checkpoints/*.py", "text/*.py") for path in sorted(ROOT.glob(pattern))]
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def uses(path: Path, *names: str) -> bool:
+    """Whether the file evaluates an attribute such as dist.x or os.environ."""
+    tree = ast.parse(path.read_text())
+    return any(ast.unparse(node) in names or ast.unparse(node.value) in names for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_globals_and_no_hooks(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Global)]
+    hooks = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and "_hook" in node.attr]
+    # DDP's comm hook is how its messages reach the ledger; nothing else hides in a hook
+    assert hooks == (["register_comm_hook"] if path.name == "data_parallel.py" else [])
+
+
+def test_the_model_knows_nothing_of_processes() -> None:
+    assert not [name for name in imports(ROOT / "model.py") if name.split(".")[0] in ("parallel", "checkpoints", "text", "tp_model")]
+    for name in ("partition.py", "ledger.py"):
+        assert not [module for module in imports(ROOT / "parallel" / name) if module.startswith("torch")]
+
+
+def test_arrows_point_down() -> None:
+    above = {"tp_model", "checkpoints", "text", "generation", "report", "options", "entry"}
+    for path in ROOT.glob("parallel/*.py"):
+        assert not above & {name.split(".")[0] for name in imports(path)}, path
+    entries = {"sample_tp", "train_tp", "eval_tp", "shard_checkpoint", "entry"}
+    for path in [*ROOT.glob("checkpoints/*.py"), *ROOT.glob("text/*.py"), ROOT / "tp_model.py", ROOT / "generation.py"]:
+        assert not entries & {name.split(".")[0] for name in imports(path)}, path
+
+
+def test_ranks_talk_in_one_place() -> None:
+    talks = {path.name for path in SOURCES if uses(path, "dist")}
+    assert talks == {"collectives.py", "mesh.py", "entry.py"}  # entry.py names an error class
+
+
+def test_the_environment_is_read_in_few_places() -> None:
+    reads = {path.name for path in SOURCES if uses(path, "os.environ", "os.getenv")}
+    assert reads <= {"mesh.py", "entry.py", "tokenizer.py"}  # the tokenizer looks where tiktoken keeps its files
+
+
+def test_heavy_imports_stay_in_their_branches() -> None:
+    for path in SOURCES:
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        modules = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+        modules |= {node.module or "" for node in top if isinstance(node, ast.ImportFrom)}
+        assert not {"transformers", "wandb", "tiktoken", "huggingface_hub", "datasets"} & {name.split(".")[0] for name in modules}, path
+
+
+def test_every_option_is_read_somewhere() -> None:
+    import dataclasses
+
+    import options
+
+    text = "".join(path.read_text() for path in SOURCES if path.name != "options.py")
+    for name in ("SampleOptions", "TrainOptions", "EvalOptions", "SplitOptions", "MergeOptions", "VerifyOptions", "InspectOptions"):
+        for field in dataclasses.fields(getattr(options, name)):
+            assert f".{field.name}" in text or field.name == "backend", f"{name}.{field.name} is a dead knob"
