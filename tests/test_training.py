@@ -1,0 +1,314 @@
+"""train_tp.main on forked ranks: the same curve at every layout, exact resume, and what ends a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_tp
+from checkpoints import training
+from checkpoints.shards import read_manifest
+from errors import UserError
+from model import GPT, GPTConfig
+from options import TrainOptions
+from parallel.mesh import World
+from ranks import run_ranks
+from text.dataset import EVAL_STREAM, batch
+from text.dataset import Dataset
+from text.tokenizer import CharTokenizer
+
+TINY: dict[str, Any] = {
+    "dataset": "letters", "n_layer": 2, "n_head": 4, "n_embd": 16, "block_size": 8, "batch_size": 2, "bias": True,
+    "gradient_accumulation_steps": 4, "max_iters": 20, "eval_interval": 10, "eval_iters": 2, "learning_rate": 1e-2,
+    "min_lr": 1e-3, "warmup_iters": 3, "lr_decay_iters": 20, "log_interval": 100, "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset with something to learn: 13 letters, each mostly followed by the next."""
+    home = tmp_path_factory.mktemp("data") / "letters"
+    home.mkdir()
+    steps = np.random.default_rng(0).choice([1, 1, 1, 2, 5], 3000)
+    ids = (np.cumsum(steps) % 13).astype("<u2")
+    ids[:2700].tofile(home / "train.bin")
+    ids[2700:].tofile(home / "val.bin")
+    (home / "tokenizer.json").write_text(json.dumps({"kind": "char", "chars": list("abcdefghijklm")}))
+    return home.parent
+
+
+def options(letters: Path, out: Path, **changes: Any) -> TrainOptions:
+    return TrainOptions(**{**TINY, "data_dir": str(letters), "out_dir": str(out), **changes})
+
+
+def _train(world: World, settings: TrainOptions) -> None:
+    train_tp.main(world, settings)
+
+
+def curve(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def figures(out: Path) -> np.ndarray:
+    return np.array([[line["loss"], line["grad_norm"]] for line in curve(out)])
+
+
+def trained(letters: Path, out: Path, size: int, tp: int, **changes: Any) -> np.ndarray:
+    run_ranks(size, _train, options(letters, out, tp=tp, **changes), tp=tp)
+    return figures(out)
+
+
+@pytest.fixture(scope="module")
+def one(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
+    """The run on one rank that the others must repeat."""
+    out = tmp_path_factory.mktemp("one")
+    return out, trained(letters, out, 1, 1)
+
+
+@pytest.mark.parametrize("size, tp", [(2, 2), (3, 3), (4, 4), (2, 1), (4, 2)], ids=["tp2", "tp3", "tp4", "dp2", "dp2-tp2"])
+def test_the_curve_is_the_same_at_every_layout(letters: Path, tmp_path: Path, one: Any, size: int, tp: int) -> None:
+    mine, expected = trained(letters, tmp_path, size, tp), one[1]
+    assert len(mine) == 20
+    np.testing.assert_allclose(mine, expected, rtol=1e-4)
+    assert mine[-1, 0] < 0.8 * mine[0, 0]  # and it learns
+
+
+def test_the_reference_trains_alike(letters: Path, one: Any) -> None:
+    """model.py with torch's own clipping and AdamW, written out: not this program's loop."""
+    config = GPTConfig(block_size=8, vocab_size=13, n_layer=2, n_head=4, n_embd=16)
+    model, settings = GPT(config), options(letters, Path())
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}], betas=(0.9, 0.95),
+    )  # fmt: skip
+    tokens, rows = Dataset(letters / "letters").train, []
+    for step in range(20):
+        for group in optimizer.param_groups:
+            group["lr"] = train_tp.learning_rate(settings, step)
+        _, loss = model(*batch(tokens, range(8), 8, settings.seed, step))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        rows.append([loss.item(), norm.item()])
+    np.testing.assert_allclose(one[1], np.array(rows), rtol=1e-4)
+
+
+def test_metrics_say_what_happened(one: Any) -> None:
+    lines = [json.loads(line) for line in (one[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iter"] for line in lines] == [*range(20), 20]
+    assert {"iter", "loss", "lr", "grad_norm", "tokens_per_s", "all_reduce_per_layer", "comm_fraction"} <= lines[5].keys()
+    assert [line["iter"] for line in lines if "val_loss" in line] == [0, 10, 20]
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"]
+
+
+def test_metrics_count_megatrons_all_reduces(letters: Path, tmp_path: Path) -> None:
+    trained(letters, tmp_path, 2, 2, max_iters=2)
+    assert curve(tmp_path)[1]["all_reduce_per_layer"] == {"forward": 2.0, "backward": 2.0}
+
+
+def _data_parallel_account(world: World, settings: TrainOptions) -> tuple[int, dict[str, int]]:
+    train_tp.main(world, settings)
+    mine = {f"{e.direction}": t.bytes for e, t in world.ledger.tallies.items() if e.block == "data_parallel"}
+    calls = {f"{e.direction}": t.calls for e, t in world.ledger.tallies.items() if e.block == "data_parallel"}
+    return calls["backward"], mine
+
+
+def test_data_parallel_messages_are_accounted_and_sent_once_an_iteration(letters: Path, tmp_path: Path) -> None:
+    """With 4 micro-batches an iteration the gradients travel in the last one's backward pass alone."""
+    settings = options(letters, tmp_path, tp=1, max_iters=3, eval_interval=100)
+    _, moved = run_ranks(2, _data_parallel_account, settings, tp=1)[0]
+    config = GPTConfig(block_size=8, vocab_size=13, n_layer=2, n_head=4, n_embd=16)
+    padded = sum(p.numel() for p in GPT(config).parameters()) + (64 - 13) * 16  # the table's padding rows travel along
+    assert moved["backward"] == 3 * 4 * padded
+
+
+def deaf_to_gradients(world: World, settings: TrainOptions) -> None:
+    from parallel import data_parallel
+
+    def alone(x: torch.Tensor, axis: Any, direction: str) -> torch.futures.Future[torch.Tensor]:
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(x)
+        return future
+
+    data_parallel.average_later = alone
+    train_tp.main(world, settings)
+
+
+def test_the_gradient_average_is_needed(letters: Path, tmp_path: Path, one: Any) -> None:
+    run_ranks(2, deaf_to_gradients, options(letters, tmp_path, tp=1), tp=1)
+    assert np.abs(figures(tmp_path) / one[1] - 1).max() > 1e-3
+
+
+def deaf_to_losses(world: World, settings: TrainOptions) -> None:
+    train_tp.all_reduce = lambda x, axis, direction, op="sum": x  # type: ignore[assignment]
+    train_tp.main(world, settings)
+
+
+def test_the_loss_average_is_needed(letters: Path, tmp_path: Path, one: Any) -> None:
+    run_ranks(2, deaf_to_losses, options(letters, tmp_path, tp=1), tp=1)
+    assert np.abs(figures(tmp_path)[:, 0] / one[1][:, 0] - 1).max() > 1e-3
+
+
+# --- resume ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("size, tp", [(1, 1), (2, 2)])
+def test_resume_continues_bit_for_bit(letters: Path, tmp_path: Path, size: int, tp: int, dropout: float) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    expected = trained(letters, whole, size, tp, dropout=dropout)
+    trained(letters, halves, size, tp, dropout=dropout, max_iters=10)
+    mine = trained(letters, halves, size, tp, dropout=dropout, init_from="resume")
+    assert np.array_equal(mine, expected)
+    for rank in range(tp):
+        for part in ("", "optimizer/"):
+            name = f"step-000020/{part}rank-{rank:02d}-of-{tp:02d}.safetensors"
+            a, b = load_file(whole / name), load_file(halves / name)
+            assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("before, after", [(2, 3), (3, 1), (1, 4), (4, 2)])
+def test_resume_at_another_tp(letters: Path, tmp_path: Path, one: Any, before: int, after: int) -> None:
+    trained(letters, tmp_path, before, before, max_iters=10)
+    mine = trained(letters, tmp_path, after, after, init_from="resume")
+    np.testing.assert_allclose(mine, one[1], rtol=1e-4)
+    assert read_manifest(tmp_path / "step-000020").tp == after
+
+
+def test_resume_under_data_parallel(letters: Path, tmp_path: Path, one: Any) -> None:
+    trained(letters, tmp_path, 2, 2, max_iters=10)
+    mine = trained(letters, tmp_path, 4, 2, init_from="resume")
+    np.testing.assert_allclose(mine, one[1], rtol=1e-4)
+
+
+def test_a_resume_after_a_crash_repeats_the_lines_it_lost(letters: Path, tmp_path: Path, one: Any) -> None:
+    trained(letters, tmp_path, 1, 1, max_iters=10)
+    with open(tmp_path / "metrics.jsonl", "a") as file:  # iterations 10 to 12 ran, and were lost with the process
+        file.writelines(json.dumps({"iter": i, "loss": 9.9, "grad_norm": 9.9}) + "\n" for i in (10, 11, 12))
+    assert np.array_equal(trained(letters, tmp_path, 1, 1, init_from="resume"), one[1])
+
+
+def test_checkpoints_are_kept_and_pointed_at(letters: Path, tmp_path: Path) -> None:
+    trained(letters, tmp_path, 1, 1, eval_interval=4, keep_last=2, learning_rate=1e-3)
+    assert [path.name for path in training.steps(tmp_path)] == ["step-000016", "step-000020"]
+    assert (tmp_path / "latest").read_text() == "step-000020\n"
+    assert not list(tmp_path.glob(".*tmp*"))
+
+
+def test_save_interval_saves_between_evaluations(letters: Path, tmp_path: Path) -> None:
+    trained(letters, tmp_path, 1, 1, max_iters=8, eval_interval=100, save_interval=3, keep_last=0)
+    assert [path.name for path in training.steps(tmp_path)] == ["step-000003", "step-000006", "step-000008"]
+
+
+def test_only_the_best_is_saved_when_asked(letters: Path, tmp_path: Path) -> None:
+    trained(letters, tmp_path, 1, 1, max_iters=12, eval_interval=4, always_save_checkpoint=False, learning_rate=0.0, decay_lr=False)
+    assert training.steps(tmp_path) == []  # with no learning rate nothing is ever better than the start
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(letters: Path, tmp_path: Path) -> None:
+    trained(letters, tmp_path, 1, 1, max_iters=10)
+    with pytest.raises(AssertionError, match="has checkpoints of an earlier run"):
+        trained(letters, tmp_path, 1, 1)
+    assert (tmp_path / "step-000010" / "shards.json").is_file()
+    trained(letters, tmp_path, 1, 1, max_iters=5, eval_interval=5, overwrite=True)
+    assert [path.name for path in training.steps(tmp_path)] == ["step-000005"]
+
+
+def test_a_damaged_optimizer_shard_is_refused(letters: Path, tmp_path: Path) -> None:
+    trained(letters, tmp_path, 2, 2, max_iters=10)
+    victim = tmp_path / "step-000010" / "optimizer" / "rank-01-of-02.safetensors"
+    raw = bytearray(victim.read_bytes())
+    raw[-3] ^= 1
+    victim.write_bytes(raw)
+    with pytest.raises(AssertionError, match="is damaged or from another split"):
+        trained(letters, tmp_path, 2, 2, init_from="resume")
+
+
+# --- fine-tuning and evaluation -------------------------------------------------------------------------------------
+
+
+def test_fine_tuning_starts_from_the_sources_weights(letters: Path, tmp_path: Path, one: Any) -> None:
+    out = tmp_path / "tuned"
+    mine = trained(letters, out, 2, 2, init_from=str(one[0]), max_iters=3)
+    assert mine[0, 0] < 0.8 * one[1][0, 0]
+    best = json.loads((one[0] / "step-000020" / "training.json").read_text())["progress"]["best_val_loss"]
+    first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["val_loss"] == pytest.approx(best, rel=1e-5)
+
+
+def test_a_shorter_context_crops_the_position_table(letters: Path, tmp_path: Path, one: Any) -> None:
+    trained(letters, tmp_path / "tuned", 1, 1, init_from=str(one[0]), max_iters=1, block_size=5)
+    assert read_manifest(tmp_path / "tuned" / "step-000001").model.block_size == 5
+
+
+def _evaluation(world: World, settings: TrainOptions) -> dict[str, float]:
+    run_ = train_tp.prepare(world, settings, Dataset(Path(settings.data_dir) / settings.dataset))
+    return train_tp.evaluate(run_)
+
+
+def test_evaluation_is_the_reference_on_the_same_batches(letters: Path, tmp_path: Path) -> None:
+    losses = run_ranks(4, _evaluation, options(letters, tmp_path, tp=2), tp=2)
+    assert all(loss == losses[0] for loss in losses)
+    model = GPT(GPTConfig(block_size=8, vocab_size=13, n_layer=2, n_head=4, n_embd=16))
+    tokens = Dataset(letters / "letters").val
+    expected = [model(*batch(tokens, range(2 * k, 2 * k + 2), 8, 1337, 0, EVAL_STREAM))[1].item() for k in range(2)]
+    assert losses[0]["val"] == pytest.approx(sum(expected) / 2, rel=1e-5)
+
+
+def test_eval_only_writes_nothing(letters: Path, tmp_path: Path) -> None:
+    run_ranks(1, _train, options(letters, tmp_path / "none", eval_only=True))
+    assert not (tmp_path / "none").exists()
+
+
+# --- what ends a run ------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(letters: Path, tmp_path: Path) -> None:
+    trained(letters, tmp_path, 1, 1, max_iters=10)
+    with pytest.raises(AssertionError) as error:
+        trained(letters, tmp_path, 2, 2, init_from="resume", learning_rate=1e30, min_lr=1e30, decay_lr=False, grad_clip=0.0)
+    assert "UserError: loss is nan at iteration 11; last good checkpoint: " in str(error.value)
+    assert (tmp_path / "latest").read_text() == "step-000010\n"
+
+
+def test_foreign_tokens_are_refused(letters: Path, tmp_path: Path, one: Any) -> None:
+    other = tmp_path / "data" / "letters"
+    other.mkdir(parents=True)
+    for name in ("train.bin", "val.bin"):
+        (other / name).write_bytes((letters / "letters" / name).read_bytes())
+    (other / "tokenizer.json").write_text(json.dumps(CharTokenizer(list("nopqrstuvwxyz")).to_json()))
+    with pytest.raises(AssertionError, match="was trained on char tokens, the dataset's tokenizer is another"):
+        trained(other.parent, tmp_path / "out", 1, 1, init_from=str(one[0]))
+
+
+@pytest.mark.parametrize("rows, dp, expected", [
+    ((40, 12), 1, (40, 12)), ((40, 12), 4, (10, 12)), ((1, 64), 2, (1, 32)), ((3, 4), 2, (2, 3)), ((5, 6), 3, (2, 5)),
+])  # fmt: skip
+def test_rows_are_dealt_without_gap_or_overlap(rows: tuple[int, int], dp: int, expected: tuple[int, int]) -> None:
+    settings = TrainOptions(gradient_accumulation_steps=rows[0], batch_size=rows[1])
+    layouts = [train_tp.Layout.of(settings, rank, dp) for rank in range(dp)]
+    assert (layouts[0].micro_steps, layouts[0].micro_rows) == expected
+    dealt = [row for layout in layouts for micro in range(layout.micro_steps) for row in layout.micro(micro)]
+    assert dealt == list(range(rows[0] * rows[1]))
+
+
+def test_rows_that_cannot_be_shared_are_refused() -> None:
+    with pytest.raises(UserError, match="an iteration has 15 rows .* dp=2 ranks cannot share them evenly"):
+        train_tp.Layout.of(TrainOptions(gradient_accumulation_steps=5, batch_size=3), 0, 2)
+
+
+def test_the_learning_rate_follows_the_published_schedule() -> None:
+    settings = TrainOptions(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110)
+    rates = [train_tp.learning_rate(settings, i) for i in (0, 9, 10, 60, 110, 500)]
+    assert rates == pytest.approx([1 / 11, 10 / 11, 1.0, 0.55, 0.1, 0.1])
+
+
+def test_streams_differ_by_step_micro_and_dp_rank() -> None:
+    seeds = {train_tp.stream_seed(1337, step, micro, dp) for step in range(20) for micro in range(5) for dp in range(4)}
+    assert len(seeds) == 400 and all(0 <= seed < 2**63 for seed in seeds)
