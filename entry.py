@@ -71,8 +71,9 @@ def _die(status: int, message: str, show_traceback: bool) -> None:
         if show_traceback:
             traceback.print_exc()
         print(message, file=sys.stderr, flush=True)
+        time.sleep(0.3)  # others may be asking who speaks, of a store that this process may hold
     else:
-        # give the rank that speaks the time to finish its line: torchrun ends all ranks when the first one exits
-        time.sleep(5)
+        # torchrun ends all ranks when the first one exits: the one that speaks comes first, though it may start late
+        time.sleep(1 if dist.is_initialized() else 5)
     sys.stdout.flush()
     os._exit(status)

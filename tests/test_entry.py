@@ -1,0 +1,219 @@
+"""How runs end: one line from one rank for a mistake, and nobody left behind when a rank dies."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import entry
+from errors import UserError
+from options import RunOptions, TrainOptions
+from parallel import mesh
+from parallel.collectives import all_reduce
+from parallel.mesh import World
+
+ROOT = Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch(
+    size: int, main: Callable[[World, Any], None], scratch: Path, argv: list[str], options: type = RunOptions, seconds: float = 10
+) -> list[tuple[int | None, str]]:
+    """entry.run on forked ranks, with nobody to end them but themselves: (exit status, standard error) of each."""
+    context, port = multiprocessing.get_context("fork"), free_port()
+    ranks = [context.Process(target=_rank, args=(rank, size, port, main, scratch, argv, options)) for rank in range(size)]
+    for rank in ranks:
+        rank.start()
+    deadline = time.monotonic() + seconds
+    for rank in ranks:
+        rank.join(max(0.0, deadline - time.monotonic()))
+    late = [i for i, rank in enumerate(ranks) if rank.is_alive()]
+    for rank in ranks:
+        rank.kill()
+    assert not late, f"ranks {late} were still there after {seconds} s"
+    return [(rank.exitcode, (scratch / f"stderr-{i}").read_text()) for i, rank in enumerate(ranks)]
+
+
+def _rank(rank: int, size: int, port: int, main: Any, scratch: Path, argv: list[str], options: type) -> None:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    os.environ.update(zip(names, map(str, (rank, rank, size, size)), strict=True))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    log = os.open(scratch / f"stderr-{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(log, 2)
+    sys.stderr = os.fdopen(2, "w", closefd=False)
+    sys.argv = ["prog.py", *argv]
+    entry.run(options, main, "prog.py")
+    os._exit(0)
+
+
+def spoken(ends: list[tuple[int | None, str]]) -> str:
+    """What all ranks together said; the tests below want one line, once."""
+    return "".join(text for _, text in ends)
+
+
+def _fine(world: World, options: Any) -> None:
+    assert all_reduce(torch.ones(1), world.tp.at("mlp", 0), "forward").item() == world.size
+
+
+def test_a_good_run_says_nothing_and_exits_0(tmp_path: Path) -> None:
+    assert launch(3, _fine, tmp_path, ["--device=cpu"]) == [(0, "")] * 3
+
+
+def test_a_mistyped_option_is_one_line_from_one_rank(tmp_path: Path) -> None:
+    ends = launch(2, _fine, tmp_path, ["--sed=3"])
+    assert spoken(ends) == "prog.py: unknown option --sed. Did you mean --seed? (prog.py --help lists all)\n"
+    assert [status for status, _ in ends] == [2, 2]
+
+
+def test_a_world_that_tp_does_not_divide(tmp_path: Path) -> None:
+    ends = launch(3, _fine, tmp_path, ["--tp=2"], TrainOptions)
+    assert spoken(ends) == (
+        "prog.py: world size 3 cannot be split into tensor-parallel groups of 2. Use --tp in {1, 3}, or start 2 or 4 "
+        "processes: torchrun --standalone --nproc_per_node=4 prog.py ...\n"
+    )
+
+
+def _mistake(world: World, options: Any) -> None:
+    if world.rank == 1:
+        raise UserError("there is no such thing.")
+    all_reduce(torch.ones(1), world.tp.at("mlp", 3), "backward")
+
+
+def test_a_mistake_that_one_rank_finds_is_said_by_that_rank_alone(tmp_path: Path) -> None:
+    ends = launch(3, _mistake, tmp_path, ["--device=cpu"])
+    assert spoken(ends) == "prog.py: there is no such thing.\n"
+    assert ends[1][0] == 2 and all(status for status, _ in ends)
+
+
+def _bug(world: World, options: Any) -> None:
+    if world.rank == 1:
+        raise RuntimeError("a bug of ours")
+    for _ in range(3):
+        all_reduce(torch.ones(1), world.tp.at("mlp", 3), "forward")
+
+
+def test_a_rank_that_raises_takes_all_down_and_its_error_is_shown_once(tmp_path: Path) -> None:
+    ends = launch(3, _bug, tmp_path, ["--device=cpu"])
+    assert spoken(ends).count("prog.py:") == 1
+    assert "prog.py: rank 1: RuntimeError: a bug of ours\n" in ends[1][1] and "Traceback" in ends[1][1]
+    assert [status for status, _ in ends] == [1, 1, 1]
+
+
+def _killed(world: World, options: Any) -> None:
+    for i in range(1000):
+        if world.rank == 1 and i == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        all_reduce(torch.ones(1), world.tp.at("mlp", 3), "forward")
+
+
+def test_a_killed_rank_takes_all_down_and_is_named(tmp_path: Path) -> None:
+    ends = launch(3, _killed, tmp_path, ["--device=cpu"])
+    said = spoken(ends)
+    assert said.count("prog.py:") == 1
+    assert "lost contact with its peers (rank 1 is gone) in all_reduce (layer 3, mlp, forward): " in said
+    assert [status for status, _ in ends] == [1, -signal.SIGKILL, 1]
+
+
+def _stuck(world: World, options: Any) -> None:
+    if world.rank == 1:
+        time.sleep(60)
+    all_reduce(torch.ones(1), world.tp.at("attention", 0), "forward")
+
+
+def test_a_rank_that_never_comes_is_waited_for_no_longer_than_the_limit(tmp_path: Path) -> None:
+    context_end = launch_until(_stuck, tmp_path, ["--device=cpu", "--comm_timeout=2"])
+    assert "in all_reduce (layer 0, attention, forward): " in context_end
+
+
+def launch_until(main: Any, scratch: Path, argv: list[str]) -> str:
+    """Rank 0's standard error where rank 1 is asleep and never ends by itself."""
+    with pytest.raises(AssertionError, match=r"ranks \[1\] were still there"):
+        launch(2, main, scratch, argv, seconds=8)
+    return (scratch / "stderr-0").read_text()
+
+
+def _disagree(world: World, options: Any) -> None:
+    raise AssertionError("never started")
+
+
+def test_ranks_that_were_told_different_things_do_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_dict = entry.as_dict
+    monkeypatch.setattr(entry, "as_dict", lambda options: as_dict(options) | {"seed": 7 if os.environ["RANK"] == "1" else 8})
+    ends = launch(2, _disagree, tmp_path, ["--device=cpu"])
+    said = spoken(ends)
+    assert said.count("prog.py:") == 1 and "has seed=7, rank 0 has 8.\n" in said
+    assert "prog.py: ranks disagree on options: rank 1 (host " in said
+
+
+def test_debug_shows_the_traceback_of_a_mistake(tmp_path: Path) -> None:
+    said = spoken(launch(2, _mistake, tmp_path, ["--device=cpu", "--debug"]))
+    assert "Traceback" in said and said.endswith("prog.py: there is no such thing.\n")
+
+
+@pytest.mark.parametrize("device, comm, size, message", [
+    ("cuda", "auto", 1, "--device=cuda, but torch sees no CUDA device. Use --device=cpu."),
+    ("gpu", "auto", 1, "--device=gpu is not a device. Use auto, cpu, cuda or cuda:N."),
+    ("cpu", "nccl", 2, "--comm=nccl needs GPUs, the device is cpu. Use --comm=gloo."),
+    ("mps", "auto", 2, "--device=mps runs one rank only: it has no collectives. Use --device=cpu for several ranks."),
+])  # fmt: skip
+def test_devices_that_cannot_be(device: str, comm: str, size: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    there = mesh.Launch(0, size, 0, size)
+    with pytest.raises(UserError) as error:
+        mesh.pick_comm(comm, mesh.pick_device(device, there, False), there)
+    assert str(error.value) == message
+
+
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    there = mesh.Launch(3, 4, 3, 4)
+    with pytest.raises(UserError, match="4 processes on this host but 2 CUDA devices. Start 2, pass --device=cpu, or share"):
+        mesh.pick_device("cuda", there, False)
+    shared = mesh.pick_device("cuda", there, True)
+    assert shared == torch.device("cuda", 1)
+    assert mesh.pick_comm("auto", shared, there) == "gloo"  # nccl cannot share a device
+    assert mesh.pick_comm("auto", torch.device("cuda", 0), mesh.Launch(0, 2, 0, 2)) == "nccl"
+
+
+def test_a_half_set_environment_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="WORLD_SIZE is not set. Start ranks with torchrun"):
+        mesh.Launch.from_environment()
+
+
+def torchrun(size: int, *words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.slow
+def test_torchrun_ends_within_seconds_of_a_rank_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import entry, test_entry\nfrom options import RunOptions\n"
+        "import time, pathlib\n"
+        f"mark = pathlib.Path({str(tmp_path / 'mark')!r})\n"
+        "def main(world, options):\n    mark.write_text(str(time.time()))\n    test_entry._killed(world, options)\n"
+        "entry.run(RunOptions, main, 'prog.py')\n"
+    )
+    done = torchrun(2, str(script), "--device=cpu")
+    took = time.time() - float((tmp_path / "mark").read_text())
+    assert done.returncode != 0 and took < 10
+    assert "exitcode  : -9" in done.stderr and done.stderr.count("prog.py:") <= 1
