@@ -312,3 +312,26 @@ def test_the_learning_rate_follows_the_published_schedule() -> None:
 def test_streams_differ_by_step_micro_and_dp_rank() -> None:
     seeds = {train_tp.stream_seed(1337, step, micro, dp) for step in range(20) for micro in range(5) for dp in range(4)}
     assert len(seeds) == 400 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+# --- half precision -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_follows_float32(letters: Path, tmp_path: Path, one: Any, dtype: str) -> None:
+    mine = trained(letters, tmp_path, 2, 2, dtype=dtype, max_iters=8)
+    np.testing.assert_allclose(mine[:, 0], one[1][:8, 0], rtol=2e-2)  # bfloat16 keeps 8 bits
+    assert read_manifest(tmp_path / "step-000008").dtype == "float32"  # master weights
+
+
+def _overflow(world: World, settings: TrainOptions) -> tuple[int, float, bool]:
+    run_ = train_tp.prepare(world, settings, Dataset(Path(settings.data_dir) / settings.dataset))
+    run_.progress.loss_scale = 2.0**120
+    before = [p.detach().clone() for p in run_.model.parameters()]
+    train_tp.iterate(run_, 1e-2)
+    same = all(torch.equal(a, b) for a, b in zip(before, run_.model.parameters(), strict=True))
+    return run_.progress.optimizer_steps, run_.progress.loss_scale, same
+
+
+def test_an_overflow_in_float16_is_skipped_by_all_ranks_alike(letters: Path, tmp_path: Path) -> None:
+    assert run_ranks(3, _overflow, options(letters, tmp_path, dtype="float16")) == [(0, 2.0**119, True)] * 3
