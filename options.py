@@ -325,7 +325,7 @@ def _typed_option(word: str, words: deque[str], keys: Mapping[str, _Key], prog: 
     typed, equals, text = word[2:].partition("=")
     name = typed.replace("-", "_")
     # Under torchrun, Pythons before 3.12.7 take --start for an abbreviation of torchrun's own --start-method: hence --prompt.
-    name = next((key.name for key in keys.values() if key.limits.get("also") == name), name)
+    name = next((key.name for key in keys.values() if name and key.limits.get("also") == name), name)
     if name not in keys:
         meant = _nearest_option(name, keys)
         raise UserError(f"unknown option --{typed}{_did_you_mean(meant and '--' + meant)} ({prog} --help lists all)")

@@ -149,7 +149,7 @@ def finish(
         "decode_tokens": timing.decode_tokens,
         "decode_tokens_per_s": rate,
     }
-    samples = []
+    samples: list[dict[str, Any]] = []
     if world.is_main:
         for row, listener in zip(result.rows, stage.listeners, strict=True):
             new = row.tokens[row.prompt_tokens :]

@@ -9,7 +9,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from checkpoints.shards import (
 from checkpoints.sources import ShardSource, Source, is_conv1d, latest_checkpoint, open_source, tokenizer_of
 from errors import UserError
 from model import GPTConfig
-from options import InspectOptions, MergeOptions, SplitOptions, VerifyOptions, parse_command
+from options import EntryOptions, InspectOptions, MergeOptions, SplitOptions, VerifyOptions, parse_command
 from parallel.partition import Partition, Rule
 
 
@@ -225,7 +225,7 @@ def inspect(options: InspectOptions) -> None:
         print(f"{name:<36} {' x '.join(map(str, entry.shape)):>14} {how:>12}")
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[type[EntryOptions], Callable[[Any], None]]] = {
     "split": (SplitOptions, split),
     "merge": (MergeOptions, merge),
     "verify": (VerifyOptions, verify),

@@ -33,10 +33,11 @@ from text.dataset import EVAL_STREAM, Dataset, batch
 from tp_model import Read, TensorParallelGPT
 
 GPT2_VOCAB = 50304  # nanoGPT's table for GPT-2's 50257 tokens
-SHAPES_THE_CURVE = frozenset(
-    "dataset gradient_accumulation_steps batch_size block_size dropout learning_rate weight_decay beta1 beta2 grad_clip "
-    "decay_lr warmup_iters lr_decay_iters min_lr seed dtype".split()
-)  # options whose change on resume a user should hear of
+# options whose change on resume a user should hear of
+SHAPES_THE_CURVE = {
+    "dataset", "gradient_accumulation_steps", "batch_size", "block_size", "dropout", "learning_rate", "weight_decay", "beta1",
+    "beta2", "grad_clip", "decay_lr", "warmup_iters", "lr_decay_iters", "min_lr", "seed", "dtype",
+}  # fmt: skip
 
 
 def main(world: World, options: TrainOptions) -> None:

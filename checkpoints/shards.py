@@ -120,7 +120,7 @@ def _parse(raw: Any) -> Manifest:
 def parse_config(raw: Any) -> GPTConfig:
     """A GPTConfig from untrusted JSON; every field must be there, of its type and in range."""
     _require(isinstance(raw, dict), "`model` is not an object.")
-    values = {}
+    values: dict[str, Any] = {}
     for field in fields(GPTConfig):
         _require(field.name in raw, f"model.{field.name} is missing.")
         value = raw[field.name]
@@ -282,7 +282,7 @@ def _locate(rule: Rule, lo: int, hi: int) -> Iterator[tuple[int, int, int]]:
 
 def _narrow(part: Any, dim: int, lo: int, hi: int) -> Tensor:
     """Entries [lo, hi) along dim of a safetensors slice, read from the file's mapping."""
-    return part[(slice(None),) * dim + (slice(lo, hi),)]  # type: ignore[no-any-return]
+    return part[(slice(None),) * dim + (slice(lo, hi),)]
 
 
 def _cat(parts: list[Tensor], dim: int) -> Tensor:

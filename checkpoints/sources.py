@@ -119,7 +119,7 @@ def latest_checkpoint(directory: Path) -> Path:
 class ShardSource(ShardDirectory):
     """A shard directory as a source. Its files are checked byte by byte as they are opened for a run, each by one rank."""
 
-    dataset = None
+    dataset: str | None = None
 
     def __init__(self, directory: Path, verify: tuple[int, int] | None = None):
         super().__init__(directory)
@@ -173,7 +173,7 @@ class HuggingFaceDirectory:
     transformers keeps the linear weights as [in, out] (Conv1D); here they are [out, in].
     """
 
-    dataset = None
+    dataset: str | None = None
 
     def __init__(self, directory: Path, description: str = ""):
         self.directory = directory
@@ -245,7 +245,7 @@ class HuggingFaceDirectory:
 def _runs_of(part: Any, dim: int | None, runs: Iterable[Run]) -> Tensor:
     """Runs along dim of a safetensors slice or a tensor."""
     if dim is None:
-        return part[:]  # type: ignore[no-any-return]
+        return part[:]
     pieces = [part[(slice(None),) * dim + (slice(lo, hi),)] for lo, hi in runs]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 

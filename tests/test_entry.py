@@ -31,7 +31,12 @@ def free_port() -> int:
 
 
 def launch(
-    size: int, main: Callable[[World, Any], None], scratch: Path, argv: list[str], options: type = RunOptions, seconds: float = 10
+    size: int,
+    main: Callable[[World, Any], None],
+    scratch: Path,
+    argv: list[str],
+    options: type = RunOptions,
+    seconds: float = 10,
 ) -> list[tuple[int | None, str]]:
     """entry.run on forked ranks, with nobody to end them but themselves: (exit status, standard error) of each."""
     context, port = multiprocessing.get_context("fork"), free_port()

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [path for pattern in ("*.py", "parallel/*.py", "checkpoints/*.py", "text/*.py") for path in sorted(ROOT.glob(pattern))]
+SOURCES = [
+    path for pattern in ("*.py", "parallel/*.py", "checkpoints/*.py", "text/*.py") for path in sorted(ROOT.glob(pattern))
+]
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -21,7 +23,11 @@ def imports(path: Path) -> Iterator[str]:
 def uses(path: Path, *names: str) -> bool:
     """Whether the file evaluates an attribute such as dist.x or os.environ."""
     tree = ast.parse(path.read_text())
-    return any(ast.unparse(node) in names or ast.unparse(node.value) in names for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    return any(
+        ast.unparse(node) in names or ast.unparse(node.value) in names
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+    )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -34,7 +40,9 @@ def test_no_globals_and_no_hooks(path: Path) -> None:
 
 
 def test_the_model_knows_nothing_of_processes() -> None:
-    assert not [name for name in imports(ROOT / "model.py") if name.split(".")[0] in ("parallel", "checkpoints", "text", "tp_model")]
+    assert not [
+        name for name in imports(ROOT / "model.py") if name.split(".")[0] in ("parallel", "checkpoints", "text", "tp_model")
+    ]
     for name in ("partition.py", "ledger.py"):
         assert not [module for module in imports(ROOT / "parallel" / name) if module.startswith("torch")]
 
@@ -63,7 +71,9 @@ def test_heavy_imports_stay_in_their_branches() -> None:
         top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
         modules = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
         modules |= {node.module or "" for node in top if isinstance(node, ast.ImportFrom)}
-        assert not {"transformers", "wandb", "tiktoken", "huggingface_hub", "datasets"} & {name.split(".")[0] for name in modules}, path
+        assert not {"transformers", "wandb", "tiktoken", "huggingface_hub", "datasets"} & {
+            name.split(".")[0] for name in modules
+        }, path
 
 
 def test_every_option_is_read_somewhere() -> None:
@@ -72,6 +82,14 @@ def test_every_option_is_read_somewhere() -> None:
     import options
 
     text = "".join(path.read_text() for path in SOURCES if path.name != "options.py")
-    for name in ("SampleOptions", "TrainOptions", "EvalOptions", "SplitOptions", "MergeOptions", "VerifyOptions", "InspectOptions"):
+    for name in (
+        "SampleOptions",
+        "TrainOptions",
+        "EvalOptions",
+        "SplitOptions",
+        "MergeOptions",
+        "VerifyOptions",
+        "InspectOptions",
+    ):
         for field in dataclasses.fields(getattr(options, name)):
             assert f".{field.name}" in text or field.name == "backend", f"{name}.{field.name} is a dead knob"

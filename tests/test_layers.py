@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import alone, run_ranks
 from torch import Tensor
 
 from parallel.collectives import Axis
@@ -10,7 +11,6 @@ from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParall
 from parallel.loss import vocab_parallel_cross_entropy
 from parallel.mesh import World
 from parallel.partition import round_up, spans
-from ranks import alone, run_ranks
 
 SIZES = [1, 2, 3, 4]
 close = torch.testing.assert_close  # float32's own tolerance (1.3e-6 relative): only the order of sums differs
@@ -42,8 +42,9 @@ def _column_row(world: World) -> None:
     y.backward(dy)
     close(y, expected)
     close(mine.grad, x.grad)
-    for got, full in ((column.weight.grad, w1.grad[lo:hi]), (column.bias.grad, b1.grad[lo:hi])):
-        close(got, full)
+    assert w1.grad is not None and b1.grad is not None and w2.grad is not None
+    close(column.weight.grad, w1.grad[lo:hi])
+    close(column.bias.grad, b1.grad[lo:hi])
     close(row.weight.grad, w2.grad[:, lo:hi])
     close(row.bias.grad, b2.grad)  # whole on every rank: added once, after the all-reduce
     assert torch.equal(mine, kept) and torch.equal(dy, kept_dy)  # nobody writes into an argument or a gradient

@@ -71,6 +71,6 @@ def test_a_rank_of_four_takes_less_than_half_the_memory_of_one(tmp_path: Path) -
     whole, _, _ = load(tmp_path / "tp1", 0, 1)
     for rank in (0, 3):
         peak, base, weights = load(tmp_path / "tp4", rank, 4)
-        print(f"tp 1: {whole / 1e6:.0f} MB; rank {rank} of 4: {peak / 1e6:.0f} MB, {base / 1e6:.0f} before, {weights / 1e6:.0f} weights")
+        print(f"MB: tp 1 {whole / 1e6:.0f}; rank {rank} of 4 {peak / 1e6:.0f}, {base / 1e6:.0f} of it before the weights")
         assert peak < whole / 2
         assert peak - base < 1.6 * weights  # the weights, and one tensor on its way

@@ -529,3 +529,7 @@ def test_options_needs_nothing_but_the_standard_library():
             "print(sorted({m.partition('.')[0] for m in sys.modules} - sys.stdlib_module_names - {'__main__'}))")
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "['errors', 'options']", done.stderr
+
+
+def test_start_has_a_second_name_that_torchrun_does_not_take_for_its_own():
+    assert parse(SampleOptions, ["--prompt=a", "--start=b", "--prompt", "c"], "sample_tp.py").start == ["a", "b", "c"]

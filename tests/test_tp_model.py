@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ranks import alone, run_ranks
 from torch import Tensor
 
 from model import GPT, GPTConfig
 from parallel import collectives
 from parallel.mesh import World
 from parallel.partition import Partition
-from ranks import alone, run_ranks
-from tp_model import TensorParallelGPT, take
+from tp_model import TensorParallelGPT, attend_with_own_dropout, take
 
 SMALL = GPTConfig(block_size=16, vocab_size=131, n_layer=2, n_head=5, n_embd=20)
 
@@ -54,7 +54,9 @@ def deaf(block: str, direction: str, op: str) -> None:
     collectives._all_reduce = partly
 
 
-def worst_error(world: World, config: GPTConfig, dropped: tuple[str, str, str] | None = None, checkpointing: bool = False) -> float:
+def worst_error(
+    world: World, config: GPTConfig, dropped: tuple[str, str, str] | None = None, checkpointing: bool = False
+) -> float:
     """Largest relative error of loss, gradient norm and any parameter's gradient against model.py."""
     if dropped:
         deaf(*dropped)
@@ -129,7 +131,12 @@ def test_the_account_is_megatrons_and_the_profilers(tp: int) -> None:
     seen, counted = told.pop("profiler")
     assert seen == counted
     message = 3 * SMALL.block_size * SMALL.n_embd * 4  # B x T x C float32
-    expected = {f"{layer} {block} {way}": (1, message) for layer in (0, 1) for block in ("attention", "mlp") for way in ("forward", "backward")}
+    expected = {
+        f"{layer} {block} {way}": (1, message)
+        for layer in (0, 1)
+        for block in ("attention", "mlp")
+        for way in ("forward", "backward")
+    }
     expected |= {"None embedding forward": (1, message), "None head backward": (1, message)}
     rows = 3 * SMALL.block_size * 4
     expected |= {"None loss forward": (2, 3 * rows), "None optimizer step": (1, 4)}
@@ -154,12 +161,9 @@ def _dropout(world: World) -> tuple[Tensor, float, Tensor]:
     _, loss = model(idx, targets)
     assert loss is not None
     loss.backward()
-    attention = model.transformer.h[0].attn
     torch.manual_seed(5)
     q = torch.ones(1, 1, 16, 4)
-    from tp_model import attend_with_own_dropout
-
-    mask = attend_with_own_dropout(q, q, q, None, 0.5, attention.tp)
+    mask = attend_with_own_dropout(q, q, q, None, 0.5, world.tp)
     grad = model.transformer.wpe.weight.grad
     assert grad is not None
     return x.detach(), grad.norm().item(), mask

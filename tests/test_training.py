@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file
 
 import train_tp
@@ -16,9 +17,7 @@ from errors import UserError
 from model import GPT, GPTConfig
 from options import TrainOptions
 from parallel.mesh import World
-from ranks import run_ranks
-from text.dataset import EVAL_STREAM, batch
-from text.dataset import Dataset
+from text.dataset import EVAL_STREAM, Dataset, batch
 from text.tokenizer import CharTokenizer
 
 TINY: dict[str, Any] = {
@@ -146,7 +145,7 @@ def test_the_gradient_average_is_needed(letters: Path, tmp_path: Path, one: Any)
 
 
 def deaf_to_losses(world: World, settings: TrainOptions) -> None:
-    train_tp.all_reduce = lambda x, axis, direction, op="sum": x  # type: ignore[assignment]
+    train_tp.all_reduce = lambda x, axis, direction, op="sum": x
     train_tp.main(world, settings)
 
 
@@ -207,7 +206,9 @@ def test_save_interval_saves_between_evaluations(letters: Path, tmp_path: Path) 
 
 
 def test_only_the_best_is_saved_when_asked(letters: Path, tmp_path: Path) -> None:
-    trained(letters, tmp_path, 1, 1, max_iters=12, eval_interval=4, always_save_checkpoint=False, learning_rate=0.0, decay_lr=False)
+    trained(
+        letters, tmp_path, 1, 1, max_iters=12, eval_interval=4, always_save_checkpoint=False, learning_rate=0.0, decay_lr=False
+    )
     assert training.steps(tmp_path) == []  # with no learning rate nothing is ever better than the start
 
 
