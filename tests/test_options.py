@@ -431,7 +431,7 @@ def test_the_figures_in_our_own_config_files():
     assert gpt2.batch_size * gpt2.block_size * gpt2.gradient_accumulation_steps == 491520
     assert math.isclose(491520 * gpt2.max_iters, 300e9, rel_tol=0.02)
     assert baby.batch_size * baby.block_size * baby.gradient_accumulation_steps == 16384
-    assert demo.max_iters == demo.lr_decay_iters == 600 and demo.n_embd % demo.n_head == 0
+    assert demo.max_iters == demo.lr_decay_iters and demo.n_embd % demo.n_head == 0
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
