@@ -311,7 +311,8 @@ def stream_seed(seed: int, step: int, micro: int, dp_rank: int) -> int:
 
 def next_batch(run_: Run, rows: range, step: int, split: str = "train", stream: int = 0) -> tuple[Tensor, Tensor]:
     tokens = run_.dataset.train if split == "train" else run_.dataset.val
-    x, y = batch(tokens, rows, run_.model.config.block_size, run_.options.seed, step, stream)
+    config = run_.model.config
+    x, y = batch(tokens, rows, config.block_size, run_.options.seed, step, stream, config.vocab_size)
     if run_.world.device.type == "cuda":
         return x.pin_memory().to(run_.world.device, non_blocking=True), y.pin_memory().to(run_.world.device, non_blocking=True)
     return x, y

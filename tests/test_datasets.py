@@ -326,3 +326,16 @@ def test_prepare_ends_in_one_line(tmp_path, content, options, message):
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and message in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_an_id_beyond_the_part_checked_before_a_run_is_found_when_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr("text.dataset.CHECKED_TOKENS", 16)
+    monkeypatch.setattr("text.dataset.SCAN_TOKENS", 16)
+    ids = np.zeros(100, dtype="<u2")
+    ids[90] = 7
+    for name in ("train.bin", "val.bin"):
+        ids.tofile(tmp_path / name)
+    dataset = Dataset(tmp_path)
+    dataset.check(8, 5)  # the first tokens are fine
+    with pytest.raises(UserError, match=r"token id 7 at position 90 is outside the model's vocabulary \(vocab_size 5\)"):
+        batch(dataset.train, range(64), 8, 0, 0, vocab_size=5)
