@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import entry
 import report
 from checkpoints import training
 from checkpoints.sources import Source, open_source, reader, tokenizer_of
 from checkpoints.training import Progress
-from entry import run
 from errors import UserError
 from model import GPTConfig
 from options import TrainOptions, as_dict
@@ -43,17 +43,17 @@ SHAPES_THE_CURVE = {
 def main(world: World, options: TrainOptions) -> None:
     report.check_report(options.report)
     dataset = Dataset(Path(options.data_dir) / options.dataset)
-    run_ = prepare(world, options, dataset)
+    run = prepare(world, options, dataset)
     if world.is_main:
-        print(run_.describe())
+        print(run.describe())
     begun = time.perf_counter()
-    train(run_)
+    train(run)
     world.synchronize()
     seconds = time.perf_counter() - begun
-    done = run_.progress.tokens_seen - run_.first.tokens_seen
+    done = run.progress.tokens_seen - run.first.tokens_seen
     timing = {"train_s": seconds, "tokens": done, "tokens_per_s": done / seconds}
     made = report.build(
-        "train_tp", world, run_.model, world.ledger.snapshot(), timing, seconds, best_val_loss=run_.progress.best_val_loss
+        "train_tp", world, run.model, world.ledger.snapshot(), timing, seconds, best_val_loss=run.progress.best_val_loss
     )
     if world.is_main:
         print(report.account_table(made))
@@ -229,76 +229,76 @@ def start_directory(out_dir: Path, iter_num: int, options: TrainOptions) -> None
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 
-def train(run_: Run) -> None:
+def train(run: Run) -> None:
     """Iterate until max_iters, evaluating and saving in between. Every rank does all of it; rank 0 prints and writes."""
-    options, progress, world = run_.options, run_.progress, run_.world
-    log = Log(run_)
+    options, progress, world = run.options, run.progress, run.world
+    log = Log(run)
     while True:
         iter_num = progress.iter_num
         last = iter_num >= options.max_iters
         if iter_num % options.eval_interval == 0 or last or options.eval_only:
-            losses = evaluate(run_)
+            losses = evaluate(run)
             log.evaluation(iter_num, losses)
             if options.eval_only:
                 break
             better = losses["val"] < progress.best_val_loss
             progress.best_val_loss = min(losses["val"], progress.best_val_loss)
-            if iter_num > run_.first.iter_num and (better or options.always_save_checkpoint):
-                log.saved(save(run_))
-        elif options.save_interval and iter_num % options.save_interval == 0 and iter_num > run_.first.iter_num:
-            log.saved(save(run_))
+            if iter_num > run.first.iter_num and (better or options.always_save_checkpoint):
+                log.saved(save(run))
+        elif options.save_interval and iter_num % options.save_interval == 0 and iter_num > run.first.iter_num:
+            log.saved(save(run))
         if last:
             break
         before, started = world.ledger.snapshot(), time.perf_counter()
         lr = learning_rate(options, iter_num)
-        loss, grad_norm = iterate(run_, lr)
+        loss, grad_norm = iterate(run, lr)
         seconds = time.perf_counter() - started
-        check_finite(run_, loss)
+        check_finite(run, loss)
         progress.iter_num += 1
-        progress.tokens_seen += run_.tokens_per_iter
+        progress.tokens_seen += run.tokens_per_iter
         log.iteration(iter_num, loss, lr, grad_norm, seconds, world.ledger.since(before))
     log.close()
 
 
-def iterate(run_: Run, lr: float) -> tuple[float, float]:
+def iterate(run: Run, lr: float) -> tuple[float, float]:
     """One AdamW step over the iteration's rows. Returns (mean loss, norm of the full gradient), equal on all ranks."""
-    options, world, progress = run_.options, run_.world, run_.progress
-    for group in run_.optimizer.param_groups:
+    options, world, progress = run.options, run.world, run.progress
+    for group in run.optimizer.param_groups:
         group["lr"] = lr
-    scale = progress.loss_scale if run_.dtype == torch.float16 else 1.0
+    scale = progress.loss_scale if run.dtype == torch.float16 else 1.0
     total = torch.zeros((), device=world.device)
-    for micro in range(run_.layout.micro_steps):
+    for micro in range(run.layout.micro_steps):
         # replicated activations: one dropout mask across tp, another for each dp rank and micro-batch
         torch.manual_seed(stream_seed(options.seed, progress.iter_num, micro, world.dp.rank))
-        x, y = next_batch(run_, run_.layout.micro(micro), progress.iter_num)
-        model = last_only(run_.wrapped, micro == run_.layout.micro_steps - 1)
-        with run_.autocast():
+        x, y = next_batch(run, run.layout.micro(micro), progress.iter_num)
+        model = last_only(run.wrapped, micro == run.layout.micro_steps - 1)
+        with run.autocast():
             _, loss = model(x, y)
-        loss = loss / run_.layout.micro_steps
+        loss = loss / run.layout.micro_steps
         total += loss.detach()
         (loss * scale).backward()
     total = all_reduce(total, world.dp.at("data_parallel"), "step") / world.dp.size
-    grad_norm = run_.model.grad_norm().item() / scale
-    take_step(run_, grad_norm, scale)
+    grad_norm = run.model.grad_norm().item() / scale
+    take_step(run, grad_norm, scale)
     return total.item(), grad_norm
 
 
-def take_step(run_: Run, grad_norm: float, scale: float) -> None:
+def take_step(run: Run, grad_norm: float, scale: float) -> None:
     """Clip, and update unless the gradient overflowed. All ranks hold the same norm, so all decide alike."""
-    options, progress = run_.options, run_.progress
+    options, progress = run.options, run.progress
     clip = options.grad_clip / (grad_norm + 1e-6) if options.grad_clip else 1.0
     factor = min(clip, 1.0) / scale
     if math.isfinite(grad_norm):
         if factor != 1.0:
-            gradients = [p.grad for p in run_.model.parameters() if p.grad is not None]
+            gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, factor)
-        run_.optimizer.step()
+        run.optimizer.step()
         progress.optimizer_steps += 1
-    if run_.dtype == torch.float16:  # halve the loss's scale after an overflow, double it after 2000 good steps
+    if run.dtype == torch.float16:  # halve the loss's scale after an overflow, double it after 2000 good steps
         good = math.isfinite(grad_norm)
         double = good and progress.optimizer_steps % 2000 == 0
         progress.loss_scale *= 2.0 if double else 1.0 if good else 0.5
-    run_.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=True)
 
 
 def stream_seed(seed: int, step: int, micro: int, dp_rank: int) -> int:
@@ -309,12 +309,12 @@ def stream_seed(seed: int, step: int, micro: int, dp_rank: int) -> int:
     return mixed
 
 
-def next_batch(run_: Run, rows: range, step: int, split: str = "train", stream: int = 0) -> tuple[Tensor, Tensor]:
-    tokens = run_.dataset.train if split == "train" else run_.dataset.val
-    config = run_.model.config
-    x, y = batch(tokens, rows, config.block_size, run_.options.seed, step, stream, config.vocab_size)
-    if run_.world.device.type == "cuda":
-        return x.pin_memory().to(run_.world.device, non_blocking=True), y.pin_memory().to(run_.world.device, non_blocking=True)
+def next_batch(run: Run, rows: range, step: int, split: str = "train", stream: int = 0) -> tuple[Tensor, Tensor]:
+    tokens = run.dataset.train if split == "train" else run.dataset.val
+    config = run.model.config
+    x, y = batch(tokens, rows, config.block_size, run.options.seed, step, stream, config.vocab_size)
+    if run.world.device.type == "cuda":
+        return x.pin_memory().to(run.world.device, non_blocking=True), y.pin_memory().to(run.world.device, non_blocking=True)
     return x, y
 
 
@@ -330,46 +330,46 @@ def learning_rate(options: TrainOptions, iter_num: int) -> float:
     return options.min_lr + 0.5 * (1.0 + math.cos(math.pi * done)) * (options.learning_rate - options.min_lr)
 
 
-def check_finite(run_: Run, loss: float) -> None:
+def check_finite(run: Run, loss: float) -> None:
     if not math.isfinite(loss):
         where = "no checkpoint yet"
-        if training.has_checkpoints(run_.out_dir):
-            where = f"last good checkpoint: {training.latest_checkpoint(run_.out_dir)}"
+        if training.has_checkpoints(run.out_dir):
+            where = f"last good checkpoint: {training.latest_checkpoint(run.out_dir)}"
         raise UserError(
-            f"loss is {loss} at iteration {run_.progress.iter_num}; {where}. Lower --learning_rate or use --dtype=float32, "
+            f"loss is {loss} at iteration {run.progress.iter_num}; {where}. Lower --learning_rate or use --dtype=float32, "
             f"then --init_from=resume."
         )
 
 
 @torch.no_grad()
-def evaluate(run_: Run) -> dict[str, float]:
+def evaluate(run: Run) -> dict[str, float]:
     """Mean loss of each split over eval_iters batches, always the same ones; dp ranks share the batches."""
-    world, model, n = run_.world, run_.model, run_.options.batch_size
+    world, model, n = run.world, run.model, run.options.batch_size
     losses = {}
     model.eval()
     for split in ("train", "val"):
         total = torch.zeros((), device=world.device)
-        for k in range(world.dp.rank, run_.options.eval_iters, world.dp.size):
-            x, y = next_batch(run_, range(k * n, (k + 1) * n), 0, split, EVAL_STREAM)
-            with run_.autocast():
+        for k in range(world.dp.rank, run.options.eval_iters, world.dp.size):
+            x, y = next_batch(run, range(k * n, (k + 1) * n), 0, split, EVAL_STREAM)
+            with run.autocast():
                 _, loss = model(x, y)
             total += loss
         total = all_reduce(total, world.dp.at("data_parallel"), "step")
-        losses[split] = total.item() / run_.options.eval_iters
+        losses[split] = total.item() / run.options.eval_iters
     model.train()
     return losses
 
 
-def save(run_: Run) -> Path:
+def save(run: Run) -> Path:
     return training.save(
-        run_.world,
-        run_.model,
-        run_.optimizer,
-        run_.out_dir,
-        run_.progress,
-        run_.dataset.tokenizer.to_json(),
-        as_dict(run_.options),
-        run_.options.keep_last,
+        run.world,
+        run.model,
+        run.optimizer,
+        run.out_dir,
+        run.progress,
+        run.dataset.tokenizer.to_json(),
+        as_dict(run.options),
+        run.options.keep_last,
     )
 
 
@@ -379,20 +379,20 @@ def save(run_: Run) -> Path:
 class Log:
     """metrics.jsonl, the terminal and, if asked, wandb: the same numbers. Silent on every rank but 0."""
 
-    def __init__(self, run_: Run):
-        self.run, self.options = run_, run_.options
-        self.on = run_.world.is_main
+    def __init__(self, run: Run):
+        self.run, self.options = run, run.options
+        self.on = run.world.is_main
         show = self.on and self.options.progress and sys.stderr.isatty() and not self.options.eval_only
-        self.bar = tqdm(total=self.options.max_iters, initial=run_.progress.iter_num, desc="train", unit="it", disable=not show)
+        self.bar = tqdm(total=self.options.max_iters, initial=run.progress.iter_num, desc="train", unit="it", disable=not show)
         self.losses: dict[str, float] = {}
         self.wandb: Any = None
-        self.path = run_.out_dir / "metrics.jsonl" if self.on and not self.options.eval_only else None
+        self.path = run.out_dir / "metrics.jsonl" if self.on and not self.options.eval_only else None
         if self.on and self.options.wandb_log:
             import wandb
 
             settings = as_dict(self.options)
             self.wandb = wandb.init(
-                project=self.options.wandb_project, name=self.options.wandb_run_name, config=settings, dir=run_.out_dir
+                project=self.options.wandb_project, name=self.options.wandb_run_name, config=settings, dir=run.out_dir
             )
 
     def say(self, line: str) -> None:
@@ -453,12 +453,12 @@ class Log:
             self.wandb.finish()
 
 
-def all_reduces_per_layer(account: Account, run_: Run) -> dict[str, float]:
+def all_reduces_per_layer(account: Account, run: Run) -> dict[str, float]:
     """All-reduces that one layer makes in a micro-batch's forward and backward pass."""
     inside = {entry: tally for entry, tally in account.items() if entry.layer is not None and entry.op == "all_reduce"}
-    passes = run_.model.config.n_layer * run_.layout.micro_steps
+    passes = run.model.config.n_layer * run.layout.micro_steps
     return {direction: total(inside, direction=direction).calls / passes for direction in ("forward", "backward")}
 
 
 if __name__ == "__main__":
-    run(TrainOptions, main, "train_tp.py")
+    entry.run(TrainOptions, main, "train_tp.py")
