@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import report
@@ -17,16 +18,20 @@ from checkpoints.sources import Source, open_source, tokenizer_of
 from entry import run
 from errors import UserError
 from options import EvalOptions
+from parallel.loss import vocab_parallel_cross_entropy
 from parallel.mesh import World
 from sample_tp import load
 from text.dataset import Dataset
 from text.files import read_text
 from tp_model import TensorParallelGPT
 
+HEAD_ROWS = 1024
+
 
 def main(world: World, options: EvalOptions) -> None:
     started = time.perf_counter()
-    report.check_report(options.report)
+    if world.is_main:
+        report.check_place(options.report, "report")
     if bool(options.text) == bool(options.dataset):
         raise UserError("give what to measure: either --text=FILE or --dataset=NAME.")
     source = open_source(options.out_dir if options.init_from == "resume" else options.init_from, (world.rank, world.size))
@@ -35,26 +40,27 @@ def main(world: World, options: EvalOptions) -> None:
     if stride > source.config.block_size:
         raise UserError(f"--stride={stride} is more than block_size={source.config.block_size}: tokens would be left out.")
     model = load(world, source, options)
+    world.synchronize()
     load_s = time.perf_counter() - started
     started = time.perf_counter()
     total, count = measure(model, tokens, stride, options.batch_size, show=world.is_main and sys.stderr.isatty())
-    world.synchronize()
     seconds = time.perf_counter() - started
-    loss = total / count
-    evaluation = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": count, "stride": stride}
-    if n_bytes:
-        evaluation["bits_per_byte"] = total / math.log(2) / n_bytes
     timing = {"load_s": load_s, "eval_s": seconds, "tokens_per_s": count / seconds}
+    evaluation = figures(total, count, stride, n_bytes)
     made = report.build("eval_tp", world, model, world.ledger.snapshot(), timing, seconds, evaluation=evaluation)
     if world.is_main:
         print(report.account_table(made), file=sys.stderr)
-        print(", ".join(f"{key} {value:,.6g}" if isinstance(value, float) else f"{key} {value:,}" for key, value in evaluation.items()))
+        shown = (f"{key} {value:,.6g}" if isinstance(value, float) else f"{key} {value:,}" for key, value in evaluation.items())
+        print(", ".join(shown))
         if options.report:
             report.write(options.report, made)
 
 
-def read_tokens(source: Source, options: EvalOptions) -> tuple[torch.Tensor, int]:
-    """The ids to measure, int64, and how many bytes of text the predicted ones stand for (0 if not known)."""
+def read_tokens(source: Source, options: EvalOptions) -> tuple[Tensor, int]:
+    """The ids to measure, int64, and how many bytes of text the predicted ones stand for (0 if not known).
+
+    Text is a document: "<|endoftext|>" written in it is text like any other, as where training data is prepared.
+    """
     vocab_size, most = source.config.vocab_size, options.max_tokens or sys.maxsize
     n_bytes = 0
     if options.dataset:
@@ -64,12 +70,26 @@ def read_tokens(source: Source, options: EvalOptions) -> tuple[torch.Tensor, int
         ids = torch.from_numpy(file[: min(most, len(file))].astype("int64"))
     else:
         tokenizer = tokenizer_of(source, options.tokenizer)
-        encoded = tokenizer.encode(read_text(options.text))[:most]
+        encoded = tokenizer.encode_ordinary(read_text(options.text))[:most]
         n_bytes = len(tokenizer.decode_bytes(encoded[1:]))
         ids = torch.tensor(encoded, dtype=torch.int64)
+    what = options.text or options.dataset
     if len(ids) < 2:
-        raise UserError(f"{options.text or options.dataset} has {len(ids)} tokens: at least 2 are needed to predict one.")
+        raise UserError(f"{what} has {len(ids)} tokens: at least 2 are needed to predict one.")
+    if ids.max() >= vocab_size:
+        raise UserError(f"{what} has token id {ids.max()}, the model's vocab_size is {vocab_size}: not its tokenizer?")
     return ids, n_bytes
+
+
+def figures(total: float, count: int, stride: int, n_bytes: int) -> dict[str, float]:
+    """What is reported of `count` tokens whose negative log-likelihoods add up to `total` nats."""
+    loss = total / count
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss}: the model's weights are damaged, or too large for this precision (try --dtype=float32)."
+        )
+    evaluation = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": count, "stride": stride}
+    return evaluation | ({"bits_per_byte": total / math.log(2) / n_bytes} if n_bytes else {})
 
 
 def windows(n: int, block_size: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -88,24 +108,39 @@ def windows(n: int, block_size: int, stride: int) -> Iterator[tuple[int, int, in
 
 
 @torch.inference_mode()
-def measure(model: TensorParallelGPT, tokens: torch.Tensor, stride: int, batch_size: int, show: bool = False) -> tuple[float, int]:
+def measure(model: TensorParallelGPT, tokens: Tensor, stride: int, batch_size: int, show: bool = False) -> tuple[float, int]:
     """Sum of the negative log-likelihoods of tokens[1:] (nats, added up in float64) and their number."""
-    n, size = len(tokens), model.config.block_size
-    device = model.device
+    every = list(windows(len(tokens), model.config.block_size, stride))
     total, count = 0.0, 0
-    every = list(windows(n, size, stride))
-    width = min(size, n - 1)
     for i in tqdm(range(0, len(every), batch_size), desc="eval", unit="batch", disable=not show):
-        batch = every[i : i + batch_size]
-        idx = torch.zeros(len(batch), width, dtype=torch.int64)
-        targets = torch.full((len(batch), width), -1, dtype=torch.int64)
-        for row, (start, stop, first) in enumerate(batch):
-            idx[row, : stop - start] = tokens[start:stop]
-            targets[row, first : stop - start] = tokens[start + 1 + first : stop + 1]
-        losses = model.token_losses(idx.to(device), targets.to(device))
-        total += losses.double().sum().item()
-        count += int((targets >= 0).sum())
+        idx, targets = fill(tokens, every[i : i + batch_size])
+        counts = targets >= 0
+        hidden = model.hidden(idx.to(model.device))[counts.to(model.device)]  # [n, C]: only what counts goes through the head
+        total += summed_losses(model, hidden, targets[counts].to(model.device))
+        count += int(counts.sum())
     return total, count
+
+
+def fill(tokens: Tensor, batch: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+    """Inputs and targets [B, T] int64 of these windows; a target of -1 does not count. Padding is at the end of a row,
+    where causal attention never looks back from."""
+    width = max(stop - start for start, stop, _ in batch)
+    idx = torch.zeros(len(batch), width, dtype=torch.int64)
+    targets = torch.full((len(batch), width), -1, dtype=torch.int64)
+    for row, (start, stop, first) in enumerate(batch):
+        idx[row, : stop - start] = tokens[start:stop]
+        targets[row, first : stop - start] = tokens[start + 1 + first : stop + 1]
+    return idx, targets
+
+
+def summed_losses(model: TensorParallelGPT, hidden: Tensor, targets: Tensor) -> float:
+    """Sum of the losses of targets [n] after hidden states [n, C]. Logits exist for HEAD_ROWS of them at a time: those
+    of a whole batch would be larger than the model."""
+    losses = [
+        vocab_parallel_cross_entropy(model.local_logits(x), y, model.vocab_lo, model.tp).double().sum()
+        for x, y in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
+    ]
+    return float(torch.stack(losses).sum())
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ every collective here; rank 0 of the tp axis alone chooses tokens and decides wh
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,8 +20,6 @@ from parallel.collectives import all_gather, broadcast
 from text.tokenizer import StreamDecoder, Tokenizer
 from tp_model import TensorParallelGPT
 
-OnToken = Callable[[int, int], bool]  # (row, token) -> whether the row ends here; called on rank 0 of the tp axis only
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -29,6 +27,7 @@ class Sampling:
 
     temperature 0 is greedy. top_k 0 keeps all. top_p keeps the likeliest tokens that together reach that probability.
     overflow, at block_size tokens: slide (the last block_size count), stop (the row ends), error.
+    batch_size: rows written at a time, which bounds the memory; the tokens do not depend on it.
     """
 
     n_tokens: int
@@ -40,37 +39,52 @@ class Sampling:
     seed: int = 1337
     overflow: str = "slide"
     kv_cache: bool = True
+    batch_size: int = 32
 
 
 @dataclass
 class Row:
-    """One sequence: its prompt's number, which of that prompt's samples it is, and all its tokens so far."""
+    """One sequence: its number, its prompt's, which of that prompt's samples it is, and all its tokens so far."""
 
+    number: int
     prompt: int
     sample: int
     tokens: list[int]
     prompt_tokens: int
+    ended: bool = False
 
     @property
     def new(self) -> int:
         return len(self.tokens) - self.prompt_tokens
 
 
+class Audience(Protocol):
+    """Who follows the rows as they are written; called on rank 0 of the tp axis only."""
+
+    def hear(self, row: Row, token: int) -> bool:
+        """The row's next token, not yet in it. True: the row ends with it."""
+        ...
+
+    def end(self, row: Row) -> None:
+        """The row is complete."""
+        ...
+
+
 @dataclass
 class Timing:
-    """Seconds; a decode step is one forward pass of every unfinished row after the prefill."""
+    """Seconds, over all groups of rows. A decode step adds one token to every unfinished row of a group."""
 
     prefill_s: float = 0.0
-    time_to_first_token_s: float = 0.0  # from the start of the prefill
+    time_to_first_token_s: float = 0.0  # from the start of the first prefill
     decode_s: float = 0.0
-    decode_tokens: int = 0
-    kv_cache_bytes: int = 0
+    decode_tokens: int = 0  # the tokens after each row's first
+    kv_cache_bytes: int = 0  # the most that was held
     slid: bool = False
 
 
 @dataclass
 class Generation:
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Row]
     timing: Timing = field(default_factory=Timing)
 
 
@@ -78,95 +92,111 @@ def check_prompts(prompts: list[list[int]], vocab_size: int, block_size: int, sa
     """UserError for a prompt that cannot be continued: empty, of foreign ids, or too long for the overflow rule."""
     if not prompts:
         raise UserError("there is no prompt: give --start, and a prompt file with at least one line.")
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(prompts, 1):
         if not prompt:
-            raise UserError(f"prompt {i} is empty: give at least one token, for example --start=$'\\n'.")
+            raise UserError(f"prompt {i} has no token: give it at least one to go on from, for example --start=$'\\n'.")
         beyond = [token for token in prompt if not 0 <= token < vocab_size]
         if beyond:
             raise UserError(f"prompt {i} has token id {beyond[0]}, the model's vocab_size is {vocab_size}: not its tokenizer?")
-        if sampling.overflow == "stop" and len(prompt) >= block_size or sampling.overflow == "error" and len(prompt) > block_size:
-            raise UserError(f"prompt {i} has {len(prompt)} tokens, block_size is {block_size}. Shorten it, or use --overflow=slide.")
-        if sampling.overflow == "error" and len(prompt) + sampling.max_new_tokens > block_size:
+        room = block_size - len(prompt)
+        if sampling.overflow == "stop" and room <= 0 or sampling.overflow == "error" and room < 0:
+            raise UserError(
+                f"prompt {i} has {len(prompt)} tokens, block_size is {block_size}. Shorten it, or use --overflow=slide."
+            )
+        if sampling.overflow == "error" and sampling.max_new_tokens > room:
+            advice = f"Ask for {room}, or use" if room else "Use"
             raise UserError(
                 f"prompt {i} has {len(prompt)} tokens, with max_new_tokens={sampling.max_new_tokens} it outgrows "
-                f"block_size={block_size}. Ask for {block_size - len(prompt)}, or use --overflow=slide."
+                f"block_size={block_size}. {advice} --overflow=slide."
             )
 
 
 @torch.inference_mode()
-def generate(model: TensorParallelGPT, prompts: list[list[int]], sampling: Sampling, on_token: OnToken | None = None) -> Generation:
+def generate(
+    model: TensorParallelGPT, prompts: list[list[int]], sampling: Sampling, audience: Audience | None = None
+) -> Generation:
     """Continue every prompt num_samples times. The tokens are the same at every tp, and in any company of prompts.
 
-    prompts are read once each, whatever num_samples is. A row whose context is full goes on as sampling.overflow says;
-    sliding shifts every absolute position, so such a row recomputes its whole window for each token, as nanoGPT does.
+    Rows are written in groups of batch_size, one group after the other. UserError for a prompt as `check_prompts` says,
+    and for logits that are no numbers.
     """
-    size = model.config.block_size
-    check_prompts(prompts, model.config.vocab_size, size, sampling)
-    result = Generation()
-    timing = result.timing
-    start = time.perf_counter()
-    logits, cache = _prefill(model, prompts, sampling)
+    check_prompts(prompts, model.config.vocab_size, model.config.block_size, sampling)
     n = sampling.num_samples
-    result.rows = [Row(i, j, list(prompt), len(prompt)) for i, prompt in enumerate(prompts) for j in range(n)]
-    logits = logits.repeat_interleave(n, dim=0)
-    active = list(range(len(result.rows)))
-    cached: list[int] = []
-    if cache is not None:
-        cached = [r for r in active if len(result.rows[r].tokens) <= size]
-        cache = _keep(cache, [result.rows[r].prompt for r in cached])
-        timing.kv_cache_bytes = cache.nbytes if cache is not None else 0
-    timing.prefill_s = time.perf_counter() - start
-    while True:
-        rows = [result.rows[r] for r in active]
-        tokens, ended = _agree(model, logits, rows, active, sampling, on_token)
-        if not timing.time_to_first_token_s:
-            timing.time_to_first_token_s = time.perf_counter() - start
-            start = time.perf_counter()
-        else:
-            timing.decode_tokens += len(rows)
-        for row, token in zip(rows, tokens, strict=True):
-            row.tokens.append(token)
-        full = size if sampling.overflow == "stop" else None
-        active = [
-            r
-            for r, row, end in zip(active, rows, ended, strict=True)
-            if not end and row.new < sampling.max_new_tokens and len(row.tokens) != full
-        ]
-        if not active:
-            break
-        if cache is not None:
-            going = [r for r in cached if r in active and len(result.rows[r].tokens) <= size]
-            if going != cached:
-                cache, cached = _keep(cache, [cached.index(r) for r in going]), going
-        timing.slid = timing.slid or any(len(result.rows[r].tokens) > size for r in active)
-        logits = _step(model, result.rows, active, cached, cache)
-    timing.decode_s = time.perf_counter() - start
+    rows = [Row(i * n + j, i, j, list(prompt), len(prompt)) for i, prompt in enumerate(prompts) for j in range(n)]
+    result = Generation(rows)
+    for first in range(0, len(rows), sampling.batch_size):
+        _write(model, rows[first : first + sampling.batch_size], sampling, audience, result.timing)
     return result
 
 
-def _keep(cache: KVCache, index: list[int]) -> KVCache | None:
-    """The cache of these rows; the cache itself where that is all of them."""
-    if index == list(range(len(cache.lengths))):
-        return cache
-    return cache.rows(index) if index else None
+def _write(model: TensorParallelGPT, rows: list[Row], sampling: Sampling, audience: Audience | None, timing: Timing) -> None:
+    """Write the rows of one group until each has ended."""
+    size = model.config.block_size
+    started = _clock(model.device)
+    logits, held = _prefill(model, rows, sampling)
+    prefilled = _clock(model.device)
+    _extend(model, logits, rows, sampling, audience)
+    first_token = time.perf_counter()
+    while active := [row for row in rows if not row.ended]:
+        held.release(size)
+        timing.slid = timing.slid or any(len(row.tokens) > size for row in active)
+        active, logits = _step(model, active, held)
+        _extend(model, logits, active, sampling, audience)
+        timing.decode_tokens += len(active)
+    timing.prefill_s += prefilled - started
+    timing.time_to_first_token_s = timing.time_to_first_token_s or first_token - started
+    timing.decode_s += time.perf_counter() - first_token
+    timing.kv_cache_bytes = max(timing.kv_cache_bytes, held.nbytes)
 
 
-def _prefill(model: TensorParallelGPT, prompts: list[list[int]], sampling: Sampling) -> tuple[Tensor, KVCache | None]:
-    """One pass over all prompts: local logits [P, v] after each one's last token, and the cache.
+def _clock(device: torch.device) -> float:
+    """The time at which the device has done all it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class _Held:
+    """The rows whose past is in a KV cache, in the cache's order; the others compute their whole window each time.
+
+    A row leaves when it ends, and when it outgrows block_size: sliding gives every token a new absolute position, so
+    what was cached is of no use, and the row goes on as nanoGPT does.
+    """
+
+    def __init__(self, cache: KVCache | None, rows: list[Row]):
+        self.cache, self.rows = cache, rows if cache is not None else []
+        self.nbytes = cache.nbytes if cache is not None else 0
+
+    def release(self, block_size: int) -> None:
+        """Let go of the rows that have left, before a decode step."""
+        stay = [i for i, row in enumerate(self.rows) if not row.ended and len(row.tokens) <= block_size]
+        if self.cache is not None and len(stay) < len(self.rows):
+            self.rows = [self.rows[i] for i in stay]
+            self.cache = self.cache.rows(stay) if stay else None
+
+
+def _prefill(model: TensorParallelGPT, rows: list[Row], sampling: Sampling) -> tuple[Tensor, _Held]:
+    """One pass over the rows' prompts, each read once however many rows continue it: local logits [rows, v] after each
+    row's last token, and what is cached.
 
     Shorter prompts are padded on the right: causal attention never looks there, and what is cached there is overwritten.
     """
     size = model.config.block_size
-    windows = [prompt[-size:] for prompt in prompts]
+    prompts = {row.prompt: row.tokens for row in rows}
+    place = {prompt: i for i, prompt in enumerate(prompts)}
+    windows = [tokens[-size:] for tokens in prompts.values()]
+    lengths = [len(window) for window in windows]
     cache = None
     if sampling.kv_cache:
-        longest = max(len(window) for window in windows)
         # a row stops using the cache when it slides, so block_size is enough
-        cache = model.new_cache(len(windows), min(size, longest + sampling.max_new_tokens))
+        cache = model.new_cache(len(windows), min(size, max(lengths) + sampling.max_new_tokens))
     logits = _last_logits(model, windows, cache)
+    source = [place[row.prompt] for row in rows]
     if cache is not None:
-        cache.advance([len(window) for window in windows])
-    return logits, cache
+        cache.advance(lengths)
+        if source != list(range(len(windows))):
+            cache = cache.rows(source)
+    return logits[torch.tensor(source, device=logits.device)], _Held(cache, rows)
 
 
 def _last_logits(model: TensorParallelGPT, windows: list[list[int]], cache: KVCache | None) -> Tensor:
@@ -179,25 +209,36 @@ def _last_logits(model: TensorParallelGPT, windows: list[list[int]], cache: KVCa
     return model.local_logits(hidden[torch.arange(len(windows), device=device), last])
 
 
-def _step(model: TensorParallelGPT, rows: list[Row], active: list[int], cached: list[int], cache: KVCache | None) -> Tensor:
-    """One forward pass for every active row: local logits [len(active), v], in the order of `active`."""
+def _step(model: TensorParallelGPT, rows: list[Row], held: _Held) -> tuple[list[Row], Tensor]:
+    """The rows in the order of their local logits, and those [rows, v]: one forward pass for the rows whose past is
+    cached, one for the others."""
     size = model.config.block_size
     parts = []
-    if cache is not None and cached:
-        device = cache.k[0].device
-        idx = torch.tensor([[rows[r].tokens[-1]] for r in cached], device=device)
-        parts.append(model.local_logits(model.hidden(idx, cache)[:, -1]))
-        cache.advance([len(rows[r].tokens) for r in cached])
-    windowed = [r for r in active if r not in cached]
-    if windowed:
-        parts.append(_last_logits(model, [rows[r].tokens[-size:] for r in windowed], None))
-    order = cached + windowed
-    return torch.cat(parts)[[order.index(r) for r in active]] if order != active else torch.cat(parts)
+    if held.cache is not None:
+        idx = torch.tensor([row.tokens[-1:] for row in held.rows], device=model.device)
+        parts.append(model.local_logits(model.hidden(idx, held.cache)[:, -1]))
+        held.cache.advance([len(row.tokens) for row in held.rows])
+    cached = {row.number for row in held.rows}
+    others = [row for row in rows if row.number not in cached]
+    if others:
+        parts.append(_last_logits(model, [row.tokens[-size:] for row in others], None))
+    return held.rows + others, torch.cat(parts)
+
+
+def _extend(model: TensorParallelGPT, logits: Tensor, rows: list[Row], sampling: Sampling, audience: Audience | None) -> None:
+    """Give each row its next token, and end those that are complete; alike on all ranks."""
+    full = model.config.block_size if sampling.overflow == "stop" else None
+    tokens, ended = _agree(model, logits, rows, sampling, audience)
+    for row, token, end in zip(rows, tokens, ended, strict=True):
+        row.tokens.append(token)
+        row.ended = bool(end) or row.new == sampling.max_new_tokens or len(row.tokens) == full
+        if row.ended and audience is not None and model.tp.rank == 0:
+            audience.end(row)
 
 
 def _agree(
-    model: TensorParallelGPT, logits: Tensor, rows: list[Row], names: list[int], sampling: Sampling, on_token: OnToken | None
-) -> tuple[list[int], list[bool]]:
+    model: TensorParallelGPT, logits: Tensor, rows: list[Row], sampling: Sampling, audience: Audience | None
+) -> tuple[list[int], list[int]]:
     """One token for each row, and whether it ends the row: chosen by rank 0, told to all. Two small collectives.
 
     Ranks exchange their best candidates only; nothing depends on two ranks computing the same number.
@@ -210,12 +251,17 @@ def _agree(
     if model.tp.rank == 0:
         found = everyone[:, 0].contiguous().view(torch.float32).transpose(0, 1).flatten(1).numpy()
         found_ids = everyone[:, 1].transpose(0, 1).flatten(1).numpy()
+        if not np.isfinite(found.max(axis=1)).all():
+            raise UserError(
+                "the model's logits are not finite numbers: its weights are damaged, or too large for this precision "
+                "(try --dtype=float32)."
+            )
         for i, row in enumerate(rows):
             token = choose(found[i], found_ids[i], uniform(sampling.seed, row.sample, row.new), sampling)
             verdict[0, i] = token
-            verdict[1, i] = on_token is not None and on_token(names[i], token)
+            verdict[1, i] = audience is not None and audience.hear(row, token)
     tokens, ended = broadcast(verdict, axis, "step").tolist()
-    return tokens, [bool(end) for end in ended]
+    return tokens, ended
 
 
 def candidates(logits: Tensor, lo: int, vocab_size: int, sampling: Sampling, tp: int) -> tuple[Tensor, Tensor]:
@@ -226,16 +272,32 @@ def candidates(logits: Tensor, lo: int, vocab_size: int, sampling: Sampling, tp:
     """
     width = -(-vocab_size // tp)
     k = 1 if sampling.temperature == 0 else min(sampling.top_k or width, width)
-    known = logits[:, : max(0, sampling.n_tokens - lo)].float().cpu()
+    known = logits[:, : max(0, sampling.n_tokens - lo)].float()
     if not known.shape[1]:
         known = known.new_full((len(known), 1), float("-inf"))
     if k < known.shape[1]:
-        values, ids = known.topk(k, dim=-1) if k > 1 else known.max(dim=-1, keepdim=True)
+        ids = likeliest(known, k)
+        values = known.gather(1, ids)
     else:
-        values, ids = known, torch.arange(known.shape[1]).expand_as(known)
+        values, ids = known, torch.arange(known.shape[1], device=known.device).expand_as(known)
     missing = k - values.shape[1]
-    values = F.pad(values, (0, missing), value=float("-inf")).contiguous()
-    return values, F.pad(ids + lo, (0, missing)).to(torch.int32)
+    values = F.pad(values, (0, missing), value=float("-inf")).cpu().contiguous()
+    return values, F.pad(ids + lo, (0, missing)).to(torch.int32).cpu()
+
+
+def likeliest(logits: Tensor, k: int) -> Tensor:
+    """Ids [rows, k] of the k largest of float32 logits [rows, n]; among equal ones the lower ids.
+
+    torch.topk takes any of several equal logits, of which half precision makes many: which one would depend on how the
+    vocabulary is split. So it gets whole numbers that are never equal: the float's bits, arranged to order as floats do,
+    above the id.
+    """
+    if k == 1:
+        return logits.argmax(dim=-1, keepdim=True)  # the first of equal ones
+    bits = (logits + 0.0).view(torch.int32)  # + 0.0: there is one zero
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    keys = (ordered.long() << 32) - torch.arange(logits.shape[1], device=logits.device)
+    return keys.topk(k, dim=-1).indices
 
 
 def uniform(seed: int, sample: int, position: int) -> float:
@@ -254,8 +316,8 @@ def choose(values: NDArray[np.float32], ids: NDArray[np.int32], u: float, sampli
         return int(ids[order[0]])
     if sampling.top_k:
         order = order[: sampling.top_k]
-    z = values[order].astype(np.float64) / sampling.temperature
-    p = np.exp(z - z[0])
+    z = values[order].astype(np.float64)
+    p = np.exp((z - z[0]) / sampling.temperature)
     p /= p.sum()
     if sampling.top_p < 1.0:
         keep = int(np.searchsorted(np.cumsum(p), sampling.top_p)) + 1
@@ -268,17 +330,15 @@ def choose(values: NDArray[np.float32], ids: NDArray[np.int32], u: float, sampli
 
 @dataclass
 class Listener:
-    """Turns a row's tokens into text as they come, and finds its stop text. Lives on the rank that chooses.
+    """Turns a row's tokens into text as they come, and finds its stop text, which is not part of the sample.
 
-    show: called with each piece of text that is final: whole characters, and nothing that may yet turn out to be the
-    beginning of the stop text (which is not part of the sample).
+    text[:final] will not change any more: whole characters, and nothing that may yet turn out to begin the stop text.
     """
 
     tokenizer: Tokenizer
     stop: str
-    show: Callable[[str], None]
     text: str = ""
-    shown: int = 0
+    final: int = 0
 
     def __post_init__(self) -> None:
         self._decoder = StreamDecoder(self.tokenizer)
@@ -286,26 +346,20 @@ class Listener:
     def hear(self, token: int) -> bool:
         """True where the stop text is complete: the row ends."""
         self.text += self._decoder.push(token)
-        found = self.text.find(self.stop, max(0, self.shown - len(self.stop))) if self.stop else -1
+        found = self.text.find(self.stop, self.final) if self.stop else -1
         if found >= 0:
+            self._decoder.finish()  # the rest of this token, half a character perhaps, comes after the stop text
             self.text = self.text[:found]
-            self._show(len(self.text))
-            return True
-        self._show(len(self.text) - self._held())
-        return False
+        self.final = len(self.text) - (0 if found >= 0 else self._held())
+        return found >= 0
 
     def finish(self) -> str:
         """The whole text, with whatever was held back."""
         self.text += self._decoder.finish()
-        self._show(len(self.text))
+        self.final = len(self.text)
         return self.text
 
     def _held(self) -> int:
         """Length of the longest end of the text that could begin the stop text."""
         longest = min(len(self.stop) - 1, len(self.text))
         return next((n for n in range(longest, 0, -1) if self.text.endswith(self.stop[:n])), 0)
-
-    def _show(self, end: int) -> None:
-        if end > self.shown:
-            self.show(self.text[self.shown : end])
-            self.shown = end

@@ -1,6 +1,7 @@
 """The account and the figures of a run, as JSON and as a table."""
 
 import json
+import os
 import resource
 import sys
 from dataclasses import asdict
@@ -15,10 +16,21 @@ from parallel.mesh import World
 from tp_model import TensorParallelGPT
 
 
+def check_place(path: str, option: str) -> None:
+    """Said before the run, not after it: UserError where the file that --`option` names cannot be written."""
+    if not path:
+        return
+    place = Path(path).expanduser().resolve()
+    if place.is_dir():
+        raise UserError(f"--{option}={path} is a directory: name a file in it.")
+    if not place.parent.is_dir():
+        raise UserError(f"--{option}={path}: the directory {place.parent} does not exist.")
+    if not os.access(place if place.exists() else place.parent, os.W_OK):
+        raise UserError(f"--{option}={path} cannot be written: permission denied.")
+
+
 def check_report(path: str) -> None:
-    """Said before the run, not after it: the report must have a place to go."""
-    if path and not Path(path).resolve().parent.is_dir():
-        raise UserError(f"--report={path}: the directory {Path(path).resolve().parent} does not exist.")
+    check_place(path, "report")
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -74,7 +86,10 @@ def build(
 
 
 def write(path: str, report: dict[str, Any]) -> None:
-    Path(path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    try:
+        Path(path).expanduser().write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--report={path} cannot be written: {error.strerror or error}.") from error
 
 
 def account_table(report: dict[str, Any]) -> str:

@@ -1,12 +1,14 @@
 """Generate text on N ranks.
 
-    torchrun --standalone --nproc_per_node=2 sample_tp.py --init_from=shards/gpt2-tp2 --start="Once upon a time"
+    torchrun --standalone --nproc_per_node=2 sample_tp.py --init_from=shards/gpt2-tp2 --prompt="Once upon a time"
+
+Standard output has the text and nothing else; notices, the account and figures go to standard error.
 """
 
 import json
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,7 +16,7 @@ import report
 from checkpoints.sources import Source, open_source, reader, tokenizer_of
 from entry import run
 from errors import UserError
-from generation import Generation, Listener, Sampling, generate
+from generation import Generation, Listener, Row, Sampling, Timing, check_prompts, generate
 from options import SampleOptions
 from parallel.mesh import World, pick_dtype
 from parallel.partition import Partition
@@ -26,13 +28,40 @@ from tp_model import TensorParallelGPT
 
 def main(world: World, options: SampleOptions) -> None:
     started = time.perf_counter()
-    report.check_report(options.report)
+    if world.is_main:
+        report.check_place(options.report, "report")
+        report.check_place(options.out, "out")
     source = open_source(options.out_dir if options.init_from == "resume" else options.init_from, (world.rank, world.size))
     tokenizer = tokenizer_of(source, options.tokenizer)
-    texts = read_prompts(options.start)
-    prompts = [tokenizer.encode(text) for text in texts]
+    # files are read by one rank: the others may be on hosts that do not have them
+    texts: list[str] = world.gather(read_prompts(options.start) if world.is_main else None)[0]
+    prompts = encode(texts, tokenizer)
+    sampling = how_to_sample(options, tokenizer)
+    check_prompts(prompts, source.config.vocab_size, source.config.block_size, sampling)
     model = load(world, source, options)
-    sampling = Sampling(
+    world.synchronize()
+    load_s = time.perf_counter() - started
+    if world.is_main:
+        for notice in notices(world, source, model):
+            print(notice, file=sys.stderr)
+    with open(Path(options.out).expanduser(), "w", encoding="utf-8") if options.out and world.is_main else nullcontext() as out:
+        stage = Stage(texts, tokenizer, options, out)
+        begun = time.perf_counter()
+        try:
+            result = generate(model, prompts, sampling, stage)
+        finally:
+            stage.leave()
+        seconds = time.perf_counter() - begun
+    figures = {"load_s": load_s, **rates(result.timing)}
+    samples = stage.samples(result) if world.is_main else []
+    account, kv_cache_bytes = world.ledger.snapshot(), result.timing.kv_cache_bytes
+    made = report.build("sample_tp", world, model, account, figures, seconds, kv_cache_bytes, samples=samples)
+    if world.is_main:
+        finish(options, made, result.timing.slid)
+
+
+def how_to_sample(options: SampleOptions, tokenizer: Tokenizer) -> Sampling:
+    return Sampling(
         n_tokens=tokenizer.n_vocab,
         temperature=options.temperature,
         top_k=options.top_k,
@@ -42,20 +71,8 @@ def main(world: World, options: SampleOptions) -> None:
         seed=options.seed,
         overflow=options.overflow,
         kv_cache=options.kv_cache,
+        batch_size=options.batch_size,
     )
-    world.synchronize()
-    load_s = time.perf_counter() - started
-    if world.is_main:
-        for notice in notices(world, source, model):
-            print(notice, file=sys.stderr)
-    with open(options.out, "w", encoding="utf-8") if options.out and world.is_main else nullcontext() as out:
-        stage = Stage(texts, tokenizer, options, out)
-        begun = time.perf_counter()
-        result = generate(model, prompts, sampling, stage.hear)
-        seconds = time.perf_counter() - begun
-        if world.is_main:
-            stage.close(result)
-    finish(world, model, options, result, stage, load_s, seconds)
 
 
 def load(world: World, source: Source, options: Any) -> TensorParallelGPT:
@@ -72,16 +89,37 @@ def read_prompts(start: list[str]) -> list[str]:
     """The prompts of --start: text, FILE:path (one prompt, whole), PROMPTS:path (one a line, empty lines left out)."""
     prompts: list[str] = []
     for spec in start:
-        kind, _, path = spec.partition(":")
-        if kind == "FILE":
-            prompts.append(read_text(Path(path).expanduser()))
-        elif kind == "PROMPTS":
-            lines = [line for line in read_text(Path(path).expanduser()).splitlines() if line.strip()]
-            if not lines:
-                raise UserError(f"{path} has no prompt: write one a line.")
-            prompts += lines
+        if spec.startswith("FILE:"):
+            prompts.append(read_text(Path(spec.removeprefix("FILE:")).expanduser()))
+        elif spec.startswith("PROMPTS:"):
+            prompts += read_lines(Path(spec.removeprefix("PROMPTS:")).expanduser())
+        elif any("\ud800" <= char <= "\udfff" for char in spec):  # how Python passes on bytes that are not UTF-8
+            raise UserError(f"--start={ascii(spec)[:60]} is not UTF-8 text.")
         else:
             prompts.append(spec)
+    return prompts
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file that are not blank. Not splitlines(): that also cuts at form feeds and the like, within a prompt."""
+    lines = [line for line in read_text(path).replace("\r\n", "\n").split("\n") if line.strip()]
+    if not lines:
+        raise UserError(f"{path} has no prompt: write one a line.")
+    return lines
+
+
+def encode(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """The prompts as ids. UserError where that is not possible, naming the prompt."""
+    prompts = []
+    for i, text in enumerate(texts, 1):
+        try:
+            prompts.append(tokenizer.encode(text))
+        except UserError as error:
+            raise UserError(f"prompt {i} ({text[:40]!r}): {error}") from error
+        if not prompts[-1] and tokenizer.kind == "ids":
+            raise UserError(
+                f"prompt {i} is empty. The model's tokenizer is not known: give token ids, for example --prompt='5 17 3'."
+            )
     return prompts
 
 
@@ -99,69 +137,93 @@ def notices(world: World, source: Source, model: TensorParallelGPT) -> list[str]
 
 
 class Stage:
-    """Prints the rows in order: the first unfinished one live, the others when its turn comes. Rank 0's only."""
+    """The audience: prints the rows in order, and writes each to the file of --out when its turn has come.
+
+    With --stream the first row that is not through appears as it is written; a row that ends before its turn waits.
+    """
 
     def __init__(self, texts: list[str], tokenizer: Tokenizer, options: SampleOptions, out: IO[str] | None):
-        self.options, self.out = options, out
-        rows = len(texts) * options.num_samples
-        self.prompts = [texts[row // options.num_samples] for row in range(rows)]
-        self.pieces: list[list[str]] = [[] for _ in range(rows)]
-        self.listeners = [Listener(tokenizer, options.stop, self.pieces[row].append) for row in range(rows)]
-        self.live, self.shown = 0, False
+        self.texts, self.options, self.out = texts, options, out
+        self.listeners = [Listener(tokenizer, options.stop) for _ in range(len(texts) * options.num_samples)]
+        self.ended: dict[int, Row] = {}  # complete, and waiting for their turn
+        self.turn = 0  # the number of the row that is printed now
+        self.printed = 0  # characters of it that have been
 
-    def hear(self, row: int, token: int) -> bool:
-        ended = self.listeners[row].hear(token)
-        if self.options.stream and row == self.live:
-            self._flush()
+    def hear(self, row: Row, token: int) -> bool:
+        ended = self.listeners[row.number].hear(token)
+        if self.options.stream and row.number == self.turn:
+            self._print(row)
         return ended
 
-    def _flush(self) -> None:
-        if not self.shown:
-            print(self.prompts[self.live], end="")
-            self.shown = True
-        print("".join(self.pieces[self.live]), end="", flush=True)
-        self.pieces[self.live].clear()
+    def end(self, row: Row) -> None:
+        self.listeners[row.number].finish()
+        self.ended[row.number] = row
+        while (done := self.ended.pop(self.turn, None)) is not None:
+            self._print(done)
+            print("\n---------------", flush=True)
+            self._keep(done)
+            self.turn, self.printed = self.turn + 1, 0
 
-    def close(self, result: Generation) -> None:
-        """Print what is left, and keep the samples in the file that --out names."""
-        for row, listener in enumerate(self.listeners):
-            text = listener.finish()
-            self.live, self.shown = row, self.shown and row == self.live
-            self._flush()
-            print("\n---------------")
-            if self.out is not None:
-                made = result.rows[row]
-                sample = {"prompt": self.prompts[row], "sample": made.sample, "text": text, "tokens": made.tokens[made.prompt_tokens :]}
-                self.out.write(json.dumps(sample, ensure_ascii=False) + "\n")
+    def _print(self, row: Row) -> None:
+        """The prompt and what is final of the row's text, as far as it has not been printed."""
+        listener = self.listeners[row.number]
+        text = self.texts[row.prompt] + listener.text[: listener.final]
+        print(text[self.printed :], end="", flush=True)
+        self.printed = len(text)
+
+    def leave(self) -> None:
+        """Where a run is broken off within a row, what is said next starts on a line of its own."""
+        if self.printed:
+            with suppress(OSError):  # a pipe whose reader is gone may be what broke it off
+                print(flush=True)
+
+    def _keep(self, row: Row) -> None:
+        if self.out is not None:
+            sample = {
+                "prompt": self.texts[row.prompt],
+                "sample": row.sample,
+                "text": self.listeners[row.number].text,
+                "tokens": row.tokens[row.prompt_tokens :],
+            }
+            self.out.write(json.dumps(sample, ensure_ascii=False) + "\n")
+            self.out.flush()
+
+    def samples(self, result: Generation) -> list[dict[str, Any]]:
+        """The report's list of samples."""
+        return [
+            {
+                "prompt": self.texts[row.prompt],
+                "prompt_tokens": row.tokens[: row.prompt_tokens],
+                "tokens": row.tokens[row.prompt_tokens :],
+                "text": listener.text,
+            }
+            for row, listener in zip(result.rows, self.listeners, strict=True)
+        ]
 
 
-def finish(
-    world: World, model: TensorParallelGPT, options: SampleOptions, result: Generation, stage: Stage, load_s: float, seconds: float
-) -> None:
-    """The run's figures: a line on standard error, and the report if asked for."""
-    timing = result.timing
-    rate = timing.decode_tokens / timing.decode_s if timing.decode_s and timing.decode_tokens else 0.0
-    figures = {
-        "load_s": load_s,
+def rates(timing: Timing) -> dict[str, float]:
+    return {
         "time_to_first_token_s": timing.time_to_first_token_s,
         "prefill_s": timing.prefill_s,
         "decode_s": timing.decode_s,
         "decode_tokens": timing.decode_tokens,
-        "decode_tokens_per_s": rate,
+        "decode_tokens_per_s": timing.decode_tokens / timing.decode_s if timing.decode_tokens else 0.0,
     }
-    samples: list[dict[str, Any]] = []
-    if world.is_main:
-        for row, listener in zip(result.rows, stage.listeners, strict=True):
-            new = row.tokens[row.prompt_tokens :]
-            prompt = stage.prompts[len(samples)]
-            samples.append({"prompt": prompt, "prompt_tokens": row.tokens[: row.prompt_tokens], "tokens": new, "text": listener.text})
-    made = report.build("sample_tp", world, model, world.ledger.snapshot(), figures, seconds, timing.kv_cache_bytes, samples=samples)
-    if not world.is_main:
-        return
-    if timing.slid:
-        print(f"context full at {model.config.block_size} tokens: the window slid, each such token cost a full forward", file=sys.stderr)
+
+
+def finish(options: SampleOptions, made: dict[str, Any], slid: bool) -> None:
+    """The run's figures on standard error, and the report if asked for."""
+    timing = made["timing"]
     print(report.account_table(made), file=sys.stderr)
-    print(f"{rate:.1f} tokens/s after a prefill of {timing.prefill_s:.3f} s; loaded in {load_s:.2f} s", file=sys.stderr)
+    if slid:
+        size = made["model"]["block_size"]
+        print(
+            f"the context is full at block_size={size}: from there on each token cost a forward pass over {size} tokens "
+            "(--overflow=stop ends samples there instead)",
+            file=sys.stderr,
+        )
+    speed = f"{timing['decode_tokens_per_s']:.1f} tokens/s after a " if timing["decode_tokens"] else ""
+    print(f"{speed}prefill of {timing['prefill_s']:.3f} s; loaded in {timing['load_s']:.2f} s", file=sys.stderr)
     if options.report:
         report.write(options.report, made)
 

@@ -6,13 +6,15 @@
     python shard_checkpoint.py inspect --shards=shards/xl-tp4
 """
 
+import math
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -28,32 +30,41 @@ from checkpoints.shards import (
     check_target,
     dtype_name,
     new_directory,
-    read_manifest,
+    new_file,
     shard_name,
-    temporary_sibling,
     write_json,
 )
-from checkpoints.sources import ShardSource, Source, is_conv1d, latest_checkpoint, open_source, tokenizer_of
+from checkpoints.sources import LATEST, ShardSource, Source, is_conv1d, latest_checkpoint, open_source, tokenizer_of
 from errors import UserError
 from model import GPTConfig
 from options import EntryOptions, InspectOptions, MergeOptions, SplitOptions, VerifyOptions, parse_command
 from parallel.partition import Partition, Rule
+from text.tokenizer import TOKENIZER_FILE
+
+# What each command writes into a directory, and so may replace with --force.
+SHARD_FILES = r"shards\.json|tokenizer\.json|rank-\d+-of-\d+\.safetensors"
+HF_FILES = r"config\.json|model\.safetensors"
 
 
 def split(options: SplitOptions) -> None:
-    source = open_source(options.init_from)
-    out = Path(options.out)
+    out = place(options.out)
+    check_target(out, options.force, SHARD_FILES)
+    source = open_source(options.init_from, verify=(0, 1))
     dtype = source.dtype if options.dtype == "auto" else DTYPES[options.dtype]
-    check_target(out, options.force)
-    partition = Partition.of(source.config, options.tp)
+    partition, tokenizer = Partition.of(source.config, options.tp), tokenizer_of(source)
     _check_space(out, sum(partition.count(rank) for rank in range(options.tp)) * dtype.itemsize)
-    with new_directory(out, options.force) as scratch:
+    with new_directory(out, options.force, SHARD_FILES) as scratch:
         manifest = write_shards(source, partition, dtype, scratch)
-        write_json(scratch / "tokenizer.json", tokenizer_of(source).to_json())
+        write_json(scratch / TOKENIZER_FILE, tokenizer.to_json())
     sizes = [f"{size / 1e6:,.1f} MB" for _, size, _ in manifest.files]
-    print(f"{out}: {source.description} in {options.tp} shards of {', '.join(sizes)} ({dtype_name(dtype)})")
+    print(f"{options.out}: {source.description} in {options.tp} shards of {', '.join(sizes)} ({dtype_name(dtype)})")
     if note := imbalance(partition):
         print(note)
+
+
+def place(path: str) -> Path:
+    """Where an --out points: through ~ and links, so that what is replaced is a directory and not the link to it."""
+    return Path(os.path.realpath(os.path.expanduser(path)))
 
 
 def imbalance(partition: Partition) -> str:
@@ -69,21 +80,25 @@ def imbalance(partition: Partition) -> str:
 
 
 def write_shards(source: Source, partition: Partition, dtype: torch.dtype, directory: Path) -> Manifest:
-    """Write every rank's file and the manifest into `directory`, one full tensor in memory at a time."""
+    """Write every rank's file and the manifest into `directory`: tensor after tensor, the ranks' parts at the same time."""
     shapes, rules, ranks = partition.shapes(), partition.rules(), range(partition.tp)
     owned = {name: TensorEntry(shape, Rule(rules[name].dim, rules[name].runs)) for name, shape in shapes.items()}
     files = []
     for rank in ranks:
         local = {name: entry.rule.local_shape(entry.shape, rank) for name, entry in owned.items()}
         files.append(TensorFile(directory / shard_name(rank, partition.tp), local, dtype))
-    with _progress("split", sum(f.total for f in files)) as bar:
-        for name, entry in owned.items():
-            for rank in ranks:
-                runs = entry.rule.runs[rank] if entry.rule.runs else ()
-                before = files[rank].bytes
-                files[rank].write(name, source.read(name, entry.rule.dim, runs))
-                bar.update(files[rank].bytes - before)
-    written = tuple((shard_name(rank, partition.tp), *files[rank].close()) for rank in ranks)
+
+    def write(name: str, rank: int) -> None:
+        rule = owned[name].rule
+        files[rank].write(name, source.read(name, rule.dim, rule.runs[rank] if rule.runs else ()))
+
+    # converting, hashing and writing all let go of Python's lock
+    with _progress("split", sum(f.total for f in files)) as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name in owned:
+            before = sum(f.bytes for f in files)
+            list(pool.map(write, [name] * partition.tp, ranks))
+            bar.update(sum(f.bytes for f in files) - before)
+        written = tuple((f.path.name, *closed) for f, closed in zip(files, pool.map(TensorFile.close, files), strict=True))
     manifest = Manifest(source.config, partition.tp, dtype_name(dtype), source.description, written, owned)
     write_json(directory / MANIFEST, manifest.as_json())
     return manifest
@@ -94,25 +109,32 @@ def _progress(what: str, total: int) -> Any:
 
 
 def _check_space(out: Path, need: int) -> None:
-    place = next(parent for parent in Path(os.path.abspath(out)).parents if parent.exists())
-    free = shutil.disk_usage(place).free
+    parent = next(parent for parent in out.parents if parent.exists())
+    free = shutil.disk_usage(parent).free
     if free < need:
-        raise UserError(f"{out} needs {need / 1e9:.2f} GB, {place} has {free / 1e9:.2f} GB free.")
+        raise UserError(f"{out} needs {need / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB free.")
 
 
 def merge(options: MergeOptions) -> None:
-    shards = open_shards(options.shards, everything=True)
-    out = Path(options.out)
-    check_target(out, options.force)
+    out, to_hf = place(options.out), options.format == "hf"
+    if to_hf:
+        check_target(out, options.force, HF_FILES)
+    elif out.is_dir():
+        raise UserError(f"{out} is a directory: name the file to write, such as --out={out / 'ckpt.pt'}")
+    elif out.exists() and not options.force:
+        raise UserError(f"{out} exists. Choose another place, or replace it with --force.")
+    shards = open_shards(options.shards)
     _check_space(out, Partition.of(shards.config, 1).count() * shards.dtype.itemsize)
-    if options.format == "hf":
-        with new_directory(out, options.force) as scratch:
+    shards.check_all_bytes(range(shards.manifest.tp))
+    if to_hf:
+        with new_directory(out, options.force, HF_FILES) as scratch:
             write_hf(shards, scratch)
     else:
-        write_nanogpt(shards, out)
-        if shards.config.activation != "gelu":
-            print("note: these weights use the tanh approximation of GELU; nanoGPT computes the exact one.")
-    print(f"{out}: {shards.description}, merged from {shards.manifest.tp} shards ({options.format})")
+        with new_file(out) as file:
+            write_nanogpt(shards, file)
+    print(f"{options.out}: {shards.description}, merged from {shards.manifest.tp} shards ({options.format})")
+    if not to_hf and shards.config.activation != "gelu":
+        print("note: these weights use the tanh approximation of GELU; nanoGPT computes the exact one.")
 
 
 def full_tensors(shards: ShardDirectory) -> Iterator[tuple[str, Tensor]]:
@@ -125,26 +147,17 @@ def write_hf(shards: ShardDirectory, directory: Path) -> None:
 
     transformers' GPT-2 has every bias: a model without gets zeros. Linear weights turn to [in, out].
     """
-    config = shards.config
-    shapes = {}
-    for name, shape in Partition.of(_with_bias(config), 1).shapes().items():
-        shapes[name] = shape[::-1] if is_conv1d(name) else shape
-    file = TensorFile(directory / "model.safetensors", shapes, shards.dtype, metadata={"format": "pt"})
+    shapes = Partition.of(replace(shards.config, bias=True), 1).shapes()
+    stored = {name: shape[::-1] if is_conv1d(name) else shape for name, shape in shapes.items()}
+    file = TensorFile(directory / "model.safetensors", stored, shards.dtype, metadata={"format": "pt"})
     with _progress("merge", file.total) as bar:
         for name, shape in shapes.items():
             before = file.bytes
-            if name in shards.manifest.tensors:
-                tensor = shards.read(name, None, ())
-                file.write(name, tensor.t() if is_conv1d(name) else tensor)
-            else:
-                file.write(name, torch.zeros(shape))
+            tensor = shards.read(name, None, ()) if name in shards.manifest.tensors else torch.zeros(shape)
+            file.write(name, tensor.t() if is_conv1d(name) else tensor)
             bar.update(file.bytes - before)
     file.close()
-    write_json(directory / "config.json", hf_config(config, shards.manifest.dtype))
-
-
-def _with_bias(config: GPTConfig) -> GPTConfig:
-    return GPTConfig(**{**asdict(config), "bias": True})
+    write_json(directory / "config.json", hf_config(shards.config, shards.manifest.dtype))
 
 
 def hf_config(config: GPTConfig, dtype: str) -> dict[str, Any]:
@@ -171,58 +184,55 @@ def hf_config(config: GPTConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def write_nanogpt(shards: ShardDirectory, out: Path) -> None:
+def write_nanogpt(shards: ShardDirectory, file: BinaryIO) -> None:
     """A ckpt.pt with nanoGPT's keys and `model_args`. torch.save wants all tensors at once: memory is the model's."""
-    config = asdict(shards.config)
-    del config["activation"]
+    args = asdict(shards.config)
+    config = {"activation": args.pop("activation")}  # nanoGPT has but one; so that our own reader computes the right one
     state = dict(full_tensors(shards))
     state["lm_head.weight"] = state["transformer.wte.weight"]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = temporary_sibling(out)
-    try:
-        torch.save({"model": state, "model_args": config, "iter_num": 0, "best_val_loss": 1e9, "config": {}}, scratch)
-        with open(scratch, "rb") as file:
-            os.fsync(file.fileno())
-        scratch.replace(out)
-    finally:
-        scratch.unlink(missing_ok=True)
+    torch.save({"model": state, "model_args": args, "iter_num": 0, "best_val_loss": 1e9, "config": config}, file)
 
 
-def open_shards(directory: str, everything: bool = False) -> ShardSource:
-    """The shard directory, or the newest checkpoint of a training directory; `everything` checks each byte of it."""
-    path = Path(directory)
-    if (path / "latest").is_file():
-        path = latest_checkpoint(path)
-    return ShardSource(path, verify=(0, 1) if everything else None)
+def open_shards(directory: str) -> ShardSource:
+    """The shard directory, or the newest checkpoint of a training directory."""
+    path = Path(os.path.expanduser(directory))
+    return ShardSource(latest_checkpoint(path) if (path / LATEST).is_file() else path)
 
 
 def verify(options: VerifyOptions) -> None:
     shards = open_shards(options.shards)
-    total = 0
-    for rank in range(shards.manifest.tp):
-        name, size, _ = shards.manifest.files[rank]
-        shards.check_bytes(rank)
+    shards.check_all_bytes(range(shards.manifest.tp))
+    for rank, (name, size, _) in enumerate(shards.manifest.files):
         shards.check_header(rank)
-        total += size
         print(f"{name}  {size:>13,} bytes  sha256 ok")
+    total = sum(size for _, size, _ in shards.manifest.files)
     print(f"{shards.directory}: whole: {shards.manifest.tp} files, {len(shards.manifest.tensors)} tensors, {total:,} bytes")
 
 
 def inspect(options: InspectOptions) -> None:
-    directory = Path(options.shards)
-    manifest = read_manifest(latest_checkpoint(directory) if (directory / "latest").is_file() else directory)
-    partition = Partition.of(manifest.model, manifest.tp)
-    config = ", ".join(f"{key} {value}" for key, value in asdict(manifest.model).items())
+    """All of it as the manifest has it, which need not be as this program would split."""
+    manifest = open_shards(options.shards).manifest
+    tensors, config = manifest.tensors, manifest.model
     print(f"{options.shards}: {manifest.source or 'unnamed source'}, tp {manifest.tp}, {manifest.dtype}")
-    print(f"model: {config}; {partition.count():,} parameters")
+    sizes = ", ".join(f"{key} {value}" for key, value in asdict(config).items())
+    print(f"model: {sizes}; {Partition.of(config, 1).count():,} parameters")
     print(f"{'rank':>4} {'heads':>9} {'MLP columns':>13} {'vocabulary':>15} {'parameters':>14} {'bytes':>14}")
     for rank, (_, size, _) in enumerate(manifest.files):
-        owned = [f"{lo}-{hi - 1}" for lo, hi in (partition.heads(rank), partition.columns(rank), partition.vocabulary(rank))]
-        print(f"{rank:>4} {owned[0]:>9} {owned[1]:>13} {owned[2]:>15} {partition.count(rank):>14,} {size:>14,}")
+        heads = _owned(tensors["transformer.h.0.attn.c_proj.weight"], 1, rank, config.n_embd // config.n_head)
+        columns = _owned(tensors["transformer.h.0.mlp.c_fc.weight"], 0, rank)
+        vocabulary = _owned(tensors["transformer.wte.weight"], 0, rank)
+        count = sum(math.prod(entry.rule.local_shape(entry.shape, rank)) for entry in tensors.values())
+        print(f"{rank:>4} {heads:>9} {columns:>13} {vocabulary:>15} {count:>14,} {size:>14,}")
     print(f"{'tensor':<36} {'shape':>14} {'split':>12}")
-    for name, entry in manifest.tensors.items():
+    for name, entry in tensors.items():
         how = "replicated" if entry.rule.dim is None else f"dim {entry.rule.dim}"
         print(f"{name:<36} {' x '.join(map(str, entry.shape)):>14} {how:>12}")
+
+
+def _owned(entry: TensorEntry, dim: int, rank: int, unit: int = 1) -> str:
+    """The entries along `dim` that a rank owns, in units such as heads: 0-6, or 0-6,19-24."""
+    runs = entry.rule.runs[rank] if entry.rule.dim == dim else [(0, entry.shape[dim])]
+    return ",".join(f"{lo // unit}-{(hi - 1) // unit}" for lo, hi in runs if lo < hi)
 
 
 COMMANDS: dict[str, tuple[type[EntryOptions], Callable[[Any], None]]] = {
@@ -235,20 +245,25 @@ COMMANDS: dict[str, tuple[type[EntryOptions], Callable[[Any], None]]] = {
 
 def main(argv: list[str]) -> int:
     options = None
+    torch.set_num_threads(1)  # the threads here are one a file: torch's own would only stand in their way
     try:
         name, options = parse_command({name: cls for name, (cls, _) in COMMANDS.items()}, argv, "shard_checkpoint.py")
         COMMANDS[name][1](options)
+        print(end="", flush=True)  # so that a reader who has gone is noticed here
         return 0
+    except BrokenPipeError:  # `inspect | head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail again
+        return 128 + 13  # as a program that SIGPIPE ends
     except UserError as error:
         if getattr(options, "debug", False):
             raise
         print(f"shard_checkpoint.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"shard_checkpoint.py: {error.strerror}: {error.filename or 'while writing'}. Nothing was replaced.", file=sys.stderr)
+        print(f"shard_checkpoint.py: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("shard_checkpoint.py: stopped by Ctrl-C. Nothing was replaced.", file=sys.stderr)
+        print("shard_checkpoint.py: stopped by Ctrl-C", file=sys.stderr)
         return 130
 
 

@@ -5,12 +5,17 @@ anywhere.
 """
 
 import contextlib
+import ctypes
+import glob
 import hashlib
 import json
+import math
 import os
 import re
+import reprlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,8 +30,10 @@ from parallel.partition import Partition, Rule, Run
 
 FORMAT_VERSION = 1
 MANIFEST = "shards.json"
+MAX_TP = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' names
+CHUNK = 1 << 20  # bytes written at a time: still in the processor's cache when they are hashed
+CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' names
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -78,18 +85,37 @@ class Manifest:
 def read_manifest(directory: Path) -> Manifest:
     """The checked manifest of a shard directory. UserError names the file and the fault."""
     path = directory / MANIFEST
-    try:
-        raw = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{directory} is not a shard directory: it has no {MANIFEST}.") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({str(error)[:80]}).") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    if not path.exists():
+        raise UserError(f"{directory} is not a shard directory: it has no {MANIFEST}.")
+    raw = read_json(path)
     try:
         return _parse(raw)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. UserError unless it is a file of sensible size and valid JSON that names no key twice."""
+    try:
+        # a pipe would be waited for, and no real manifest comes near 256 MB
+        _require(path.is_file() and path.stat().st_size < 2**28, f"{path} is not a file that could hold JSON.")
+        return json.loads(path.read_bytes(), object_pairs_hook=_object)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({str(error)[:80]}).") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return made
+
+
+def shown(value: Any) -> str:
+    """A wrong value as a message quotes it: on one line, and neither long nor deep."""
+    return " ".join(reprlib.repr(value).split())
 
 
 def _require(condition: bool, message: str) -> None:
@@ -98,7 +124,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**53
+    return type(value) is int and 0 <= value < 2**53  # True is no count
 
 
 def _parse(raw: Any) -> Manifest:
@@ -108,32 +134,36 @@ def _parse(raw: Any) -> Manifest:
     _require(version <= FORMAT_VERSION, f"format {version} is newer than this program reads ({FORMAT_VERSION}). Update nanoTP.")
     for key in ("model", "tp", "dtype", "files", "tensors"):
         _require(key in raw, f"`{key}` is missing.")
-    tp, dtype = raw["tp"], raw["dtype"]
-    _require(_is_count(tp) and 1 <= tp <= 4096, f"tp={tp!r} is not a number of ranks.")
-    _require(dtype in DTYPES, f"dtype {str(dtype)[:40]!r} is not one of {', '.join(DTYPES)}.")
-    model = parse_config(raw["model"])
+    tp, dtype, source = raw["tp"], raw["dtype"], raw.get("source", "")
+    _require(_is_count(tp) and 1 <= tp <= MAX_TP, f"tp={shown(tp)} is not a number of ranks.")
+    _require(isinstance(dtype, str) and dtype in DTYPES, f"dtype {shown(dtype)} is not one of {', '.join(DTYPES)}.")
+    _require(isinstance(source, str), f"source {shown(source)} is not text.")
+    source = "".join(char if char.isprintable() else "?" for char in source[:500])
+    model = config_from(raw["model"], "model.{}".format)
     _require(isinstance(raw["tensors"], dict), "`tensors` is not an object.")
     tensors = {name: _parse_tensor(name, entry, tp) for name, entry in raw["tensors"].items()}
-    return Manifest(model, tp, dtype, str(raw.get("source", ""))[:500], _parse_files(raw["files"], tp), tensors)
+    return Manifest(model, tp, dtype, source, _parse_files(raw["files"], tp), tensors)
 
 
-def parse_config(raw: Any) -> GPTConfig:
-    """A GPTConfig from untrusted JSON; every field must be there, of its type and in range."""
-    _require(isinstance(raw, dict), "`model` is not an object.")
+def config_from(raw: Any, label: Callable[[str], str]) -> GPTConfig:
+    """A GPTConfig from untrusted values: every field must be there, of its type and in range.
+
+    label: what the file calls a field, for the messages of the UserErrors.
+    """
+    _require(isinstance(raw, dict), "the model's sizes are not an object.")
     values: dict[str, Any] = {}
     for field in fields(GPTConfig):
-        _require(field.name in raw, f"model.{field.name} is missing.")
-        value = raw[field.name]
-        kind = type(field.default)
-        value = float(value) if kind is float and type(value) is int else value
-        _require(type(value) is kind, f"model.{field.name}={str(value)[:40]!r} is not of type {kind.__name__}.")
-        if kind is int:
-            _require(0 < value < 2**31, f"model.{field.name}={value} is out of range.")
+        _require(field.name in raw, f"{label(field.name)} is missing.")
+        value, kind = raw[field.name], type(field.default)
+        if kind is float and type(value) is int and value in (0, 1):
+            value = float(value)
+        _require(type(value) is kind, f"{label(field.name)}={shown(value)} is not of type {kind.__name__}.")
+        limit = 10_000 if field.name == "n_layer" else 2**31  # a table of more layers would take long to make
+        _require(kind is not int or 0 < value < limit, f"{label(field.name)}={shown(value)} is out of range.")
         values[field.name] = value
     config = GPTConfig(**values)
-    _require(config.activation in ("gelu", "gelu_tanh"), f"model.activation={config.activation[:40]!r} is not known.")
-    _require(0 <= config.dropout < 1, f"model.dropout={config.dropout} is out of range.")
-    _require(config.n_layer <= 10_000, f"model.n_layer={config.n_layer} is out of range.")
+    _require(config.activation in ("gelu", "gelu_tanh"), f"{label('activation')}={shown(config.activation)} is not known.")
+    _require(0 <= config.dropout < 1, f"{label('dropout')}={config.dropout} is out of range.")
     _require(config.n_embd % config.n_head == 0, f"n_embd={config.n_embd} does not divide into n_head={config.n_head} heads.")
     return config
 
@@ -145,37 +175,45 @@ def _parse_files(raw: Any, tp: int) -> tuple[tuple[str, int, str], ...]:
         _require(isinstance(entry, dict), f"files[{rank}] is not an object.")
         name, size, sha256 = entry.get("name"), entry.get("bytes"), entry.get("sha256")
         # the one name it can have: nothing outside the directory is ever opened
-        _require(name == shard_name(rank, tp), f"files[{rank}] is {str(name)[:60]!r}, expected {shard_name(rank, tp)!r}.")
-        _require(_is_count(size), f"{name}: bytes={str(size)[:40]!r} is not a size.")
+        _require(name == shard_name(rank, tp), f"files[{rank}] is {shown(name)}, expected {shard_name(rank, tp)!r}.")
+        _require(_is_count(size), f"{name}: bytes={shown(size)} is not a size.")
         _require(isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) is not None, f"{name}: sha256 is malformed.")
         files.append((name, size, sha256))
     return tuple(files)
 
 
 def _parse_tensor(name: str, raw: Any, tp: int) -> TensorEntry:
-    name = name[:100]
-    _require(isinstance(raw, dict) and "shape" in raw and "split" in raw, f"tensor {name!r} has no shape or no split.")
+    _require(re.fullmatch(r"[A-Za-z0-9_.]{1,200}", name) is not None, f"tensor {shown(name)} is not a parameter's name.")
+    _require(isinstance(raw, dict) and "shape" in raw and "split" in raw, f"tensor {name} has no shape or no split.")
     shape, split = raw["shape"], raw["split"]
-    _require(isinstance(shape, list) and len(shape) in (1, 2) and all(map(_is_count, shape)), f"tensor {name!r}: bad shape.")
+    good = isinstance(shape, list) and len(shape) in (1, 2) and all(map(_is_count, shape))
+    _require(good, f"tensor {name}: shape {shown(shape)} is not one or two sizes.")
     if split is None:
         return TensorEntry(tuple(shape), Rule())
-    _require(isinstance(split, dict), f"tensor {name!r}: split is neither null nor an object.")
+    _require(isinstance(split, dict), f"tensor {name}: split is neither null nor an object.")
     dim, ranges = split.get("dim"), split.get("ranges")
-    _require(_is_count(dim) and dim < len(shape), f"tensor {name!r}: dim {str(dim)[:20]} is not one of its {len(shape)}.")
-    _require(isinstance(ranges, list) and len(ranges) == tp, f"tensor {name!r}: ranges are not one list for each of {tp} ranks.")
-    runs: list[tuple[Run, ...]] = []
-    for owned in ranges:
-        _require(isinstance(owned, list) and len(owned) <= 64, f"tensor {name!r}: ranges are malformed.")
-        for run in owned:
-            good = isinstance(run, list) and len(run) == 2 and all(map(_is_count, run)) and run[0] <= run[1] <= shape[dim]
-            _require(good, f"tensor {name!r}: range {str(run)[:40]} does not lie in [0, {shape[dim]}].")
-        runs.append(tuple((lo, hi) for lo, hi in owned))
+    _require(_is_count(dim) and dim < len(shape), f"tensor {name}: dim {shown(dim)} is not one of its {len(shape)}.")
+    _require(isinstance(ranges, list) and len(ranges) == tp, f"tensor {name}: ranges are not one list for each of {tp} ranks.")
+    runs = tuple(_parse_runs(f"tensor {name}", owned, shape[dim]) for owned in ranges)
+    _check_cover(f"tensor {name}", runs, shape[dim])
+    return TensorEntry(tuple(shape), Rule(dim, runs))
+
+
+def _parse_runs(what: str, raw: Any, size: int) -> tuple[Run, ...]:
+    _require(isinstance(raw, list), f"{what}: ranges {shown(raw)} are not a list.")
+    for run in raw:
+        good = isinstance(run, list) and len(run) == 2 and all(map(_is_count, run)) and run[0] <= run[1] <= size
+        _require(good, f"{what}: range {shown(run)} does not lie in [0, {size}].")
+    return tuple((lo, hi) for lo, hi in raw)
+
+
+def _check_cover(what: str, runs: tuple[tuple[Run, ...], ...], size: int) -> None:
+    """UserError unless the runs of all ranks together cover [0, size) once."""
     edge = 0
     for lo, hi in sorted(run for owned in runs for run in owned if run[0] < run[1]):
-        _require(lo == edge, f"tensor {name!r}: ranges {'overlap' if lo < edge else 'leave a gap'} at {min(lo, edge)}.")
+        _require(lo == edge, f"{what}: ranges {'overlap' if lo < edge else 'leave a gap'} at {min(lo, edge)}.")
         edge = hi
-    _require(edge == shape[dim], f"tensor {name!r}: ranges end at {edge}, the tensor at {shape[dim]}.")
-    return TensorEntry(tuple(shape), Rule(dim, tuple(runs)))
+    _require(edge == size, f"{what}: ranges end at {edge}, the tensor at {size}.")
 
 
 # --- reading shards -------------------------------------------------------------------------------------------------
@@ -191,7 +229,7 @@ class ShardDirectory:
         self.directory = directory
         self.manifest = read_manifest(directory)
         self.config, self.dtype = self.manifest.model, DTYPES[self.manifest.dtype]
-        self.description = f"shards of {self.manifest.source}" if self.manifest.source else str(directory)
+        self.description = self.manifest.source or str(directory)
         self._open: dict[int, Any] = {}
 
     def check_model(self) -> None:
@@ -199,21 +237,30 @@ class ShardDirectory:
         expected = Partition.of(self.config, 1).shapes()
         for name in sorted(expected.keys() ^ self.manifest.tensors.keys()):
             fault = "is missing" if name in expected else "does not belong to the model"
-            raise UserError(f"{self.directory / MANIFEST}: tensor {name[:100]!r} {fault}.")
+            raise UserError(f"{self.directory / MANIFEST}: tensor {name} {fault}.")
         for name, shape in expected.items():
             found = self.manifest.tensors[name].shape
-            _require(found == shape, f"{self.directory / MANIFEST}: tensor {name!r} has shape {found}, the model needs {shape}.")
+            fault = f"has shape {list(found)}, the model needs {list(shape)}"
+            _require(found == shape, f"{self.directory / MANIFEST}: tensor {name} {fault}.")
+
+    def check_all_bytes(self, ranks: Iterable[int]) -> None:
+        """`check_bytes` of several ranks' files, as many at a time as there are cores."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(self.check_bytes, ranks))
 
     def check_bytes(self, rank: int) -> None:
         """Every byte of one rank's file against the manifest."""
-        name, size, expected = self.manifest.files[rank]
+        expected = self.manifest.files[rank][2]
         path = self._check_size(rank)
         found = sha256_of(path)
-        _require(found == expected, f"{path} is damaged or from another split: sha256 {found[:12]}..., manifest {expected[:12]}...")
+        fault = f"sha256 {found[:12]}..., manifest {expected[:12]}..."
+        _require(found == expected, f"{path} is damaged or from another split: {fault}")
 
     def _check_size(self, rank: int) -> Path:
         name, size, _ = self.manifest.files[rank]
         path = self.directory / name
+        # a link may lead anywhere, and who unpacked the directory need not know
+        _require(not path.is_symlink(), f"{path} is a symbolic link: a shard is a file of its directory. Put the file there.")
         if not path.is_file():
             raise UserError(f"{path} is missing. The manifest lists {self.manifest.tp} files; split again or copy it back.")
         found = path.stat().st_size
@@ -238,13 +285,13 @@ class ShardDirectory:
     def _check_header(self, rank: int, path: Path, file: Any) -> None:
         found = set(file.keys())
         for name in sorted(found ^ self.manifest.tensors.keys()):
-            raise UserError(f"{path}: tensor {name[:100]!r} {'is not in the manifest' if name in found else 'is missing'}.")
-        code = _CODES[self.dtype]
+            raise UserError(f"{path}: tensor {shown(name)} {'is not in the manifest' if name in found else 'is missing'}.")
+        code = CODES[self.dtype]
         for name, entry in self.manifest.tensors.items():
             part, expected = file.get_slice(name), entry.rule.local_shape(entry.shape, rank)
             shape, dtype = tuple(part.get_shape()), part.get_dtype()
-            _require(shape == expected, f"{path}: tensor {name!r} has shape {shape}, the manifest says {expected}.")
-            _require(dtype == code, f"{path}: tensor {name!r} is {dtype}, the manifest says {code}.")
+            fault = f"is {dtype} {list(shape)}, the manifest says {code} {list(expected)}"
+            _require((dtype, shape) == (code, expected), f"{path}: tensor {name} {fault}.")
 
     def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
         """Runs of a full tensor along `dim`, one after the other; the whole tensor where dim is None."""
@@ -303,41 +350,52 @@ def sha256_of(path: Path) -> str:
 class TensorFile:
     """Writes one safetensors file tensor by tensor: shapes are told first, then the data in the same order.
 
-    Memory is that of one tensor. `close` flushes to the disk and gives (bytes, sha256).
+    What is not laid out as the file has it (transposed, of another dtype, on a GPU) passes through a buffer of about
+    CHUNK bytes: memory does not grow with the tensors. `close` flushes to the disk and gives (bytes, sha256).
     """
 
-    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, metadata: dict[str, str] | None = None):
+    def __init__(
+        self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, metadata: dict[str, str] | None = None
+    ):
         self.path, self.dtype, self._left = path, dtype, list(shapes.items())
         header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
         offset = 0
         for name, shape in shapes.items():
-            size = dtype.itemsize
-            for n in shape:
-                size *= n
-            header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            size = math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
             offset += size
         self.total = offset  # bytes of data, without the header
+        longest = max((math.prod(shape[1:]) for shape in shapes.values()), default=1)
+        self._buffer = torch.empty(max(CHUNK // dtype.itemsize, longest), dtype=dtype)
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # data starts at a multiple of 8, as safetensors' own writer has it
         self._digest = hashlib.sha256()
         self._file: BinaryIO = open(path, "wb", buffering=0)
         self.bytes = 0
-        self._write(len(text).to_bytes(8, "little") + text)
+        self._write(memoryview(len(text).to_bytes(8, "little") + text))
 
-    def _write(self, data: Any) -> None:
-        view = memoryview(data)
-        while view:  # an unbuffered write may take less than it is given
-            view = view[self._file.write(view) :]
-        self._digest.update(data)
-        self.bytes += len(data)
+    def _write(self, data: memoryview) -> None:
+        while data:
+            count = self._file.write(data[:CHUNK])  # an unbuffered write may take less than it is given
+            self._digest.update(data[:count])
+            self.bytes += count
+            data = data[count:]
 
     def write(self, name: str, tensor: Tensor) -> None:
         expected, shape = self._left.pop(0)
         if (name, tuple(tensor.shape)) != (expected, shape):
             raise ValueError(f"{self.path}: {name} {list(tensor.shape)} comes where {expected} {list(shape)} was announced")
-        tensor = tensor.detach().to("cpu", self.dtype).contiguous()
-        if tensor.numel():
-            self._write(tensor.view(torch.uint8).numpy().reshape(-1).data)
+        for piece in self._as_in_file(tensor.detach()):
+            self._write(piece.view(torch.uint8).numpy().data)
+
+    def _as_in_file(self, tensor: Tensor) -> Iterator[Tensor]:
+        """The tensor in pieces along dim 0, each contiguous, in host memory and of the file's dtype."""
+        if tensor.is_contiguous() and tensor.device.type == "cpu" and tensor.dtype == self.dtype:
+            yield tensor.flatten()
+            return
+        rows = self._buffer.numel() // max(1, math.prod(tensor.shape[1:]))
+        for piece in tensor.split(rows):
+            yield self._buffer[: piece.numel()].view(piece.shape).copy_(piece).flatten()
 
     def close(self) -> tuple[int, str]:
         if self._left:
@@ -355,55 +413,112 @@ def write_json(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
 
 
-def temporary_sibling(path: Path) -> Path:
-    """Where `path` is written before it is renamed into place; a name that no two runs on a host share."""
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+@contextlib.contextmanager
+def new_directory(path: Path, force: bool, ours: str) -> Iterator[Path]:
+    """A directory to fill that becomes `path` when the block ends, and vanishes if it fails: `path` is whole or absent.
+
+    UserError where `path` exists, unless `force` and all that it holds is files whose names match `ours`.
+    """
+    check_target(path, force, ours)
+    with _scratch(path) as scratch:
+        scratch.mkdir()
+        yield scratch
+        check_target(path, force, ours)  # it may have come meanwhile
+        publish(scratch, path)
 
 
 @contextlib.contextmanager
-def new_directory(path: Path, force: bool = False) -> Iterator[Path]:
-    """A directory to fill that becomes `path` when the block ends, and vanishes if it fails: `path` is whole or absent.
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """The same for a file."""
+    with _scratch(path) as scratch:
+        with open(scratch, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+        sync_directory(path.parent)
 
-    UserError where `path` exists, unless `force` and it holds what this program writes.
-    """
-    path = Path(os.path.abspath(path))
-    check_target(path, force)
-    scratch = temporary_sibling(path)
-    shutil.rmtree(scratch, ignore_errors=True)
+
+@contextlib.contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """A free name beside `path` to write to; whatever stands there in the end is deleted. OSError names `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    scratch = path.with_name(f".{path.name}.tmp-{os.uname().nodename}-{os.getpid()}")
     try:
-        scratch.mkdir(parents=True)
         yield scratch
-        publish(scratch, path)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides why a write failed
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, f"{cause.strerror}, so it was not written", str(path)) from error
+    finally:
+        _remove(scratch)
 
 
-def check_target(path: Path, force: bool) -> None:
-    if not path.exists() and not path.is_symlink():
+def _remove_leftovers(path: Path) -> None:
+    """Delete what runs on this host that were killed left beside `path`."""
+    pattern = f".{path.name}.tmp-{os.uname().nodename}-"
+    for left in path.parent.glob(glob.escape(pattern) + "*"):
+        pid = left.name.removeprefix(pattern)
+        if re.fullmatch("[1-9][0-9]{0,9}", pid) and not _is_running(int(pid)):
+            _remove(left)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def check_target(path: Path, force: bool, ours: str) -> None:
+    """UserError where `path` exists, unless `force` and all that it holds is files whose names match `ours`."""
+    if not path.exists():
         return
     if not force:
         raise UserError(f"{path} exists. Choose another place, or replace it with --force.")
-    ours = path.is_dir() and (not any(path.iterdir()) or (path / MANIFEST).is_file() or (path / "config.json").is_file())
-    if not ours:
-        raise UserError(f"{path} exists and does not look like a shard or model directory: not replaced, even with --force.")
+    if not path.is_dir():
+        raise UserError(f"{path} exists and is not a directory: not replaced, even with --force.")
+    for entry in sorted(path.iterdir()):
+        if not (entry.is_file() and re.fullmatch(ours, entry.name)):
+            foreign = f"{shown(entry.name)}, which this command does not write"
+            raise UserError(f"{path} holds {foreign}: not replaced, even with --force.")
 
 
 def publish(scratch: Path, path: Path) -> None:
     """Rename a finished directory into place; one that stood there goes only after."""
     sync_directory(scratch)
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    if path.exists():
+    if not path.exists():
+        scratch.rename(path)
+    elif not _swap(scratch, path):
+        old = scratch.with_name(scratch.name + ".old")
         path.rename(old)
         try:
             scratch.rename(path)
         except BaseException:
             old.rename(path)
             raise
-        shutil.rmtree(old)
-    else:
-        scratch.rename(path)
+        old.rename(scratch)
     sync_directory(path.parent)
+    _remove(scratch)
+
+
+def _swap(a: Path, b: Path) -> bool:
+    """Exchange two names in one step, so that neither is missing at any time; False where the system cannot."""
+    at_cwd, exchange = -100, 2
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0
 
 
 def sync_directory(path: Path) -> None:

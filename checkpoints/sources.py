@@ -5,9 +5,11 @@ at whatever tp. Nothing here executes what a file says: safetensors, JSON, and t
 """
 
 import difflib
-import json
+import functools
+import os
 import pickle
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,11 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoints.shards import DTYPES, MANIFEST, ShardDirectory
+from checkpoints.shards import CODES, DTYPES, MANIFEST, ShardDirectory, config_from, read_json, shown
 from errors import UserError
 from model import GPTConfig
 from parallel.partition import Partition, Rule, Run
-from text.dataset import Dataset
+from text.dataset import Dataset, is_prepared
 from text.tokenizer import TOKENIZER_FILE, GPT2Tokenizer, IdsTokenizer, Tokenizer, read_tokenizer, tokenizer_from_json
 from tp_model import Read
 
@@ -60,7 +62,7 @@ def tokenizer_of(source: Source, choice: str = "", data_dir: str = "data") -> To
         if (path / "vocab.json").is_file() or (path / "encoder.json").is_file():
             return GPT2Tokenizer(path)
         raise UserError(f"--tokenizer={choice} is neither gpt2, ids, nor a directory with {TOKENIZER_FILE} or encoder.json.")
-    if source.dataset and (Path(data_dir) / source.dataset).is_dir():
+    if source.dataset and is_prepared(Path(data_dir) / source.dataset):
         tokenizer = Dataset(Path(data_dir) / source.dataset).tokenizer
     elif source.tokenizer is not None:
         tokenizer = tokenizer_from_json(source.tokenizer, source.description)
@@ -87,7 +89,7 @@ def open_source(spec: str, verify: tuple[int, int] | None = None) -> Source:
     """The source that an `--init_from` names. verify=(rank, size) checks this rank's share of a shard directory's bytes."""
     if spec in HUB:
         return HuggingFaceDirectory(_from_hub(spec), description=spec)
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))  # Path.expanduser fails where there is no such user
     if path.is_file():
         return NanoGPTCheckpoint(path)
     if (path / LATEST).is_file():
@@ -104,16 +106,16 @@ def open_source(spec: str, verify: tuple[int, int] | None = None) -> Source:
             f"ckpt.pt (nanoGPT) or {LATEST} (training)."
         )
     near = difflib.get_close_matches(spec, HUB, n=1)
-    raise UserError(f"--init_from={spec} is neither a file, a directory nor one of {', '.join(HUB)}." + (f" Did you mean {near[0]}?" if near else ""))
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise UserError(f"--init_from={spec} is neither a file, a directory nor one of {', '.join(HUB)}.{hint}")
 
 
 def latest_checkpoint(directory: Path) -> Path:
     """The newest whole checkpoint of a training directory."""
-    name = (directory / LATEST).read_text().strip()
-    path = directory / name
-    if Path(name).name != name or not (path / MANIFEST).is_file():
-        raise UserError(f"{directory / LATEST} names {name[:60]!r}, which is not a checkpoint in {directory}.")
-    return path
+    name = (directory / LATEST).read_text(errors="replace").strip()
+    if not re.fullmatch(r"\w[\w.-]{0,100}", name) or not (directory / name / MANIFEST).is_file():
+        raise UserError(f"{directory / LATEST} names {shown(name)}, which is not a checkpoint in {directory}.")
+    return directory / name
 
 
 class ShardSource(ShardDirectory):
@@ -128,17 +130,22 @@ class ShardSource(ShardDirectory):
         self.tokenizer = read_json(path) if path.is_file() else None
         if verify is not None:
             rank, size = verify
-            for i in range(rank, self.manifest.tp, size):
-                self.check_bytes(i)
+            self.check_all_bytes(range(rank, self.manifest.tp, size))
 
 
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is not valid JSON.") from None
+def _common_dtype(tensors: Mapping[str, torch.dtype], where: str) -> torch.dtype:
+    """The dtype that holds the values of all tensors; UserError naming one whose dtype is not read."""
+    for name, dtype in tensors.items():
+        if dtype not in DTYPES.values():
+            raise UserError(f"{where}: tensor {name} is {dtype}; {', '.join(DTYPES)} are read.")
+    return functools.reduce(torch.promote_types, tensors.values())
+
+
+def _check_tied(head: Tensor, table: Tensor, where: str) -> None:
+    """UserError where a stored lm_head.weight is not the embedding table: here they are one."""
+    same = head.data_ptr() == table.data_ptr() or head.dtype == table.dtype and torch.equal(head, table)
+    if not same:
+        raise UserError(f"{where}: lm_head.weight differs from wte.weight; only a head tied to the embedding is supported.")
 
 
 # --- Hugging Face ---------------------------------------------------------------------------------------------------
@@ -153,7 +160,7 @@ def _from_hub(name: str) -> Path:
     for repository in (HUB[name], name):  # the short name is where older caches have it
         try:
             path = Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=True))
-            if (path / "config.json").is_file() and list(path.glob("model*.safetensors")):
+            if (path / "config.json").is_file() and any(file.is_file() for file in path.glob("model*.safetensors")):
                 return path
         except LocalEntryNotFoundError:
             continue
@@ -195,8 +202,8 @@ class HuggingFaceDirectory:
             if not isinstance(weight_map, dict):
                 raise UserError(f"{index} has no weight_map.")
             for name in weight_map.values():
-                if not isinstance(name, str) or Path(name).name != name:
-                    raise UserError(f"{index}: {str(name)[:60]!r} is not a file of this directory.")
+                if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                    raise UserError(f"{index}: {shown(name)} is not a safetensors file of this directory.")
             keys = {key: self.directory / name for key, name in weight_map.items()}
         else:
             hint = " Save the model again with save_pretrained(...)." if list(self.directory.glob("*.bin")) else ""
@@ -222,18 +229,21 @@ class HuggingFaceDirectory:
             raise UserError(f"{file}: tensor {key} is missing, though the index names it.") from None
 
     def _check(self) -> torch.dtype:
-        codes = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+        dtypes = {}
         for name, shape in Partition.of(self.config, 1).shapes().items():
             if name not in self._where:
-                raise UserError(f"{self.directory}: tensor {name} is missing: these are not the weights of a GPT-2.")
+                fault = "is missing: these are not the weights of config.json's GPT-2"
+                raise UserError(f"{self.directory}: tensor {name} {fault}.")
             part = self._slice(name)
             expected = shape[::-1] if is_conv1d(name) else shape
             if tuple(part.get_shape()) != expected:
-                raise UserError(f"{self._where[name][0]}: tensor {name} has shape {part.get_shape()}, config.json says {list(expected)}.")
-            code = part.get_dtype()
-            if code not in codes:
-                raise UserError(f"{self._where[name][0]}: tensor {name} is {code}; float32, bfloat16 and float16 are read.")
-        return DTYPES[codes[self._slice("transformer.wte.weight").get_dtype()]]
+                fault = f"has shape {part.get_shape()}, config.json says {list(expected)}"
+                raise UserError(f"{self._where[name][0]}: tensor {name} {fault}.")
+            dtypes[name] = _DTYPE_OF_CODE.get(part.get_dtype(), part.get_dtype())
+        head = "transformer.lm_head.weight"  # as `_locate` names it
+        if head in self._where:
+            _check_tied(self._slice(head)[:], self._slice("transformer.wte.weight")[:], str(self.directory))
+        return _common_dtype(dtypes, str(self.directory))
 
     def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
         part = self._slice(name)
@@ -255,6 +265,7 @@ def is_conv1d(name: str) -> bool:
     return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
+_DTYPE_OF_CODE = {code: dtype for dtype, code in CODES.items()}
 _GELU_OF_HF = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _HF_FIXED = {
     "layer_norm_epsilon": 1e-5,
@@ -267,26 +278,26 @@ _HF_FIXED = {
 
 def config_from_hf(raw: Any, where: Path) -> GPTConfig:
     """GPTConfig of a Hugging Face config.json; UserError for anything that would be computed differently here."""
-    if not isinstance(raw, dict) or raw.get("model_type") != "gpt2":
-        kind = raw.get("model_type") if isinstance(raw, dict) else None
-        raise UserError(f"{where}: model_type is {kind!r}, nanoTP reads gpt2.")
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if kind != "gpt2":
+        raise UserError(f"{where}: model_type is {shown(kind)}, nanoTP reads gpt2.")
     sizes = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}  # transformers' defaults
     values = {key: raw.get(key, default) for key, default in sizes.items()}
-    for key, value in values.items():
-        if type(value) is not int or not 0 < value < 2**31:
-            raise UserError(f"{where}: {key}={str(value)[:40]!r} is not a size.")
-    if raw.get("n_inner") not in (None, 4 * values["n_embd"]):
-        raise UserError(f"{where}: n_inner={raw['n_inner']} is not 4 x n_embd={values['n_embd']}, the only MLP width supported.")
     for key, expected in _HF_FIXED.items():
         if raw.get(key, expected) != expected:
-            raise UserError(f"{where}: {key}={str(raw[key])[:40]}, only {expected} is supported.")
+            raise UserError(f"{where}: {key}={shown(raw[key])}, only {expected} is supported.")
     activation = raw.get("activation_function", "gelu_new")
-    if activation not in _GELU_OF_HF:
-        raise UserError(f"{where}: activation_function={str(activation)[:40]!r} is not one of {', '.join(_GELU_OF_HF)}.")
-    if values["n_embd"] % values["n_head"]:
-        raise UserError(f"{where}: n_embd={values['n_embd']} does not divide into n_head={values['n_head']} heads.")
-    values["block_size"] = values.pop("n_positions")
-    return GPTConfig(**values, activation=_GELU_OF_HF[activation])
+    if not isinstance(activation, str) or activation not in _GELU_OF_HF:
+        raise UserError(f"{where}: activation_function={shown(activation)} is not one of {', '.join(_GELU_OF_HF)}.")
+    values |= {"block_size": values.pop("n_positions"), "dropout": 0.0, "bias": True, "activation": _GELU_OF_HF[activation]}
+    try:
+        config = config_from(values, lambda name: {"block_size": "n_positions"}.get(name, name))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if raw.get("n_inner") not in (None, 4 * config.n_embd):
+        fault = f"n_inner={shown(raw['n_inner'])} is not 4 x n_embd={config.n_embd}"
+        raise UserError(f"{where}: {fault}, the only MLP width supported.")
+    return config
 
 
 # --- nanoGPT --------------------------------------------------------------------------------------------------------
@@ -297,46 +308,52 @@ class NanoGPTCheckpoint:
 
     def __init__(self, path: Path):
         self.path, self.description = path, str(path)
-        try:
-            raw = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except pickle.UnpicklingError:
-            raise UserError(f"{path} holds more than tensors, numbers and strings: refused, loading it could run code.") from None
-        except Exception as error:  # torch.load raises a dozen kinds for a broken file
-            raise UserError(f"{path} is not a readable ckpt.pt ({type(error).__name__}: {str(error).splitlines()[0][:80]}).") from None
-        if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict) or not isinstance(raw.get("model_args"), dict):
-            raise UserError(f"{path} is not a nanoGPT checkpoint: it lacks `model` or `model_args`.")
+        raw = self._load()
         # a compiled model's names carry a prefix
         state = {name.removeprefix("_orig_mod."): value for name, value in raw["model"].items() if isinstance(name, str)}
-        self.config = self._config(raw["model_args"])
+        settings = raw["config"] if isinstance(raw.get("config"), dict) else {}
+        self.config = self._config(raw["model_args"], settings)
         self.tensors = self._check(state)
-        self.dtype = self.tensors["transformer.wte.weight"].dtype
-        settings = raw.get("config")
-        dataset = settings.get("dataset") if isinstance(settings, dict) else None
+        self.dtype = _common_dtype({name: tensor.dtype for name, tensor in self.tensors.items()}, str(path))
+        dataset = settings.get("dataset")
         self.dataset = dataset if isinstance(dataset, str) and dataset.replace("_", "").replace("-", "").isalnum() else None
         self.tokenizer = {"kind": "gpt2"} if self.config.vocab_size >= GPT2_TOKENS else None
 
-    def _config(self, args: dict[str, Any]) -> GPTConfig:
-        kinds = {"block_size": int, "vocab_size": int, "n_layer": int, "n_head": int, "n_embd": int, "bias": bool}
-        for key, kind in kinds.items():
-            if type(args.get(key)) is not kind or (kind is int and not 0 < args[key] < 2**31):
-                raise UserError(f"{self.path}: model_args.{key}={str(args.get(key))[:40]!r} is not of type {kind.__name__}.")
-        if args["n_embd"] % args["n_head"]:
-            raise UserError(f"{self.path}: n_embd={args['n_embd']} does not divide into n_head={args['n_head']} heads.")
-        dropout = args.get("dropout", 0.0)
-        activation = args.get("activation", "gelu")
-        good = isinstance(dropout, int | float) and 0 <= dropout < 1 and activation in ("gelu", "gelu_tanh")
-        if not good:
-            raise UserError(f"{self.path}: model_args.dropout={str(dropout)[:40]} or activation={str(activation)[:40]} is not usable.")
-        return GPTConfig(**{key: args[key] for key in kinds}, dropout=float(dropout), activation=activation)
+    def _load(self) -> dict[str, Any]:
+        try:
+            raw = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError:
+            fault = "holds more than tensors, numbers and strings: refused, loading it could run code"
+            raise UserError(f"{self.path} {fault}.") from None
+        except Exception as error:  # torch.load raises a dozen kinds for a broken file
+            fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
+            raise UserError(f"{self.path} is not a readable ckpt.pt ({fault}).") from None
+        if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict) or not isinstance(raw.get("model_args"), dict):
+            raise UserError(f"{self.path} is not a nanoGPT checkpoint: it lacks `model` or `model_args`.")
+        return raw
+
+    def _config(self, args: dict[str, Any], settings: dict[str, Any]) -> GPTConfig:
+        # nanoGPT's model_args know no activation (it is always the exact GELU): a checkpoint that `merge` wrote says it in
+        # `config`, where nanoGPT does not look
+        defaults = {"dropout": 0.0, "activation": settings.get("activation", "gelu")}
+        try:
+            return config_from(defaults | args, "model_args.{}".format)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
 
     def _check(self, state: dict[str, Any]) -> dict[str, Tensor]:
-        for name, shape in Partition.of(self.config, 1).shapes().items():
+        """The model's own tensors among the state's."""
+        shapes = Partition.of(self.config, 1).shapes()
+        head = {"lm_head.weight": shapes["transformer.wte.weight"]} if "lm_head.weight" in state else {}
+        for name, shape in (shapes | head).items():
             tensor = state.get(name)
-            if not isinstance(tensor, Tensor):
+            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
                 raise UserError(f"{self.path}: tensor {name} is missing.")
-            if tuple(tensor.shape) != shape or tensor.dtype not in DTYPES.values():
-                raise UserError(f"{self.path}: tensor {name} is {list(tensor.shape)} {tensor.dtype}, model_args say {list(shape)}.")
-        return state
+            if tuple(tensor.shape) != shape:
+                raise UserError(f"{self.path}: tensor {name} has shape {list(tensor.shape)}, model_args say {list(shape)}.")
+        if head:
+            _check_tied(state["lm_head.weight"], state["transformer.wte.weight"], str(self.path))
+        return {name: state[name] for name in shapes}
 
     def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
         return _runs_of(self.tensors[name], dim, runs)

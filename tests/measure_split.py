@@ -117,7 +117,8 @@ def table(made: dict[str, object], figures: dict[str, list[float]]) -> str:
     rows = [f"{size / 1e9:.2f} GB, tp {made['tp']}; source in the page cache; seconds of each round"]
     for name in ("cp_s", "cp_sync_s", "split_s", "verify_s"):
         rounds = "  ".join(f"{seconds:7.2f}" for seconds in figures[name])
-        rows.append(f"{name.removesuffix('_s').replace('_', ' + '):>10}  {rounds}  best {size / min(figures[name]) / 1e9:.2f} GB/s")
+        what, best = name.removesuffix("_s").replace("_", " + "), size / min(figures[name]) / 1e9
+        rows.append(f"{what:>10}  {rounds}  best {best:.2f} GB/s")
     ratio = sum(figures["split_s"]) / sum(figures["cp_s"])
     rows.append(f"split takes {ratio:.2f} x cp, {sum(figures['split_s']) / sum(figures['cp_sync_s']):.2f} x cp + sync")
     rows.append(f"anonymous memory above an interpreter with torch: at most {max(figures['split_peak']) / 1e6:.0f} MB")

@@ -6,12 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from measure_split import write_model
 
-from checkpoints.shards import TensorFile
 from model import GPTConfig
-from parallel.partition import Partition
-from shard_checkpoint import hf_config, main
+from shard_checkpoint import main
 
 ROOT = Path(__file__).parent.parent
 SMALL_GPT2 = GPTConfig(vocab_size=50257, activation="gelu_tanh")
@@ -42,19 +40,6 @@ print(json.dumps([max(peak, anonymous()), base, weights]))
 """
 
 
-def write_random_gpt2(directory: Path, config: GPTConfig) -> None:
-    """A Hugging Face directory with random weights, written tensor by tensor."""
-    directory.mkdir()
-    shapes = {}
-    for name, shape in Partition.of(config, 1).shapes().items():
-        shapes[name] = shape[::-1] if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else shape
-    file = TensorFile(directory / "model.safetensors", shapes, torch.float32)
-    for name, shape in shapes.items():
-        file.write(name, torch.empty(shape).normal_(0, 0.02))
-    file.close()
-    (directory / "config.json").write_text(json.dumps(hf_config(config, "float32")))
-
-
 def load(shards: Path, rank: int, tp: int) -> tuple[int, int, int]:
     """(peak anonymous bytes, those before loading, bytes of weights) of a fresh process that loads one rank's part."""
     script = LOAD.format(root=str(ROOT), shards=str(shards), rank=rank, tp=tp)
@@ -65,7 +50,7 @@ def load(shards: Path, rank: int, tp: int) -> tuple[int, int, int]:
 
 @pytest.mark.slow
 def test_a_rank_of_four_takes_less_than_half_the_memory_of_one(tmp_path: Path) -> None:
-    write_random_gpt2(tmp_path / "hf", SMALL_GPT2)
+    write_model(tmp_path / "hf", SMALL_GPT2)
     for tp in (1, 4):
         assert main(["split", f"--init_from={tmp_path / 'hf'}", f"--tp={tp}", f"--out={tmp_path / f'tp{tp}'}"]) == 0
     whole, _, _ = load(tmp_path / "tp1", 0, 1)

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from checkpoints.sources import open_source, reader
 from generation import Sampling, generate
 from parallel.mesh import World
-from ranks import run_ranks
 from tp_model import TensorParallelGPT
 
 MODELS = [(3, 24, 257), (4, 32, 50257), (5, 40, 257), (12, 48, 257), (25, 100, 50257)]  # heads, width, vocabulary
@@ -56,6 +56,7 @@ def test_logits_and_greedy_tokens(made: Any, tp: int) -> None:
         return  # a rank would hold no head: refused, and tested as such
     for logits, mine in run_ranks(tp, _compare, directory, ids):
         difference = (logits - expected).abs().max().item()
-        print(f"tp {tp}: {len(set(mine))} different tokens, largest logit {expected.abs().max().item():.2f}, largest difference {difference:.1e}")
+        largest = expected.abs().max().item()
+        print(f"tp {tp}: {len(set(mine))} different tokens, largest logit {largest:.2f}, largest difference {difference:.1e}")
         assert difference < 1e-4
         assert mine == tokens and len(set(mine)) > 8  # a text, not one token over and over

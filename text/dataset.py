@@ -69,6 +69,11 @@ class TokenFile:
         return np.asarray(self._ids[part])
 
 
+def is_prepared(directory: Path) -> bool:
+    """Whether anything here tells what the ids mean; a prepare.py alone does not."""
+    return any((directory / name).is_file() for name in (TOKENIZER_FILE, "meta.pkl", "train.bin"))
+
+
 class Dataset:
     """A dataset directory. Its parts are opened when first used. UserError if there is no such directory."""
 
@@ -125,8 +130,9 @@ def batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs x and targets y, both int64 [len(rows), block_size], of the given rows of a step's global batch.
 
-    UserError where an id is outside vocab_size. Row i starts where (seed, stream, step, i) says, uniform over all starts, whichever rank asks and whatever other
-    rows it asks for: however rows are dealt to data-parallel ranks, the global batch is the same.
+    Row i starts where (seed, stream, step, i) says, uniform over all starts, whichever rank asks and whatever other
+    rows it asks for: however rows are dealt to data-parallel ranks, the global batch is the same. UserError where an id
+    is outside vocab_size.
     """
     import torch
 

@@ -1,0 +1,460 @@
+"""Where weights come from: what transformers and nanoGPT save themselves, the hub's cache, and what is refused."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+
+from checkpoints.shards import TensorFile
+from checkpoints.sources import HUB, HuggingFaceDirectory, NanoGPTCheckpoint, ShardSource, open_source, tokenizer_of
+from errors import UserError
+from model import GPT, GPTConfig
+from parallel.partition import Partition
+from shard_checkpoint import main
+
+ROOT = Path(__file__).parent.parent
+CONFIG = GPTConfig(n_layer=2, n_head=5, n_embd=20, vocab_size=131, block_size=16)
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def gpt2(n_head: int = 5, dtype: torch.dtype = torch.float32, cls: Any = GPT2LMHeadModel, **changes: Any) -> Any:
+    """A small model of transformers' with random weights everywhere (its own init leaves biases zero)."""
+    torch.manual_seed(n_head)
+    sizes = {"n_layer": 2, "n_head": n_head, "n_embd": 4 * n_head, "vocab_size": 131, "n_positions": 16}
+    model = cls(GPT2Config(**{**sizes, "bos_token_id": 0, "eos_token_id": 0, **changes}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()
+    return model.to(dtype)
+
+
+def state_of(model: Any) -> dict[str, torch.Tensor]:
+    """transformers' tensors under our names, linear weights turned to [out, in]."""
+    state = {f"transformer.{name.removeprefix('transformer.')}": tensor for name, tensor in model.state_dict().items()}
+    return {
+        name: tensor.t() if name.endswith(CONV1D) else tensor for name, tensor in state.items() if "lm_head" not in name
+    }
+
+
+def check_source(source: Any, expected: dict[str, torch.Tensor]) -> None:
+    """Whole tensors and every rank's part at several tp, bit for bit."""
+    for name, full in expected.items():
+        assert torch.equal(source.read(name, None, ()), full), name
+    for tp in (2, source.config.n_head):
+        rules = Partition.of(source.config, tp).rules()
+        assert rules.keys() == expected.keys()
+        for name, rule in rules.items():
+            for rank, runs in enumerate(rule.runs):
+                part = torch.cat([expected[name].narrow(rule.dim or 0, lo, hi - lo) for lo, hi in runs], rule.dim or 0)
+                assert torch.equal(source.read(name, rule.dim, runs), part), (name, rank)
+
+
+def refused(spec: Path | str) -> str:
+    """What open_source says, checked to be one line that is soon said."""
+    start = time.perf_counter()
+    with pytest.raises(UserError) as error:
+        open_source(str(spec))
+    assert time.perf_counter() - start < 5
+    message = str(error.value)
+    assert message.isprintable() and len(message) < 600
+    return message
+
+
+# --- Hugging Face ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_head", [3, 4, 5, 12, 25])
+def test_a_directory_that_transformers_saved(tmp_path: Path, n_head: int) -> None:
+    model = gpt2(n_head)
+    model.save_pretrained(tmp_path)
+    source = open_source(str(tmp_path))
+    assert isinstance(source, HuggingFaceDirectory)
+    assert source.config == GPTConfig(16, 131, 2, n_head, 4 * n_head, 0.0, True, "gelu_tanh")
+    assert (source.dtype, source.description, source.tokenizer) == (torch.float32, str(tmp_path), None)
+    check_source(source, state_of(model))
+
+
+def test_several_files_and_an_index(tmp_path: Path) -> None:
+    model = gpt2()
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3 and (tmp_path / "model.safetensors.index.json").is_file()
+    check_source(open_source(str(tmp_path)), state_of(model))
+
+
+def test_names_without_the_prefix(tmp_path: Path) -> None:
+    """GPT2Model, the part without the head, saves wte.weight where GPT2LMHeadModel saves transformer.wte.weight."""
+    model = gpt2(cls=GPT2Model)
+    model.save_pretrained(tmp_path)
+    assert "wte.weight" in load_file(tmp_path / "model.safetensors")
+    check_source(open_source(str(tmp_path)), state_of(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = gpt2(dtype=dtype)
+    model.save_pretrained(tmp_path)
+    source = open_source(str(tmp_path))
+    assert source.dtype == dtype
+    check_source(source, state_of(model))
+
+
+def test_mixed_precision_keeps_every_bit(tmp_path: Path) -> None:
+    model = gpt2(dtype=torch.bfloat16)
+    model.transformer.ln_f.float().weight.data.add_(1e-6)
+    model.save_pretrained(tmp_path)
+    assert open_source(str(tmp_path)).dtype == torch.float32
+    assert main(["split", f"--init_from={tmp_path}", "--tp=2", f"--out={tmp_path / 'shards'}"]) == 0
+    shards = open_source(str(tmp_path / "shards"))
+    assert all(torch.equal(shards.read(name, None, ()), full.float()) for name, full in state_of(model).items())
+
+
+@pytest.mark.parametrize(
+    ("saved", "read"), [("gelu_new", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu", "gelu")]
+)
+def test_the_activation_is_the_models(tmp_path: Path, saved: str, read: str) -> None:
+    gpt2(activation_function=saved).save_pretrained(tmp_path)
+    assert open_source(str(tmp_path)).config.activation == read
+
+
+def test_a_head_that_is_stored_is_the_table(tmp_path: Path) -> None:
+    """Old checkpoints hold lm_head.weight and the causal mask as well."""
+    model = gpt2()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    check_source(open_source(str(tmp_path)), state_of(model))
+    tensors["lm_head.weight"][130, 19] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    message = "lm_head.weight differs from wte.weight; only a head tied to the embedding is supported."
+    assert refused(tmp_path) == f"{tmp_path}: {message}"
+
+
+def test_gpt2s_vocabulary_means_gpt2s_tokenizer(tmp_path: Path) -> None:
+    gpt2(n_head=1, n_layer=1, vocab_size=50257).save_pretrained(tmp_path)
+    source = open_source(str(tmp_path))
+    assert source.tokenizer == {"kind": "gpt2"} and tokenizer_of(source).kind == "gpt2"
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "another model": ({"model_type": "llama"}, "model_type is 'llama', nanoTP reads gpt2."),
+    "no type": ({"model_type": None}, "model_type is None, nanoTP reads gpt2."),
+    "n_inner": ({"n_inner": 79}, "n_inner=79 is not 4 x n_embd=20, the only MLP width supported."),
+    "layer scale": (
+        {"scale_attn_by_inverse_layer_idx": True},
+        "scale_attn_by_inverse_layer_idx=True, only False is supported.",
+    ),
+    "no scale": ({"scale_attn_weights": False}, "scale_attn_weights=False, only True is supported."),
+    "cross attention": ({"add_cross_attention": True}, "add_cross_attention=True, only False is supported."),
+    "untied": ({"tie_word_embeddings": False}, "tie_word_embeddings=False, only True is supported."),
+    "epsilon": ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06, only 1e-05 is supported."),
+    "relu": (
+        {"activation_function": "relu"},
+        "activation_function='relu' is not one of gelu_new, gelu_pytorch_tanh, gelu.",
+    ),
+    "activation a list": ({"activation_function": ["gelu"]}, "activation_function=['gelu'] is not one of"),
+    "heads do not divide": ({"n_head": 3}, "n_embd=20 does not divide into n_head=3 heads."),
+    "n_head a bool": ({"n_head": True}, "n_head=True is not of type int."),
+    "n_head a text": ({"n_head": "5\n"}, "n_head='5\\n' is not of type int."),
+    "n_embd 0": ({"n_embd": 0}, "n_embd=0 is out of range."),
+    "positions negative": ({"n_positions": -1}, "n_positions=-1 is out of range."),
+    "layers without end": ({"n_layer": 10**12}, "n_layer=1000000000000 is out of range."),
+    "many layers": ({"n_layer": 9999}, "tensor transformer.h.2.ln_1.weight is missing"),
+    "another width": ({"n_embd": 40}, "tensor transformer.wte.weight has shape [131, 20], config.json says [131, 40]."),
+    "another length": ({"n_positions": 17}, "tensor transformer.wpe.weight has shape [16, 20], config.json says [17, 20]."),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "hf"
+    gpt2().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(("changes", "message"), CONFIGS.values(), ids=CONFIGS)
+def test_what_would_be_computed_differently_is_refused(
+    saved: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = Path(shutil.copytree(saved, tmp_path / "hf"))
+    raw = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(raw | changes))
+    said = refused(path)
+    assert said.startswith(str(path)) and message in said
+
+
+def test_damaged_directories(saved: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(saved, tmp_path / "hf"))
+    weights, config, index = path / "model.safetensors", path / "config.json", path / "model.safetensors.index.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    assert f"{weights} is not a readable safetensors file" in refused(path)
+    weights.unlink()
+    assert refused(path) == f"{path} has config.json but no model.safetensors."
+    (path / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    assert refused(path).endswith("but no model.safetensors. Save the model again with save_pretrained(...).")
+    for names, message in [
+        ([], f"{index} has no weight_map."),
+        ({"weight_map": 3}, f"{index} has no weight_map."),
+        ({"weight_map": {"a": "../model.safetensors"}}, "'../model.safetensors' is not a safetensors file of this directory."),
+        ({"weight_map": {"a": "/etc/passwd"}}, "'/etc/passwd' is not a safetensors file of this directory."),
+        ({"weight_map": {"a": "pytorch_model.bin"}}, "'pytorch_model.bin' is not a safetensors file of this directory."),
+        ({"weight_map": {"a": 3}}, "3 is not a safetensors file of this directory."),
+        ({"weight_map": {}}, "tensor transformer.wte.weight is missing"),
+        ({"weight_map": {"wte.weight": "gone.safetensors"}}, "gone.safetensors is missing, though the index names it."),
+    ]:
+        index.write_text(json.dumps(names))
+        assert message in refused(path)
+    weights.with_name("part.safetensors").write_bytes(whole)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(["transformer.wte.weight", "wpe.weight"], "part.safetensors")}))
+    assert refused(path).endswith("part.safetensors: tensor wpe.weight is missing, though the index names it.")
+    config.write_text("[" * 10**5)
+    assert f"{config} is not valid JSON" in refused(path)
+    config.write_text("{}")
+    assert refused(path) == f"{config}: model_type is None, nanoTP reads gpt2."
+
+
+def test_a_dtype_that_is_not_read(tmp_path: Path) -> None:
+    gpt2(dtype=torch.float64).save_pretrained(tmp_path)
+    assert refused(tmp_path) == f"{tmp_path}: tensor transformer.wte.weight is F64; float32, bfloat16, float16 are read."
+
+
+# --- the hub --------------------------------------------------------------------------------------------------------
+
+
+def lay_out(home: Path, repository: str, source: Path) -> None:
+    """What the hub's client leaves: blobs, a snapshot of links to them, and the branch that names the snapshot."""
+    base, commit = home / "hub" / f"models--{repository.replace('/', '--')}", "607a30d783dfa663caf39e06633721c8d4cfcd7e"
+    (base / "blobs").mkdir(parents=True)
+    (base / "refs").mkdir()
+    (base / "refs" / "main").write_text(commit)
+    snapshot = base / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for number, name in enumerate(("config.json", "model.safetensors")):
+        shutil.copy(source / name, base / "blobs" / str(number))
+        (snapshot / name).symlink_to(f"../../blobs/{number}")
+
+
+def test_a_hub_name_comes_from_the_cache(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under its long name, or under the short one where older caches have it; no network is asked."""
+    lay_out(tmp_path, "openai-community/gpt2", saved)
+    lay_out(tmp_path, "gpt2-xl", saved)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("gpt2", "gpt2-xl"):
+        source = open_source(name)
+        assert source.description == name and source.config.n_head == 5
+        check_source(source, state_of(gpt2()))
+
+
+@pytest.mark.parametrize("has", ["nothing", "config.json alone", "a broken link"])
+def test_a_hub_name_without_network(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has: str) -> None:
+    if has != "nothing":
+        lay_out(tmp_path, "openai-community/gpt2-medium", saved)
+        weights = next(tmp_path.rglob("model.safetensors"))
+        (weights if has == "config.json alone" else weights.resolve()).unlink()
+    download, asked = huggingface_hub.snapshot_download, []
+
+    def unreachable(repository: str, local_files_only: bool = False, **options: Any) -> str:
+        if local_files_only:
+            return download(repository, local_files_only=True, **options)
+        asked.append(repository)
+        raise ConnectionError("Name or service not known\nwhile resolving huggingface.co")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    assert refused("gpt2-medium") == (
+        "gpt2-medium is not in the local Hugging Face cache and the hub cannot be reached (ConnectionError). "
+        "A directory with config.json and model.safetensors works too: --init_from=/path/to/gpt2-medium"
+    )
+    assert asked == ["openai-community/gpt2-medium"]
+
+
+def test_offline_by_the_environment(saved: Path, tmp_path: Path) -> None:
+    """HF_HOME and HF_HUB_OFFLINE are read when the hub's client is imported: a process of its own."""
+    lay_out(tmp_path / "home", "openai-community/gpt2", saved)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    script = (
+        "import sys; from shard_checkpoint import main\n"
+        f"print(main(['split', '--init_from=gpt2', '--tp=2', '--out={tmp_path / 'shards'}']))\n"
+        f"print(main(['split', '--init_from=gpt2-large', '--tp=2', '--out={tmp_path / 'none'}']))\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-2:] == ["0", "2"]
+    assert done.stderr.startswith("shard_checkpoint.py: gpt2-large is not in the local Hugging Face cache and the hub")
+    assert done.stderr.count("\n") == 1
+    check_source(ShardSource(tmp_path / "shards"), state_of(gpt2()))
+
+
+def test_a_name_that_is_nothing(tmp_path: Path) -> None:
+    names = "gpt2, gpt2-medium, gpt2-large, gpt2-xl"
+    assert refused("gpt2-xxl").endswith(f"is neither a file, a directory nor one of {names}. Did you mean gpt2-xl?")
+    assert refused("~no_such_user/x").startswith("--init_from=~no_such_user/x is neither a file")
+    assert refused(tmp_path).startswith(f"--init_from={tmp_path} is a directory without weights: no shards.json (shards)")
+    assert set(HUB) == {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"}
+
+
+# --- nanoGPT --------------------------------------------------------------------------------------------------------
+
+PREFIX = "_orig_mod."
+
+
+def nanogpt(config: GPTConfig = CONFIG, prefix: str = "", **changes: Any) -> dict[str, Any]:
+    """What nanoGPT's train.py passes to torch.save; nn.Linear and nn.Embedding as there, the head tied to the table."""
+    torch.manual_seed(3)
+    state = {name: torch.randn(shape) for name, shape in Partition.of(config, 1).shapes().items()}
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.randn(3))], lr=1e-3)
+    args = {key: value for key, value in vars(config).items() if key != "activation"}
+    return {
+        "model": {prefix + name: tensor for name, tensor in state.items()},
+        "optimizer": optimizer.state_dict(),
+        "model_args": args,
+        "iter_num": 2000,
+        "best_val_loss": torch.tensor(1.47),
+        "config": {"dataset": "shakespeare_char", "batch_size": 12, "compile": True, "out_dir": "out"},
+        **changes,
+    }
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+def test_a_nanogpt_checkpoint(tmp_path: Path, prefix: str, bias: bool) -> None:
+    config = replace(CONFIG, bias=bias, dropout=0.2)
+    raw = nanogpt(config, prefix)
+    torch.save(raw, tmp_path / "ckpt.pt")
+    for spec in (tmp_path / "ckpt.pt", tmp_path):
+        source = open_source(str(spec))
+        assert isinstance(source, NanoGPTCheckpoint)
+        assert (source.config, source.dtype) == (config, torch.float32)
+        assert (source.dataset, source.tokenizer) == ("shakespeare_char", None)
+        expected = {name.removeprefix(prefix): tensor for name, tensor in raw["model"].items()}
+        del expected["lm_head.weight"]
+        check_source(source, expected)
+
+
+def test_the_same_logits_as_the_model_it_was_saved_from(tmp_path: Path) -> None:
+    """By way of the file and a split: model.py's GPT with the tensors that a source gives."""
+    torch.manual_seed(0)
+    saved, ids = GPT(CONFIG, seed=5), torch.randint(131, (2, 9))
+    torch.save(nanogpt(model=saved.state_dict()), tmp_path / "ckpt.pt")
+    source = open_source(str(tmp_path / "ckpt.pt"))
+    again = GPT(source.config)
+    again.load_state_dict({name: source.read(name, None, ()) for name in source_names(source)}, strict=False)
+    assert torch.equal(again(ids, ids)[0], saved(ids, ids)[0])
+
+
+def source_names(source: Any) -> list[str]:
+    return list(Partition.of(source.config, 1).shapes())
+
+
+class Bomb:
+    """Unpickled, it writes a file: what a checkpoint from a stranger could do."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path) -> None:
+    path, harm = tmp_path / "ckpt.pt", tmp_path / "harm"
+    bomb = Bomb(harm)
+    for raw in (nanogpt() | {"config": bomb}, bomb, nanogpt(model={"x": bomb}), nanogpt(optimizer=[bomb])):
+        torch.save(raw, path)
+        with open(path, "rb") as file:
+            assert b"touch" in file.read()
+        assert refused(path) == f"{path} holds more than tensors, numbers and strings: refused, loading it could run code."
+        torch.save(raw, path, _use_new_zipfile_serialization=False)
+        assert refused(path).startswith(f"{path} ")
+        path.write_bytes(pickle.dumps(raw))
+        assert refused(path).startswith(f"{path} ")
+        assert not harm.exists()
+
+
+def set_arg(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda raw: raw["model_args"].update({key: value})
+
+
+def set_tensor(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda raw: raw["model"].update({name: value})
+
+
+LN = "transformer.ln_f.weight"
+CHECKPOINTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no model": (lambda raw: raw.pop("model"), "it lacks `model` or `model_args`"),
+    "no model_args": (lambda raw: raw.pop("model_args"), "it lacks `model` or `model_args`"),
+    "no bias": (lambda raw: raw["model_args"].pop("bias"), "model_args.bias is missing"),
+    "n_head true": (set_arg("n_head", True), "model_args.n_head=True is not of type int"),
+    "n_head a tensor": (set_arg("n_head", torch.zeros(40, 40)), "is not of type int"),
+    "n_head 3": (set_arg("n_head", 3), "n_embd=20 does not divide into n_head=3 heads"),
+    "layers without end": (set_arg("n_layer", 10**12), "model_args.n_layer=1000000000000 is out of range"),
+    "dropout a tensor": (set_arg("dropout", torch.zeros(3)), "is not of type float"),
+    "dropout NaN": (set_arg("dropout", float("nan")), "model_args.dropout=nan is out of range"),
+    "activation": (set_arg("activation", "relu"), "model_args.activation='relu' is not known"),
+    "a layer more": (set_arg("n_layer", 3), "tensor transformer.h.2.ln_1.weight is missing"),
+    "another width": (set_arg("n_embd", 40), "tensor transformer.wte.weight has shape [131, 20], model_args say [131, 40]"),
+    "tensor missing": (lambda raw: raw["model"].pop(LN), f"tensor {LN} is missing"),
+    "tensor a number": (set_tensor(LN, 3), f"tensor {LN} is missing"),
+    "tensor sparse": (set_tensor(LN, torch.ones(20).to_sparse()), f"tensor {LN} is missing"),
+    "tensor without data": (set_tensor(LN, torch.ones(20, device="meta")), f"tensor {LN} is missing"),
+    "dtype": (set_tensor(LN, torch.ones(20).long()), f"tensor {LN} is torch.int64; float32, bfloat16, float16 are read"),
+    "head untied": (set_tensor("lm_head.weight", torch.ones(131, 20)), "lm_head.weight differs from wte.weight"),
+    "head of another dtype": (set_tensor("lm_head.weight", torch.ones(131, 20).half()), "lm_head.weight differs"),
+    "head of another shape": (set_tensor("lm_head.weight", torch.ones(3)), "tensor lm_head.weight has shape [3]"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_checkpoints_that_do_not_fit(tmp_path: Path, damage: Callable[[dict[str, Any]], Any], message: str) -> None:
+    raw = nanogpt()
+    damage(raw)
+    torch.save(raw, tmp_path / "ckpt.pt")
+    said = refused(tmp_path / "ckpt.pt")
+    assert said.startswith(f"{tmp_path / 'ckpt.pt'}") and message in said
+
+
+def test_damaged_checkpoints(tmp_path: Path) -> None:
+    path = tmp_path / "ckpt.pt"
+    torch.save(nanogpt(), path)
+    whole = path.read_bytes()
+    for content in (b"", b"hello", whole[:100], whole[: len(whole) // 2], whole[:-1000], whole[1000:]):
+        path.write_bytes(content)
+        assert refused(path).startswith(f"{path} is not a readable ckpt.pt (")
+    file = TensorFile(path, {"a": (3,)}, torch.float32)  # a user may name the file where the directory is meant
+    file.write("a", torch.zeros(3))
+    file.close()
+    assert refused(path).startswith(f"{path} is not a readable ckpt.pt (")
+
+
+# --- a training directory -------------------------------------------------------------------------------------------
+
+
+def test_a_training_directory_is_its_latest_checkpoint(saved: Path, tmp_path: Path) -> None:
+    for step, tp in ((100, 1), (200, 3)):
+        assert main(["split", f"--init_from={saved}", f"--tp={tp}", f"--out={tmp_path / f'step-{step:06d}'}"]) == 0
+    for latest, tp in (("step-000200\n", 3), ("step-000100", 1)):
+        (tmp_path / "latest").write_text(latest)
+        source = open_source(str(tmp_path), verify=(0, 1))
+        assert isinstance(source, ShardSource) and source.manifest.tp == tp
+        check_source(source, state_of(gpt2()))
+    for content in (b"step-000300", b"", b".", b"..", b"../step", b"/etc", b"\xff\xfe", b"a\nb", b"x" * 10**5):
+        (tmp_path / "latest").write_bytes(content)
+        said = refused(tmp_path)
+        assert said.startswith(f"{tmp_path / 'latest'} names ") and said.endswith(f", which is not a checkpoint in {tmp_path}.")
