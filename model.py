@@ -89,7 +89,6 @@ class KVCache:
         self.positions = positions
         return positions
 
-    @torch.compiler.disable  # its sizes change with every token: traced, it would be compiled again and again
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new k and v [B, n_head, T, D] of the next layer; returns all it may look at, [B, n_head, stop, D]."""
         layer, self.layer = self.layer, self.layer + 1

@@ -8,8 +8,8 @@ heads, one after the MLP's columns.
 Shapes: B batch, T tokens, C = n_embd, h = this rank's heads, D = head width, m = this rank's MLP columns.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn as nn
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model import GPTConfig, KVCache, LayerNorm, adamw, attend, gelu, initial_tensor
 from parallel.collectives import Axis, all_gather, all_reduce
+from parallel.graphs import outside_graphs
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from parallel.loss import vocab_parallel_cross_entropy
 from parallel.partition import VOCAB_MULTIPLE, Partition, Rule
@@ -42,7 +43,7 @@ class CausalSelfAttention(nn.Module):
         h = self.local_n_head
         q, k, v = self.c_attn(x).view(B, T, 3 * h, self.head_dim).transpose(1, 2).split(h, dim=1)  # [B, h, T, D]
         if cache is not None:
-            k, v = cache.update(k, v)
+            k, v = remember(cache, k, v)
         if self.training and self.dropout > 0:
             y = attend_with_own_dropout(q, k, v, cache, self.dropout, self.tp)
         else:
@@ -51,7 +52,12 @@ class CausalSelfAttention(nn.Module):
         return F.dropout(y, self.dropout, self.training)
 
 
-@torch.compiler.disable
+@outside_graphs  # its sizes change with every token: traced, it would be compiled again and again
+def remember(cache: KVCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return cache.update(k, v)
+
+
+@outside_graphs
 def attend_with_own_dropout(q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None, dropout: float, tp: Axis) -> Tensor:
     """Attention whose dropout mask is this rank's own: its heads are not the other ranks' heads.
 
@@ -98,7 +104,8 @@ class Transformer(nn.Module):
         lo, hi = split.vocabulary(tp.rank)
         here = tp.at("embedding")
         self.wte = VocabParallelEmbedding(config.vocab_size, config.n_embd, lo, hi, split.local_vocab, here)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        # from_pretrained, because nn.Embedding would draw numbers that are then thrown away
+        self.wpe = nn.Embedding.from_pretrained(torch.empty(config.block_size, config.n_embd), freeze=False)
         self.h = nn.ModuleList(Block(config, split, tp, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, config.bias)
 
@@ -125,10 +132,8 @@ class TensorParallelGPT(nn.Module):
         self.config, self.tp, self.activation_checkpointing = config, tp, activation_checkpointing
         self.split = split = Partition.of(config, tp.size, vocab_multiple)
         self.vocab_lo, self.vocab_hi = split.vocabulary(tp.rank)
-        with torch.device("meta"):  # shapes only: no full tensor is ever allocated
+        with torch.device(device), default_dtype(dtype):
             self.transformer = Transformer(config, split, tp)
-        self.to_empty(device=device)
-        self.to(dtype)
         self.load(read or self._draw(seed))
 
     def _draw(self, seed: int) -> Read:
@@ -164,6 +169,7 @@ class TensorParallelGPT(nn.Module):
 
     def compile_blocks(self) -> None:
         """torch.compile each block in place. The graph breaks at the collectives: what is between two is one graph."""
+        outside_graphs.take_effect()
         for block in self.transformer.h:
             block.compile()
 
@@ -246,6 +252,18 @@ class TensorParallelGPT(nn.Module):
         squares = [torch.stack(norms).square().sum() if norms else torch.zeros(()) for norms in (shared, own)]
         everywhere = all_reduce(squares[1].to(squares[0].device), self.tp.at("optimizer"), "step")
         return (squares[0] + everywhere).sqrt()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What torch.empty and its like make within. (Shapes on the meta device would do without, but torch answers for that
+    device in Python, and imports half a second of it.)"""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def take(full: Tensor, rule: Rule, rank: int) -> Tensor:

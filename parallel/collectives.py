@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.graphs import outside_graphs
 from parallel.ledger import Entry, Ledger
 
 
@@ -127,19 +128,19 @@ def _elapsed(start: Any, message: Tensor) -> float | Callable[[], float]:
 # three are the graph breaks of a compiled model, one at each sync point.
 
 
-@torch.compiler.disable
+@outside_graphs
 def _all_reduce(x: Tensor, axis: Axis, direction: str, op: str) -> Tensor:
     with axis.account("all_reduce", direction, x):
         return axis._carrier().all_reduce(x, op)
 
 
-@torch.compiler.disable
+@outside_graphs
 def _all_gather(x: Tensor, axis: Axis, direction: str) -> Tensor:
     with axis.account("all_gather", direction, x):
         return axis._carrier().all_gather(x)
 
 
-@torch.compiler.disable
+@outside_graphs
 def _broadcast(x: Tensor, axis: Axis, direction: str, source: int) -> Tensor:
     with axis.account("broadcast", direction, x):
         return axis._carrier().broadcast(x, source)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.collectives import Axis, all_reduce
+from parallel.graphs import outside_graphs
 
 
 class _F(torch.autograd.Function):
@@ -39,7 +40,7 @@ class _G(torch.autograd.Function):
         return grad, None
 
 
-@torch.compiler.disable
+@outside_graphs
 def _apply(function: Any, x: Tensor, axis: Axis) -> Tensor:
     return function.apply(x, axis)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from parallel.collectives import Axis, all_reduce
+from parallel.graphs import outside_graphs
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
@@ -47,6 +48,6 @@ def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, lo: int, axis:
     return nll.masked_fill(targets < 0, 0.0)
 
 
-@torch.compiler.disable
+@outside_graphs
 def _cross_entropy(logits: Tensor, targets: Tensor, lo: int, axis: Axis) -> Tensor:
     return _VocabParallelCrossEntropy.apply(logits, targets, lo, axis)
