@@ -65,6 +65,7 @@ def _rank(rank: int, size: int, tp: int, scratch: str, body: Any, args: tuple[An
         tp_axis, dp_axis = (make_axis(name, mesh, "gloo", ledger) for name in ("tp", "dp"))
         world = World(rank, size, torch.device("cpu"), "gloo" if size > 1 else "none", tp_axis, dp_axis, ledger, mesh)
         result = body(world, *args)
+        world.barrier()  # one that leaves while another is still connecting would be missed
         dist.destroy_process_group()
         (Path(scratch) / f"result-{rank}").write_bytes(pickle.dumps(result))
     except BaseException:
