@@ -16,7 +16,7 @@ demo: .venv/ready
 	$(BIN)/python data/python_docs/prepare.py
 	$(RANKS) train_tp.py configs/demo.py --overwrite=True
 	$(BIN)/python shard_checkpoint.py split --init_from=out/demo --tp=$(NPROC) --out=out/demo-shards --force
-	$(RANKS) sample_tp.py --init_from=out/demo-shards --prompt="The " --max_new_tokens=300 --seed=7 --report=out/demo-report.json
+	$(RANKS) sample_tp.py --init_from=out/demo-shards --prompt="The " --max_new_tokens=300 --temperature=0.5 --seed=7 --report=out/demo-report.json
 
 test: .venv/ready
 	$(BIN)/python -m pytest
