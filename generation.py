@@ -91,10 +91,10 @@ class Generation:
 def check_prompts(prompts: list[list[int]], vocab_size: int, block_size: int, sampling: Sampling) -> None:
     """UserError for a prompt that cannot be continued: empty, of foreign ids, or too long for the overflow rule."""
     if not prompts:
-        raise UserError("there is no prompt: give --start, and a prompt file with at least one line.")
+        raise UserError("there is no prompt: give --prompt, and a prompt file with at least one line.")
     for i, prompt in enumerate(prompts, 1):
         if not prompt:
-            raise UserError(f"prompt {i} has no token: give it at least one to go on from, for example --start=$'\\n'.")
+            raise UserError(f"prompt {i} has no token: give it at least one to go on from, for example --prompt=$'\\n'.")
         beyond = [token for token in prompt if not 0 <= token < vocab_size]
         if beyond:
             raise UserError(f"prompt {i} has token id {beyond[0]}, the model's vocab_size is {vocab_size}: not its tokenizer?")

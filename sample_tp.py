@@ -94,7 +94,7 @@ def read_prompts(start: list[str]) -> list[str]:
         elif spec.startswith("PROMPTS:"):
             prompts += read_lines(Path(spec.removeprefix("PROMPTS:")).expanduser())
         elif any("\ud800" <= char <= "\udfff" for char in spec):  # how Python passes on bytes that are not UTF-8
-            raise UserError(f"--start={ascii(spec)[:60]} is not UTF-8 text.")
+            raise UserError(f"--prompt={ascii(spec)[:60]} is not UTF-8 text.")
         else:
             prompts.append(spec)
     return prompts

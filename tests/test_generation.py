@@ -164,8 +164,8 @@ def test_overflow_error_leaves_what_fits_alone() -> None:
 
 
 @pytest.mark.parametrize("prompts, change, message", [
-    ([], {}, "there is no prompt: give --start, and a prompt file with at least one line."),
-    ([[1], []], {}, "prompt 2 has no token: give it at least one to go on from, for example --start=$'\\n'."),
+    ([], {}, "there is no prompt: give --prompt, and a prompt file with at least one line."),
+    ([[1], []], {}, "prompt 2 has no token: give it at least one to go on from, for example --prompt=$'\\n'."),
     ([[1, 523]], {}, "prompt 1 has token id 523, the model's vocab_size is 523: not its tokenizer?"),
     ([[-1]], {}, "prompt 1 has token id -1, the model's vocab_size is 523: not its tokenizer?"),
     ([[1] * 16], {"overflow": "stop"}, "prompt 1 has 16 tokens, block_size is 16. Shorten it, or use --overflow=slide."),

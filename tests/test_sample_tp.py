@@ -196,7 +196,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
     (["--prompt=PROMPTS:{missing}"], "cannot read {missing}: No such file or directory"),
     (["--prompt=PROMPTS:{binary}"], "{binary} is not UTF-8 text"),
     (["--prompt=PROMPTS:{blank}"], "{blank} has no prompt: write one a line."),
-    (["--prompt=caf\udce9"], "--start='caf\\udce9' is not UTF-8 text."),
+    (["--prompt=caf\udce9"], "--prompt='caf\\udce9' is not UTF-8 text."),
     (["--prompt=FILE:{long}", "--overflow=stop"], "prompt 1 has 41 tokens, block_size is 32. Shorten it"),
     (["--prompt=a", "--overflow=error", "--max_new_tokens=32"], "Ask for 31, or use --overflow=slide."),
     (["--out={dir}"], "--out={dir} is a directory: name a file in it."),
