@@ -27,6 +27,7 @@ from torch import Tensor
 from errors import UserError
 from model import GPTConfig
 from parallel.partition import Partition, Rule, Run
+from parallel.processes import is_running
 
 FORMAT_VERSION = 1
 MANIFEST = "shards.json"
@@ -461,18 +462,8 @@ def _remove_leftovers(path: Path) -> None:
     pattern = f".{path.name}.tmp-{os.uname().nodename}-"
     for left in path.parent.glob(glob.escape(pattern) + "*"):
         pid = left.name.removeprefix(pattern)
-        if re.fullmatch("[1-9][0-9]{0,9}", pid) and not _is_running(int(pid)):
+        if re.fullmatch("[1-9][0-9]{0,9}", pid) and not is_running(int(pid)):
             _remove(left)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        pass
-    return True
 
 
 def _remove(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from errors import UserError
-from parallel.collectives import Axis, GroupTransport
+from parallel.collectives import Axis, GroupTransport, Transport
 from parallel.ledger import Ledger
+from parallel.processes import is_running
+from parallel.shm import ShmTransport, Unavailable
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-    comm: str  # nccl | gloo | none (one rank has nobody to talk to)
+    comm: str  # nccl | gloo | shm | none (one rank has nobody to talk to)
     tp: Axis
     dp: Axis
     ledger: Ledger
@@ -68,24 +71,13 @@ class World:
         self.gather(None)
 
     def gone(self) -> list[int]:
-        """Ranks of this host whose process has ended (an ended process may wait as a zombie for its parent)."""
-        return [rank for rank, (host, pid) in enumerate(self.peers) if host == socket.gethostname() and not _alive(pid)]
+        """Ranks of this host whose process has ended."""
+        return [rank for rank, (host, pid) in enumerate(self.peers) if host == socket.gethostname() and not is_running(pid)]
 
     def synchronize(self) -> None:
         """Wait until this rank's device has done all it was asked to: clocks are read after this."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's process, or a system without /proc: it exists
-        return True
 
 
 def sizes(world_size: int, tp: int, prog: str) -> tuple[int, int]:
@@ -136,17 +128,26 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
-def pick_comm(comm: str, device: torch.device, launch: Launch) -> str:
-    """The transport: nccl where every rank has a GPU of its own, else gloo."""
+def pick_comm(comm: str, device: torch.device, launch: Launch, tp: int) -> str:
+    """The transport: nccl where every rank has a GPU of its own, shm between CPU ranks where no tp group leaves its host,
+    else gloo."""
     shared = device.type == "cuda" and launch.local_size > torch.cuda.device_count()
     if comm == "auto":
-        comm = "nccl" if device.type == "cuda" and not shared else "gloo"
-    if comm == "shm":
-        raise UserError("--comm=shm: this version carries messages over nccl and gloo only. Use --comm=gloo.")
+        comm = "gloo"
+        if device.type == "cuda" and not shared:
+            comm = "nccl"
+        elif device.type == "cpu" and tp > 1 and launch.local_size % tp == 0:
+            comm = "shm"
+    if comm == "shm" and device.type != "cpu":
+        raise UserError(f"--comm=shm is for ranks on CPU cores, the device is {device.type}. Use --comm=auto.")
+    if comm == "shm" and launch.local_size % tp:
+        raise UserError(f"--comm=shm: hosts of {launch.local_size} ranks do not hold whole groups of tp={tp}. Use --comm=gloo.")
     if comm == "nccl" and device.type != "cuda":
         raise UserError(f"--comm=nccl needs GPUs, the device is {device.type}. Use --comm=gloo.")
     if comm == "nccl" and shared:
         raise UserError("--comm=nccl cannot share a GPU between ranks. Use --comm=gloo.")
+    if comm == "shm" and tp == 1:
+        comm = "gloo"  # the dp axis is torch's own
     return comm if launch.size > 1 else "none"
 
 
@@ -174,11 +175,25 @@ def _agree(launch: Launch, device: torch.device, promise: dict[str, Any]) -> lis
     return stated
 
 
-def make_axis(name: str, mesh: DeviceMesh, comm: str, ledger: Ledger) -> Axis:
+def make_axis(name: str, mesh: DeviceMesh, comm: str, ledger: Ledger, timeout: float = 120.0) -> Axis:
+    """One axis of the mesh over nccl, gloo or shm; timeout: seconds that a rank is waited for over shm.
+
+    Unavailable, on all ranks of the axis, where it cannot be shm.
+    """
     size = mesh[name].size()
     if size == 1:
         return Axis(name, ledger=ledger)
-    return Axis(name, mesh.get_local_rank(name), size, GroupTransport(mesh[name].get_group(), comm), ledger)
+    rank, group = mesh.get_local_rank(name), mesh[name].get_group()
+    transport: Transport = GroupTransport(group, "gloo" if comm == "shm" else comm)
+    if comm == "shm":
+
+        def exchange(thing: Any) -> list[Any]:
+            things: list[Any] = [None] * size
+            dist.all_gather_object(things, thing, group=group)
+            return things
+
+        transport = ShmTransport.open(rank, size, exchange, transport, timeout)
+    return Axis(name, rank, size, transport, ledger)
 
 
 @contextmanager
@@ -192,7 +207,7 @@ def start(options: Any, tp: int, prog: str, promise: dict[str, Any]) -> Iterator
     launch = Launch.from_environment()
     dp, tp = sizes(launch.size, tp, prog)
     device = pick_device(options.device, launch, options.oversubscribe)
-    comm = pick_comm(options.comm, device, launch)
+    comm = pick_comm(options.comm, device, launch, tp)
     set_threads(options.threads, device, launch)
     ledger = Ledger()
     if device.type == "cuda":
@@ -209,13 +224,24 @@ def start(options: Any, tp: int, prog: str, promise: dict[str, Any]) -> Iterator
     )
     stated = _agree(launch, device, promise)
     mesh = init_device_mesh("cuda" if comm == "nccl" else "cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
+    # DistributedDataParallel sends its messages itself, over torch's own groups
+    dp_axis = make_axis("dp", mesh, "gloo" if comm == "shm" else comm, ledger)
+    try:
+        tp_axis = make_axis("tp", mesh, comm, ledger, options.comm_timeout)
+    except Unavailable as error:
+        if options.comm == "shm":
+            raise UserError(f"--comm=shm: {error}. Use --comm=gloo.") from None
+        comm = "gloo"
+        tp_axis = make_axis("tp", mesh, comm, ledger)
+        if tp_axis.rank == 0:
+            print(f"{prog}: ranks talk over gloo, which is slower than shared memory: {error}", file=sys.stderr)
     yield World(
         launch.rank,
         launch.size,
         device,
         comm,
-        make_axis("tp", mesh, comm, ledger),
-        make_axis("dp", mesh, comm, ledger),
+        tp_axis,
+        dp_axis,
         ledger,
         mesh,
         tuple((rank["host"], rank["pid"]) for rank in stated),

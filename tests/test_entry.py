@@ -180,7 +180,7 @@ def test_devices_that_cannot_be(device: str, comm: str, size: int, message: str,
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     there = mesh.Launch(0, size, 0, size)
     with pytest.raises(UserError) as error:
-        mesh.pick_comm(comm, mesh.pick_device(device, there, False), there)
+        mesh.pick_comm(comm, mesh.pick_device(device, there, False), there, size)
     assert str(error.value) == message
 
 
@@ -191,8 +191,8 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         mesh.pick_device("cuda", there, False)
     shared = mesh.pick_device("cuda", there, True)
     assert shared == torch.device("cuda", 1)
-    assert mesh.pick_comm("auto", shared, there) == "gloo"  # nccl cannot share a device
-    assert mesh.pick_comm("auto", torch.device("cuda", 0), mesh.Launch(0, 2, 0, 2)) == "nccl"
+    assert mesh.pick_comm("auto", shared, there, 2) == "gloo"  # nccl cannot share a device
+    assert mesh.pick_comm("auto", torch.device("cuda", 0), mesh.Launch(0, 2, 0, 2), 2) == "nccl"
 
 
 def test_a_half_set_environment_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,8 @@ def test_ranks_talk_in_one_place() -> None:
 
 def test_the_environment_is_read_in_few_places() -> None:
     reads = {path.name for path in SOURCES if uses(path, "os.environ", "os.getenv")}
-    assert reads <= {"mesh.py", "entry.py", "tokenizer.py"}  # the tokenizer looks where tiktoken keeps its files
+    # the tokenizer looks where tiktoken keeps its files, shm.py for a compiler and a place for what it makes
+    assert reads <= {"mesh.py", "entry.py", "tokenizer.py", "shm.py"}
 
 
 def test_heavy_imports_stay_in_their_branches() -> None:

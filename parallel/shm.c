@@ -1,0 +1,148 @@
+/* One-shot collectives through memory that the ranks of one host share.
+
+   Layout: for each rank a header of one cache line (its progress, and what its messages are), then for each rank two
+   slots of slot_bytes. A message is cut into pieces of at most slot_bytes. Piece n of the group's life goes through
+   slot n % 2:
+
+     copy my piece into my slot; release: progress[me] = n + 1
+     wait until progress[r] >= n + 1 for every r (acquire): all slots hold piece n
+     out = slot[0] + slot[1] + ...           in rank order on every rank: the same bits everywhere
+
+   A slot is written again for piece n + 2. Whoever gets there has seen every progress[r] >= n + 2, which r stored only
+   after it had finished reading piece n: two slots are enough, and there is no second wait.
+
+   No call blocks for longer than `patience`: it then says which rank is late, and goes on when called again. So the
+   caller can look after signals and dead peers. A rank that brings another message than the others is found out before
+   anything is read. */
+
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <string.h>
+#include <time.h>
+
+enum { LINE = 64, SPINS = 200, BLOCK = 2048 };
+static const double SLEEP_AFTER = 1e-3;       /* seconds of waiting from which on the core is left to others */
+enum { FLOAT32, BFLOAT16, BYTES };            /* what an element is */
+enum { SUM, MAX, GATHER, BROADCAST };         /* what is done with it */
+enum { DONE = -1, DIFFERENT = -2 };           /* DIFFERENT - r: rank r brought another message */
+
+typedef struct {
+    char *base;                    /* the shared memory, zero when the group begins */
+    int64_t rank, size, slot_bytes;
+    uint64_t piece;                /* pieces finished since the group began */
+    int64_t at;                    /* elements of the current message finished */
+    int64_t posted;                /* whether the current piece lies in my slot */
+} group;
+
+typedef struct {
+    _Atomic uint64_t progress;     /* pieces posted since the group began */
+    uint64_t kind[2];              /* of the messages whose pieces lie in slots 0 and 1: length, type, operation, source */
+} header;
+
+static header *of(const group *g, int64_t rank) { return (header *)(g->base + rank * LINE); }
+
+static char *slot(const group *g, int64_t rank) {
+    return g->base + g->size * LINE + (2 * rank + (int64_t)(g->piece & 1)) * g->slot_bytes;
+}
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static void pause_cpu(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* Spin for some microseconds, then give the core away between looks, which is right also where ranks outnumber cores;
+   in the end sleep, as a waiting loop slows the other thread of its core. */
+static int64_t wait_for_all(const group *g, double patience) {
+    const struct timespec nap = {0, 20000};
+    double start = 0, waited = 0;
+    for (int64_t r = 0; r < g->size; r++) {
+        for (int64_t looks = 0; atomic_load_explicit(&of(g, r)->progress, memory_order_acquire) <= g->piece; looks++) {
+            if (looks < SPINS) {
+                pause_cpu();
+                continue;
+            }
+            if (waited > SLEEP_AFTER) nanosleep(&nap, NULL);
+            else sched_yield();
+            if (start == 0) start = now();
+            waited = now() - start;
+            if (waited > patience) return r;
+        }
+    }
+    return DONE;
+}
+
+static float widen(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static uint16_t narrow(float f) { /* to nearest, ties to even; a NaN stays one */
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if (f != f) return (uint16_t)((bits >> 16) | 64);
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+/* bfloat16 is added in float32 and rounded once, at the end: `sum` holds a block of it meanwhile */
+static void reduce(const group *g, void *out, int64_t n, int64_t type, int64_t op) {
+    float sum[BLOCK];
+    for (int64_t lo = 0; lo < n; lo += BLOCK) {
+        int64_t len = n - lo < BLOCK ? n - lo : BLOCK;
+        float *acc = type == FLOAT32 ? (float *)out + lo : sum;
+        for (int64_t r = 0; r < g->size; r++) {
+            if (type == FLOAT32) {
+                const float *x = (const float *)slot(g, r) + lo;
+                if (r == 0) memcpy(acc, x, (size_t)len * 4);
+                else if (op == SUM) for (int64_t i = 0; i < len; i++) acc[i] += x[i];
+                else for (int64_t i = 0; i < len; i++) acc[i] = acc[i] > x[i] || acc[i] != acc[i] ? acc[i] : x[i];
+            } else {
+                const uint16_t *x = (const uint16_t *)slot(g, r) + lo;
+                if (r == 0) for (int64_t i = 0; i < len; i++) acc[i] = widen(x[i]);
+                else if (op == SUM) for (int64_t i = 0; i < len; i++) acc[i] += widen(x[i]);
+                else for (int64_t i = 0; i < len; i++) { float y = widen(x[i]); acc[i] = acc[i] > y || acc[i] != acc[i] ? acc[i] : y; }
+            }
+        }
+        if (type == BFLOAT16) for (int64_t i = 0; i < len; i++) ((uint16_t *)out)[lo + i] = narrow(acc[i]);
+    }
+}
+
+/* Move a message of n elements. in: mine; out: the sum or maximum [n], the source's message [n], or everyone's [size, n].
+   in and out may not overlap. Returns DONE, the rank that has kept us waiting for `patience` seconds (call again, with
+   the same arguments), or DIFFERENT - r where rank r has called for something else. */
+int64_t nanotp_move(group *g, const char *in, char *out, int64_t n, int64_t type, int64_t op, int64_t source, double patience) {
+    const int64_t width = type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1, most = g->slot_bytes / width;
+    const uint64_t kind = (uint64_t)n << 16 | (uint64_t)source << 8 | (uint64_t)(type << 4 | op);
+    while (g->at < n) {
+        int64_t len = n - g->at < most ? n - g->at : most;
+        size_t bytes = (size_t)(len * width);
+        if (!g->posted) {
+            if (op != BROADCAST || g->rank == source) memcpy(slot(g, g->rank), in + g->at * width, bytes);
+            of(g, g->rank)->kind[g->piece & 1] = kind;
+            atomic_store_explicit(&of(g, g->rank)->progress, g->piece + 1, memory_order_release);
+            g->posted = 1;
+        }
+        int64_t late = wait_for_all(g, patience);
+        if (late != DONE) return late;
+        for (int64_t r = 0; r < g->size; r++) if (of(g, r)->kind[g->piece & 1] != kind) return DIFFERENT - r;
+        if (op == BROADCAST) memcpy(out + g->at * width, slot(g, source), bytes);
+        else if (op == GATHER) for (int64_t r = 0; r < g->size; r++) memcpy(out + (r * n + g->at) * width, slot(g, r), bytes);
+        else reduce(g, out + g->at * width, len, type, op);
+        g->piece++;
+        g->posted = 0;
+        g->at += len;
+    }
+    g->at = 0;
+    return DONE;
+}

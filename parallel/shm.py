@@ -1,0 +1,232 @@
+"""The transport for ranks on one CPU host: collectives through shared memory, in a few microseconds.
+
+The work is done by shm.c, which the system's compiler turns into a library the first time (a fifth of a second); it is
+kept in the user's cache. Where that cannot be done the ranks agree to go on without, and say why.
+
+The memory has no name: it is a file descriptor of rank 0 that the others open through /proc. It is gone with the last
+process that holds it, however that ends, and a small /dev/shm does not limit it.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import mmap
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.collectives import Transport
+from parallel.processes import is_running
+
+SOURCE = Path(__file__).with_name("shm.c")
+LINE = 64  # bytes of a rank's header
+SLOT_BYTES = 1 << 20  # two a rank; smaller ones cost more waits, larger ones leave the cache
+PATIENCE_S = 0.1  # how often a waiting rank looks whether its peers are alive, and lets Python see a signal
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_BYTES = 2
+_OPS = {"sum": 0, "max": 1}
+_GATHER, _BROADCAST = 2, 3
+_DONE, _DIFFERENT = -1, -2
+
+Exchange = Callable[[Any], list[Any]]  # a small picklable thing of every rank of the group, in rank order
+
+
+class Unavailable(Exception):
+    """Why there is no shared memory here; the message is for the user."""
+
+
+# --- the library ----------------------------------------------------------------------------------------------------
+
+
+def library() -> ctypes.CDLL:
+    """shm.c, compiled for this processor. Unavailable where there is no compiler, or what it makes cannot be loaded."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if not compiler:
+        raise Unavailable("there is no C compiler (cc, gcc or clang)")
+    key = hashlib.sha256(SOURCE.read_bytes() + _processor().encode() + compiler.encode()).hexdigest()[:16]
+    path = _cache() / f"shm-{key}.so"
+    if not path.exists():
+        _compile(compiler, path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unavailable(f"{path} cannot be loaded ({error})") from None
+
+
+def _processor() -> str:
+    """What -march=native depends on: a cache may be shared between hosts."""
+    found = platform.machine() + platform.processor()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
+        found += next((line for line in info if line.startswith(("flags", "Features"))), "")
+    return found
+
+
+def _cache() -> Path:
+    """Where compiled libraries are kept: the user's cache, or where there is none a directory of this run."""
+    with contextlib.suppress(OSError, RuntimeError):  # no home, or one that cannot be written
+        place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanotp"
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # what others may write to is no place to load code from
+        if os.access(place, os.W_OK) and place.stat().st_uid == os.getuid():
+            return place
+    return Path(tempfile.mkdtemp(prefix="nanotp-"))
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Under a name of its own first: ranks may compile at once, and a library that exists is whole."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    command = [*compiler.split(), "-O3", "-march=native", "-shared", "-fPIC", "-o", str(scratch), str(SOURCE)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
+            raise Unavailable(f"{compiler} failed: {said[0][:120]}")
+        scratch.replace(path)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{compiler} could not be run ({error})") from None
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+# --- the memory -----------------------------------------------------------------------------------------------------
+
+
+class _Group(ctypes.Structure):
+    """`group` in shm.c."""
+
+    _fields_ = [
+        ("base", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("slot_bytes", ctypes.c_int64),
+        ("piece", ctypes.c_uint64),
+        ("at", ctypes.c_int64),
+        ("posted", ctypes.c_int64),
+    ]
+
+
+def _create(nbytes: int) -> int:
+    """The descriptor of new shared memory, all zero and all there: a later write cannot fail for want of it."""
+    if not hasattr(os, "memfd_create"):
+        raise Unavailable("this system has no memfd_create")
+    memory = -1
+    try:
+        memory = os.memfd_create("nanotp")
+        os.posix_fallocate(memory, 0, nbytes)
+    except OSError as error:
+        if memory >= 0:
+            os.close(memory)
+        raise Unavailable(f"{nbytes / 1e6:.0f} MB of shared memory cannot be had ({error.strerror})") from None
+    return memory
+
+
+def _attach(pid: int, descriptor: int, nbytes: int) -> mmap.mmap:
+    """The shared memory that is `descriptor` in process `pid`."""
+    try:
+        with open(f"/proc/{pid}/fd/{descriptor}", "r+b", buffering=0) as file:
+            return mmap.mmap(file.fileno(), nbytes)
+    except (OSError, ValueError) as error:
+        raise Unavailable(f"the shared memory of rank 0 cannot be opened ({error})") from None
+
+
+# --- the transport --------------------------------------------------------------------------------------------------
+
+
+class ShmTransport:
+    """Collectives of one host's ranks through shared memory; see shm.c. All results are the same bits on all ranks.
+
+    float32 and bfloat16 are added here; what other dtypes there are, and other devices, goes to `other`.
+    A call raises RuntimeError that names the rank where a peer has ended, has not come after `timeout` seconds, or has
+    brought another message.
+    """
+
+    name = "shm"
+
+    def __init__(self, call: Any, memory: mmap.mmap, rank: int, pids: list[int], other: Transport, timeout: float):
+        self.rank, self.size, self.pids, self.other, self.timeout = rank, len(pids), pids, other, timeout
+        self._call = call
+        self._memory = memory  # mapped for as long as this lives
+        base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self._group = _Group(base, rank, self.size, SLOT_BYTES, 0, 0, 0)
+        self._at = ctypes.addressof(self._group)
+
+    @classmethod
+    def open(cls, rank: int, size: int, exchange: Exchange, other: Transport, timeout: float) -> "ShmTransport":
+        """The transport of a group; every rank of it calls this. Unavailable on all of them where it is so on one.
+
+        rank, size: in the group. timeout: seconds that a rank is waited for.
+        """
+        nbytes = size * (LINE + 2 * SLOT_BYTES)
+        move = _on_all(exchange, library).nanotp_move
+        move.restype = ctypes.c_int64
+        move.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4 + [ctypes.c_double]
+        descriptor = _on_all(exchange, lambda: _create(nbytes) if rank == 0 else None)
+        try:
+            places = exchange((os.getpid(), descriptor))
+            pid, theirs = places[0]
+            memory = _on_all(exchange, lambda: _attach(pid, theirs, nbytes))
+        finally:
+            if rank == 0:
+                os.close(descriptor)  # all have mapped it, or nobody will
+        return cls(move, memory, rank, [pid for pid, _ in places], other, timeout)
+
+    def _move(self, x: Tensor, out: Tensor, n: int, kind: int, op: int, source: int = 0) -> Tensor:
+        """x must be contiguous, on the CPU and not `out`."""
+        came = self._call(self._at, x.data_ptr(), out.data_ptr(), n, kind, op, source, PATIENCE_S)
+        if came != _DONE:
+            self._wait(came, (self._at, x.data_ptr(), out.data_ptr(), n, kind, op, source, PATIENCE_S))
+        return out
+
+    def _wait(self, late: int, call: tuple[Any, ...]) -> None:
+        """Go on with a call that a rank has kept waiting."""
+        end = time.monotonic() + self.timeout
+        while late != _DONE:
+            if late <= _DIFFERENT:
+                raise RuntimeError(f"rank {_DIFFERENT - late} of the group brought another message than rank {self.rank}")
+            if not is_running(self.pids[late]):
+                raise RuntimeError(f"rank {late} of the group has ended (process {self.pids[late]})")
+            if time.monotonic() > end:
+                raise RuntimeError(f"rank {late} of the group did not come within {self.timeout:g} s")
+            late = self._call(*call)
+
+    def all_reduce(self, x: Tensor, op: str) -> Tensor:
+        kind = _TYPES.get(x.dtype)
+        if kind is None or x.device.type != "cpu":
+            return self.other.all_reduce(x, op)
+        x = x.detach().contiguous()
+        return self._move(x, torch.empty_like(x), x.numel(), kind, _OPS[op])
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return self.other.all_gather(x)
+        x = x.detach().contiguous()
+        return self._move(x, x.new_empty((self.size, *x.shape)), x.nbytes, _BYTES, _GATHER)
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        if x.device.type != "cpu":
+            return self.other.broadcast(x, source)
+        x = x.detach().contiguous()
+        return self._move(x, torch.empty_like(x), x.nbytes, _BYTES, _BROADCAST, source)
+
+
+def _on_all(exchange: Exchange, make: Callable[[], Any]) -> Any:
+    """What this rank's `make` gives. Where it fails on one rank it fails on all, and says why and where."""
+    made, fault = None, ""
+    try:
+        made = make()
+    except Unavailable as error:
+        fault = str(error)
+    for rank, theirs in enumerate(exchange(fault)):
+        if theirs:
+            raise Unavailable(f"rank {rank}: {theirs}" if rank else theirs)
+    return made
