@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from decoding import Decoder, decoder_for
 from errors import UserError
 from model import KVCache
 from parallel.collectives import all_gather, broadcast
@@ -113,23 +114,30 @@ def check_prompts(prompts: list[list[int]], vocab_size: int, block_size: int, sa
 
 @torch.inference_mode()
 def generate(
-    model: TensorParallelGPT, prompts: list[list[int]], sampling: Sampling, audience: Audience | None = None
+    model: TensorParallelGPT,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    audience: Audience | None = None,
+    decoder: Decoder | None = None,
 ) -> Generation:
     """Continue every prompt num_samples times. The tokens are the same at every tp, and in any company of prompts.
 
-    Rows are written in groups of batch_size, one group after the other. UserError for a prompt as `check_prompts` says,
-    and for logits that are no numbers.
+    Rows are written in groups of batch_size, one group after the other. decoder: how steps are computed, the fastest way
+    unless given. UserError for a prompt as `check_prompts` says, and for logits that are no numbers.
     """
+    decoder = decoder or decoder_for(model)
     check_prompts(prompts, model.config.vocab_size, model.config.block_size, sampling)
     n = sampling.num_samples
     rows = [Row(i * n + j, i, j, list(prompt), len(prompt)) for i, prompt in enumerate(prompts) for j in range(n)]
     result = Generation(rows)
     for first in range(0, len(rows), sampling.batch_size):
-        _write(model, rows[first : first + sampling.batch_size], sampling, audience, result.timing)
+        _write(model, decoder, rows[first : first + sampling.batch_size], sampling, audience, result.timing)
     return result
 
 
-def _write(model: TensorParallelGPT, rows: list[Row], sampling: Sampling, audience: Audience | None, timing: Timing) -> None:
+def _write(
+    model: TensorParallelGPT, decoder: Decoder, rows: list[Row], sampling: Sampling, audience: Audience | None, timing: Timing
+) -> None:
     """Write the rows of one group until each has ended."""
     size = model.config.block_size
     started = _clock(model.device)
@@ -140,7 +148,7 @@ def _write(model: TensorParallelGPT, rows: list[Row], sampling: Sampling, audien
     while active := [row for row in rows if not row.ended]:
         held.release(size)
         timing.slid = timing.slid or any(len(row.tokens) > size for row in active)
-        active, logits = _step(model, active, held)
+        active, logits = _step(model, decoder, active, held)
         _extend(model, logits, active, sampling, audience)
         timing.decode_tokens += len(active)
     timing.prefill_s += prefilled - started
@@ -209,14 +217,13 @@ def _last_logits(model: TensorParallelGPT, windows: list[list[int]], cache: KVCa
     return model.local_logits(hidden[torch.arange(len(windows), device=device), last])
 
 
-def _step(model: TensorParallelGPT, rows: list[Row], held: _Held) -> tuple[list[Row], Tensor]:
+def _step(model: TensorParallelGPT, decoder: Decoder, rows: list[Row], held: _Held) -> tuple[list[Row], Tensor]:
     """The rows in the order of their local logits, and those [rows, v]: one forward pass for the rows whose past is
     cached, one for the others."""
     size = model.config.block_size
     parts = []
     if held.cache is not None:
-        idx = torch.tensor([row.tokens[-1:] for row in held.rows], device=model.device)
-        parts.append(model.local_logits(model.hidden(idx, held.cache)[:, -1]))
+        parts.append(decoder.logits([row.tokens[-1] for row in held.rows], held.cache))
         held.cache.advance([len(row.tokens) for row in held.rows])
     cached = {row.number for row in held.rows}
     others = [row for row in rows if row.number not in cached]

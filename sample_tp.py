@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import report
 from checkpoints.sources import Source, open_source, reader, tokenizer_of
+from decoding import Decoder, decoder_for
 from entry import run
 from errors import UserError
 from generation import Generation, Listener, Row, Sampling, Timing, check_prompts, generate
@@ -39,23 +40,25 @@ def main(world: World, options: SampleOptions) -> None:
     sampling = how_to_sample(options, tokenizer)
     check_prompts(prompts, source.config.vocab_size, source.config.block_size, sampling)
     model = load(world, source, options)
+    decoder = decoder_for(model)
     world.synchronize()
     load_s = time.perf_counter() - started
     if world.is_main:
-        for notice in notices(world, source, model):
+        for notice in notices(world, source, model, decoder):
             print(notice, file=sys.stderr)
     with open(Path(options.out).expanduser(), "w", encoding="utf-8") if options.out and world.is_main else nullcontext() as out:
         stage = Stage(texts, tokenizer, options, out)
         begun = time.perf_counter()
         try:
-            result = generate(model, prompts, sampling, stage)
+            result = generate(model, prompts, sampling, stage, decoder)
         finally:
             stage.leave()
         seconds = time.perf_counter() - begun
     figures = {"load_s": load_s, **rates(result.timing)}
     samples = stage.samples(result) if world.is_main else []
     account, kv_cache_bytes = world.ledger.snapshot(), result.timing.kv_cache_bytes
-    made = report.build("sample_tp", world, model, account, figures, seconds, kv_cache_bytes, samples=samples)
+    more = {"decoder": decoder.name, "samples": samples}
+    made = report.build("sample_tp", world, model, account, figures, seconds, kv_cache_bytes, **more)
     if world.is_main:
         finish(options, made, result.timing.slid)
 
@@ -123,7 +126,7 @@ def encode(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     return prompts
 
 
-def notices(world: World, source: Source, model: TensorParallelGPT) -> list[str]:
+def notices(world: World, source: Source, model: TensorParallelGPT, decoder: Decoder) -> list[str]:
     """What a user would like to know before waiting: an uneven split, a reshard, a model that one device would hold."""
     lines = [imbalance(Partition.of(source.config, world.tp.size))]
     written = getattr(getattr(source, "manifest", None), "tp", world.tp.size)
@@ -133,6 +136,8 @@ def notices(world: World, source: Source, model: TensorParallelGPT) -> list[str]
         syncs = 2 * source.config.n_layer + 1
         size = model.split.count() * next(model.parameters()).element_size()
         lines.append(f"{source.description} ({size / 1e9:.1f} GB): tp={world.tp.size} makes {syncs} all-reduces a token.")
+    if decoder.why:
+        lines.append(f"each token is computed by torch, which is slower than the native step: {decoder.why}.")
     return [line for line in lines if line]
 
 

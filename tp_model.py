@@ -130,6 +130,7 @@ class TensorParallelGPT(nn.Module):
     ):
         super().__init__()
         self.config, self.tp, self.activation_checkpointing = config, tp, activation_checkpointing
+        self.compiled = False
         self.split = split = Partition.of(config, tp.size, vocab_multiple)
         self.vocab_lo, self.vocab_hi = split.vocabulary(tp.rank)
         with torch.device(device), default_dtype(dtype):
@@ -169,6 +170,7 @@ class TensorParallelGPT(nn.Module):
 
     def compile_blocks(self) -> None:
         """torch.compile each block in place. The graph breaks at the collectives: what is between two is one graph."""
+        self.compiled = True
         outside_graphs.take_effect()
         for block in self.transformer.h:
             block.compile()

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from errors import UserError
+from native.library import Unavailable
 from parallel.collectives import Axis, GroupTransport, Transport
 from parallel.ledger import Ledger
 from parallel.processes import is_running
-from parallel.shm import ShmTransport, Unavailable
+from parallel.shm import ShmTransport
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,25 @@
 """The transport for ranks on one CPU host: collectives through shared memory, in a few microseconds.
 
-The work is done by shm.c, which the system's compiler turns into a library the first time (a fifth of a second); it is
-kept in the user's cache. Where that cannot be done the ranks agree to go on without, and say why.
+The work is done by native/shm.c. Where that cannot be compiled the ranks agree to go on without, and say why.
 
 The memory has no name: it is a file descriptor of rank 0 that the others open through /proc. It is gone with the last
 process that holds it, however that ends, and a small /dev/shm does not limit it.
 """
 
-import contextlib
 import ctypes
-import hashlib
 import mmap
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from native.library import Unavailable, load
 from parallel.collectives import Transport
 from parallel.processes import is_running
 
-SOURCE = Path(__file__).with_name("shm.c")
 LINE = 64  # bytes of a rank's header
 SLOT_BYTES = 1 << 20  # two a rank; smaller ones cost more waits, larger ones leave the cache
 PATIENCE_S = 0.1  # how often a waiting rank looks whether its peers are alive, and lets Python see a signal
@@ -41,68 +33,11 @@ _DONE, _DIFFERENT = -1, -2
 Exchange = Callable[[Any], list[Any]]  # a small picklable thing of every rank of the group, in rank order
 
 
-class Unavailable(Exception):
-    """Why there is no shared memory here; the message is for the user."""
-
-
-# --- the library ----------------------------------------------------------------------------------------------------
-
-
-def library() -> ctypes.CDLL:
-    """shm.c, compiled for this processor. Unavailable where there is no compiler, or what it makes cannot be loaded."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not compiler:
-        raise Unavailable("there is no C compiler (cc, gcc or clang)")
-    key = hashlib.sha256(SOURCE.read_bytes() + _processor().encode() + compiler.encode()).hexdigest()[:16]
-    path = _cache() / f"shm-{key}.so"
-    if not path.exists():
-        _compile(compiler, path)
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise Unavailable(f"{path} cannot be loaded ({error})") from None
-
-
-def _processor() -> str:
-    """What -march=native depends on: a cache may be shared between hosts."""
-    found = platform.machine() + platform.processor()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
-        found += next((line for line in info if line.startswith(("flags", "Features"))), "")
-    return found
-
-
-def _cache() -> Path:
-    """Where compiled libraries are kept: the user's cache, or where there is none a directory of this run."""
-    with contextlib.suppress(OSError, RuntimeError):  # no home, or one that cannot be written
-        place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanotp"
-        place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # what others may write to is no place to load code from
-        if os.access(place, os.W_OK) and place.stat().st_uid == os.getuid():
-            return place
-    return Path(tempfile.mkdtemp(prefix="nanotp-"))
-
-
-def _compile(compiler: str, path: Path) -> None:
-    """Under a name of its own first: ranks may compile at once, and a library that exists is whole."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    command = [*compiler.split(), "-O3", "-march=native", "-shared", "-fPIC", "-o", str(scratch), str(SOURCE)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        if done.returncode:
-            said = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
-            raise Unavailable(f"{compiler} failed: {said[0][:120]}")
-        scratch.replace(path)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{compiler} could not be run ({error})") from None
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
 # --- the memory -----------------------------------------------------------------------------------------------------
 
 
 class _Group(ctypes.Structure):
-    """`group` in shm.c."""
+    """`group` in native/shm.c."""
 
     _fields_ = [
         ("base", ctypes.c_void_p),
@@ -143,7 +78,7 @@ def _attach(pid: int, descriptor: int, nbytes: int) -> mmap.mmap:
 
 
 class ShmTransport:
-    """Collectives of one host's ranks through shared memory; see shm.c. All results are the same bits on all ranks.
+    """Collectives of one host's ranks through shared memory; see native/shm.c. All results are the same bits on all ranks.
 
     float32 and bfloat16 are added here; what other dtypes there are, and other devices, goes to `other`.
     A call raises RuntimeError that names the rank where a peer has ended, has not come after `timeout` seconds, or has
@@ -167,7 +102,7 @@ class ShmTransport:
         rank, size: in the group. timeout: seconds that a rank is waited for.
         """
         nbytes = size * (LINE + 2 * SLOT_BYTES)
-        move = _on_all(exchange, library).nanotp_move
+        move = _on_all(exchange, lambda: load("shm")).nanotp_move
         move.restype = ctypes.c_int64
         move.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4 + [ctypes.c_double]
         descriptor = _on_all(exchange, lambda: _create(nbytes) if rank == 0 else None)

@@ -15,6 +15,7 @@ from ranks import alone, run_ranks
 
 import generation
 from checkpoints.sources import open_source, reader
+from decoding import TorchDecoder
 from errors import UserError
 from generation import Listener, Row, Sampling, candidates, check_prompts, choose, generate, likeliest, uniform
 from model import GPT, GPTConfig, KVCache
@@ -246,7 +247,8 @@ def test_a_group_is_never_larger_than_batch_size(monkeypatch: pytest.MonkeyPatch
         return hidden(idx, cache)
 
     monkeypatch.setattr(here, "hidden", noted)
-    result = generate(here, [[5]] * 7, replace(DRAWN, num_samples=2, batch_size=4, max_new_tokens=3))
+    sampling = replace(DRAWN, num_samples=2, batch_size=4, max_new_tokens=3)
+    result = generate(here, [[5]] * 7, sampling, decoder=TorchDecoder(here))
     groups = [(2, 1), (4, 1), (4, 1)] * 3 + [(1, 1), (2, 1), (2, 1)]  # each prompt is read once for its two samples
     assert shapes == groups
     per_row = 2 * 2 * 4 * 40 * 4  # k and v, layers, the prompt and 3 tokens, n_embd, float32

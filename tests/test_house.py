@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+ROOMS = ("native", "parallel", "checkpoints", "text")
 SOURCES = [
-    path for pattern in ("*.py", "parallel/*.py", "checkpoints/*.py", "text/*.py") for path in sorted(ROOT.glob(pattern))
+    path for pattern in ("*.py", *(f"{room}/*.py" for room in ROOMS)) for path in sorted(ROOT.glob(pattern))
 ]
 
 
@@ -49,7 +50,7 @@ def test_the_model_knows_nothing_of_processes() -> None:
 
 def test_arrows_point_down() -> None:
     above = {"tp_model", "checkpoints", "text", "generation", "report", "options", "entry"}
-    for path in ROOT.glob("parallel/*.py"):
+    for path in [*ROOT.glob("native/*.py"), *ROOT.glob("parallel/*.py")]:
         assert not above & {name.split(".")[0] for name in imports(path)}, path
     entries = {"sample_tp", "train_tp", "eval_tp", "shard_checkpoint", "entry"}
     for path in [*ROOT.glob("checkpoints/*.py"), *ROOT.glob("text/*.py"), ROOT / "tp_model.py", ROOT / "generation.py"]:
@@ -63,8 +64,8 @@ def test_ranks_talk_in_one_place() -> None:
 
 def test_the_environment_is_read_in_few_places() -> None:
     reads = {path.name for path in SOURCES if uses(path, "os.environ", "os.getenv")}
-    # the tokenizer looks where tiktoken keeps its files, shm.py for a compiler and a place for what it makes
-    assert reads <= {"mesh.py", "entry.py", "tokenizer.py", "shm.py"}
+    # the tokenizer looks where tiktoken keeps its files, library.py for a compiler and a place for what it makes
+    assert reads <= {"mesh.py", "entry.py", "tokenizer.py", "library.py"}
 
 
 def test_heavy_imports_stay_in_their_branches() -> None:

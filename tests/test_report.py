@@ -96,7 +96,7 @@ SHAPE: dict[str, Any] = {  # docs/formats.md
                "decode_tokens_per_s": float},
     "comm_account": {"forward_passes": int, "layers": list, "other": dict,
                      "total": {"calls": int, "bytes": int, "seconds": float, "fraction_of_time": float}},
-    "samples": list,
+    "decoder": str, "samples": list,
 }  # fmt: skip
 
 

@@ -13,9 +13,11 @@ from ranks import run_ranks
 from test_entry import launch, spoken
 from torch import Tensor
 
+from native import library
+from native.library import Unavailable
 from parallel import shm
 from parallel.mesh import Launch, World, make_axis, pick_comm
-from parallel.shm import SLOT_BYTES, ShmTransport, Unavailable
+from parallel.shm import SLOT_BYTES, ShmTransport
 
 PIECE = SLOT_BYTES // 4  # float32 elements
 
@@ -272,9 +274,9 @@ def test_auto_says_why_it_goes_over_gloo_and_shm_alone_refuses(tmp_path: Path, m
 
 def test_a_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    shm.library()
+    library.load("shm")
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "nanotp").iterdir()}
-    shm.library()
+    library.load("shm")
     assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "nanotp").iterdir()} and len(made) == 1
 
 
@@ -282,7 +284,7 @@ def test_a_cache_that_others_may_have_written_is_not_used(tmp_path: Path, monkey
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "nanotp").mkdir()
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    assert shm._cache().parent != tmp_path
+    assert library._cache().parent != tmp_path
 
 
 @pytest.mark.parametrize(

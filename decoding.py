@@ -1,0 +1,188 @@
+"""The decode step: local logits of one more token for every row whose past is in a KV cache.
+
+`TorchDecoder` runs the model. `NativeDecoder` runs the same step on one CPU core through native/decode.c, for the few rows
+at which a step is reading the weights once; the collectives are the model's, and stand in `logits` between its calls.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from model import KVCache, LayerNorm
+from native.library import Unavailable, load
+from parallel.collectives import all_reduce
+from parallel.layers import ColumnParallelLinear, RowParallelLinear
+from tp_model import TensorParallelGPT
+
+MOST_ROWS = 6  # with more, a matrix product that works in blocks is faster than a pass over the weights
+
+
+class Decoder(Protocol):
+    """How a step is computed. name: for the report; why: see TorchDecoder."""
+
+    name: str
+    why: str
+
+    def logits(self, tokens: list[int], cache: KVCache) -> Tensor:
+        """tokens: the newest of each row of the cache, which holds all before it. Local logits [rows, v] after them; the
+        tokens' keys and values are in the cache then, and `cache.advance` is the caller's."""
+        ...
+
+
+class TorchDecoder:
+    """why: what kept the other one from being used, "" where it would not have been."""
+
+    name = "torch"
+
+    def __init__(self, model: TensorParallelGPT, why: str = ""):
+        self.model, self.why = model, why
+
+    def logits(self, tokens: list[int], cache: KVCache) -> Tensor:
+        idx = torch.tensor(tokens, device=self.model.device).unsqueeze(1)
+        return self.model.local_logits(self.model.hidden(idx, cache)[:, -1])
+
+
+def decoder_for(model: TensorParallelGPT) -> Decoder:
+    """The native one where it can run: float32 on a CPU, one thread a rank, nothing compiled by torch."""
+    weight = model.transformer.wpe.weight
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.get_num_threads() != 1 or model.compiled:
+        return TorchDecoder(model)
+    try:
+        return NativeDecoder(model)
+    except Unavailable as error:
+        return TorchDecoder(model, why=str(error))
+
+
+# --- native/decode.c ------------------------------------------------------------------------------------------------
+
+_pointer, _int = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [("weight", _pointer), ("factor", _pointer), ("bias", _pointer), ("outputs", _int), ("inputs", _int)]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("weight", _pointer), ("bias", _pointer)]
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [
+        ("ln_1", _Norm),
+        ("c_attn", _Linear),
+        ("c_proj", _Linear),
+        ("ln_2", _Norm),
+        ("c_fc", _Linear),
+        ("c_proj_mlp", _Linear),
+    ]
+
+
+class _State(ctypes.Structure):
+    _fields_ = [
+        ("C", _int),
+        ("h", _int),
+        ("D", _int),
+        ("rows", _int),
+        ("size", _int),
+        ("activation", _int),
+        ("x", _pointer),
+        ("work", _pointer),
+        ("lengths", _pointer),
+    ]
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    """NULL for None. The tensor must outlive the address: parameters do, and what `_Rows` holds."""
+    if tensor is None:
+        return None
+    if not tensor.is_contiguous():
+        raise ValueError(f"a contiguous tensor is needed, this one has strides {tensor.stride()}")
+    return tensor.data_ptr()
+
+
+def _linear(layer: ColumnParallelLinear | RowParallelLinear, with_bias: bool = True) -> _Linear:
+    bias = layer.bias if with_bias else None
+    return _Linear(_address(layer.weight), None, _address(bias), *layer.weight.shape)
+
+
+def _norm(layer: LayerNorm) -> _Norm:
+    return _Norm(_address(layer.weight), _address(layer.bias))
+
+
+class _Rows:
+    """What a step of so many rows works in."""
+
+    def __init__(self, model: TensorParallelGPT, rows: int, size: int):
+        split, rank = model.split, model.tp.rank
+        C, D = model.config.n_embd, split.head_dim
+        h, m = (hi - lo for lo, hi in (split.heads(rank), split.columns(rank)))
+        self.x, self.out = torch.empty(rows, C), torch.empty(rows, C)
+        self.logits = torch.empty(rows, model.vocab_hi - model.vocab_lo)
+        self.ids, self.lengths = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int64)
+        self.work = torch.empty(rows * (C + max(4 * h * D, m)) + size)
+        activation = ("gelu", "gelu_tanh").index(model.config.activation)
+        places = map(_address, (self.x, self.work, self.lengths))
+        self.state = _State(C, h, D, rows, size, activation, *places)
+
+
+class NativeDecoder:
+    """native/decode.c on this rank's float32 parameters, which it reads in place. More than MOST_ROWS rows go to torch."""
+
+    name, why = "native", ""
+
+    def __init__(self, model: TensorParallelGPT):
+        self.model, self.torch = model, TorchDecoder(model)
+        library = load("decode")
+        self._embed = _function(library.nanotp_embed, 1, 1, 0, 0, 1, 1, 1)
+        self._attention = _function(library.nanotp_attention, *[1] * 7)
+        self._mlp = _function(library.nanotp_mlp, *[1] * 5)
+        self._head = _function(library.nanotp_head, *[1] * 6)
+        transformer: Any = model.transformer  # its blocks are in a ModuleList, which does not tell their type
+        self._blocks = []
+        for block in transformer.h:
+            attn, mlp = block.attn, block.mlp
+            c_attn, c_fc = _linear(attn.c_attn), _linear(mlp.c_fc)
+            # a row-parallel layer's bias is added once, with what arrives
+            c_proj, c_proj_mlp = _linear(attn.c_proj, False), _linear(mlp.c_proj, False)
+            made = _Block(_norm(block.ln_1), c_attn, c_proj, _norm(block.ln_2), c_fc, c_proj_mlp)
+            axes, biases = (attn.tp, mlp.c_proj.axis), (_address(attn.c_proj.bias), _address(mlp.c_proj.bias))
+            self._blocks.append((made, ctypes.addressof(made), *axes, *biases))
+        table = transformer.wte.weight
+        self._ln_f = _norm(transformer.ln_f)
+        self._table = _Linear(_address(table), None, None, model.vocab_hi - model.vocab_lo, table.shape[1])
+        self._rows: _Rows | None = None
+
+    def logits(self, tokens: list[int], cache: KVCache) -> Tensor:
+        if len(tokens) > MOST_ROWS:
+            return self.torch.logits(tokens, cache)
+        if max(cache.lengths) >= cache.size:
+            raise ValueError(f"{max(cache.lengths)} tokens are in the cache, one more does not fit its {cache.size}")
+        model, rows = self.model, self._rows
+        if rows is None or (rows.state.rows, rows.state.size) != (len(tokens), cache.size):
+            rows = self._rows = _Rows(model, len(tokens), cache.size)
+        rows.ids[:] = torch.tensor(tokens)
+        rows.lengths[:] = torch.tensor(cache.lengths)
+        model.tp.ledger.forward_passes += 1
+        state, out, wte = ctypes.addressof(rows.state), rows.out, model.transformer.wte
+        out_at = out.data_ptr()
+        wpe = _address(model.transformer.wpe.weight)
+        self._embed(state, self._table.weight, wte.lo, wte.hi, wpe, rows.ids.data_ptr(), out_at)
+        arrived, bias = all_reduce(out, wte.axis, "forward"), None
+        for (_, block, attention, mlp, attention_bias, mlp_bias), k, v in zip(self._blocks, cache.k, cache.v, strict=True):
+            self._attention(state, block, arrived.data_ptr(), bias, k.data_ptr(), v.data_ptr(), out_at)
+            arrived, bias = all_reduce(out, attention, "forward"), attention_bias
+            self._mlp(state, block, arrived.data_ptr(), bias, out_at)
+            arrived, bias = all_reduce(out, mlp, "forward"), mlp_bias
+        ln_f, table = ctypes.addressof(self._ln_f), ctypes.addressof(self._table)
+        self._head(state, ln_f, table, arrived.data_ptr(), bias, rows.logits.data_ptr())
+        return rows.logits
+
+
+def _function(function: Any, *is_pointer: int) -> Callable[..., None]:
+    """A function of the library with its parameters' types; it returns nothing."""
+    function.argtypes = [_pointer if pointer else _int for pointer in is_pointer]
+    function.restype = None
+    return function

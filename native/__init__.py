@@ -1,0 +1,1 @@
+"""What is written in C: compiled by the system's compiler when first needed, kept in the user's cache, called by ctypes."""

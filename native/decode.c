@@ -1,0 +1,211 @@
+/* One more token for each of a few rows, on one core: what a rank computes between two sync points of a decode step.
+
+   At batch 1 a step is reading the rank's weights once; these loops do it as fast as the core can load, where a matrix
+   library's kernels, made for many rows, and a Python call for each small operation leave a third of the time unused.
+
+   The residual stream x [rows, C] stands still while its update is on the way: a block begins with x += arrived + bias,
+   `arrived` being the sum over ranks of what the blocks before gave as `out`. All is float32; weights are float32, or int8
+   with a factor for each output (weight = factor x number). Sizes: C width of the stream, h this rank's heads, D their
+   width, m this rank's MLP columns, v its vocabulary rows. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { LANES = 64 };           /* sums kept apart: four registers of 16, so that no addition waits for the one before */
+enum { GELU, GELU_TANH };
+
+typedef struct {
+    const void *weight;        /* [outputs, inputs], row after row */
+    const float *factor;       /* [outputs], or NULL where the weights are float32 */
+    const float *bias;         /* [outputs], or NULL */
+    int64_t outputs, inputs;
+} linear;
+
+typedef struct {
+    const float *weight, *bias; /* [C]; bias may be NULL */
+} norm;
+
+typedef struct {
+    norm ln_1;
+    linear c_attn, c_proj;
+    norm ln_2;
+    linear c_fc, c_proj_mlp;
+} block;
+
+typedef struct {
+    int64_t C, h, D, rows, size, activation; /* size: tokens for which a row has room in the cache */
+    float *x;                  /* [rows, C] */
+    float *work;               /* rows x (C + 3hD + hD), rows x (C + m) or size, whichever is largest, and as much again */
+    const int64_t *lengths;    /* [rows] tokens in the cache */
+} state;
+
+/* halves are added to halves: the order of a sum is written down here, not left to the compiler */
+static float total(float *acc) {
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) acc[i] += acc[i + half];
+    return acc[0];
+}
+
+static float dot_float(const float *restrict w, const float *restrict x, int64_t n) {
+    float acc[LANES] = {0};
+    int64_t k = 0;
+    for (; k + LANES <= n; k += LANES)
+        for (int i = 0; i < LANES; i++) acc[i] += w[k + i] * x[k + i];
+    for (int i = 0; k < n; i++, k++) acc[i] += w[k] * x[k];
+    return total(acc);
+}
+
+static float dot_int8(const int8_t *restrict w, const float *restrict x, int64_t n) {
+    float acc[LANES] = {0};
+    int64_t k = 0;
+    for (; k + LANES <= n; k += LANES)
+        for (int i = 0; i < LANES; i++) acc[i] += (float)w[k + i] * x[k + i];
+    for (int i = 0; k < n; i++, k++) acc[i] += (float)w[k] * x[k];
+    return total(acc);
+}
+
+static float sum_of(const float *x, int64_t n) {
+    float acc[LANES] = {0};
+    int64_t k = 0;
+    for (; k + LANES <= n; k += LANES)
+        for (int i = 0; i < LANES; i++) acc[i] += x[k + i];
+    for (int i = 0; k < n; i++, k++) acc[i] += x[k];
+    return total(acc);
+}
+
+/* The processor fetches ahead by itself, but only up to the end of a page: a touch now and then some pages ahead makes
+   that half as fast again. */
+static void ahead(const void *row, int64_t bytes) {
+    for (int64_t k = 0; k < bytes; k += 1536) __builtin_prefetch((const char *)row + 24576 + k);
+}
+
+/* y [rows, outputs] = x [rows, inputs] W^T + bias; a weight is fetched once, however many rows use it */
+static void apply(const linear *l, const float *x, float *y, int64_t rows) {
+    const int64_t n = l->inputs;
+    for (int64_t j = 0; j < l->outputs; j++) {
+        const float bias = l->bias ? l->bias[j] : 0;
+        if (l->factor) {
+            const int8_t *w = (const int8_t *)l->weight + j * n;
+            ahead(w, n);
+            for (int64_t r = 0; r < rows; r++) y[r * l->outputs + j] = l->factor[j] * dot_int8(w, x + r * n, n) + bias;
+        } else {
+            const float *w = (const float *)l->weight + j * n;
+            ahead(w, 4 * n);
+            for (int64_t r = 0; r < rows; r++) y[r * l->outputs + j] = dot_float(w, x + r * n, n) + bias;
+        }
+    }
+}
+
+/* e^x to 2 units in the last place; below -87 it is as good as 0, NaN stays NaN. Written so that it becomes vectors. */
+static inline float exponential(float x) {
+    float z = x < -87.0f ? -87.0f : x;
+    z = z > 88.0f ? 88.0f : z;
+    const float k = rintf(z * 1.44269504f);
+    const float r = (z - k * 0.693359375f) + k * 2.12194440e-4f; /* ln 2 in two parts */
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const int32_t bits = ((int32_t)k + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, 4);
+    return p * scale;
+}
+
+/* erf to 1.5e-7: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26 */
+static inline float error_function(float x) {
+    const float z = fabsf(x), t = 1.0f / (1.0f + 0.3275911f * z);
+    const float p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+    return copysignf(1.0f - p * exponential(-z * z), x);
+}
+
+static void gelu(float *y, int64_t n, int64_t activation) {
+    if (activation == GELU_TANH)
+        for (int64_t i = 0; i < n; i++) { /* x/2 (1 + tanh u) = x (1 - 1 / (e^2u + 1)) */
+            const float u = 0.7978845608f * (y[i] + 0.044715f * y[i] * y[i] * y[i]);
+            y[i] = y[i] - y[i] / (exponential(2.0f * u) + 1.0f);
+        }
+    else
+        for (int64_t i = 0; i < n; i++) y[i] = 0.5f * y[i] * (1.0f + error_function(y[i] * 0.7071067812f));
+}
+
+static void arrive(const state *s, const float *arrived, const float *bias) {
+    for (int64_t r = 0; r < s->rows; r++)
+        for (int64_t c = 0; c < s->C; c++) s->x[r * s->C + c] += arrived[r * s->C + c] + (bias ? bias[c] : 0);
+}
+
+static void normalize(const state *s, const norm *n, float *y) {
+    const int64_t C = s->C;
+    for (int64_t r = 0; r < s->rows; r++) {
+        const float *x = s->x + r * C;
+        float *z = y + r * C;
+        const float mean = sum_of(x, C) / (float)C;
+        for (int64_t c = 0; c < C; c++) z[c] = x[c] - mean;
+        const float scale = 1.0f / sqrtf(dot_float(z, z, C) / (float)C + 1e-5f);
+        for (int64_t c = 0; c < C; c++) z[c] = z[c] * scale * n->weight[c] + (n->bias ? n->bias[c] : 0);
+    }
+}
+
+/* one head's query q [D] over its first n keys and values [n, D] -> y [D] */
+static void attend(const float *q, const float *k, const float *v, int64_t n, int64_t D, float *score, float *y) {
+    const float scale = 1.0f / sqrtf((float)D);
+    float most = -INFINITY;
+    for (int64_t t = 0; t < n; t++) {
+        score[t] = scale * dot_float(q, k + t * D, D);
+        most = score[t] > most ? score[t] : most;
+    }
+    for (int64_t t = 0; t < n; t++) score[t] = exponential(score[t] - most);
+    const float share = 1.0f / sum_of(score, n);
+    for (int64_t d = 0; d < D; d++) y[d] = 0;
+    for (int64_t t = 0; t < n; t++)
+        for (int64_t d = 0; d < D; d++) y[d] += score[t] * share * v[t * D + d];
+}
+
+/* ids [rows] -> out [rows, C]: the rows [lo, hi) of the table that this rank holds, else zeros; x: the positions' rows */
+void nanotp_embed(const state *s, const float *table, int64_t lo, int64_t hi, const float *wpe, const int64_t *ids, float *out) {
+    const size_t row = (size_t)s->C * 4;
+    for (int64_t r = 0; r < s->rows; r++) {
+        if (lo <= ids[r] && ids[r] < hi) memcpy(out + r * s->C, table + (ids[r] - lo) * s->C, row);
+        else memset(out + r * s->C, 0, row);
+        memcpy(s->x + r * s->C, wpe + s->lengths[r] * s->C, row);
+    }
+}
+
+/* the cache of this layer: k, v [rows, h, size, D]; out [rows, C]: this rank's part of the sum, without c_proj's bias */
+void nanotp_attention(const state *s, const block *b, const float *arrived, const float *bias, float *k, float *v, float *out) {
+    const int64_t h = s->h, D = s->D, width = h * D;
+    float *normed = s->work, *qkv = normed + s->rows * s->C, *y = qkv + s->rows * 3 * width, *score = y + s->rows * width;
+    arrive(s, arrived, bias);
+    normalize(s, &b->ln_1, normed);
+    apply(&b->c_attn, normed, qkv, s->rows);
+    for (int64_t r = 0; r < s->rows; r++)
+        for (int64_t i = 0; i < h; i++) {
+            const float *q = qkv + r * 3 * width + i * D;
+            float *keys = k + (r * h + i) * s->size * D, *values = v + (r * h + i) * s->size * D;
+            memcpy(keys + s->lengths[r] * D, q + width, (size_t)D * 4);
+            memcpy(values + s->lengths[r] * D, q + 2 * width, (size_t)D * 4);
+            attend(q, keys, values, s->lengths[r] + 1, D, score, y + r * width + i * D);
+        }
+    apply(&b->c_proj, y, out, s->rows);
+}
+
+/* out [rows, C]: this rank's part of the sum, without c_proj's bias */
+void nanotp_mlp(const state *s, const block *b, const float *arrived, const float *bias, float *out) {
+    float *normed = s->work, *hidden = normed + s->rows * s->C;
+    arrive(s, arrived, bias);
+    normalize(s, &b->ln_2, normed);
+    apply(&b->c_fc, normed, hidden, s->rows);
+    gelu(hidden, s->rows * b->c_fc.outputs, s->activation);
+    apply(&b->c_proj_mlp, hidden, out, s->rows);
+}
+
+/* logits [rows, v]: this rank's columns */
+void nanotp_head(const state *s, const norm *ln_f, const linear *table, const float *arrived, const float *bias, float *logits) {
+    arrive(s, arrived, bias);
+    normalize(s, ln_f, s->work);
+    apply(table, s->work, logits, s->rows);
+}

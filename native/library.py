@@ -1,0 +1,69 @@
+"""A file of C as a library: compiled when first used (a fraction of a second) and kept in the user's cache."""
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+# no -ffast-math: sums keep the order that is written down, and what is not a number stays so
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
+
+
+class Unavailable(Exception):
+    """Why something native cannot be had on this machine; the message is for the user."""
+
+
+def load(name: str) -> ctypes.CDLL:
+    """native/NAME.c, compiled for this processor. Unavailable without a compiler, or where its work cannot be loaded."""
+    source = Path(__file__).with_name(f"{name}.c")
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if not compiler:
+        raise Unavailable("there is no C compiler (cc, gcc or clang)")
+    made_of = source.read_bytes() + "\0".join([_processor(), compiler, *FLAGS]).encode()
+    path = _cache() / f"{name}-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+    if not path.exists():
+        _compile(compiler, source, path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unavailable(f"{path} cannot be loaded ({error})") from None
+
+
+def _processor() -> str:
+    """What -march=native depends on: a cache may be shared between hosts."""
+    found = platform.machine() + platform.processor()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
+        found += next((line for line in info if line.startswith(("flags", "Features"))), "")
+    return found
+
+
+def _cache() -> Path:
+    """Where compiled libraries are kept: the user's cache, or where there is none a directory of this run."""
+    with contextlib.suppress(OSError, RuntimeError):  # no home, or one that cannot be written
+        place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanotp"
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # what others may write to is no place to load code from
+        if os.access(place, os.W_OK) and place.stat().st_uid == os.getuid():
+            return place
+    return Path(tempfile.mkdtemp(prefix="nanotp-"))
+
+
+def _compile(compiler: str, source: Path, path: Path) -> None:
+    """Under a name of its own first: ranks may compile at once, and a library that exists is whole."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    command = [*compiler.split(), *FLAGS, "-o", str(scratch), str(source), "-lm"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
+            raise Unavailable(f"{compiler} failed: {said[0][:120]}")
+        scratch.replace(path)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{compiler} could not be run ({error})") from None
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -1,0 +1,172 @@
+"""The native decode step: double precision's logits, torch's account, and torch where it cannot run."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from ranks import alone, run_ranks
+from torch import Tensor
+
+from decoding import MOST_ROWS, NativeDecoder, TorchDecoder, decoder_for
+from model import GPT, GPTConfig
+from parallel import collectives
+from parallel.graphs import outside_graphs
+from parallel.mesh import World
+from tp_model import TensorParallelGPT, take
+
+# widths that are no multiple of a vector's, heads that do not divide evenly
+ODD = GPTConfig(block_size=40, vocab_size=131, n_layer=3, n_head=5, n_embd=65, activation="gelu_tanh")
+WIDE = GPTConfig(block_size=160, vocab_size=257, n_layer=2, n_head=3, n_embd=192)
+CONFIGS = {"odd": ODD, "wide": WIDE, "no bias": replace(WIDE, bias=False, n_layer=1)}
+LENGTHS = [7, 1, 20]
+STEPS = 4
+
+
+def reference(config: GPTConfig) -> GPT:
+    """Weights at which every part of the step matters."""
+    model = GPT(config, seed=5).eval()
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * (0.15 if p.dim() == 2 else 0.4))
+    return model
+
+
+def split(model: GPT, tp: Any) -> TensorParallelGPT:
+    state: dict[str, Tensor] = dict(model.named_parameters())
+    state["transformer.wte.weight"] = model.lm_head.weight
+    return TensorParallelGPT(model.config, tp, lambda name, rule: take(state[name].detach(), rule, tp.rank)).eval()
+
+
+def texts(config: GPTConfig, rows: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(2)
+    lengths = [LENGTHS[i % len(LENGTHS)] + STEPS for i in range(rows)]
+    return [torch.randint(config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def steps(world: World, config: GPTConfig, kind: Any, rows: int) -> tuple[list[Tensor], dict[Any, tuple[int, int]], int]:
+    """This rank's logits at each of a few steps after prompts of different lengths, and what the steps are accounted as."""
+    model = split(reference(config), world.tp)
+    decoder = kind(model)
+    prompts = texts(config, rows)
+    cache = model.new_cache(rows)
+    longest = max(map(len, prompts)) - STEPS
+    with torch.inference_mode():
+        model.hidden(torch.tensor([(p[:-STEPS] + [0] * longest)[:longest] for p in prompts]), cache)
+        cache.advance([len(p) - STEPS for p in prompts])
+        before, passes, logits = world.ledger.snapshot(), world.ledger.forward_passes, []
+        for i in range(STEPS):
+            logits.append(decoder.logits([p[i - STEPS] for p in prompts], cache).clone())
+            cache.advance([n + 1 for n in cache.lengths])
+    told = {(e.layer, e.block, e.direction, e.op): (t.calls, t.bytes) for e, t in world.ledger.since(before).items()}
+    return logits, told, world.ledger.forward_passes - passes
+
+
+def expected(config: GPTConfig, rows: int) -> list[Tensor]:
+    """The same logits by model.py in float64, without a cache."""
+    model = reference(config).double()
+    with torch.no_grad():
+        return [
+            torch.cat([model(torch.tensor([p[: len(p) - STEPS + i + 1]]))[0][:, -1] for p in texts(config, rows)])
+            for i in range(STEPS)
+        ]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("tp", [1, 2, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_double_precisions(name: str, tp: int, rows: int) -> None:
+    config = CONFIGS[name]
+    ranks = run_ranks(tp, steps, config, NativeDecoder, rows)
+    for i, right in enumerate(expected(config, rows)):
+        found = torch.cat([logits[i] for logits, _, _ in ranks], dim=1)
+        assert found.shape == right.shape and right.std() > 0.5
+        assert (found - right).abs().max() < 2e-5 * right.abs().max()
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_account_is_that_of_torch(tp: int) -> None:
+    native = run_ranks(tp, steps, ODD, NativeDecoder, 3)
+    plain = run_ranks(tp, steps, ODD, TorchDecoder, 3)
+    for (_, told, passes), (_, expected_told, expected_passes) in zip(native, plain, strict=True):
+        assert told == expected_told and passes == expected_passes == STEPS
+        assert sum(calls for calls, _ in told.values()) == (0 if tp == 1 else STEPS * (2 * ODD.n_layer + 1))
+
+
+def _deaf(world: World, block: str) -> Tensor:
+    """Logits of a step in which one kind of all-reduce is left out."""
+    heard = collectives._all_reduce
+
+    def partly(x: Tensor, axis: collectives.Axis, direction: str, op: str) -> Tensor:
+        return x.clone() if axis.block == block and listening else heard(x, axis, direction, op)
+
+    listening = False
+    collectives._all_reduce = outside_graphs(partly)
+    model = split(reference(WIDE), world.tp)
+    cache = model.new_cache(1)
+    with torch.inference_mode():
+        model.hidden(torch.tensor([[1, 2, 3]]), cache)
+        cache.advance([3])
+        listening = True
+        return NativeDecoder(model).logits([4], cache).clone()
+
+
+@pytest.mark.parametrize("block", ["embedding", "attention", "mlp"])
+def test_every_all_reduce_is_needed(block: str) -> None:
+    with torch.no_grad():
+        right = reference(WIDE)(torch.tensor([[1, 2, 3, 4]]))[0][:, -1]
+    assert (torch.cat(run_ranks(2, _deaf, "none"), dim=1) - right).abs().max() < 1e-4 * right.abs().max()
+    assert (torch.cat(run_ranks(2, _deaf, block), dim=1) - right).abs().max() > 1e-2 * right.abs().max()
+
+
+def test_more_rows_than_it_is_made_for_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = split(reference(ODD), alone())
+    decoder = NativeDecoder(model)
+    seen: list[int] = []
+    monkeypatch.setattr(decoder.torch, "logits", lambda tokens, cache: seen.append(len(tokens)))
+    for rows in (MOST_ROWS, MOST_ROWS + 1):
+        decoder.logits([1] * rows, model.new_cache(rows))
+    assert seen == [MOST_ROWS + 1]
+
+
+def test_what_is_not_a_number_reaches_the_logits() -> None:
+    for name in ("transformer.h.1.mlp.c_fc.weight", "transformer.h.0.attn.c_attn.bias", "transformer.ln_f.weight"):
+        model = split(reference(ODD), alone())
+        with torch.inference_mode():
+            dict(model.named_parameters())[name].view(-1)[3] = float("nan")
+            assert NativeDecoder(model).logits([1], model.new_cache(1)).isnan().any()
+
+
+def test_large_numbers_stay_numbers() -> None:
+    """Scores of hundreds and inputs to the GELU beyond what e^x can hold."""
+    model = reference(WIDE)
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.weight.mul_(60)  # type: ignore[union-attr, operator]
+        model.transformer.h[1].mlp.c_fc.weight.mul_(60)  # type: ignore[union-attr, operator]
+        right = model.double()(torch.tensor([[9, 8, 7]]))[0][:, -1]
+    here = split(model.float(), alone())
+    cache = here.new_cache(1)
+    with torch.inference_mode():
+        here.hidden(torch.tensor([[9, 8]]), cache)
+        cache.advance([2])
+        assert (NativeDecoder(here).logits([7], cache) - right).abs().max() < 1e-3 * right.abs().max()
+
+
+def test_a_full_cache_is_refused() -> None:
+    model = split(reference(ODD), alone())
+    cache = model.new_cache(1, size=4)
+    cache.advance([4])
+    with pytest.raises(ValueError, match="4 tokens are in the cache, one more does not fit its 4"):
+        NativeDecoder(model).logits([1], cache)
+
+
+def test_where_torch_takes_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = split(reference(ODD), alone())
+    assert decoder_for(model).name == "native"
+    assert decoder_for(TensorParallelGPT(ODD, alone(), dtype=torch.bfloat16)).name == "torch"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert (decoder_for(model).name, decoder_for(model).why) == ("torch", "")
+    monkeypatch.undo()
+    monkeypatch.setenv("CC", "false")
+    assert (decoder_for(model).name, decoder_for(model).why) == ("torch", "false failed: no message")
