@@ -89,6 +89,7 @@ class SampleOptions(RunOptions):
     overflow: str = option("slide", "at block_size tokens: keep the last ones, end the sample, or refuse",
                            ("slide", "stop", "error"))
     kv_cache: bool = option(True, "keep keys and values of past tokens instead of computing them again")
+    quantize: str = option("", "int8: the matrices in 8 bits, for less memory and faster decoding", ("", "int8"))
     tokenizer: str = option("", "directory with tokenizer.json, or gpt2; default: what the checkpoint says")
 
 
@@ -157,6 +158,7 @@ class EvalOptions(RunOptions):
     stride: int = option(0, "tokens between two windows, 0 = block_size: windows side by side", low=0)
     batch_size: int = option(8, "windows in a forward pass", low=1)
     max_tokens: int = option(0, "measure only this many tokens, 0 = all", low=0)
+    quantize: str = option("", "int8: the matrices in 8 bits, for less memory and faster decoding", ("", "int8"))
     tokenizer: str = option("", "directory with tokenizer.json, or gpt2; default: what the checkpoint says")
 
 

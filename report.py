@@ -13,6 +13,7 @@ import torch
 from errors import UserError
 from parallel.ledger import Account, as_json
 from parallel.mesh import World
+from parallel.quantized import quantization, weight_bytes
 from tp_model import TensorParallelGPT
 
 
@@ -56,8 +57,7 @@ def build(
     account: what this rank's ledger holds of the run. seconds: the time in which it was made; the share of it that rank
     0 spent in collectives is `fraction_of_time`.
     """
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    ranks = world.gather((weights, kv_cache_bytes, peak_bytes(world.device)))
+    ranks = world.gather((weight_bytes(model), kv_cache_bytes, peak_bytes(world.device)))
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     comm = as_json(account, model.config.n_layer)
     comm["total"]["fraction_of_time"] = round(comm["total"]["seconds"] / seconds, 6) if seconds else 0.0
@@ -69,6 +69,7 @@ def build(
         "comm": world.comm,
         "device": world.device.type,
         "dtype": dtype,
+        "quantize": quantization(model),
         "model": {
             **asdict(model.config),
             "parameters": model.split.count(),
@@ -95,9 +96,10 @@ def write(path: str, report: dict[str, Any]) -> None:
 def account_table(report: dict[str, Any]) -> str:
     """The account as a table: a line for each layer's attention and MLP, then the rest, then the sum."""
     account = report["comm_account"]
+    precision = f"{report['dtype']}, {report['quantize']} weights" if report["quantize"] else report["dtype"]
     lines = [
         f"{report['entry']}: world {report['world_size']} = dp {report['dp']} x tp {report['tp']}, {report['comm']}, "
-        f"{report['device']}, {report['dtype']}; {account['forward_passes']} forward passes",
+        f"{report['device']}, {precision}; {account['forward_passes']} forward passes",
         f"{'layer':>5}  {'block':<13} {'pass':<9} {'collective':<11} {'calls':>8} {'bytes':>14} {'seconds':>9}",
     ]
     if report["tp"] * report["dp"] == 1:

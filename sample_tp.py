@@ -21,6 +21,7 @@ from generation import Generation, Listener, Row, Sampling, Timing, check_prompt
 from options import SampleOptions
 from parallel.mesh import World, pick_dtype
 from parallel.partition import Partition
+from parallel.quantized import quantize
 from shard_checkpoint import imbalance
 from text.files import read_text
 from text.tokenizer import Tokenizer
@@ -83,6 +84,8 @@ def load(world: World, source: Source, options: Any) -> TensorParallelGPT:
     dtype = pick_dtype(options.dtype, world.device)
     model = TensorParallelGPT(source.config, world.tp, reader(source, world.tp.rank), device=world.device, dtype=dtype)
     model.eval()
+    if options.quantize:
+        quantize(model, world.gather)
     if options.compile:
         model.compile_blocks()
     return model
