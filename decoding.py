@@ -14,7 +14,6 @@ from torch import Tensor
 from model import KVCache, LayerNorm
 from native.library import Unavailable, load
 from parallel.collectives import all_reduce
-from parallel.layers import ColumnParallelLinear, RowParallelLinear
 from tp_model import TensorParallelGPT
 
 MOST_ROWS = 6  # with more, a matrix product that works in blocks is faster than a pass over the weights
@@ -103,8 +102,11 @@ def _address(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr()
 
 
-def _linear(layer: ColumnParallelLinear | RowParallelLinear, with_bias: bool = True) -> _Linear:
+def _linear(layer: Any, with_bias: bool = True) -> _Linear:
+    """Of a sharded layer, or of the embedding as the head; quantized or not."""
     bias = layer.bias if with_bias else None
+    if (int8 := getattr(layer, "int8", None)) is not None:
+        return _Linear(_address(int8.q), _address(int8.scale), _address(bias), *int8.q.shape)
     return _Linear(_address(layer.weight), None, _address(bias), *layer.weight.shape)
 
 
@@ -129,7 +131,7 @@ class _Rows:
 
 
 class NativeDecoder:
-    """native/decode.c on this rank's float32 parameters, which it reads in place. More than MOST_ROWS rows go to torch."""
+    """native/decode.c on this rank's float32 or int8 weights, which it reads in place. More than MOST_ROWS rows go to torch."""
 
     name, why = "native", ""
 
@@ -150,9 +152,9 @@ class NativeDecoder:
             made = _Block(_norm(block.ln_1), c_attn, c_proj, _norm(block.ln_2), c_fc, c_proj_mlp)
             axes, biases = (attn.tp, mlp.c_proj.axis), (_address(attn.c_proj.bias), _address(mlp.c_proj.bias))
             self._blocks.append((made, ctypes.addressof(made), *axes, *biases))
-        table = transformer.wte.weight
         self._ln_f = _norm(transformer.ln_f)
-        self._table = _Linear(_address(table), None, None, model.vocab_hi - model.vocab_lo, table.shape[1])
+        self._table = _linear(transformer.wte, False)
+        self._table.outputs = model.vocab_hi - model.vocab_lo  # the rest is padding
         self._rows: _Rows | None = None
 
     def logits(self, tokens: list[int], cache: KVCache) -> Tensor:
@@ -169,7 +171,7 @@ class NativeDecoder:
         state, out, wte = ctypes.addressof(rows.state), rows.out, model.transformer.wte
         out_at = out.data_ptr()
         wpe = _address(model.transformer.wpe.weight)
-        self._embed(state, self._table.weight, wte.lo, wte.hi, wpe, rows.ids.data_ptr(), out_at)
+        self._embed(state, wte.weight.data_ptr(), wte.lo, wte.hi, wpe, rows.ids.data_ptr(), out_at)
         arrived, bias = all_reduce(out, wte.axis, "forward"), None
         for (_, block, attention, mlp, attention_bias, mlp_bias), k, v in zip(self._blocks, cache.k, cache.v, strict=True):
             self._attention(state, block, arrived.data_ptr(), bias, k.data_ptr(), v.data_ptr(), out_at)

@@ -57,7 +57,8 @@ def g(x: Tensor, axis: Axis) -> Tensor:
     return all_reduce(x, axis, "forward")
 
 
-def _check_width(layer: nn.Module, x: Tensor, width: int, hint: str = "") -> None:
+def check_width(layer: nn.Module, x: Tensor, width: int, hint: str = "") -> None:
+    """ValueError where the last dimension of a layer's input is not what the layer was made for."""
     if x.shape[-1] != width:
         raise ValueError(f"{type(layer).__name__} expects inputs of width {width}, got {x.shape[-1]}{hint}")
 
@@ -76,7 +77,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(local_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_width(self, x, self.in_features)
+        check_width(self, x, self.in_features)
         return F.linear(f(x, self.axis), self.weight, self.bias)
 
 
@@ -100,7 +101,7 @@ class RowParallelLinear(nn.Module):
                 f": this is the whole, unsplit input. Feed the output of a ColumnParallelLinear, "
                 f"or this rank's own columns (rank {self.axis.rank} of {self.axis.size} owns {self.local_in})"
             )
-        _check_width(self, x, self.local_in, hint)
+        check_width(self, x, self.local_in, hint)
         y = g(F.linear(x, self.weight), self.axis)
         return y if self.bias is None else y + self.bias
 
@@ -133,5 +134,5 @@ class VocabParallelEmbedding(nn.Module):
         Padding columns are computed (the product has the width the hardware likes) and cut off: nobody can sample them.
         forward: no collective; backward: one all-reduce of x's gradient (f).
         """
-        _check_width(self, x, self.weight.shape[1])
+        check_width(self, x, self.weight.shape[1])
         return F.linear(f(x, self.axis.at("head")), self.weight)[..., : self.hi - self.lo]

@@ -13,6 +13,7 @@ from model import GPT, GPTConfig
 from parallel import collectives
 from parallel.graphs import outside_graphs
 from parallel.mesh import World
+from parallel.quantized import quantize
 from tp_model import TensorParallelGPT, take
 
 # widths that are no multiple of a vector's, heads that do not divide evenly
@@ -45,9 +46,13 @@ def texts(config: GPTConfig, rows: int) -> list[list[int]]:
     return [torch.randint(config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
-def steps(world: World, config: GPTConfig, kind: Any, rows: int) -> tuple[list[Tensor], dict[Any, tuple[int, int]], int]:
+def steps(
+    world: World, config: GPTConfig, kind: Any, rows: int, int8: bool = False
+) -> tuple[list[Tensor], dict[Any, tuple[int, int]], int]:
     """This rank's logits at each of a few steps after prompts of different lengths, and what the steps are accounted as."""
     model = split(reference(config), world.tp)
+    if int8:
+        quantize(model, world.gather)
     decoder = kind(model)
     prompts = texts(config, rows)
     cache = model.new_cache(rows)
@@ -83,6 +88,18 @@ def test_logits_are_double_precisions(name: str, tp: int, rows: int) -> None:
         found = torch.cat([logits[i] for logits, _, _ in ranks], dim=1)
         assert found.shape == right.shape and right.std() > 0.5
         assert (found - right).abs().max() < 2e-5 * right.abs().max()
+
+
+@pytest.mark.parametrize("tp", [1, 3])
+def test_int8_logits_are_those_of_the_quantized_model(tp: int) -> None:
+    native = run_ranks(tp, steps, WIDE, NativeDecoder, 2, True)
+    plain = run_ranks(tp, steps, WIDE, TorchDecoder, 2, True)
+    floats = run_ranks(tp, steps, WIDE, NativeDecoder, 2)
+    for (found, told, _), (right, expected_told, _), (float_logits, _, _) in zip(native, plain, floats, strict=True):
+        assert told == expected_told
+        for logits, theirs, unquantized in zip(found, right, float_logits, strict=True):
+            assert (logits - theirs).abs().max() < 2e-5 * theirs.abs().max()
+            assert (logits - unquantized).abs().max() > 1e-3 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("tp", [1, 2])

@@ -1,4 +1,4 @@
-"""int8 weights against their formula in double precision: kernels, layers and whole models at several tp."""
+"""int8 weights against their formula in double precision: layers, whole models at several tp, and the native step."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,6 @@ from errors import UserError
 from generation import Sampling, generate
 from model import GPT, GPTConfig
 from options import EvalOptions, SampleOptions, TrainOptions, parse
-from parallel import quantized
 from parallel.layers import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import World
 from parallel.partition import spans
@@ -30,7 +29,6 @@ from parallel.quantized import Int8Weight, quantize
 from tp_model import TensorParallelGPT
 
 SMALL = GPTConfig(block_size=16, vocab_size=131, n_layer=2, n_head=5, n_embd=20)
-KERNELS = [quantized._IntMM, *([quantized._Fbgemm] if quantized._Fbgemm.exists() else [])]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
 
 
@@ -41,16 +39,10 @@ def rounded(w: Tensor) -> Tensor:
     return (w.float() / scale).round().double() * scale.double()
 
 
-@pytest.fixture(params=KERNELS, ids=lambda kernel: kernel.__name__)
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized, "kernel_of", lambda device: request.param)
-
-
 def int8(w: Tensor) -> Int8Weight:
     return Int8Weight(w, w.abs().amax(1))
 
 
-@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("shape", [(1, 1), (11, 7), (64, 100), (30, 513)])
 def test_a_product_is_the_formula_to_nearly_float32(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
@@ -60,26 +52,9 @@ def test_a_product_is_the_formula_to_nearly_float32(shape: tuple[int, int]) -> N
     x[2] *= torch.logspace(-6, 6, 4).unsqueeze(1)
     x[0, 0, 0] = 50  # one channel far larger than the others
     y, what = int8(w).product(x), rounded(w)
-    # half a step of the last digit for each entry of a row, and float32's own rounding of the result
-    step = x.abs().amax(-1, keepdim=True).double() / (63 * 126**2)
-    bound = step / 2 * 1.1 * what.abs().sum(1) + 1e-6 * F.linear(x.double().abs(), what.abs())
+    bound = 1e-6 * F.linear(x.double().abs(), what.abs())  # float32's own rounding
     assert ((y - F.linear(x.double(), what)).abs() <= bound).all()
     assert not y[1, 2].any()
-
-
-@pytest.mark.usefixtures("kernel")
-def test_the_largest_sums_do_not_saturate() -> None:
-    signs = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]).repeat(1, 1536)
-    torch.testing.assert_close(int8(signs).product(signs), signs @ signs.T, rtol=1e-6, atol=0)
-
-
-@pytest.mark.usefixtures("kernel")
-def test_a_row_does_not_depend_on_its_company() -> None:
-    torch.manual_seed(0)
-    weight, x = int8(torch.randn(50, 96)), torch.randn(40, 96) * torch.logspace(-3, 3, 40).unsqueeze(1)
-    together = weight.product(x)
-    for i in (0, 1, 17, 39):
-        assert torch.equal(weight.product(x[i : i + 1])[0], together[i])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -247,8 +222,6 @@ def test_commands_take_it_and_the_account_is_unchanged(weights: Path, tmp_path: 
 
 
 def test_what_cannot_be_is_said_in_words() -> None:
-    with pytest.raises(UserError, match=r"^--quantize=int8: torch \S+ has no int8 matrix product for meta. Leave it out.$"):
-        quantized.kernel_of(torch.device("meta"))
     with pytest.raises(UserError, match="quantize"):
         parse(TrainOptions, ["--quantize=int8"], "train_tp.py")
     refused: list[Callable[[], Any]] = [lambda: parse(SampleOptions, ["--quantize=int4"], "sample_tp.py")]
