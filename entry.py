@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from errors import UserError
-from options import RunOptions, as_dict, parse
+from options import RunOptions, as_dict, parse, parse_command
 from parallel import mesh
 from parallel.collectives import CollectiveError
 
@@ -18,8 +18,26 @@ from parallel.collectives import CollectiveError
 _OWN = ("wandb_run_name", "wandb_project", "wandb_log", "debug")
 
 
-def run(options_class: type[RunOptions], main: Callable[[mesh.World, Any], None], prog: str) -> None:
-    """Parse sys.argv, start the world, run `main(world, options)` on every rank, and exit.
+Main = Callable[[mesh.World, Any], None]
+
+
+def run(options_class: type[RunOptions], main: Main, prog: str) -> None:
+    """Parse sys.argv, start the world, run `main(world, options)` on every rank, and exit; see `run_parsed`."""
+    run_parsed(lambda: (main, parse(options_class, sys.argv[1:], prog)), prog)
+
+
+def run_commands(commands: dict[str, tuple[type[RunOptions], Main]], prog: str) -> None:
+    """The same where the first word says which options and which main."""
+
+    def parsed() -> tuple[Main, Any]:
+        name, options = parse_command({name: cls for name, (cls, _) in commands.items()}, sys.argv[1:], prog)
+        return commands[name][1], options
+
+    run_parsed(parsed, prog)
+
+
+def run_parsed(parsed: Callable[[], tuple[Main, Any]], prog: str) -> None:
+    """Start the world that the options ask for, run main on every rank, and exit.
 
     Exit status: 0; 2 for a user's mistake (one line, no traceback); 1 for an error of ours or of the machine; 130 for
     Ctrl-C. One rank speaks; no rank is left waiting for another.
@@ -29,7 +47,7 @@ def run(options_class: type[RunOptions], main: Callable[[mesh.World, Any], None]
     if os.environ.get("RANK", "0") != "0" and {"--help", "-h"} & set(sys.argv):
         return  # rank 0 prints it
     try:
-        options = parse(options_class, sys.argv[1:], prog)
+        main, options = parsed()
         debug = options.debug
         promise = {name: value for name, value in as_dict(options).items() if name not in _OWN}
         tp = getattr(options, "tp", 0)

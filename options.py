@@ -163,6 +163,48 @@ class EvalOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchOptions(RunOptions):
+    """What every measurement has."""
+
+    repeats: int = option(7, "rounds; medians and spreads are over them", low=1)
+    against: str = option("", "contestants that run in turn with nanoTP in each round, with commas between")
+    plot: str = option("", "draw the figures into this PNG (needs matplotlib)")
+    n_layer: int = option(12, "layers of the model that is measured", low=1)
+    n_head: int = option(12, "its attention heads a layer", low=1)
+    n_embd: int = option(768, "the width of its residual stream", low=1)
+    vocab_size: int = option(50257, "the size of its vocabulary", low=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchDecodeOptions(BenchOptions):
+    """Decode greedily after a prompt; --against=hf,ctranslate2,one_rank (one_rank: nanoTP on one thread)."""
+
+    init_from: str = option("", "weights as in sample_tp.py; default: random ones")
+    prompt_tokens: int = option(128, "length of the prompt", low=1)
+    new_tokens: int = option(128, "tokens generated in a round", low=2)
+    quantize: str = option("", "int8: the matrices in 8 bits (the contestants' too, where they have that)", ("", "int8"))
+    ledger: bool = option(False, "measure what the account costs: every round once with it and once without")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchTrainOptions(BenchOptions):
+    """Train; --against=reference (model.py on all cores in one process, plain AdamW, full logits)."""
+
+    tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
+    batch_size: int = option(4, "sequences in a step", low=1)
+    block_size: int = option(256, "tokens in a sequence", low=1)
+    steps: int = option(3, "steps in a round", low=1)
+    activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchAllreduceOptions(BenchOptions):
+    """All-reduces of many sizes over every transport that can run here."""
+
+    sizes: str = option("1024,3072,16384,65536,262144,1048576,4194304,16777216", "bytes of the messages")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SplitOptions(EntryOptions):
     """Split pretrained weights into a shard directory: one file for each of tp ranks, and a manifest."""
 

@@ -47,6 +47,7 @@ class Ledger:
 
     tallies: Account = field(default_factory=dict)
     forward_passes: int = 0
+    on: bool = True  # False: nothing is recorded, to see what recording costs
     _recomputing: bool = False
     _pending: list[tuple[Tally, Callable[[], float]]] = field(default_factory=list)
 

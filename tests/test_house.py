@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("native", "parallel", "checkpoints", "text")
+ROOMS = ("benchmarks", "native", "parallel", "checkpoints", "text")
 SOURCES = [
     path for pattern in ("*.py", *(f"{room}/*.py" for room in ROOMS)) for path in sorted(ROOT.glob(pattern))
 ]
@@ -85,6 +85,9 @@ def test_every_option_is_read_somewhere() -> None:
 
     text = "".join(path.read_text() for path in SOURCES if path.name != "options.py")
     for name in (
+        "BenchDecodeOptions",
+        "BenchTrainOptions",
+        "BenchAllreduceOptions",
         "SampleOptions",
         "TrainOptions",
         "EvalOptions",

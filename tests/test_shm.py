@@ -223,7 +223,7 @@ def test_nothing_is_left_behind() -> None:
 def _falls_back(world: World, fault: str) -> str:
     assert world.mesh is not None
     if fault == "no compiler":
-        os.environ["CC"], os.environ["XDG_CACHE_HOME"] = "/nowhere/cc", "/nowhere"
+        os.environ["CC"], os.environ["XDG_CACHE_HOME"] = "/nowhere/cc", "/dev/null/nowhere"  # no cache either
     elif fault == "a compiler that fails on rank 1" and world.rank == 1:
         os.environ["CC"] = "false"
     elif fault == "no memory" and world.rank == 0:

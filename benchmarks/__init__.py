@@ -1,0 +1,1 @@
+"""What bench_tp.py is made of."""

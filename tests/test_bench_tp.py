@@ -1,0 +1,127 @@
+"""bench_tp.py: its arithmetic, its fields, and that parties really do the same work. Nothing here is timed."""
+
+import json
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+from test_sample_tp import alone
+
+import bench_tp
+from benchmarks.contestants import Contestant
+from errors import UserError
+from options import BenchAllreduceOptions, BenchDecodeOptions, BenchTrainOptions, parse, parse_command
+from parallel.mesh import World
+
+TINY = ["--device=cpu", "--n_layer=2", "--n_head=3", "--n_embd=24", "--repeats=2"]
+COMMANDS: dict[str, tuple[type[Any], Callable[[World, Any], None]]] = bench_tp.COMMANDS
+
+
+def run(world: World, command: str, *words: str) -> str:
+    out = StringIO()
+    with redirect_stdout(out), redirect_stderr(StringIO()):
+        cls, main = COMMANDS[command]
+        main(world, parse(cls, list(words), f"bench_tp.py {command}"))
+    return out.getvalue()
+
+
+def test_the_figures_of_rounds() -> None:
+    rounds: list[dict[str, dict[str, Any]]] = [
+        {"nanotp": {"seconds": 0.1}, "hf": {"seconds": 0.2}},
+        {"nanotp": {"seconds": 0.2}, "hf": {"seconds": 0.8}},
+        {"nanotp": {"seconds": 0.5}, "hf": {"seconds": 0.5}},
+    ]
+    figures, lines = bench_tp.compare(rounds, "tokens/s", 4.0)
+    assert figures["nanotp"]["tokens/s"] == {"median": 20.0, "min": 8.0, "max": 40.0}
+    assert figures["hf"]["tokens/s"] == {"median": 8.0, "min": 5.0, "max": 20.0}
+    assert figures["hf"]["ratio"] == {"median": 2.0, "min": 1.0, "max": 4.0}  # of each round, not of the medians
+    assert lines[2].split() == ["hf", "8.0", "(5.0", "to", "20.0)", "2.00", "(1.00", "to", "4.00)"]
+
+
+def test_the_ring_formula() -> None:
+    assert [bench_tp.ring_bytes(1000, n) for n in (1, 2, 4)] == [0.0, 1000.0, 1500.0]
+
+
+def _run(world: World, command: str, words: list[str]) -> str:
+    return run(world, command, *words)
+
+
+@pytest.mark.slow
+def test_decode_and_its_contestants_write_the_same_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    words = [*TINY, "--vocab_size=131", "--prompt_tokens=5", "--new_tokens=9", "--against=hf,one_rank", f"--report={path}"]
+    first, second = run_ranks(2, _run, "decode", [*words, "--ledger=True"])
+    assert second == "" and "hf: 9 of 9 tokens as ours" in first and "one_rank: 9 of 9 tokens as ours" in first
+    made = json.loads(path.read_text())
+    assert set(made["parties"]) == {"nanotp", "hf", "one_rank"} and made["parties"]["hf"]["ratio"]["median"] > 0
+    assert made["model"]["parameters"] == 131 * 24 + 1024 * 24 + 2 * (12 * 24 * 24 + 13 * 24) + 2 * 24
+    # each rank: its part of 12 C^2 a layer and of the biases, all LayerNorms and row-parallel biases, 128 rows of the table
+    split, whole = 2 * (12 * 24 * 24 + 7 * 24), 2 * 6 * 24 + 2 * 24
+    assert made["weight_bytes_read"] == 4 * (split + 2 * (whole + 128 * 24))
+    assert made["read_bandwidth"] > 0 and made["ledger_ratio"]["median"] > 0
+    assert "7.0 calls" in first  # 2 a layer, 1 for the embedding, 2 to agree on the token
+
+
+@pytest.mark.slow
+def test_training_and_the_reference_see_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, dict[str, Any]]] = []
+    rounds = bench_tp.Bench.rounds
+
+    def noted(self: Any, ours: Any, contestants: Any) -> Any:
+        seen.extend(rounds(self, ours, contestants))
+        return seen
+
+    monkeypatch.setattr(bench_tp.Bench, "rounds", noted)
+    words = [*TINY, "--vocab_size=257", "--batch_size=2", "--block_size=8", "--steps=2", "--against=reference"]
+    run(alone(), "train", *words)
+    ours, theirs = seen[0]["nanotp"]["losses"], seen[0]["reference"]["losses"]
+    assert len(ours) == len(theirs) == 2 and ours[0] == pytest.approx(theirs[0], rel=0.05)
+
+
+def test_allreduce_measures_every_transport(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    words = ["--device=cpu", "--repeats=1", "--sizes=4,4096", f"--report={path}"]
+    said, nothing = run_ranks(2, _run, "allreduce", words)
+    assert nothing == "" and "shm median" in said and "gloo median" in said
+    sizes = json.loads(path.read_text())["sizes"]
+    assert [line["bytes"] for line in sizes] == [4, 4096] and set(sizes[0]["us"]) == {"shm", "gloo"}
+
+
+@pytest.mark.parametrize(
+    "command, words, message",
+    [
+        ("decode", ["--against=vllm"], "--against=vllm is not one of hf, ctranslate2, one_rank."),
+        ("train", ["--against=hf"], "--against=hf is not one of reference."),
+        ("decode", ["--new_tokens=1000", *TINY, "--vocab_size=131"], "prompt_tokens=128 and new_tokens=1000 do not fit"),
+        ("allreduce", [], "bench_tp.py allreduce needs ranks"),
+        ("decode", ["--report=/dev/null/r.json"], "--report=/dev/null/r.json"),
+    ],
+)
+def test_mistakes(command: str, words: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        run(alone(), command, *words)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_sizes_that_are_no_numbers() -> None:
+    with pytest.raises(AssertionError, match="--sizes=1,x are not numbers of bytes with commas between"):
+        run_ranks(2, _run, "allreduce", ["--device=cpu", "--sizes=1,x"])
+
+
+@pytest.mark.slow
+def test_a_contestant_that_cannot_start_is_one_line() -> None:
+    with pytest.raises(UserError, match="^--against=hf failed: "):
+        Contestant({"kind": "hf", "weights": "/nowhere/at/all", "threads": 1})
+
+
+def test_the_command_comes_first() -> None:
+    commands = {name: cls for name, (cls, _) in COMMANDS.items()}
+    assert parse_command(commands, ["train", "--steps=2"], "bench_tp.py")[1].steps == 2
+    with pytest.raises(UserError, match="unknown command 'trian'. Did you mean"):
+        parse_command(commands, ["trian"], "bench_tp.py")
+    for cls in (BenchDecodeOptions, BenchTrainOptions, BenchAllreduceOptions):
+        assert cls.__doc__
