@@ -12,10 +12,17 @@ from torch import Tensor
 from parallel.collectives import Axis, all_gather, all_reduce_later
 from parallel.graphs import outside_graphs
 
-# Rows whose logits exist at a time. More rows take more memory; fewer read and write the table's gradient, to which each
-# chunk adds, more often. On a CPU 256 rows multiply as fast as more do; a GPU wants longer products (reckoned, not measured:
-# 2048 rows keep that traffic under a tenth of the time).
-CHUNK_ROWS = {"cpu": 256, "cuda": 2048}
+# Logits that exist at a time, on one rank: 32 MiB on a CPU, 512 MiB on a GPU, in float32. More take more memory; with fewer
+# the table's gradient, to which each chunk adds, is read and written more often, and there are more messages. On a CPU, 256
+# rows of a GPT-2 split in two multiply as fast as more do. A GPU multiplies faster than it reads, and so wants more rows
+# (reckoned, not measured: that traffic is then a tenth of the time).
+CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
+
+
+def _chunk_rows(rows: int, width: int, kind: str) -> int:
+    """Rows of a chunk: as few chunks as may be, and about equal ones. The same on all ranks, which go in step."""
+    chunks = -(-rows * width // CHUNK_LOGITS.get(kind, CHUNK_LOGITS["cpu"]))
+    return -(-rows // min(max(chunks, 1), max(rows, 1)))
 
 
 def _normalized(z: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -54,7 +61,7 @@ class _HeadLoss(torch.autograd.Function):
             w = weight.to(dtype)
             dx, dw = (torch.empty_like(x), torch.zeros_like(weight, dtype=wide)) if learn else (None, None)
             loss = torch.zeros((), dtype=wide, device=x.device)
-            rows = min(CHUNK_ROWS.get(kind, 256), len(x))
+            rows = _chunk_rows(len(x), len(w), kind)
             logits = torch.empty(rows, len(w), dtype=dtype, device=x.device)  # one piece of memory for all chunks
             for start in range(0, len(x), rows):
                 part = slice(start, start + rows)
@@ -92,8 +99,9 @@ def vocab_parallel_head_loss(x: Tensor, weight: Tensor, targets: Tensor, lo: int
     float64), the same on all ranks.
 
     x: [N, C], the same on all ranks. weight: [rows, C], this rank's rows of the tied table: vocabulary ids [lo, hi), then
-    padding, which takes no part and gets no gradient. targets: [N] int64, the same on all ranks, in [0, vocab_size);
-    negative ones are ignored. Products are made in autocast's dtype; the loss and the table's gradient add up in float32.
+    padding, which takes no part and gets no gradient; as many rows on every rank. targets: [N] int64, the same on all
+    ranks, in [0, vocab_size); negative ones are ignored. Products are made in autocast's dtype; the loss and the table's
+    gradient add up in float32.
     With gradients off none is computed. Its backward pass can run once. Raises ValueError where the shapes do not fit.
     """
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from parallel.collectives import Axis
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from parallel.ledger import Ledger
-from parallel.loss import CHUNK_ROWS, vocab_parallel_cross_entropy, vocab_parallel_head_loss
+from parallel.loss import CHUNK_LOGITS, vocab_parallel_cross_entropy, vocab_parallel_head_loss
 from parallel.mesh import World
 from parallel.partition import round_up, spans
 
@@ -129,7 +129,6 @@ Case = tuple[int, int, int, torch.dtype]  # rows, vocabulary, rows at a time, dt
 
 def _head_loss(world: World, case: Case) -> None:
     rows, vocab, chunk, dtype = case
-    CHUNK_ROWS["cpu"] = chunk
     torch.manual_seed(0)
     x, table = (3 * torch.randn(rows, 6)).double().requires_grad_(), torch.randn(vocab, 6).double().requires_grad_()
     targets = torch.randint(vocab, (rows,))
@@ -137,10 +136,11 @@ def _head_loss(world: World, case: Case) -> None:
     expected = F.cross_entropy(F.linear(x, table), targets, ignore_index=-1, reduction="sum")
     (0.25 * expected).backward()
     lo, hi = spans(vocab, world.size)[world.tp.rank]
-    padded = torch.full((round_up(hi - lo, 8) + 8, 6), 9.0, dtype=dtype)  # padding rows that would win every maximum
+    padded = torch.full((round_up(-(-vocab // world.size), 8) + 8, 6), 9.0, dtype=dtype)  # padding that would win every maximum
     padded[: hi - lo] = table.detach()[lo:hi]
     mine, weight = x.detach().to(dtype).requires_grad_(), padded.requires_grad_()
     kept = mine.detach().clone()
+    CHUNK_LOGITS["cpu"] = chunk * len(padded)
     with LargestMade() as largest:
         loss = vocab_parallel_head_loss(mine, weight, targets, lo, hi, world.tp)
         (0.25 * loss).backward()
@@ -152,9 +152,9 @@ def _head_loss(world: World, case: Case) -> None:
     close(weight.grad[: hi - lo], table.grad[lo:hi].to(dtype), rtol=error, atol=error)
     assert not weight.grad[hi - lo :].any()
     assert torch.equal(mine, kept)  # nobody writes into an argument
-    assert largest.numel == max(min(chunk, rows) * len(weight), weight.numel(), mine.numel())
-    assert chunk >= rows or largest.numel < rows * (hi - lo)  # the whole logits never were
     size, chunks = loss.element_size(), -(-rows // chunk)
+    assert largest.numel == max(-(-rows // chunks) * len(weight), weight.numel(), mine.numel())
+    assert chunks == 1 or largest.numel < rows * (hi - lo)  # the whole logits never were
     moved = {(e.block, e.direction, e.op): (t.calls, t.bytes) for e, t in world.ledger.tallies.items()}
     account = {
         ("loss", "forward", "all_gather"): (chunks, 3 * rows * size),
@@ -177,7 +177,7 @@ def test_head_loss_against_double_precision(size: int, case: Case) -> None:
 
 def _head_loss_alone(world: World) -> None:
     """Without gradients: the same loss, nothing in the backward pass, no table-sized tensor. One gradient without the other."""
-    CHUNK_ROWS["cpu"] = 4
+    CHUNK_LOGITS["cpu"] = 4 * 40
     torch.manual_seed(0)
     x, weight, targets = leaf(10, 6), leaf(40, 6), torch.randint(80, (10,))
     lo, hi = (world.tp.rank * 40, world.tp.rank * 40 + 40)
@@ -201,7 +201,7 @@ def test_head_loss_computes_no_gradient_that_nobody_wants() -> None:
 
 def _head_loss_in_half(world: World, dtype: torch.dtype) -> None:
     """Under autocast: close to double precision on the same rounded inputs, gradients in the parameters' float32."""
-    CHUNK_ROWS["cpu"] = 16
+    CHUNK_LOGITS["cpu"] = 16 * 100
     torch.manual_seed(0)
     x, table, targets = torch.randn(64, 32), 0.3 * torch.randn(200, 32), torch.randint(200, (64,))
     wide_x, wide_table = (t.to(dtype).double().requires_grad_() for t in (x, table))
