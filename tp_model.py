@@ -21,7 +21,7 @@ from model import GPTConfig, KVCache, LayerNorm, adamw, attend, gelu, initial_te
 from parallel.collectives import Axis, all_gather, all_reduce
 from parallel.graphs import outside_graphs
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from parallel.loss import vocab_parallel_cross_entropy
+from parallel.loss import vocab_parallel_cross_entropy, vocab_parallel_head_loss
 from parallel.partition import VOCAB_MULTIPLE, Partition, Rule
 
 Read = Callable[[str, Rule], Tensor]  # the entries of one tensor that this rank owns, without padding
@@ -200,7 +200,7 @@ class TensorParallelGPT(nn.Module):
         return self.transformer.wte.logits(x)
 
     def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood [B, T] (float32) of targets [B, T] after idx [B, T]; 0 where the target is -1."""
+        """Negative log-likelihood [B, T] (float32) of targets [B, T] after idx [B, T], 0 where it is -1; without gradient."""
         logits = self.local_logits(self.hidden(idx)).flatten(0, 1)
         return vocab_parallel_cross_entropy(logits, targets.flatten(), self.vocab_lo, self.tp).view_as(targets)
 
@@ -208,11 +208,13 @@ class TensorParallelGPT(nn.Module):
         self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """idx [B, T] -> (logits, loss), as model.py's, with one difference: next to a loss there are no logits, because
-        nothing ever gathers them. Without targets: the last position's logits [B, 1, V] on every rank, and None."""
+        nothing ever gathers them; not even a rank's own exist all at once. Without targets: the last position's logits
+        [B, 1, V] on every rank, and None."""
         if targets is None:
             return self.gather_logits(self.local_logits(self.hidden(idx, cache)[:, -1:])), None
-        losses = self.token_losses(idx, targets)
-        return None, losses.sum() / (targets >= 0).sum()
+        x, table = self.hidden(idx).flatten(0, 1), self.transformer.wte.weight
+        loss = vocab_parallel_head_loss(x, table, targets.flatten(), self.vocab_lo, self.vocab_hi, self.tp)
+        return None, loss / (targets >= 0).sum()
 
     def gather_logits(self, local: Tensor) -> Tensor:
         """All vocabulary columns [..., V] from every rank's own [..., vocab_hi - vocab_lo]."""

@@ -55,6 +55,19 @@ class GroupTransport:
 
         return self._staged(x, run)
 
+    def all_reduce_later(self, x: Tensor) -> Callable[[], Tensor]:
+        """Start summing x, in place; the function returned waits for the end of it and gives the sum."""
+        if self.name == "gloo" and x.is_cuda:
+            out = self.all_reduce(x, "sum")
+            return lambda: out
+        work = dist.all_reduce(x, group=self.group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return x
+
+        return wait
+
     def all_gather(self, x: Tensor) -> Tensor:
         def run(message: Tensor) -> Tensor:
             parts = [torch.empty_like(message) for _ in range(dist.get_world_size(self.group))]
@@ -97,18 +110,28 @@ class Axis:
         if not self.ledger.on:
             yield
             return
-        entry = Entry(self.layer, self.block, self.ledger.direction(direction), op)
+        entry = self.entry(op, direction)
         start = _clock(message)
-        try:
+        with _named(entry):
             yield
-        except RuntimeError as error:
-            raise CollectiveError(f"{op} ({entry.where()}): {str(error).strip().splitlines()[0]}") from error
         self.ledger.record(entry, message.numel() * message.element_size(), _elapsed(start, message))
+
+    def entry(self, op: str, direction: str) -> Entry:
+        return Entry(self.layer, self.block, self.ledger.direction(direction), op)
 
     def _carrier(self) -> Transport:
         if self.transport is None:
             raise ValueError(f"axis {self.name} has size {self.size} and no transport")
         return self.transport
+
+
+@contextmanager
+def _named(entry: Entry) -> Iterator[None]:
+    """An error within says which call it was."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CollectiveError(f"{entry.op} ({entry.where()}): {str(error).strip().splitlines()[0]}") from error
 
 
 def _clock(message: Tensor) -> Any:
@@ -128,13 +151,29 @@ def _elapsed(start: Any, message: Tensor) -> float | Callable[[], float]:
 
 
 # A compiler must neither trace nor reorder a call that other ranks wait for, and the ledger counts real calls only: these
-# three are the graph breaks of a compiled model, one at each sync point.
+# are the graph breaks of a compiled model, one at each sync point.
 
 
 @outside_graphs
 def _all_reduce(x: Tensor, axis: Axis, direction: str, op: str) -> Tensor:
     with axis.account("all_reduce", direction, x):
         return axis._carrier().all_reduce(x, op)
+
+
+@outside_graphs
+def _all_reduce_later(x: Tensor, axis: Axis, direction: str) -> Callable[[], Tensor]:
+    transport = axis._carrier()
+    if not isinstance(transport, GroupTransport):
+        out = _all_reduce(x, axis, direction, "sum")
+        return lambda: out
+    with _named(axis.entry("all_reduce", direction)):
+        finish = transport.all_reduce_later(x)
+
+    def wait() -> Tensor:
+        with axis.account("all_reduce", direction, x):
+            return finish()
+
+    return wait
 
 
 @outside_graphs
@@ -164,6 +203,15 @@ def broadcast(x: Tensor, axis: Axis, direction: str, source: int = 0) -> Tensor:
     return x if axis.size == 1 else _broadcast(x, axis, direction, source)
 
 
+def all_reduce_later(x: Tensor, axis: Axis, direction: str) -> Callable[[], Tensor]:
+    """Start summing every rank's x; the function returned, called once, gives the sum. x is given away: it may be written.
+
+    Meanwhile the caller computes something else. The seconds accounted are those spent waiting in that function: what the
+    computation hid is not in them. A transport without an asynchronous all-reduce does it at once.
+    """
+    return (lambda: x) if axis.size == 1 else _all_reduce_later(x, axis, direction)
+
+
 def average_later(x: Tensor, axis: Axis, direction: str) -> torch.futures.Future[Tensor]:
     """Start averaging x over the axis, in place; the future gives x. For gradient buckets, which are made to be written.
 
@@ -172,7 +220,7 @@ def average_later(x: Tensor, axis: Axis, direction: str) -> torch.futures.Future
     transport = axis._carrier()
     if not isinstance(transport, GroupTransport):
         raise ValueError(f"{transport.name} has no asynchronous all-reduce")
-    entry = Entry(axis.layer, axis.block, axis.ledger.direction(direction), "all_reduce")
+    entry = axis.entry("all_reduce", direction)
     start = _clock(x)
     work = dist.all_reduce(x.div_(axis.size), group=transport.group, async_op=True)
 

@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.collectives import Axis, all_reduce
+from parallel.collectives import Axis, all_reduce, all_reduce_later
 from parallel.graphs import outside_graphs
 
 
@@ -38,6 +38,36 @@ class _G(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+class _FLinear(torch.autograd.Function):
+    """f, and the product it leads to: forward x W^T + b; backward all-reduce of x's gradient, beside W's and b's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        used, w, b = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        ctx.save_for_backward(used, w)
+        ctx.axis, ctx.dtypes = axis, (x.dtype, weight.dtype)
+        return F.linear(used, w, b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        x_dtype, dtype = ctx.dtypes
+        with torch.autocast(grad.device.type, enabled=False):
+            summed = all_reduce_later((grad @ weight).to(x_dtype), ctx.axis, "backward") if ctx.needs_input_grad[0] else None
+            rows = grad.flatten(0, -2)
+            dw = (rows.t() @ x.flatten(0, -2)).to(dtype) if ctx.needs_input_grad[1] else None
+            db = rows.sum(dim=0).to(dtype) if ctx.needs_input_grad[2] else None
+        return summed and summed(), dw, db, None
+
+
+@outside_graphs
+def _f_linear(x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis) -> Tensor:
+    y: Tensor = _FLinear.apply(x, weight, bias, axis)
+    return y
 
 
 @outside_graphs
@@ -67,7 +97,7 @@ class ColumnParallelLinear(nn.Module):
     """y = x W^T + b with W split along its outputs: this rank computes `local_out` of the columns of y.
 
     x: [..., in_features], the same on all ranks. y: [..., local_out], this rank's columns.
-    forward: no collective; backward: one all-reduce of x's gradient (f).
+    forward: no collective; backward: one all-reduce of x's gradient (f), under way while W's is computed.
     """
 
     def __init__(self, in_features: int, local_out: int, bias: bool, axis: Axis):
@@ -78,7 +108,9 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_width(self, x, self.in_features)
-        return F.linear(f(x, self.axis), self.weight, self.bias)
+        if self.axis.size > 1 and torch.is_grad_enabled():
+            return _f_linear(x, self.weight, self.bias, self.axis)
+        return F.linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):

@@ -1,53 +1,124 @@
-"""Cross-entropy over logits that stay split along the vocabulary (Megatron-LM, arXiv 1909.08053, section 3)."""
+"""Cross-entropy over logits that stay split along the vocabulary (after Megatron-LM, arXiv 1909.08053, section 3).
+
+In training the head's product and the loss are one function that works through the rows in chunks, forward pass and
+gradient at once: the logits of a chunk are the largest thing that ever exists, and they are computed once.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from parallel.collectives import Axis, all_reduce
+from parallel.collectives import Axis, all_gather, all_reduce_later
 from parallel.graphs import outside_graphs
 
-
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """forward: one all-reduce of the maxima [N], one of target logits and sums of exponentials [2, N]; backward: none."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, lo: int, axis: Axis) -> Tensor:
-        z = logits.float()
-        peak = all_reduce(z.max(dim=-1).values, axis, "forward", op="max")
-        exp = (z - peak.unsqueeze(-1)).exp()
-        local = targets - lo
-        here = (local >= 0) & (local < z.shape[-1])
-        index = local.clamp(0, z.shape[-1] - 1).unsqueeze(-1)
-        # peak is subtracted before the sum over ranks: a single rank's share of the target logit, zero elsewhere
-        target = torch.where(here, z.gather(-1, index).squeeze(-1) - peak, 0.0)
-        target, total = all_reduce(torch.stack([target, exp.sum(dim=-1)]), axis, "forward")
-        ctx.save_for_backward(exp.div_(total.unsqueeze(-1)), index, here)
-        ctx.dtype = logits.dtype
-        return total.log() - target
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        softmax, index, here = ctx.saved_tensors
-        dz = softmax * grad.unsqueeze(-1)
-        dz.scatter_add_(-1, index, (-grad * here).unsqueeze(-1))
-        return dz.to(ctx.dtype), None, None, None
+# Logits that exist at a time, on one rank: 32 MiB on a CPU, 512 MiB on a GPU, in float32. More take more memory; with fewer
+# the table's gradient, to which each chunk adds, is read and written more often, and there are more messages. On a CPU, 256
+# rows of a GPT-2 split in two multiply as fast as more do. A GPU multiplies faster than it reads, and so wants more rows
+# (reckoned, not measured: that traffic is then a tenth of the time).
+CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 
 
-def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, lo: int, axis: Axis) -> Tensor:
-    """Negative log-likelihood of each target, in float32; logits are never gathered and never written to.
+def _chunk_rows(rows: int, width: int, kind: str) -> int:
+    """Rows of a chunk: as few chunks as may be, and about equal ones. The same on all ranks, which go in step."""
+    chunks = -(-rows * width // CHUNK_LOGITS.get(kind, CHUNK_LOGITS["cpu"]))
+    return -(-rows // min(max(chunks, 1), max(rows, 1)))
 
-    logits: [N, width], this rank's columns; column j is vocabulary id lo + j.
-    targets: [N] int64, the same on all ranks, in [0, vocab_size); where negative (ignored) the loss is 0.
-    Returns [N] float32, the same on all ranks. Raises ValueError where the shapes do not fit.
+
+def _normalized(z: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What one chunk's loss and gradient need, after one all-gather of three numbers a row: its largest local logit, the
+    target's logit (0 where another rank has it) and the sum of exponentials.
+
+    z: [n, width] float32 or wider, of which columns beyond hi - lo are padding, overwritten by exp(z - its row's largest).
+    Returns (nll [n], 0 where the target is negative; scale [n], which turns a row of z into probabilities;
+    index [n, 1], the target's local column, or 0; here [n], whether the target is this rank's).
     """
-    if logits.dim() != 2 or targets.shape != logits.shape[:1]:
-        raise ValueError(f"expected logits [N, width] and targets [N], got {list(logits.shape)} and {list(targets.shape)}")
-    nll = _cross_entropy(logits, targets, lo, axis.at("loss"))
-    return nll.masked_fill(targets < 0, 0.0)
+    z[:, hi - lo :] = float("-inf")  # adds 0 to every sum
+    here = (targets >= lo) & (targets < hi)
+    index = (targets - lo).masked_fill(~here, 0).unsqueeze(-1)
+    target = torch.where(here, z.gather(-1, index).squeeze(-1), 0.0)
+    peak = z.amax(dim=-1)
+    z.sub_(peak.unsqueeze(-1)).exp_()
+    peaks, found, sums = all_gather(torch.stack([peak, target, z.sum(dim=-1)]), axis, "forward").unbind(1)  # [size, n] each
+    highest = peaks.amax(dim=0)
+    total = (sums * (peaks - highest).exp()).sum(dim=0)
+    nll = total.log() + (highest - found.sum(dim=0))
+    return nll.masked_fill(targets < 0, 0.0), (peak - highest).exp() / total, index, here
+
+
+class _HeadLoss(torch.autograd.Function):
+    """forward: one all-gather of [3, n] a chunk; backward: one all-reduce of x's gradient (f).
+
+    The gradient of the sum is computed in the forward pass, where the logits are; backward scales it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis, learn: bool) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        with torch.autocast(kind, enabled=False):
+            w = weight.to(dtype)
+            dx, dw = (torch.empty_like(x), torch.zeros_like(weight, dtype=wide)) if learn else (None, None)
+            loss = torch.zeros((), dtype=wide, device=x.device)
+            rows = _chunk_rows(len(x), len(w), kind)
+            logits = torch.empty(rows, len(w), dtype=dtype, device=x.device)  # one piece of memory for all chunks
+            for start in range(0, len(x), rows):
+                part = slice(start, start + rows)
+                mine = x[part].to(dtype)
+                z = torch.mm(mine, w.t(), out=logits[: len(mine)]).to(wide)
+                nll, scale, index, here = _normalized(z, targets[part], lo, hi, axis.at("loss"))
+                loss += nll.sum()
+                if dx is not None and dw is not None:
+                    z.mul_(torch.where(targets[part] < 0, 0.0, scale).unsqueeze(-1))
+                    dz = z.scatter_add_(-1, index, -here.unsqueeze(-1).to(wide)).to(dtype)
+                    dx[part] = dz @ w
+                    dw = dw.addmm_(dz.t(), mine) if dtype == wide else dw.add_(dz.t() @ mine)
+        ctx.gradients, ctx.axis, ctx.dtype = (dx, dw), axis.at("head"), weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the head's gradient was made once and is gone: run the forward pass again.")
+        (dx, dw), ctx.gradients = ctx.gradients, None  # ours alone, and so scaled in place
+        summed = all_reduce_later(dx.mul_(grad), ctx.axis, "backward") if ctx.needs_input_grad[0] else None
+        dw = dw.mul_(grad).to(ctx.dtype)
+        return summed and summed(), dw, None, None, None, None, None
 
 
 @outside_graphs
-def _cross_entropy(logits: Tensor, targets: Tensor, lo: int, axis: Axis) -> Tensor:
-    return _VocabParallelCrossEntropy.apply(logits, targets, lo, axis)
+def _head_loss(x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis) -> Tensor:
+    learn = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    loss: Tensor = _HeadLoss.apply(x, weight, targets, lo, hi, axis, learn)
+    return loss
+
+
+def vocab_parallel_head_loss(x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis) -> Tensor:
+    """Sum over the rows of the negative log-likelihood of targets [N] under logits x W^T, a float32 scalar (float64 for
+    float64), the same on all ranks.
+
+    x: [N, C], the same on all ranks. weight: [rows, C], this rank's rows of the tied table: vocabulary ids [lo, hi), then
+    padding, which takes no part and gets no gradient; as many rows on every rank. targets: [N] int64, the same on all
+    ranks, in [0, vocab_size); negative ones are ignored. Products are made in autocast's dtype; the loss and the table's
+    gradient add up in float32.
+    With gradients off none is computed. Its backward pass can run once. Raises ValueError where the shapes do not fit.
+    """
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
+        shapes = ", ".join(str(list(t.shape)) for t in (x, weight, targets))
+        raise ValueError(f"expected x [N, C], weight [rows, C] and targets [N], got {shapes}")
+    return _head_loss(x, weight, targets, lo, hi, axis)
+
+
+@torch.no_grad()
+def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, lo: int, axis: Axis) -> Tensor:
+    """Negative log-likelihood of each target, in float32, without gradient; logits are never gathered and never written to.
+
+    logits: [N, width], this rank's columns; column j is vocabulary id lo + j.
+    targets: [N] int64, the same on all ranks, in [0, vocab_size); where negative (ignored) the loss is 0.
+    Returns [N] float32, the same on all ranks. forward: one all-gather of [3, N]. Raises ValueError where the shapes do
+    not fit.
+    """
+    if logits.dim() != 2 or targets.shape != logits.shape[:1]:
+        raise ValueError(f"expected logits [N, width] and targets [N], got {list(logits.shape)} and {list(targets.shape)}")
+    return _normalized(logits.to(torch.float32, copy=True), targets, lo, lo + logits.shape[1], axis.at("loss"))[0]

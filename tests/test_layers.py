@@ -1,14 +1,19 @@
 """Column- and row-parallel layers, the embedding and the loss against their unsharded selves: y, dx and every dw."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from ranks import alone, run_ranks
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.collectives import Axis
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from parallel.loss import vocab_parallel_cross_entropy
+from parallel.ledger import Ledger
+from parallel.loss import CHUNK_LOGITS, vocab_parallel_cross_entropy, vocab_parallel_head_loss
 from parallel.mesh import World
 from parallel.partition import round_up, spans
 
@@ -84,32 +89,193 @@ def test_embedding_and_tied_head(size: int) -> None:
     run_ranks(size, _embedding)
 
 
-def _loss(world: World, vocab: int) -> None:
+def _token_losses(world: World, vocab: int) -> None:
     torch.manual_seed(0)
-    logits = (10 * torch.randn(9, vocab)).requires_grad_()
-    targets = torch.randint(vocab, (9,))
+    logits, targets = 10 * torch.randn(9, vocab), torch.randint(vocab, (9,))
     targets[3], targets[4], targets[5] = -1, 0, vocab - 1
-    weights = torch.rand(9)
     expected = F.cross_entropy(logits.double(), targets, ignore_index=-1, reduction="none").float()
-    (expected * weights).sum().backward()
     lo, hi = spans(vocab, world.size)[world.tp.rank]
-    mine = logits.detach()[:, lo:hi].clone().requires_grad_()
-    kept = mine.detach().clone()
+    mine = logits[:, lo:hi].clone()
+    kept = mine.clone()
     nll = vocab_parallel_cross_entropy(mine, targets, lo, world.tp)
-    (nll * weights).sum().backward()
     close(nll, expected, rtol=1e-5, atol=1e-5)  # against double precision
-    assert logits.grad is not None
-    close(mine.grad, logits.grad[:, lo:hi], rtol=1e-5, atol=1e-6)
     assert torch.equal(mine, kept)
-    moved = {e.op: t for e, t in world.ledger.tallies.items()}
-    if world.size > 1:  # a maximum a row, then a target logit and a sum of exponentials: never the logits
-        assert (moved["all_reduce"].calls, moved["all_reduce"].bytes) == (2, 3 * 9 * 4)
+    moved = {e.op: (t.calls, t.bytes) for e, t in world.ledger.tallies.items()}
+    assert moved == ({} if world.size == 1 else {"all_gather": (1, 3 * 9 * 4)})  # three numbers a row, never the logits
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("vocab", [5, 131])
-def test_loss_against_double_precision(size: int, vocab: int) -> None:
-    run_ranks(size, _loss, vocab)
+def test_losses_of_tokens_against_double_precision(size: int, vocab: int) -> None:
+    run_ranks(size, _token_losses, vocab)
+
+
+class LargestMade(TorchDispatchMode):
+    """The most elements that any tensor made within had; views of what was there, and writing into it, do not count."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in [*args, *(kwargs or {}).values()] if isinstance(t, Tensor)}
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+Case = tuple[int, int, int, torch.dtype]  # rows, vocabulary, rows at a time, dtype
+
+
+def _head_loss(world: World, case: Case) -> None:
+    rows, vocab, chunk, dtype = case
+    torch.manual_seed(0)
+    x, table = (3 * torch.randn(rows, 6)).double().requires_grad_(), torch.randn(vocab, 6).double().requires_grad_()
+    targets = torch.randint(vocab, (rows,))
+    targets[0], targets[1], targets[-1] = -1, 0, vocab - 1
+    expected = F.cross_entropy(F.linear(x, table), targets, ignore_index=-1, reduction="sum")
+    (0.25 * expected).backward()
+    lo, hi = spans(vocab, world.size)[world.tp.rank]
+    padded = torch.full((round_up(-(-vocab // world.size), 8) + 8, 6), 9.0, dtype=dtype)  # padding that would win every maximum
+    padded[: hi - lo] = table.detach()[lo:hi]
+    mine, weight = x.detach().to(dtype).requires_grad_(), padded.requires_grad_()
+    kept = mine.detach().clone()
+    CHUNK_LOGITS["cpu"] = chunk * len(padded)
+    with LargestMade() as largest:
+        loss = vocab_parallel_head_loss(mine, weight, targets, lo, hi, world.tp)
+        (0.25 * loss).backward()
+    assert loss.dtype == dtype and loss.shape == ()
+    assert x.grad is not None and table.grad is not None and weight.grad is not None
+    error = 1e-10 if dtype == torch.float64 else 1e-5
+    close(loss.double(), expected, rtol=error, atol=error)
+    close(mine.grad, x.grad.to(dtype), rtol=error, atol=error)
+    close(weight.grad[: hi - lo], table.grad[lo:hi].to(dtype), rtol=error, atol=error)
+    assert not weight.grad[hi - lo :].any()
+    assert torch.equal(mine, kept)  # nobody writes into an argument
+    size, chunks = loss.element_size(), -(-rows // chunk)
+    assert largest.numel == max(-(-rows // chunks) * len(weight), weight.numel(), mine.numel())
+    assert chunks == 1 or largest.numel < rows * (hi - lo)  # the whole logits never were
+    moved = {(e.block, e.direction, e.op): (t.calls, t.bytes) for e, t in world.ledger.tallies.items()}
+    account = {
+        ("loss", "forward", "all_gather"): (chunks, 3 * rows * size),
+        ("head", "backward", "all_reduce"): (1, rows * 6 * size),
+    }
+    assert moved == ({} if world.size == 1 else account)
+    with pytest.raises(RuntimeError):
+        loss.backward()  # its gradient is gone; better no answer than a wrong one
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "case",
+    [(9, 5, 256, torch.float64), (70, 131, 16, torch.float64), (64, 131, 16, torch.float32)],
+    ids=["one chunk", "uneven chunks", "float32"],
+)
+def test_head_loss_against_double_precision(size: int, case: Case) -> None:
+    run_ranks(size, _head_loss, case)
+
+
+def _head_loss_alone(world: World) -> None:
+    """Without gradients: the same loss, nothing in the backward pass, no table-sized tensor. One gradient without the other."""
+    CHUNK_LOGITS["cpu"] = 4 * 40
+    torch.manual_seed(0)
+    x, weight, targets = leaf(10, 6), leaf(40, 6), torch.randint(80, (10,))
+    lo, hi = (world.tp.rank * 40, world.tp.rank * 40 + 40)
+    expected = vocab_parallel_head_loss(x, weight, targets, lo, hi, world.tp)
+    world.ledger.tallies.clear()
+    with torch.no_grad(), LargestMade() as largest:
+        loss = vocab_parallel_head_loss(x, weight, targets, lo, hi, world.tp)
+    assert torch.equal(loss, expected) and not loss.requires_grad
+    assert largest.numel == 4 * 40 < weight.numel()
+    assert [(e.block, e.op, t.calls) for e, t in world.ledger.tallies.items()] == [("loss", "all_gather", 3)]
+    expected.backward()
+    for frozen_x in (True, False):
+        a, b = x.detach().clone().requires_grad_(not frozen_x), weight.detach().clone().requires_grad_(frozen_x)
+        vocab_parallel_head_loss(a, b, targets, lo, hi, world.tp).backward()
+        close(b.grad if frozen_x else a.grad, weight.grad if frozen_x else x.grad, rtol=0.0, atol=0.0)
+
+
+def test_head_loss_computes_no_gradient_that_nobody_wants() -> None:
+    run_ranks(2, _head_loss_alone)
+
+
+def _head_loss_in_half(world: World, dtype: torch.dtype) -> None:
+    """Under autocast: close to double precision on the same rounded inputs, gradients in the parameters' float32."""
+    CHUNK_LOGITS["cpu"] = 16 * 100
+    torch.manual_seed(0)
+    x, table, targets = torch.randn(64, 32), 0.3 * torch.randn(200, 32), torch.randint(200, (64,))
+    wide_x, wide_table = (t.to(dtype).double().requires_grad_() for t in (x, table))
+    expected = F.cross_entropy(F.linear(wide_x, wide_table), targets, reduction="sum")
+    expected.backward()
+    lo, hi = spans(200, world.size)[world.tp.rank]
+    mine, weight = x.requires_grad_(), table[lo:hi].clone().requires_grad_()
+    with torch.autocast("cpu", dtype):
+        loss = vocab_parallel_head_loss(mine, weight, targets, lo, hi, world.tp)
+    (loss * 8).backward()
+    assert loss.dtype == torch.float32 and mine.grad is not None and weight.grad is not None
+    assert wide_x.grad is not None and wide_table.grad is not None
+    assert mine.grad.dtype == weight.grad.dtype == torch.float32
+    close(loss.double(), expected, rtol=2e-3, atol=0.0)
+    for found, whole in ((mine.grad, wide_x.grad), (weight.grad, wide_table.grad[lo:hi])):
+        assert (found.double() / 8 - whole).norm() < 1e-2 * whole.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_head_loss_under_autocast(dtype: torch.dtype) -> None:
+    run_ranks(2, _head_loss_in_half, dtype)
+
+
+class Sync:
+    """A transport without an asynchronous all-reduce, around one that has it."""
+
+    name = "sync"
+
+    def __init__(self, transport: Any):
+        self.all_reduce, self.all_gather, self.broadcast = transport.all_reduce, transport.all_gather, transport.broadcast
+
+
+def _transports(world: World) -> None:
+    torch.manual_seed(0)
+    x, dy = torch.randn(4, 6, 8), torch.randn(4, 6, 3)
+    found = []
+    for transport in (world.tp.transport, Sync(world.tp.transport)):
+        ledger = Ledger()
+        layer = ColumnParallelLinear(8, 3, True, replace(world.tp, transport=transport, ledger=ledger).at("mlp", 0))
+        with torch.no_grad():
+            layer.weight.copy_(torch.arange(24.0).view(3, 8) + world.rank)
+            assert layer.bias is not None
+            layer.bias.zero_()
+        mine = x.clone().requires_grad_()
+        layer(mine).backward(dy)
+        account = {entry: (tally.calls, tally.bytes) for entry, tally in ledger.tallies.items()}
+        found.append((mine.grad, layer.weight.grad, layer.bias.grad, account))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b and len(a) == 1
+
+
+def test_a_transport_without_asynchronous_all_reduce_gives_the_same() -> None:
+    run_ranks(2, _transports)
+
+
+def _frozen(world: World) -> None:
+    """Only the gradients that are wanted: a frozen weight, and an input that needs none (no all-reduce for nobody)."""
+    layer = ColumnParallelLinear(8, 3, True, world.tp)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.fill_(1.0)
+    layer.weight.requires_grad_(False)
+    x = torch.ones(2, 8, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None and x.grad is not None and layer.bias is not None and layer.bias.grad is not None
+    assert torch.equal(x.grad, torch.full((2, 8), 3.0 * world.size))
+    world.ledger.tallies.clear()
+    layer.weight.requires_grad_(True)
+    layer(torch.ones(2, 8)).sum().backward()
+    assert layer.weight.grad is not None and not world.ledger.tallies
+
+
+def test_a_column_parallel_layer_computes_the_gradients_that_are_wanted() -> None:
+    run_ranks(2, _frozen)
 
 
 def test_loss_with_huge_logits_stays_finite() -> None:
@@ -143,6 +309,8 @@ def test_misfitting_vocabulary_and_targets_are_refused() -> None:
         VocabParallelEmbedding(13, 4, 3, 20, 24, alone())
     with pytest.raises(ValueError, match=r"got \[2, 3\] and \[4\]"):
         vocab_parallel_cross_entropy(torch.zeros(2, 3), torch.zeros(4, dtype=torch.int64), 0, alone())
+    with pytest.raises(ValueError, match=r"got \[2, 3\], \[8, 4\], \[2\]"):
+        vocab_parallel_head_loss(torch.zeros(2, 3), torch.zeros(8, 4), torch.zeros(2, dtype=torch.int64), 0, 8, alone())
 
 
 def test_an_axis_without_transport_is_refused() -> None:

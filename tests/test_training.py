@@ -1,6 +1,9 @@
 """train_tp.main on forked ranks: the same curve at every layout, exact resume, and what ends a run."""
 
 import json
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +249,32 @@ def test_fine_tuning_starts_from_the_sources_weights(letters: Path, tmp_path: Pa
 def test_a_shorter_context_crops_the_position_table(letters: Path, tmp_path: Path, one: Any) -> None:
     trained(letters, tmp_path / "tuned", 1, 1, init_from=str(one[0]), max_iters=1, block_size=5)
     assert read_manifest(tmp_path / "tuned" / "step-000001").model.block_size == 5
+
+
+PAGES = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import torch, train_tp
+{keep}
+def iteration():
+    return sum(torch.ones(2**20 * n).sum() for n in (1, 5, 20))  # 4, 20 and 80 MB
+for _ in range(8):
+    iteration()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    iteration()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_freed_memory_is_used_again() -> None:
+    faults = []
+    for keep in ("", "train_tp.keep_freed_memory()"):
+        script = PAGES.format(root=str(Path(train_tp.__file__).parent), keep=keep)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        faults.append(int(done.stdout))
+    assert faults[0] > 4 * 5000 and faults[1] < faults[0] / 10, faults
 
 
 def _evaluation(world: World, settings: TrainOptions) -> dict[str, float]:
