@@ -43,8 +43,6 @@ SHAPES_THE_CURVE = {
 
 def main(world: World, options: TrainOptions) -> None:
     report.check_report(options.report)
-    if world.device.type == "cpu":
-        keep_freed_memory()
     dataset = Dataset(Path(options.data_dir) / options.dataset)
     run = prepare(world, options, dataset)
     if world.is_main:
@@ -144,6 +142,8 @@ class Run:
 
 def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
     """Everything before the first iteration: weights, optimizer, and where the run stands."""
+    if world.device.type == "cpu":
+        keep_freed_memory()
     out_dir = Path(options.out_dir)
     progress, checkpoint, source = Progress(loss_scale=65536.0), None, None
     if options.init_from == "resume":

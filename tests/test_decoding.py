@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 import torch
 from ranks import alone, run_ranks
+from test_tp_model import deaf
 from torch import Tensor
 
 from decoding import MOST_ROWS, NativeDecoder, TorchDecoder, decoder_for
 from model import GPT, GPTConfig
-from parallel import collectives
-from parallel.graphs import outside_graphs
 from parallel.mesh import World
 from parallel.quantized import quantize
 from tp_model import TensorParallelGPT, take
@@ -113,19 +112,12 @@ def test_the_account_is_that_of_torch(tp: int) -> None:
 
 def _deaf(world: World, block: str) -> Tensor:
     """Logits of a step in which one kind of all-reduce is left out."""
-    heard = collectives._all_reduce
-
-    def partly(x: Tensor, axis: collectives.Axis, direction: str, op: str) -> Tensor:
-        return x.clone() if axis.block == block and listening else heard(x, axis, direction, op)
-
-    listening = False
-    collectives._all_reduce = outside_graphs(partly)
     model = split(reference(WIDE), world.tp)
     cache = model.new_cache(1)
     with torch.inference_mode():
         model.hidden(torch.tensor([[1, 2, 3]]), cache)
         cache.advance([3])
-        listening = True
+        deaf(block, "forward", "all_reduce")
         return NativeDecoder(model).logits([4], cache).clone()
 
 

@@ -145,7 +145,7 @@ def test_logits_are_those_of_the_rounded_weights_at_every_tp(tp: int, config: GP
 
 @pytest.mark.parametrize("block", ["attention", "mlp", "embedding"])
 def test_every_all_reduce_is_needed(block: str) -> None:
-    assert max(run_ranks(2, _error, SMALL, (block, "forward", "sum"), True))[0] > 1e-3
+    assert max(run_ranks(2, _error, SMALL, (block, "forward", "all_reduce"), True))[0] > 1e-3
 
 
 def test_the_agreement_on_scales_is_needed() -> None:
