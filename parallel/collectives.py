@@ -5,10 +5,9 @@ None of them writes into its input. Along an axis of size 1 each is the identity
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,8 @@ from torch import Tensor
 
 from parallel.graphs import outside_graphs
 from parallel.ledger import Entry, Ledger
+
+T = TypeVar("T")
 
 
 class CollectiveError(RuntimeError):
@@ -100,24 +101,33 @@ class Axis:
     ledger: Ledger = field(default_factory=Ledger)
     layer: int | None = None
     block: str = ""
+    _entries: dict[tuple[str, str], Entry] = field(default_factory=dict, repr=False, compare=False)  # those made so far
 
     def at(self, block: str, layer: int | None = None) -> "Axis":
-        return replace(self, layer=layer, block=block)
+        return replace(self, layer=layer, block=block, _entries={})
 
-    @contextmanager
-    def account(self, op: str, direction: str, message: Tensor) -> Iterator[None]:
-        """Tell the ledger of one call that moves `message`; an error in it says which call it was."""
+    def account(self, op: str, direction: str, message: Tensor, call: Callable[[], T]) -> T:
+        """Make one call that moves `message` and tell the ledger of it; an error in it says which call it was.
+
+        A decode step makes two of these a layer, each a few microseconds long: what is done here is kept short.
+        """
         if not self.ledger.on:
-            yield
-            return
+            return call()
         entry = self.entry(op, direction)
         start = _clock(message)
-        with _named(entry):
-            yield
-        self.ledger.record(entry, message.numel() * message.element_size(), _elapsed(start, message))
+        try:
+            result = call()
+        except RuntimeError as error:
+            raise _named(error, entry) from error
+        self.ledger.record(entry, message.nbytes, _elapsed(start, message))
+        return result
 
     def entry(self, op: str, direction: str) -> Entry:
-        return Entry(self.layer, self.block, self.ledger.direction(direction), op)
+        direction = self.ledger.direction(direction)
+        found = self._entries.get((op, direction))
+        if found is None:
+            found = self._entries[op, direction] = Entry(self.layer, self.block, direction, op)
+        return found
 
     def _carrier(self) -> Transport:
         if self.transport is None:
@@ -125,13 +135,8 @@ class Axis:
         return self.transport
 
 
-@contextmanager
-def _named(entry: Entry) -> Iterator[None]:
-    """An error within says which call it was."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise CollectiveError(f"{entry.op} ({entry.where()}): {str(error).strip().splitlines()[0]}") from error
+def _named(error: RuntimeError, entry: Entry) -> CollectiveError:
+    return CollectiveError(f"{entry.op} ({entry.where()}): {str(error).strip().splitlines()[0]}")
 
 
 def _clock(message: Tensor) -> Any:
@@ -156,8 +161,7 @@ def _elapsed(start: Any, message: Tensor) -> float | Callable[[], float]:
 
 @outside_graphs
 def _all_reduce(x: Tensor, axis: Axis, direction: str, op: str) -> Tensor:
-    with axis.account("all_reduce", direction, x):
-        return axis._carrier().all_reduce(x, op)
+    return axis.account("all_reduce", direction, x, lambda: axis._carrier().all_reduce(x, op))
 
 
 @outside_graphs
@@ -166,26 +170,21 @@ def _all_reduce_later(x: Tensor, axis: Axis, direction: str) -> Callable[[], Ten
     if not isinstance(transport, GroupTransport):
         out = _all_reduce(x, axis, direction, "sum")
         return lambda: out
-    with _named(axis.entry("all_reduce", direction)):
+    try:
         finish = transport.all_reduce_later(x)
-
-    def wait() -> Tensor:
-        with axis.account("all_reduce", direction, x):
-            return finish()
-
-    return wait
+    except RuntimeError as error:
+        raise _named(error, axis.entry("all_reduce", direction)) from error
+    return lambda: axis.account("all_reduce", direction, x, finish)
 
 
 @outside_graphs
 def _all_gather(x: Tensor, axis: Axis, direction: str) -> Tensor:
-    with axis.account("all_gather", direction, x):
-        return axis._carrier().all_gather(x)
+    return axis.account("all_gather", direction, x, lambda: axis._carrier().all_gather(x))
 
 
 @outside_graphs
 def _broadcast(x: Tensor, axis: Axis, direction: str, source: int) -> Tensor:
-    with axis.account("broadcast", direction, x):
-        return axis._carrier().broadcast(x, source)
+    return axis.account("broadcast", direction, x, lambda: axis._carrier().broadcast(x, source))
 
 
 def all_reduce(x: Tensor, axis: Axis, direction: str, op: str = "sum") -> Tensor:

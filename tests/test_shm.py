@@ -16,6 +16,7 @@ from torch import Tensor
 from native import library
 from native.library import Unavailable
 from parallel import shm
+from parallel.collectives import all_reduce
 from parallel.mesh import Launch, World, make_axis, pick_comm
 from parallel.shm import SLOT_BYTES, ShmTransport
 
@@ -196,8 +197,7 @@ def _killed(world: World, options: Any) -> None:
     axis.transport.all_reduce(torch.zeros(4), "sum")
     if world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    with axis.at("mlp", 3).account("all_reduce", "forward", torch.zeros(4)):
-        axis.transport.all_reduce(torch.zeros(4), "sum")
+    all_reduce(torch.zeros(4), axis.at("mlp", 3), "forward")
 
 
 def test_a_peer_killed_inside_a_run_is_named(tmp_path: Path) -> None:
