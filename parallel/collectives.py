@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.graphs import outside_graphs
-from parallel.ledger import Entry, Ledger
+from parallel.ledger import Entry, Ledger, Tally
 
 T = TypeVar("T")
 
@@ -101,10 +101,10 @@ class Axis:
     ledger: Ledger = field(default_factory=Ledger)
     layer: int | None = None
     block: str = ""
-    _entries: dict[tuple[str, str], Entry] = field(default_factory=dict, repr=False, compare=False)  # those made so far
+    _lines: dict[tuple[str, str], tuple[Entry, Tally]] = field(default_factory=dict, repr=False, compare=False)
 
     def at(self, block: str, layer: int | None = None) -> "Axis":
-        return replace(self, layer=layer, block=block, _entries={})
+        return replace(self, layer=layer, block=block, _lines={})
 
     def account(self, op: str, direction: str, message: Tensor, call: Callable[[], T]) -> T:
         """Make one call that moves `message` and tell the ledger of it; an error in it says which call it was.
@@ -113,20 +113,22 @@ class Axis:
         """
         if not self.ledger.on:
             return call()
-        entry = self.entry(op, direction)
+        entry, tally = self.line(op, direction)
         start = _clock(message)
         try:
             result = call()
         except RuntimeError as error:
             raise _named(error, entry) from error
-        self.ledger.record(entry, message.nbytes, _elapsed(start, message))
+        self.ledger.record(tally, message.nbytes, _elapsed(start, message))
         return result
 
-    def entry(self, op: str, direction: str) -> Entry:
+    def line(self, op: str, direction: str) -> tuple[Entry, Tally]:
+        """The line of the account for such a call, looked up once."""
         direction = self.ledger.direction(direction)
-        found = self._entries.get((op, direction))
+        found = self._lines.get((op, direction))
         if found is None:
-            found = self._entries[op, direction] = Entry(self.layer, self.block, direction, op)
+            entry = Entry(self.layer, self.block, direction, op)
+            found = self._lines[op, direction] = entry, self.ledger.tally(entry)
         return found
 
     def _carrier(self) -> Transport:
@@ -173,7 +175,7 @@ def _all_reduce_later(x: Tensor, axis: Axis, direction: str) -> Callable[[], Ten
     try:
         finish = transport.all_reduce_later(x)
     except RuntimeError as error:
-        raise _named(error, axis.entry("all_reduce", direction)) from error
+        raise _named(error, axis.line("all_reduce", direction)[0]) from error
     return lambda: axis.account("all_reduce", direction, x, finish)
 
 
@@ -219,12 +221,12 @@ def average_later(x: Tensor, axis: Axis, direction: str) -> torch.futures.Future
     transport = axis._carrier()
     if not isinstance(transport, GroupTransport):
         raise ValueError(f"{transport.name} has no asynchronous all-reduce")
-    entry = axis.entry("all_reduce", direction)
+    _, tally = axis.line("all_reduce", direction)
     start = _clock(x)
     work = dist.all_reduce(x.div_(axis.size), group=transport.group, async_op=True)
 
     def done(future: torch.futures.Future[list[Tensor]]) -> Tensor:
-        axis.ledger.record(entry, x.numel() * x.element_size(), _elapsed(start, x))
+        axis.ledger.record(tally, x.numel() * x.element_size(), _elapsed(start, x))
         return future.value()[0]
 
     return work.get_future().then(done)

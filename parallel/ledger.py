@@ -51,9 +51,15 @@ class Ledger:
     _recomputing: bool = False
     _pending: list[tuple[Tally, Callable[[], float]]] = field(default_factory=list)
 
-    def record(self, entry: Entry, nbytes: int, seconds: float | Callable[[], float]) -> None:
+    def tally(self, entry: Entry) -> Tally:
+        """The line of the account for these calls, begun if need be."""
+        found = self.tallies.get(entry)
+        if found is None:
+            found = self.tallies[entry] = Tally()
+        return found
+
+    def record(self, tally: Tally, nbytes: int, seconds: float | Callable[[], float]) -> None:
         """One finished call. `seconds` may be a function that is asked later (a GPU's clock is read when it is idle)."""
-        tally = self.tallies.setdefault(entry, Tally())
         tally.calls += 1
         tally.bytes += nbytes
         if callable(seconds):

@@ -182,12 +182,12 @@ def _head_loss_alone(world: World) -> None:
     x, weight, targets = leaf(10, 6), leaf(40, 6), torch.randint(80, (10,))
     lo, hi = (world.tp.rank * 40, world.tp.rank * 40 + 40)
     expected = vocab_parallel_head_loss(x, weight, targets, lo, hi, world.tp)
-    world.ledger.tallies.clear()
+    before = world.ledger.snapshot()
     with torch.no_grad(), LargestMade() as largest:
         loss = vocab_parallel_head_loss(x, weight, targets, lo, hi, world.tp)
     assert torch.equal(loss, expected) and not loss.requires_grad
     assert largest.numel == 4 * 40 < weight.numel()
-    assert [(e.block, e.op, t.calls) for e, t in world.ledger.tallies.items()] == [("loss", "all_gather", 3)]
+    assert [(e.block, e.op, t.calls) for e, t in world.ledger.since(before).items()] == [("loss", "all_gather", 3)]
     expected.backward()
     for frozen_x in (True, False):
         a, b = x.detach().clone().requires_grad_(not frozen_x), weight.detach().clone().requires_grad_(frozen_x)
@@ -268,10 +268,10 @@ def _frozen(world: World) -> None:
     layer(x).sum().backward()
     assert layer.weight.grad is None and x.grad is not None and layer.bias is not None and layer.bias.grad is not None
     assert torch.equal(x.grad, torch.full((2, 8), 3.0 * world.size))
-    world.ledger.tallies.clear()
+    before = world.ledger.snapshot()
     layer.weight.requires_grad_(True)
     layer(torch.ones(2, 8)).sum().backward()
-    assert layer.weight.grad is not None and not world.ledger.tallies
+    assert layer.weight.grad is not None and not world.ledger.since(before)
 
 
 def test_a_column_parallel_layer_computes_the_gradients_that_are_wanted() -> None:
