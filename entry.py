@@ -80,7 +80,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _is_lost_peer(error: Exception) -> bool:
-    return isinstance(error, CollectiveError | dist.DistError) or "Connection closed by peer" in str(error)
+    return isinstance(error, CollectiveError | dist.DistError) or "by peer" in str(error)
 
 
 def _die(status: int, message: str, show_traceback: bool) -> None:
