@@ -30,15 +30,15 @@ import train_tp
 from benchmarks.contestants import DECODERS, TRAINERS, Contestant
 from checkpoints.shards import TensorFile, write_json
 from checkpoints.sources import is_conv1d, open_source
-from decoding import decoder_for
+from decoding import Decoder, decoder_for
 from entry import run_commands
 from errors import UserError
 from generation import Sampling, generate
-from model import GPTConfig, initial_tensor
+from model import GPTConfig, KVCache, initial_tensor
 from native.library import Unavailable
 from options import BenchAllreduceOptions, BenchDecodeOptions, BenchOptions, BenchTrainOptions, SampleOptions, TrainOptions
 from parallel.collectives import all_reduce
-from parallel.ledger import total
+from parallel.ledger import Account, total
 from parallel.mesh import World, make_axis
 from parallel.partition import Partition
 from parallel.quantized import weight_bytes
@@ -199,6 +199,19 @@ def write_random(directory: Path, options: BenchOptions) -> None:
     (directory / "merges.txt").write_text("#version: 0.2\n")
 
 
+class FromFirstStep:
+    """A decoder that notes where the account stood before its first step: reading the prompt is no part of decoding."""
+
+    def __init__(self, decoder: Decoder, world: World):
+        self.decoder, self.world, self.name, self.why = decoder, world, decoder.name, decoder.why
+        self.before: Account | None = None
+
+    def logits(self, tokens: list[int], cache: KVCache) -> torch.Tensor:
+        if self.before is None:
+            self.before = self.world.ledger.snapshot()
+        return self.decoder.logits(tokens, cache)
+
+
 def decode(world: World, options: BenchDecodeOptions) -> None:
     bench = Bench(world, options, DECODERS)
     with tempfile.TemporaryDirectory() as scratch:
@@ -215,20 +228,19 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
             )
         settings = {name: getattr(options, name) for name in ("device", "dtype", "compile", "quantize")}
         model = load(world, source, SampleOptions(**settings))
-        decoder = decoder_for(model)
+        decoder = FromFirstStep(decoder_for(model), world)
         n = options.new_tokens
         sampling = Sampling(n_tokens=source.config.vocab_size, temperature=0, max_new_tokens=n)
 
         def once(record: bool = True) -> dict[str, Any]:
-            before = world.ledger.snapshot()
+            decoder.before = None
             world.ledger.on = record
             result = generate(model, [prompt], sampling, decoder=decoder)
             world.ledger.on = True
-            timing, account = result.timing, world.ledger.since(before)
-            spoken = total(account).seconds * timing.decode_s / (timing.decode_s + timing.prefill_s) if account else 0.0
-            step = timing.decode_s / timing.decode_tokens
-            made = {"seconds": step, "tokens": result.rows[0].tokens[-n:], "share": spoken / timing.decode_s}
-            return made | {"prefill_s": timing.prefill_s, "bytes": total(account).bytes / n, "calls": total(account).calls / n}
+            timing, said = result.timing, total(world.ledger.since(decoder.before or {}))
+            step, steps = timing.decode_s / timing.decode_tokens, timing.decode_tokens
+            made = {"seconds": step, "tokens": result.rows[0].tokens[-n:], "share": said.seconds / timing.decode_s}
+            return made | {"prefill_s": timing.prefill_s, "bytes": said.bytes / steps, "calls": said.calls / steps}
 
         once()
         job = {"weights": weights, "scratch": scratch, "prompt": prompt, "new_tokens": n, "quantize": options.quantize}

@@ -30,10 +30,6 @@ def check_place(path: str, option: str) -> None:
         raise UserError(f"--{option}={path} cannot be written: permission denied.")
 
 
-def check_report(path: str) -> None:
-    check_place(path, "report")
-
-
 def peak_bytes(device: torch.device) -> int:
     """The most memory this rank has held: on a GPU what torch allocated there, else the process's resident size."""
     if device.type == "cuda":

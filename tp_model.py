@@ -21,7 +21,7 @@ from model import GPTConfig, KVCache, LayerNorm, adamw, attend, gelu, initial_te
 from parallel.collectives import Axis, all_gather, all_reduce
 from parallel.graphs import outside_graphs
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from parallel.loss import vocab_parallel_cross_entropy, vocab_parallel_head_loss
+from parallel.loss import vocab_parallel_head_loss
 from parallel.partition import VOCAB_MULTIPLE, Partition, Rule
 
 Read = Callable[[str, Rule], Tensor]  # the entries of one tensor that this rank owns, without padding
@@ -198,11 +198,6 @@ class TensorParallelGPT(nn.Module):
     def local_logits(self, x: Tensor) -> Tensor:
         """This rank's columns of the logits, [..., vocab_hi - vocab_lo], of hidden states x [..., C]."""
         return self.transformer.wte.logits(x)
-
-    def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood [B, T] (float32) of targets [B, T] after idx [B, T], 0 where it is -1; without gradient."""
-        logits = self.local_logits(self.hidden(idx)).flatten(0, 1)
-        return vocab_parallel_cross_entropy(logits, targets.flatten(), self.vocab_lo, self.tp).view_as(targets)
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None

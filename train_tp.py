@@ -42,7 +42,8 @@ SHAPES_THE_CURVE = {
 
 
 def main(world: World, options: TrainOptions) -> None:
-    report.check_report(options.report)
+    if world.is_main:
+        report.check_place(options.report, "report")
     dataset = Dataset(Path(options.data_dir) / options.dataset)
     run = prepare(world, options, dataset)
     if world.is_main:

@@ -36,7 +36,7 @@ typedef struct {
 typedef struct {
     int64_t C, h, D, rows, size, activation; /* size: tokens for which a row has room in the cache */
     float *x;                  /* [rows, C] */
-    float *work;               /* rows x (C + 3hD + hD), rows x (C + m) or size, whichever is largest, and as much again */
+    float *work;               /* rows x (C + 4hD) + size or rows x (C + m), whichever is larger */
     const int64_t *lengths;    /* [rows] tokens in the cache */
 } state;
 

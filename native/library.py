@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # no -ffast-math: sums keep the order that is written down, and what is not a number stays so
@@ -25,9 +26,14 @@ def load(name: str) -> ctypes.CDLL:
     if not compiler:
         raise Unavailable("there is no C compiler (cc, gcc or clang)")
     made_of = source.read_bytes() + "\0".join([_processor(), compiler, *FLAGS]).encode()
-    path = _cache() / f"{name}-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
-    if not path.exists():
-        _compile(compiler, source, path)
+    with _cache() as place:
+        path = place / f"{name}-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+        if not path.exists():
+            _compile(compiler, source, path)
+        return _open(path)
+
+
+def _open(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -42,15 +48,26 @@ def _processor() -> str:
     return found
 
 
-def _cache() -> Path:
-    """Where compiled libraries are kept: the user's cache, or where there is none a directory of this run."""
+@contextlib.contextmanager
+def _cache() -> Iterator[Path]:
+    """Where compiled libraries are kept: the user's cache; where there is none, a directory for as long as it takes to
+    load one (what is loaded stays, though its file has gone)."""
+    place = _users_cache()
+    if place is not None:
+        yield place
+        return
+    with tempfile.TemporaryDirectory(prefix="nanotp-") as scratch:
+        yield Path(scratch)
+
+
+def _users_cache() -> Path | None:
     with contextlib.suppress(OSError, RuntimeError):  # no home, or one that cannot be written
         place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanotp"
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         # what others may write to is no place to load code from
         if os.access(place, os.W_OK) and place.stat().st_uid == os.getuid():
             return place
-    return Path(tempfile.mkdtemp(prefix="nanotp-"))
+    return None
 
 
 def _compile(compiler: str, source: Path, path: Path) -> None:

@@ -63,7 +63,8 @@ def test_decode_and_its_contestants_write_the_same_tokens(tmp_path: Path) -> Non
     split, whole = 2 * (12 * 24 * 24 + 7 * 24), 2 * 6 * 24 + 2 * 24
     assert made["weight_bytes_read"] == 4 * (split + 2 * (whole + 128 * 24))
     assert made["read_bandwidth"] > 0 and made["ledger_ratio"]["median"] > 0
-    assert "7.0 calls" in first  # 2 a layer, 1 for the embedding, 2 to agree on the token
+    # of a step: 2 all-reduces a layer and 1 for the embedding, 24 floats each; a candidate; a token and whether it ends
+    assert f"7.0 calls and {5 * 24 * 4 + 8 + 16} bytes a token" in first
 
 
 @pytest.mark.slow

@@ -167,9 +167,9 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         report.write(str(tmp_path), {})
     for path, message in ((tmp_path, "is a directory"), (tmp_path / "no" / "r.json", "no does not exist")):
         with pytest.raises(UserError, match=message):
-            report.check_report(str(path))
-    report.check_report("")
-    report.check_report(str(tmp_path / "r.json"))
+            report.check_place(str(path), "report")
+    report.check_place("", "report")
+    report.check_place(str(tmp_path / "r.json"), "report")
     assert list(tmp_path.iterdir()) == []  # looking leaves nothing behind
 
 
