@@ -123,10 +123,10 @@ class _Rows:
         h, m = (hi - lo for lo, hi in (split.heads(rank), split.columns(rank)))
         self.x, self.out = torch.empty(rows, C), torch.empty(rows, C)
         self.logits = torch.empty(rows, model.vocab_hi - model.vocab_lo)
-        self.ids, self.lengths = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int64)
+        self.ids, self.lengths = (_int * rows)(), (_int * rows)()
         self.work = torch.empty(rows * (C + max(4 * h * D, m)) + size)
         activation = ("gelu", "gelu_tanh").index(model.config.activation)
-        places = map(_address, (self.x, self.work, self.lengths))
+        places = self.x.data_ptr(), self.work.data_ptr(), ctypes.addressof(self.lengths)
         self.state = _State(C, h, D, rows, size, activation, *places)
 
 
@@ -153,8 +153,10 @@ class NativeDecoder:
             axes, biases = (attn.tp, mlp.c_proj.axis), (_address(attn.c_proj.bias), _address(mlp.c_proj.bias))
             self._blocks.append((made, ctypes.addressof(made), *axes, *biases))
         self._ln_f = _norm(transformer.ln_f)
-        self._table = _linear(transformer.wte, False)
-        self._table.outputs = model.vocab_hi - model.vocab_lo  # the rest is padding
+        self._head_table = _linear(transformer.wte, False)
+        self._head_table.outputs = model.vocab_hi - model.vocab_lo  # the rest is padding
+        table: Any = transformer.wte
+        self._embedding = table.axis, table.weight.data_ptr(), table.lo, table.hi, _address(transformer.wpe.weight)
         self._rows: _Rows | None = None
 
     def logits(self, tokens: list[int], cache: KVCache) -> Tensor:
@@ -165,21 +167,19 @@ class NativeDecoder:
         model, rows = self.model, self._rows
         if rows is None or (rows.state.rows, rows.state.size) != (len(tokens), cache.size):
             rows = self._rows = _Rows(model, len(tokens), cache.size)
-        rows.ids[:] = torch.tensor(tokens)
-        rows.lengths[:] = torch.tensor(cache.lengths)
+        rows.ids[:], rows.lengths[:] = tokens, cache.lengths
         model.tp.ledger.forward_passes += 1
-        state, out, wte = ctypes.addressof(rows.state), rows.out, model.transformer.wte
-        out_at = out.data_ptr()
-        wpe = _address(model.transformer.wpe.weight)
-        self._embed(state, wte.weight.data_ptr(), wte.lo, wte.hi, wpe, rows.ids.data_ptr(), out_at)
-        arrived, bias = all_reduce(out, wte.axis, "forward"), None
+        state, out, out_at = ctypes.addressof(rows.state), rows.out, rows.out.data_ptr()
+        embedding, *table = self._embedding
+        self._embed(state, *table, ctypes.addressof(rows.ids), out_at)
+        arrived, bias = all_reduce(out, embedding, "forward"), None
         for (_, block, attention, mlp, attention_bias, mlp_bias), k, v in zip(self._blocks, cache.k, cache.v, strict=True):
             self._attention(state, block, arrived.data_ptr(), bias, k.data_ptr(), v.data_ptr(), out_at)
             arrived, bias = all_reduce(out, attention, "forward"), attention_bias
             self._mlp(state, block, arrived.data_ptr(), bias, out_at)
             arrived, bias = all_reduce(out, mlp, "forward"), mlp_bias
-        ln_f, table = ctypes.addressof(self._ln_f), ctypes.addressof(self._table)
-        self._head(state, ln_f, table, arrived.data_ptr(), bias, rows.logits.data_ptr())
+        ln_f, head = ctypes.addressof(self._ln_f), ctypes.addressof(self._head_table)
+        self._head(state, ln_f, head, arrived.data_ptr(), bias, rows.logits.data_ptr())
         return rows.logits
 
 

@@ -251,28 +251,28 @@ def _agree(
     Ranks exchange their best candidates only; nothing depends on two ranks computing the same number.
     """
     axis = model.tp.at("sampling")
-    values, ids = candidates(logits, model.vocab_lo, model.config.vocab_size, sampling, model.tp.size)
-    # [tp, 2, rows, k]: ids travel beside the bits of their float32 logits
-    everyone = all_gather(torch.stack([values.view(torch.int32), ids]), axis, "step")
-    verdict = torch.zeros(2, len(rows), dtype=torch.int64)
-    if model.tp.rank == 0:
-        found = everyone[:, 0].contiguous().view(torch.float32).transpose(0, 1).flatten(1).numpy()
-        found_ids = everyone[:, 1].transpose(0, 1).flatten(1).numpy()
-        if not np.isfinite(found.max(axis=1)).all():
+    everyone = all_gather(candidates(logits, model.vocab_lo, model.config.vocab_size, sampling, axis.size), axis, "step")
+    verdict = np.zeros((2, len(rows)), np.int64)
+    if axis.rank == 0:
+        # [tp, 2, rows, k] -> each row's candidates from all ranks, [rows, tp * k]
+        bits, ids = (part.transpose(1, 0, 2).reshape(len(rows), -1) for part in everyone.numpy().transpose(1, 0, 2, 3))
+        values = bits.view(np.float32)
+        if not np.isfinite(values.max(axis=1)).all():
             raise UserError(
                 "the model's logits are not finite numbers: its weights are damaged, or too large for this precision "
                 "(try --dtype=float32)."
             )
         for i, row in enumerate(rows):
-            token = choose(found[i], found_ids[i], uniform(sampling.seed, row.sample, row.new), sampling)
-            verdict[0, i] = token
+            u = uniform(sampling.seed, row.sample, row.new) if sampling.temperature else 0.0
+            verdict[0, i] = token = choose(values[i], ids[i], u, sampling)
             verdict[1, i] = audience is not None and audience.hear(row, token)
-    tokens, ended = broadcast(verdict, axis, "step").tolist()
+    tokens, ended = broadcast(torch.from_numpy(verdict), axis, "step").tolist()
     return tokens, ended
 
 
-def candidates(logits: Tensor, lo: int, vocab_size: int, sampling: Sampling, tp: int) -> tuple[Tensor, Tensor]:
-    """This rank's contenders: (logits float32, ids int32), both [rows, k] on the CPU, k alike on all ranks.
+def candidates(logits: Tensor, lo: int, vocab_size: int, sampling: Sampling, tp: int) -> Tensor:
+    """This rank's contenders, [2, rows, k] int32 on the CPU: the bits of their float32 logits, and their ids. k is alike on
+    all ranks.
 
     Among the global best k every one is among the best k of its rank. Where fewer are left (a rank may hold nothing but
     ids the tokenizer does not know) the rest is -inf.
@@ -280,16 +280,11 @@ def candidates(logits: Tensor, lo: int, vocab_size: int, sampling: Sampling, tp:
     width = -(-vocab_size // tp)
     k = 1 if sampling.temperature == 0 else min(sampling.top_k or width, width)
     known = logits[:, : max(0, sampling.n_tokens - lo)].float()
-    if not known.shape[1]:
-        known = known.new_full((len(known), 1), float("-inf"))
-    if k < known.shape[1]:
-        ids = likeliest(known, k)
-        values = known.gather(1, ids)
-    else:
-        values, ids = known, torch.arange(known.shape[1], device=known.device).expand_as(known)
-    missing = k - values.shape[1]
-    values = F.pad(values, (0, missing), value=float("-inf")).cpu().contiguous()
-    return values, F.pad(ids + lo, (0, missing)).to(torch.int32).cpu()
+    if known.shape[1] < k:
+        known = F.pad(known, (0, k - known.shape[1]), value=float("-inf"))
+    every = known.shape[1] == k  # then there is no need to rank them
+    ids = torch.arange(k, device=known.device).expand_as(known) if every else likeliest(known, k)
+    return torch.stack([known.gather(1, ids).view(torch.int32), (ids + lo).int()]).cpu()
 
 
 def likeliest(logits: Tensor, k: int) -> Tensor:

@@ -101,10 +101,16 @@ class Axis:
     ledger: Ledger = field(default_factory=Ledger)
     layer: int | None = None
     block: str = ""
-    _lines: dict[tuple[str, str], tuple[Entry, Tally]] = field(default_factory=dict, repr=False, compare=False)
+    # what is looked up once; a copy under another label, or over another transport, begins anew
+    _lines: dict[tuple[str, str], tuple[Entry, Tally]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _labels: dict[tuple[str, int | None], "Axis"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def at(self, block: str, layer: int | None = None) -> "Axis":
-        return replace(self, layer=layer, block=block, _lines={})
+        """The same axis under another label; made once."""
+        found = self._labels.get((block, layer))
+        if found is None:
+            found = self._labels[block, layer] = replace(self, layer=layer, block=block)
+        return found
 
     def account(self, op: str, direction: str, message: Tensor, call: Callable[[], T]) -> T:
         """Make one call that moves `message` and tell the ledger of it; an error in it says which call it was.

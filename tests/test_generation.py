@@ -455,10 +455,9 @@ def test_equal_logits_are_chosen_alike_at_every_tp(levels: list[int], top_k: int
         sampling = Sampling(n - 1, temperature=temperature, top_k=top_k, top_p=0.95)
         picks = set()
         for tp in range(1, 6):
-            parts = [candidates(logits[:, lo:hi], lo, n, sampling, tp) for lo, hi in spans(n, tp)]
-            assert len({values.shape for values, _ in parts}) == 1
-            values, ids = (np.concatenate([part[i][0].numpy() for part in parts]) for i in range(2))
-            picks.add(choose(values, ids, u, sampling))
+            parts = torch.stack([candidates(logits[:, lo:hi], lo, n, sampling, tp) for lo, hi in spans(n, tp)])
+            bits, ids = parts[:, :, 0].transpose(0, 1).flatten(1).numpy()
+            picks.add(choose(bits.view(np.float32), ids, u, sampling))
         assert len(picks) == 1
 
 
