@@ -176,14 +176,34 @@ class BenchOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchDecodeOptions(BenchOptions):
-    """Decode greedily after a prompt; --against=hf,ctranslate2,one_rank (one_rank: nanoTP on one thread)."""
+class BenchModelOptions(BenchOptions):
+    """What the measurements of generation have."""
 
     init_from: str = option("", "weights as in sample_tp.py; default: random ones")
     prompt_tokens: int = option(128, "length of the prompt", low=1)
-    new_tokens: int = option(128, "tokens generated in a round", low=2)
     quantize: str = option("", "int8: the matrices in 8 bits (the contestants' too, where they have that)", ("", "int8"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchDecodeOptions(BenchModelOptions):
+    """Decode greedily after a prompt; --against=hf,ctranslate2,one_rank (one_rank: nanoTP on one thread)."""
+
+    new_tokens: int = option(128, "tokens generated in a round", low=2)
     ledger: bool = option(False, "measure what the account costs: every round once with it and once without")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchPrefillOptions(BenchModelOptions):
+    """Read a prompt and choose the first new token; --against=hf,ctranslate2."""
+
+    prompt_tokens: int = option(512, "length of the prompt", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchStartOptions(BenchOptions):
+    """From torchrun to the first token, beside a torchrun of ranks that only import torch and make a gloo group."""
+
+    ranks: int = option(2, "ranks that torchrun starts", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -128,7 +128,7 @@ def merge(options: MergeOptions) -> None:
     shards.check_all_bytes(range(shards.manifest.tp))
     if to_hf:
         with new_directory(out, options.force, HF_FILES) as scratch:
-            write_hf(shards, scratch)
+            write_hf(shards.config, shards.dtype, lambda name: shards.read(name, None, ()), scratch)
     else:
         with new_file(out) as file:
             write_nanogpt(shards, file)
@@ -142,22 +142,23 @@ def full_tensors(shards: ShardDirectory) -> Iterator[tuple[str, Tensor]]:
         yield name, shards.read(name, None, ())
 
 
-def write_hf(shards: ShardDirectory, directory: Path) -> None:
+def write_hf(config: GPTConfig, dtype: torch.dtype, read: Callable[[str], Tensor], directory: Path) -> None:
     """config.json and model.safetensors that GPT2LMHeadModel.from_pretrained loads with no key missing or left over.
 
-    transformers' GPT-2 has every bias: a model without gets zeros. Linear weights turn to [in, out].
+    read: gives each full tensor by its name. transformers' GPT-2 has every bias: a model without gets zeros. Linear weights
+    turn to [in, out].
     """
-    shapes = Partition.of(replace(shards.config, bias=True), 1).shapes()
+    known, shapes = Partition.of(config, 1).shapes(), Partition.of(replace(config, bias=True), 1).shapes()
     stored = {name: shape[::-1] if is_conv1d(name) else shape for name, shape in shapes.items()}
-    file = TensorFile(directory / "model.safetensors", stored, shards.dtype, metadata={"format": "pt"})
+    file = TensorFile(directory / "model.safetensors", stored, dtype, metadata={"format": "pt"})
     with _progress("merge", file.total) as bar:
         for name, shape in shapes.items():
             before = file.bytes
-            tensor = shards.read(name, None, ()) if name in shards.manifest.tensors else torch.zeros(shape)
+            tensor = read(name) if name in known else torch.zeros(shape)
             file.write(name, tensor.t() if is_conv1d(name) else tensor)
             bar.update(file.bytes - before)
     file.close()
-    write_json(directory / "config.json", hf_config(shards.config, shards.manifest.dtype))
+    write_json(directory / "config.json", hf_config(config, dtype_name(dtype)))
 
 
 def hf_config(config: GPTConfig, dtype: str) -> dict[str, Any]:

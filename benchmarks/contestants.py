@@ -17,6 +17,7 @@ from errors import UserError
 
 ROOT = Path(__file__).parent.parent
 DECODERS = ("hf", "ctranslate2", "one_rank")
+PREFILLERS = ("hf", "ctranslate2")
 TRAINERS = ("reference",)
 
 
@@ -61,16 +62,19 @@ Round = Callable[[], dict[str, Any]]
 
 
 def decoding(job: dict[str, Any], generate: Callable[[int], list[int]]) -> Round:
-    """Seconds of a decode step: what N new tokens take longer than one, so that reading the prompt does not count."""
+    """Seconds of a decode step: what N new tokens take longer than one, so that reading the prompt does not count. Where N
+    is 1, seconds to the first token."""
     n = job["new_tokens"]
 
     def once() -> dict[str, Any]:
         started = time.perf_counter()
-        generate(1)
-        first = time.perf_counter()
+        tokens = generate(1)
+        first = time.perf_counter() - started
+        if n == 1:
+            return {"seconds": first, "tokens": tokens}
+        started = time.perf_counter()
         tokens = generate(n)
-        seconds = (time.perf_counter() - first) - (first - started)
-        return {"seconds": seconds / (n - 1), "tokens": tokens}
+        return {"seconds": (time.perf_counter() - started - first) / (n - 1), "tokens": tokens}
 
     generate(2)
     return once

@@ -26,11 +26,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from checkpoints.shards import TensorFile, write_json  # noqa: E402
-from checkpoints.sources import is_conv1d  # noqa: E402
 from model import GPTConfig  # noqa: E402
 from parallel.partition import Partition  # noqa: E402
-from shard_checkpoint import hf_config  # noqa: E402
+from shard_checkpoint import write_hf  # noqa: E402
 
 INTERVAL = 0.005
 
@@ -39,12 +37,8 @@ def write_model(directory: Path, config: GPTConfig) -> int:
     """A Hugging Face directory of random float32 weights; returns the bytes of model.safetensors."""
     directory.mkdir()
     shapes = Partition.of(config, 1).shapes()
-    shapes = {name: shape[::-1] if is_conv1d(name) else shape for name, shape in shapes.items()}
-    file = TensorFile(directory / "model.safetensors", shapes, torch.float32, metadata={"format": "pt"})
-    for name, shape in shapes.items():
-        file.write(name, torch.rand(shape))
-    write_json(directory / "config.json", hf_config(config, "float32"))
-    return file.close()[0]
+    write_hf(config, torch.float32, lambda name: torch.rand(shapes[name]), directory)
+    return (directory / "model.safetensors").stat().st_size
 
 
 def anonymous(pid: int) -> int:

@@ -13,8 +13,9 @@ from test_sample_tp import alone
 
 import bench_tp
 from benchmarks.contestants import Contestant
+from benchmarks.rounds import Bench, compare, ring_bytes
 from errors import UserError
-from options import BenchAllreduceOptions, BenchDecodeOptions, BenchTrainOptions, parse, parse_command
+from options import parse, parse_command
 from parallel.mesh import World
 
 TINY = ["--device=cpu", "--n_layer=2", "--n_head=3", "--n_embd=24", "--repeats=2"]
@@ -35,7 +36,7 @@ def test_the_figures_of_rounds() -> None:
         {"nanotp": {"seconds": 0.2}, "hf": {"seconds": 0.8}},
         {"nanotp": {"seconds": 0.5}, "hf": {"seconds": 0.5}},
     ]
-    figures, lines = bench_tp.compare(rounds, "tokens/s", 4.0)
+    figures, lines = compare(rounds, "tokens/s", 4.0)
     assert figures["nanotp"]["tokens/s"] == {"median": 20.0, "min": 8.0, "max": 40.0}
     assert figures["hf"]["tokens/s"] == {"median": 8.0, "min": 5.0, "max": 20.0}
     assert figures["hf"]["ratio"] == {"median": 2.0, "min": 1.0, "max": 4.0}  # of each round, not of the medians
@@ -43,7 +44,7 @@ def test_the_figures_of_rounds() -> None:
 
 
 def test_the_ring_formula() -> None:
-    assert [bench_tp.ring_bytes(1000, n) for n in (1, 2, 4)] == [0.0, 1000.0, 1500.0]
+    assert [ring_bytes(1000, n) for n in (1, 2, 4)] == [0.0, 1000.0, 1500.0]
 
 
 def _run(world: World, command: str, words: list[str]) -> str:
@@ -62,21 +63,40 @@ def test_decode_and_its_contestants_write_the_same_tokens(tmp_path: Path) -> Non
     # each rank: its part of 12 C^2 a layer and of the biases, all LayerNorms and row-parallel biases, 128 rows of the table
     split, whole = 2 * (12 * 24 * 24 + 7 * 24), 2 * 6 * 24 + 2 * 24
     assert made["weight_bytes_read"] == 4 * (split + 2 * (whole + 128 * 24))
-    assert made["read_bandwidth"] > 0 and made["ledger_ratio"]["median"] > 0
+    assert all(made[name]["median"] > 0 for name in ("read_bandwidth", "share_of_bandwidth", "ledger_ratio"))
     # of a step: 2 all-reduces a layer and 1 for the embedding, 24 floats each; a candidate; a token and whether it ends
     assert f"7.0 calls and {5 * 24 * 4 + 8 + 16} bytes a token" in first
 
 
 @pytest.mark.slow
+def test_prefill_and_transformers_choose_the_same_token(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    words = [*TINY, "--vocab_size=131", "--prompt_tokens=40", "--against=hf", f"--report={path}"]
+    first, second = run_ranks(2, _run, "prefill", words)
+    assert second == "" and "hf: 1 of 1 tokens as ours" in first
+    # 2 all-reduces a layer and 1 for the embedding, of 40 tokens 24 wide; a candidate; a token and whether it ends
+    assert f"7 calls and {5 * 40 * 24 * 4 + 8 + 16:,} bytes" in first
+    assert json.loads(path.read_text())["parties"]["hf"]["ratio"]["median"] > 0
+
+
+@pytest.mark.slow
+def test_start_is_measured_beside_a_bare_group(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    said = run(alone(), "start", *TINY, "--vocab_size=131", "--repeats=1", f"--report={path}")
+    made = json.loads(path.read_text())
+    assert set(made["seconds"]) == {"nanotp", "bare"} and made["ratio"]["median"] > 0 and "times as long" in said
+
+
+@pytest.mark.slow
 def test_training_and_the_reference_see_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, dict[str, Any]]] = []
-    rounds = bench_tp.Bench.rounds
+    rounds = Bench.rounds
 
     def noted(self: Any, ours: Any, contestants: Any) -> Any:
         seen.extend(rounds(self, ours, contestants))
         return seen
 
-    monkeypatch.setattr(bench_tp.Bench, "rounds", noted)
+    monkeypatch.setattr(Bench, "rounds", noted)
     words = [*TINY, "--vocab_size=257", "--batch_size=2", "--block_size=8", "--steps=2", "--against=reference"]
     run(alone(), "train", *words)
     ours, theirs = seen[0]["nanotp"]["losses"], seen[0]["reference"]["losses"]
@@ -97,8 +117,10 @@ def test_allreduce_measures_every_transport(tmp_path: Path) -> None:
     [
         ("decode", ["--against=vllm"], "--against=vllm is not one of hf, ctranslate2, one_rank."),
         ("train", ["--against=hf"], "--against=hf is not one of reference."),
-        ("decode", ["--new_tokens=1000", *TINY, "--vocab_size=131"], "prompt_tokens=128 and new_tokens=1000 do not fit"),
+        ("decode", ["--new_tokens=1000", *TINY, "--vocab_size=131"], "prompt_tokens=128 and 1000 new tokens do not fit"),
         ("allreduce", [], "bench_tp.py allreduce needs ranks"),
+        ("start", [*TINY, "--vocab_size=131", "--ranks=4"], "tp=4 is more than n_head=3"),
+        ("prefill", ["--against=one_rank"], "--against=one_rank is not one of hf, ctranslate2."),
         ("decode", ["--report=/dev/null/r.json"], "--report=/dev/null/r.json"),
     ],
 )
@@ -124,5 +146,4 @@ def test_the_command_comes_first() -> None:
     assert parse_command(commands, ["train", "--steps=2"], "bench_tp.py")[1].steps == 2
     with pytest.raises(UserError, match="unknown command 'trian'. Did you mean"):
         parse_command(commands, ["trian"], "bench_tp.py")
-    for cls in (BenchDecodeOptions, BenchTrainOptions, BenchAllreduceOptions):
-        assert cls.__doc__
+    assert all(cls.__doc__ for cls in commands.values())

@@ -1,0 +1,137 @@
+"""Rounds of nanoTP and its contestants: their clockwork, figures, tables and plots.
+
+A round is one turn of nanoTP and one of each contestant; ratios are taken within rounds, between neighbours in time. While
+one runs the others wait without using a core. Figures are medians over the rounds, with the least and the most.
+"""
+
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import report
+from benchmarks.contestants import Contestant
+from errors import UserError
+from options import BenchOptions
+from parallel.mesh import World
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def shown(values: list[float], form: str = ",.1f") -> str:
+    s = spread(values)
+    return f"{s['median']:{form}} ({s['min']:{form}} to {s['max']:{form}})"
+
+
+def ring_bytes(nbytes: float, size: int) -> float:
+    """What each rank sends in a ring all-reduce of a message of nbytes over `size` ranks: 2 (N - 1) / N of it."""
+    return 2 * (size - 1) / size * nbytes
+
+
+def machine() -> dict[str, Any]:
+    name = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        found = (line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name"))
+        name = next(found, name)
+    return {"cpu": name, "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
+
+
+class Bench:
+    """Rounds of nanoTP and its contestants; rank 0 alone has contestants, and speaks."""
+
+    def __init__(self, world: World, options: BenchOptions, known: tuple[str, ...]):
+        self.world, self.options = world, options
+        self.names = [name for name in options.against.split(",") if name]
+        for name in self.names:
+            if name not in known:
+                raise UserError(f"--against={name} is not one of {', '.join(known)}.")
+        if options.plot and world.is_main:
+            report.check_place(options.plot, "plot")
+            pyplot()
+        if world.is_main:
+            report.check_place(options.report, "report")
+        self.threads = world.size * torch.get_num_threads()
+
+    @contextmanager
+    def contestants(self, job: dict[str, Any]) -> Iterator[list[Contestant]]:
+        """The contestants, loaded; on the other ranks none."""
+        with ExitStack() as stack:
+            found = []
+            for name in self.names if self.world.is_main else []:
+                contestant = Contestant({"kind": name, "threads": self.threads, **job})
+                stack.callback(contestant.close)
+                found.append(contestant)
+            self.world.barrier()
+            yield found
+
+    def rounds(self, ours: Callable[[], dict[str, Any]], contestants: list[Contestant]) -> list[dict[str, dict[str, Any]]]:
+        """For each round what each of the parties answered; the others than rank 0 get nanoTP's alone."""
+        made = []
+        show = self.world.is_main and sys.stderr.isatty()
+        for _ in tqdm(range(self.options.repeats), desc="bench", unit="round", disable=not show):
+            self.world.barrier()
+            turn = {"nanotp": ours()}
+            for contestant in contestants:
+                turn[contestant.kind] = contestant.round()
+            self.world.barrier()  # gloo's: those who wait here sleep
+            made.append(turn)
+        return made
+
+    def finish(self, what: str, figures: dict[str, Any], lines: list[str]) -> None:
+        if not self.world.is_main:
+            return
+        print("\n".join(lines))
+        if self.options.report:
+            world = {"world_size": self.world.size, "comm": self.world.comm, "device": self.world.device.type}
+            made = {"entry": "bench_tp", "what": what, **world, "machine": machine(), "command": sys.argv, **figures}
+            report.write(self.options.report, made)
+
+
+def compare(rounds: list[dict[str, dict[str, Any]]], unit: str, per_round: float) -> tuple[dict[str, Any], list[str]]:
+    """Rates of all parties (per_round / seconds), and within each round nanoTP's over each contestant's."""
+    rates = {name: [per_round / turn[name]["seconds"] for turn in rounds] for name in rounds[0]}
+    figures: dict[str, Any] = {name: {unit: spread(values), "rounds": values} for name, values in rates.items()}
+    lines = [f"{'':<14} {unit:>28} {'nanoTP is so many times as fast':>34}"]
+    for name, values in rates.items():
+        ratios = [ours / theirs for ours, theirs in zip(rates["nanotp"], values, strict=True)]
+        figures[name]["ratio"] = spread(ratios)
+        lines.append(f"{name:<14} {shown(values):>28} {'' if name == 'nanotp' else shown(ratios, '.2f'):>34}")
+    return figures, lines
+
+
+def pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def plot_bars(path: str, title: str, unit: str, figures: dict[str, Any]) -> None:
+    """A bar for each party, with the spread of its rounds."""
+    plt = pyplot()
+    names = list(figures)
+    middles = [figures[name][unit]["median"] for name in names]
+    low = [figures[name][unit]["median"] - figures[name][unit]["min"] for name in names]
+    high = [figures[name][unit]["max"] - figures[name][unit]["median"] for name in names]
+    figure, axes = plt.subplots(figsize=(7, 0.7 * len(names) + 1.4))
+    bars = axes.barh(names, middles, xerr=[low, high], color=["#c44e52" if n == "nanotp" else "#8c9bb0" for n in names])
+    axes.bar_label(bars, [f"{m:,.1f}" for m in middles], padding=6)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set(xlabel=unit, title=title)
+    figure.tight_layout()
+    figure.savefig(Path(path).expanduser(), dpi=120)
