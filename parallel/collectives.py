@@ -149,15 +149,19 @@ def _named(error: RuntimeError, entry: Entry) -> CollectiveError:
 def _clock(message: Tensor) -> Any:
     if not message.is_cuda:
         return time.perf_counter()
+    if torch.cuda.is_current_stream_capturing():
+        return None  # nothing runs now, and when it does an event of the graph's own tells no time
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
 
 
 def _elapsed(start: Any, message: Tensor) -> float | Callable[[], float]:
-    """Seconds since `start`; on a GPU a function that knows them once the stream has got there."""
+    """Seconds since `start`; on a GPU a function that knows them once the stream has got there. 0 in a graph's capture."""
     if not message.is_cuda:
         return time.perf_counter() - start
+    if start is None:
+        return 0.0
     end = _clock(message)
     return lambda: start.elapsed_time(end) / 1000.0
 
