@@ -1,10 +1,12 @@
 """The decode step: local logits of one more token for every row whose past is in a KV cache.
 
-`TorchDecoder` runs the model. `NativeDecoder` runs the same step on one CPU core through native/decode.c, for the few rows
-at which a step is reading the weights once; the collectives are the model's, and stand in `logits` between its calls.
+`TorchDecoder` runs the model. `GraphDecoder` lets a GPU repeat one run of it, which spares the host launching a few hundred
+kernels a token. `NativeDecoder` runs the same step on one CPU core through native/decode.c, for the few rows at which a step
+is reading the weights once; the collectives are the model's, and stand in `logits` between its calls.
 """
 
 import ctypes
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from model import KVCache, LayerNorm
 from native.library import Unavailable, load
 from parallel.collectives import all_reduce
+from parallel.ledger import Told
 from tp_model import TensorParallelGPT
 
 MOST_ROWS = 6  # with more, a matrix product that works in blocks is faster than a pass over the weights
@@ -26,8 +29,9 @@ class Decoder(Protocol):
     why: str
 
     def logits(self, tokens: list[int], cache: KVCache) -> Tensor:
-        """tokens: the newest of each row of the cache, which holds all before it. Local logits [rows, v] after them; the
-        tokens' keys and values are in the cache then, and `cache.advance` is the caller's."""
+        """tokens: the newest of each row of the cache, which holds all before it. Local logits [rows, v] after them,
+        which the next call may overwrite; the tokens' keys and values are in the cache then, and `cache.advance` is the
+        caller's. ValueError where the cache is full."""
         ...
 
 
@@ -45,14 +49,114 @@ class TorchDecoder:
 
 
 def decoder_for(model: TensorParallelGPT) -> Decoder:
-    """The native one where it can run: float32 on a CPU, one thread a rank, nothing compiled by torch."""
-    weight = model.transformer.wpe.weight
+    """On a GPU, for a compiled model, a CUDA graph where messages stay on the GPUs. On a CPU the native one where it can run:
+    float32, one thread a rank, nothing compiled by torch."""
+    weight, transport = model.transformer.wpe.weight, model.tp.transport
+    if weight.device.type == "cuda" and model.compiled:
+        if transport is not None and transport.name == "gloo":
+            return TorchDecoder(model, why="over gloo messages go through the host, so a step cannot be a CUDA graph")
+        return GraphDecoder(model)
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.get_num_threads() != 1 or model.compiled:
         return TorchDecoder(model)
     try:
         return NativeDecoder(model)
     except Unavailable as error:
         return TorchDecoder(model, why=str(error))
+
+
+def _check_room(cache: KVCache) -> None:
+    if max(cache.lengths) >= cache.size:
+        raise ValueError(f"{max(cache.lengths)} tokens are in the cache, one more does not fit its {cache.size}")
+
+
+# --- CUDA graphs ----------------------------------------------------------------------------------------------------
+
+Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]  # see cuda_graph
+
+
+class FixedCache(KVCache):
+    """The keys and values of another cache, for passes that differ in nothing but what device memory holds.
+
+    at: tokens each row has, [rows] int64 on the device; the caller sets it before a pass. Every pass attends to the whole
+    cache under a mask, so no shape depends on a length; there is room for its tokens, and nobody asks whether.
+    """
+
+    def __init__(self, cache: KVCache, at: Tensor):
+        self.k, self.v, self.size, self.at = cache.k, cache.v, cache.size, at
+
+    def begin(self, T: int) -> Tensor:
+        device = self.at.device
+        self.layer, self.uniform, self.causal, self.stop = 0, False, False, self.size
+        self.positions = self.at.unsqueeze(1) + torch.arange(T, device=device)
+        self.mask = (torch.arange(self.size, device=device) <= self.positions.unsqueeze(-1)).unsqueeze(1)  # [rows, 1, T, size]
+        return self.positions
+
+
+class FixedStep:
+    """A decode step as a function of nothing: its tokens and lengths are in device memory, where `fill` puts them.
+
+    Running it tells the ledger aside; told: what it said the last time.
+    """
+
+    told: Told
+
+    def __init__(self, model: TensorParallelGPT, cache: KVCache):
+        self.model = model
+        self.inputs = torch.empty(2, len(cache.lengths), dtype=torch.int64, device=model.device)
+        self.cache = FixedCache(cache, self.inputs[1])
+
+    def fill(self, tokens: list[int], lengths: list[int]) -> None:
+        self.inputs.copy_(torch.tensor([tokens, lengths]))  # one message to the device
+
+    def __call__(self) -> Tensor:
+        with self.model.tp.ledger.aside() as self.told:
+            return self.model.local_logits(self.model.hidden(self.inputs[0].unsqueeze(1), self.cache)[:, -1])
+
+
+def cuda_graph(step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+    """A function that does on the current device what `step` does, without its Python, and the tensor it leaves the result in.
+
+    `step` runs once before, because what happens on a first run only (compiling, setting libraries up) cannot be captured.
+    """
+    beside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        step()
+    torch.cuda.current_stream().wait_stream(beside)
+    # thread_local: nccl's watchdog, a thread of its own, may look at its events meanwhile
+    with torch.cuda.graph(graph, stream=beside, capture_error_mode="thread_local"):
+        out = step()
+    return graph.replay, out
+
+
+class GraphDecoder:
+    """The model's step, captured once for each cache as a CUDA graph and replayed for every token.
+
+    A cache stands for its number of rows and the memory they are in: rows that leave make a new one (KVCache.rows), which
+    is captured anew. A graph is gone with its cache (at the end nccl would wait for one that is not). capture: how it is made,
+    for tests without a GPU.
+    The account counts every replay's calls, bytes and forward pass, and neither the run before the capture nor the capture;
+    the seconds of collectives inside a graph are not known, and 0 in it. Ranks capture and replay alike, as they step alike.
+    """
+
+    name, why = "cuda graph", ""
+
+    def __init__(self, model: TensorParallelGPT, capture: Capture = cuda_graph):
+        self.model, self.capture = model, capture
+        self._steps: weakref.WeakKeyDictionary[KVCache, tuple[FixedStep, Callable[[], object], Tensor]]
+        self._steps = weakref.WeakKeyDictionary()
+
+    def logits(self, tokens: list[int], cache: KVCache) -> Tensor:
+        _check_room(cache)
+        if cache not in self._steps:
+            step = FixedStep(self.model, cache)
+            step.fill(tokens, cache.lengths)  # what runs for the capture writes the cache where the replay will
+            self._steps[cache] = step, *self.capture(step)
+        step, replay, out = self._steps[cache]
+        step.fill(tokens, cache.lengths)
+        replay()
+        self.model.tp.ledger.repeat(step.told)
+        return out
 
 
 # --- native/decode.c ------------------------------------------------------------------------------------------------
@@ -163,8 +267,7 @@ class NativeDecoder:
     def logits(self, tokens: list[int], cache: KVCache) -> Tensor:
         if len(tokens) > MOST_ROWS:
             return self.torch.logits(tokens, cache)
-        if max(cache.lengths) >= cache.size:
-            raise ValueError(f"{max(cache.lengths)} tokens are in the cache, one more does not fit its {cache.size}")
+        _check_room(cache)
         model, rows = self.model, self._rows
         if rows is None or (rows.state.rows, rows.state.size) != (len(tokens), cache.size):
             rows = self._rows = _Rows(model, len(tokens), cache.size)

@@ -140,7 +140,7 @@ def notices(world: World, source: Source, model: TensorParallelGPT, decoder: Dec
         size = model.split.count() * next(model.parameters()).element_size()
         lines.append(f"{source.description} ({size / 1e9:.1f} GB): tp={world.tp.size} makes {syncs} all-reduces a token.")
     if decoder.why:
-        lines.append(f"each token is computed by torch, which is slower than the native step: {decoder.why}.")
+        lines.append(f"each token is computed by torch, which is slower: {decoder.why}.")
     return [line for line in lines if line]
 
 

@@ -24,7 +24,10 @@ class CollectiveError(RuntimeError):
 
 
 class Transport(Protocol):
-    """What carries a message between the ranks of one group. Results are new tensors, equal bit for bit on all ranks."""
+    """What carries a message between the ranks of one group. Results are new tensors, equal bit for bit on all ranks.
+
+    One that can sum while its caller computes has `all_reduce_later` as well, see GroupTransport's.
+    """
 
     @property
     def name(self) -> str: ...
@@ -38,10 +41,12 @@ class GroupTransport:
     """torch.distributed's collectives over nccl or gloo. `source` of a broadcast is a rank of this group.
 
     gloo moves host memory: where ranks share a GPU (nccl refuses that) messages are staged through the host.
+    why: what kept SymmetricTransport from being used, where it was tried; to be looked up, nobody is told.
     """
 
     group: dist.ProcessGroup
     name: str  # nccl | gloo
+    why: str = ""
 
     def _staged(self, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         if self.name == "gloo" and x.is_cuda:
@@ -150,15 +155,19 @@ def _named(error: RuntimeError, entry: Entry) -> CollectiveError:
 def _clock(message: Tensor) -> Any:
     if not message.is_cuda:
         return time.perf_counter()
+    if torch.cuda.is_current_stream_capturing():
+        return None  # nothing runs now, and when it does an event of the graph's own tells no time
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
 
 
 def _elapsed(start: Any, message: Tensor) -> float | Callable[[], float]:
-    """Seconds since `start`; on a GPU a function that knows them once the stream has got there."""
+    """Seconds since `start`; on a GPU a function that knows them once the stream has got there. 0 in a graph's capture."""
     if not message.is_cuda:
         return time.perf_counter() - start
+    if start is None:
+        return 0.0
     end = _clock(message)
     return lambda: start.elapsed_time(end) / 1000.0
 
@@ -174,12 +183,12 @@ def _all_reduce(x: Tensor, axis: Axis, direction: str, op: str) -> Tensor:
 
 @outside_graphs
 def _all_reduce_later(x: Tensor, axis: Axis, direction: str) -> Callable[[], Tensor]:
-    transport = axis._carrier()
-    if not isinstance(transport, GroupTransport):
+    start: Callable[[Tensor], Callable[[], Tensor]] | None = getattr(axis._carrier(), "all_reduce_later", None)
+    if start is None:
         out = _all_reduce(x, axis, direction, "sum")
         return lambda: out
     try:
-        finish = transport.all_reduce_later(x)
+        finish = start(x)
     except RuntimeError as error:
         raise _named(error, axis.line("all_reduce", direction)[0]) from error
     return lambda: axis.account("all_reduce", direction, x, finish)

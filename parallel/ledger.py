@@ -42,6 +42,14 @@ Account = dict[Entry, Tally]
 
 
 @dataclass
+class Told:
+    """What a ledger was told aside: forward passes, and every call as its line of the account and its bytes."""
+
+    forward_passes: int = 0
+    calls: list[tuple[Tally, int]] = field(default_factory=list)
+
+
+@dataclass
 class Ledger:
     """One rank's account. Every collective tells it; nothing else writes to it."""
 
@@ -49,6 +57,7 @@ class Ledger:
     forward_passes: int = 0
     on: bool = True  # False: nothing is recorded, to see what recording costs
     _recomputing: bool = False
+    _aside: Told | None = None
     _pending: list[tuple[Tally, Callable[[], float]]] = field(default_factory=list)
 
     def tally(self, entry: Entry) -> Tally:
@@ -60,6 +69,9 @@ class Ledger:
 
     def record(self, tally: Tally, nbytes: int, seconds: float | Callable[[], float]) -> None:
         """One finished call. `seconds` may be a function that is asked later (a GPU's clock is read when it is idle)."""
+        if self._aside is not None:
+            self._aside.calls.append((tally, nbytes))
+            return
         tally.calls += 1
         tally.bytes += nbytes
         if callable(seconds):
@@ -78,6 +90,24 @@ class Ledger:
             yield
         finally:
             self._recomputing = False
+
+    @contextmanager
+    def aside(self) -> Iterator[Told]:
+        """Within, calls and forward passes are not counted but noted in what this gives, on or not: see `repeat`."""
+        before, passes, on, told = self._aside, self.forward_passes, self.on, Told()
+        self._aside, self.on = told, True
+        try:
+            yield told
+        finally:
+            told.forward_passes = self.forward_passes - passes
+            self._aside, self.forward_passes, self.on = before, passes, on
+
+    def repeat(self, told: Told) -> None:
+        """Count what was told aside: it has been done (again) without a word. Nobody knows for how many seconds: 0."""
+        self.forward_passes += told.forward_passes
+        if self.on:
+            for tally, nbytes in told.calls:
+                self.record(tally, nbytes, 0.0)
 
     def settle(self) -> None:
         """Read the clocks that were left for later. On a GPU call it after a synchronize."""

@@ -5,7 +5,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +19,7 @@ from parallel.collectives import Axis, GroupTransport, Transport
 from parallel.ledger import Ledger
 from parallel.processes import is_running
 from parallel.shm import ShmTransport
+from parallel.symmetric import SymmetricTransport
 
 
 @dataclass(frozen=True)
@@ -179,21 +180,28 @@ def _agree(launch: Launch, device: torch.device, promise: dict[str, Any]) -> lis
 def make_axis(name: str, mesh: DeviceMesh, comm: str, ledger: Ledger, timeout: float = 120.0) -> Axis:
     """One axis of the mesh over nccl, gloo or shm; timeout: seconds that a rank is waited for over shm.
 
-    Unavailable, on all ranks of the axis, where it cannot be shm.
+    Over nccl, what the tp axis says in a few bytes goes through symmetric memory where that can be had; where it cannot,
+    all goes over nccl. Unavailable, on all ranks of the axis, where it cannot be shm.
     """
     size = mesh[name].size()
     if size == 1:
         return Axis(name, ledger=ledger)
     rank, group = mesh.get_local_rank(name), mesh[name].get_group()
-    transport: Transport = GroupTransport(group, "gloo" if comm == "shm" else comm)
+    plain = GroupTransport(group, "gloo" if comm == "shm" else comm)
+    transport: Transport = plain
+
+    def exchange(thing: Any) -> list[Any]:
+        things: list[Any] = [None] * size
+        dist.all_gather_object(things, thing, group=group)
+        return things
+
     if comm == "shm":
-
-        def exchange(thing: Any) -> list[Any]:
-            things: list[Any] = [None] * size
-            dist.all_gather_object(things, thing, group=group)
-            return things
-
-        transport = ShmTransport.open(rank, size, exchange, transport, timeout)
+        transport = ShmTransport.open(rank, size, exchange, plain, timeout)
+    elif comm == "nccl" and name == "tp":
+        try:
+            transport = SymmetricTransport.open(rank, exchange, plain)
+        except Unavailable as error:
+            transport = replace(plain, why=str(error))
     return Axis(name, rank, size, transport, ledger)
 
 

@@ -10,7 +10,6 @@ import ctypes
 import mmap
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from native.library import Unavailable, load
 from parallel.collectives import Transport
-from parallel.processes import is_running
+from parallel.processes import Exchange, is_running, on_all
 
 LINE = 64  # bytes of a rank's header
 SLOT_BYTES = 1 << 20  # two a rank; smaller ones cost more waits, larger ones leave the cache
@@ -29,9 +28,6 @@ _BYTES = 2
 _OPS = {"sum": 0, "max": 1}
 _GATHER, _BROADCAST = 2, 3
 _DONE, _DIFFERENT = -1, -2
-
-Exchange = Callable[[Any], list[Any]]  # a small picklable thing of every rank of the group, in rank order
-
 
 # --- the memory -----------------------------------------------------------------------------------------------------
 
@@ -102,14 +98,14 @@ class ShmTransport:
         rank, size: in the group. timeout: seconds that a rank is waited for.
         """
         nbytes = size * (LINE + 2 * SLOT_BYTES)
-        move = _on_all(exchange, lambda: load("shm")).nanotp_move
+        move = on_all(exchange, lambda: load("shm")).nanotp_move
         move.restype = ctypes.c_int64
         move.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4 + [ctypes.c_double]
-        descriptor = _on_all(exchange, lambda: _create(nbytes) if rank == 0 else None)
+        descriptor = on_all(exchange, lambda: _create(nbytes) if rank == 0 else None)
         try:
             places = exchange((os.getpid(), descriptor))
             pid, theirs = places[0]
-            memory = _on_all(exchange, lambda: _attach(pid, theirs, nbytes))
+            memory = on_all(exchange, lambda: _attach(pid, theirs, nbytes))
         finally:
             if rank == 0:
                 os.close(descriptor)  # all have mapped it, or nobody will
@@ -152,16 +148,3 @@ class ShmTransport:
             return self.other.broadcast(x, source)
         x = x.detach().contiguous()
         return self._move(x, torch.empty_like(x), x.nbytes, _BYTES, _BROADCAST, source)
-
-
-def _on_all(exchange: Exchange, make: Callable[[], Any]) -> Any:
-    """What this rank's `make` gives. Where it fails on one rank it fails on all, and says why and where."""
-    made, fault = None, ""
-    try:
-        made = make()
-    except Unavailable as error:
-        fault = str(error)
-    for rank, theirs in enumerate(exchange(fault)):
-        if theirs:
-            raise Unavailable(f"rank {rank}: {theirs}" if rank else theirs)
-    return made

@@ -1,16 +1,25 @@
-"""The native decode step: double precision's logits, torch's account, and torch where it cannot run."""
+"""The native decode step and the one of a CUDA graph: double precision's logits, torch's account, and torch where they
+cannot run. What is captured and replayed runs on the CPU here; the capture itself is tested where there is a GPU."""
 
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from ranks import alone, run_ranks
+from test_entry import launch, spoken
 from test_tp_model import deaf
 from torch import Tensor
 
-from decoding import MOST_ROWS, NativeDecoder, TorchDecoder, decoder_for
+from decoding import MOST_ROWS, GraphDecoder, NativeDecoder, TorchDecoder, decoder_for
+from generation import Row, Sampling, generate
 from model import GPT, GPTConfig
+from parallel import collectives
+from parallel.graphs import outside_graphs
 from parallel.mesh import World
 from parallel.quantized import quantize
 from tp_model import TensorParallelGPT, take
@@ -45,11 +54,22 @@ def texts(config: GPTConfig, rows: int) -> list[list[int]]:
     return [torch.randint(config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
+def rerun(step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+    """In the place of a CUDA graph: a replay is a run, into the same memory. So is the run before a capture."""
+    step()
+    out = step().clone()
+    return lambda: out.copy_(step()), out
+
+
+def graphed(model: TensorParallelGPT) -> GraphDecoder:
+    return GraphDecoder(model, rerun)
+
+
 def steps(
     world: World, config: GPTConfig, kind: Any, rows: int, int8: bool = False
 ) -> tuple[list[Tensor], dict[Any, tuple[int, int]], int]:
     """This rank's logits at each of a few steps after prompts of different lengths, and what the steps are accounted as."""
-    model = split(reference(config), world.tp)
+    model = split(reference(config), world.tp).to(world.device)
     if int8:
         quantize(model, world.gather)
     decoder = kind(model)
@@ -57,7 +77,8 @@ def steps(
     cache = model.new_cache(rows)
     longest = max(map(len, prompts)) - STEPS
     with torch.inference_mode():
-        model.hidden(torch.tensor([(p[:-STEPS] + [0] * longest)[:longest] for p in prompts]), cache)
+        idx = torch.tensor([(p[:-STEPS] + [0] * longest)[:longest] for p in prompts], device=world.device)
+        model.hidden(idx, cache)
         cache.advance([len(p) - STEPS for p in prompts])
         before, passes, logits = world.ledger.snapshot(), world.ledger.forward_passes, []
         for i in range(STEPS):
@@ -101,11 +122,12 @@ def test_int8_logits_are_those_of_the_quantized_model(tp: int) -> None:
             assert (logits - unquantized).abs().max() > 1e-3 * theirs.abs().max()
 
 
+@pytest.mark.parametrize("kind", [NativeDecoder, graphed])
 @pytest.mark.parametrize("tp", [1, 2])
-def test_the_account_is_that_of_torch(tp: int) -> None:
-    native = run_ranks(tp, steps, ODD, NativeDecoder, 3)
+def test_the_account_is_that_of_torch(tp: int, kind: Any) -> None:
+    found = run_ranks(tp, steps, ODD, kind, 3)
     plain = run_ranks(tp, steps, ODD, TorchDecoder, 3)
-    for (_, told, passes), (_, expected_told, expected_passes) in zip(native, plain, strict=True):
+    for (_, told, passes), (_, expected_told, expected_passes) in zip(found, plain, strict=True):
         assert told == expected_told and passes == expected_passes == STEPS
         assert sum(calls for calls, _ in told.values()) == (0 if tp == 1 else STEPS * (2 * ODD.n_layer + 1))
 
@@ -168,6 +190,8 @@ def test_a_full_cache_is_refused() -> None:
     cache.advance([4])
     with pytest.raises(ValueError, match="4 tokens are in the cache, one more does not fit its 4"):
         NativeDecoder(model).logits([1], cache)
+    with pytest.raises(ValueError, match="4 tokens are in the cache, one more does not fit its 4"):
+        graphed(model).logits([1], cache)
 
 
 def test_where_torch_takes_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,3 +203,160 @@ def test_where_torch_takes_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("CC", "false")
     assert (decoder_for(model).name, decoder_for(model).why) == ("torch", "false failed: no message")
+
+
+# --- CUDA graphs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("tp", [1, 3])
+def test_a_fixed_steps_logits_are_double_precisions(tp: int, rows: int) -> None:
+    ranks = run_ranks(tp, steps, ODD, graphed, rows)
+    for i, right in enumerate(expected(ODD, rows)):
+        found = torch.cat([logits[i] for logits, _, _ in ranks], dim=1)
+        assert found.shape == right.shape and (found - right).abs().max() < 1e-5 * right.abs().max()
+
+
+def test_a_fixed_steps_logits_are_torchs_bits_where_the_cache_is_as_long_as_the_text() -> None:
+    """There torch's own step attends to the whole cache under the same mask."""
+    model, logits, caches = split(reference(ODD), alone()), [], []
+    for kind in (TorchDecoder, graphed):
+        cache = model.new_cache(2, size=5)
+        with torch.inference_mode():
+            model.hidden(torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), cache)
+            cache.advance([4, 2])
+            logits.append(kind(model).logits([9, 8], cache))
+        caches.append(torch.stack(cache.k + cache.v))
+    assert torch.equal(*logits) and torch.equal(*caches)
+
+
+class Short:
+    """An audience that ends row i after i + 1 tokens."""
+
+    def hear(self, row: Row, token: int) -> bool:
+        return row.new == row.number
+
+    def end(self, row: Row) -> None:
+        pass
+
+
+def test_rows_that_leave_are_captured_anew_and_nothing_outlives_its_cache() -> None:
+    model, captured = split(reference(ODD), alone()), list[int]()
+
+    def noted(step: Any) -> Any:
+        captured.append(step.inputs.shape[1])
+        return rerun(step)
+
+    decoder, sampling = GraphDecoder(model, noted), Sampling(ODD.vocab_size, max_new_tokens=6, batch_size=5, seed=3)
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1], [2]]
+    result = generate(model, prompts, sampling, Short(), decoder)
+    plain = generate(model, prompts, sampling, Short(), TorchDecoder(model))
+    assert [row.tokens for row in result.rows] == [row.tokens for row in plain.rows]
+    assert captured == [4, 3, 2, 1] and [row.new for row in result.rows] == [1, 2, 3, 4, 5]
+    assert not decoder._steps
+
+
+def _traced(world: World) -> tuple[list[Tensor], Any, int]:
+    """Steps of blocks that dynamo has traced; the compiler behind it is another matter."""
+    decoders = []
+
+    def compiled(model: TensorParallelGPT) -> GraphDecoder:
+        outside_graphs.take_effect()
+        for block in model.transformer.h:
+            block.compile(backend="eager")
+        decoders.append(graphed(model))
+        return decoders[0]
+
+    result = steps(world, ODD, compiled, 3)
+    assert not decoders[0]._steps  # dynamo keeps no cache alive
+    return result
+
+
+@pytest.mark.slow
+def test_compiled_blocks_take_the_fixed_cache() -> None:
+    for (found, *account), (right, *expected_account) in zip(
+        run_ranks(2, _traced), run_ranks(2, steps, ODD, graphed, 3), strict=True
+    ):
+        assert all(torch.equal(*pair) for pair in zip(found, right, strict=True)) and account == expected_account
+
+
+def test_what_is_told_aside_counts_when_it_is_repeated() -> None:
+    axis = collectives.Axis("tp").at("mlp", 3)
+    ledger, message = axis.ledger, torch.ones(5)
+    ledger.on = False
+    with ledger.aside() as told:
+        axis.account("all_reduce", "forward", message, lambda: None)
+        ledger.forward_passes += 2
+    assert not ledger.on and ledger.forward_passes == 0 and not ledger.since({})
+    ledger.repeat(told)
+    assert ledger.forward_passes == 2 and not ledger.since({})  # off
+    ledger.on = True
+    ledger.repeat(told)
+    axis.account("all_reduce", "forward", message, lambda: None)
+    ledger.repeat(told)
+    (tally,) = ledger.since({}).values()
+    assert (tally.calls, tally.bytes, ledger.forward_passes) == (3, 60, 6)
+
+
+def test_no_clock_is_read_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    message: Any = SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert collectives._elapsed(collectives._clock(message), message) == 0.0
+
+
+@pytest.mark.parametrize(
+    "device, compiled, comm, name",
+    [
+        ("cuda", True, None, "cuda graph"),
+        ("cuda", True, "nccl", "cuda graph"),
+        ("cuda", True, "symmetric memory", "cuda graph"),
+        ("cuda", True, "gloo", "torch"),
+        ("cuda", False, None, "torch"),
+        ("cpu", True, None, "torch"),
+    ],
+)
+def test_where_a_cuda_graph_takes_the_steps(device: str, compiled: bool, comm: str | None, name: str) -> None:
+    weight = SimpleNamespace(device=torch.device(device), dtype=torch.float32)
+    tp = SimpleNamespace(transport=comm and SimpleNamespace(name=comm))
+    model: Any = SimpleNamespace(transformer=SimpleNamespace(wpe=SimpleNamespace(weight=weight)), compiled=compiled, tp=tp)
+    decoder = decoder_for(model)
+    why = "over gloo messages go through the host, so a step cannot be a CUDA graph" if comm == "gloo" else ""
+    assert (decoder.name, decoder.why) == (name, why)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_replays_on_every_gpu(rows: int, compiled: bool) -> None:
+    def kind(model: TensorParallelGPT) -> GraphDecoder:
+        if compiled:
+            model.compile_blocks()
+        return GraphDecoder(model)
+
+    for index in range(torch.cuda.device_count()):
+        device, axis = torch.device("cuda", index), alone()
+        with torch.cuda.device(device):
+            world = World(0, 1, device, "none", axis, alone(), axis.ledger)
+            found, told, passes = steps(world, WIDE, kind, rows)
+        assert not told and passes == STEPS
+        for logits, right in zip(found, expected(WIDE, rows), strict=True):
+            assert (logits.cpu() - right).abs().max() < 1e-4 * right.abs().max()
+
+
+def _replayed(world: World, options: Any) -> None:
+    """Replays give torch's logits and account, and the logits of all ranks make up double precision's."""
+    found, told, passes = steps(world, WIDE, GraphDecoder, 3)
+    plain, expected_told, expected_passes = steps(world, WIDE, TorchDecoder, 3)
+    assert told == expected_told and passes == expected_passes == STEPS
+    for each in (found, plain):
+        for i, right in enumerate(expected(WIDE, 3)):
+            logits = torch.cat([part[i].cpu() for part in world.gather(each)], dim=1)
+            assert (logits - right).abs().max() < 1e-4 * right.abs().max()
+    print("replayed", file=sys.stderr, flush=True)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_replays_over_all_gpus(tmp_path: Path) -> None:
+    ranks = min(torch.cuda.device_count(), WIDE.n_head)
+    said = spoken(launch(ranks, _replayed, tmp_path, ["--device=cuda", "--comm=nccl"], seconds=120, start="spawn"))
+    assert said.count("replayed\n") == ranks, said

@@ -37,9 +37,12 @@ def launch(
     argv: list[str],
     options: type = RunOptions,
     seconds: float = 10,
+    start: str = "fork",
 ) -> list[tuple[int | None, str]]:
-    """entry.run on forked ranks, with nobody to end them but themselves: (exit status, standard error) of each."""
-    context, port = multiprocessing.get_context("fork"), free_port()
+    """entry.run on ranks with nobody to end them but themselves: (exit status, standard error) of each. start: fork, or
+    spawn where ranks use GPUs, which a fork of a process that has looked for some cannot."""
+    context: Any = multiprocessing.get_context(start)
+    port = free_port()
     ranks = [context.Process(target=_rank, args=(rank, size, port, main, scratch, argv, options)) for rank in range(size)]
     for rank in ranks:
         rank.start()
