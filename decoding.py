@@ -2,20 +2,20 @@
 
 `TorchDecoder` runs the model. `GraphDecoder` lets a GPU repeat one run of it, which spares the host launching a few hundred
 kernels a token. `NativeDecoder` runs the same step on one CPU core through native/decode.c, for the few rows at which a step
-is reading the weights once; the collectives are the model's, and stand in `logits` between its calls.
+is reading the weights once; the collectives are the model's, and stand in `_after` between its calls.
 """
 
 import ctypes
 import weakref
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from model import KVCache, LayerNorm
 from native.library import Unavailable, load
-from parallel.collectives import all_reduce
+from parallel.collectives import Axis, all_reduce
 from parallel.ledger import Told
 from tp_model import TensorParallelGPT
 
@@ -192,6 +192,8 @@ class _State(ctypes.Structure):
         ("size", _int),
         ("activation", _int),
         ("x", _pointer),
+        ("here", _pointer),
+        ("partial", _pointer),
         ("work", _pointer),
         ("lengths", _pointer),
     ]
@@ -225,14 +227,25 @@ class _Rows:
         split, rank = model.split, model.tp.rank
         C, D = model.config.n_embd, split.head_dim
         h, m = (hi - lo for lo, hi in (split.heads(rank), split.columns(rank)))
-        self.x, self.out = torch.empty(rows, C), torch.empty(rows, C)
+        self.x, self.here, self.partial, self.out = torch.empty(4, rows, C)
+        self.arrived = self.out  # the sum over the ranks, for as long as the next sub-block needs it
         self.logits = torch.empty(rows, model.vocab_hi - model.vocab_lo)
         self.ids: Any = (_int * rows)()
         self.lengths: Any = (_int * rows)()
         self.work = torch.empty(rows * (C + max(4 * h * D, m)) + size)
         activation = ("gelu", "gelu_tanh").index(model.config.activation)
-        places = self.x.data_ptr(), self.work.data_ptr(), ctypes.addressof(self.lengths)
+        places = *map(_address, (self.x, self.here, self.partial, self.work)), ctypes.addressof(self.lengths)
         self.state = _State(C, h, D, rows, size, activation, *places)
+
+
+class _Point(NamedTuple):
+    """What follows a sub-block. first: the one before it was followed by a sync point; bias: the address of what is added
+    once to the stream then, or, where ranks do not synchronise, of this sub-block's own."""
+
+    axis: Axis
+    sync: bool
+    first: bool
+    bias: int | None
 
 
 class NativeDecoder:
@@ -247,22 +260,48 @@ class NativeDecoder:
         self._attention = _function(library.nanotp_attention, *[1] * 7)
         self._mlp = _function(library.nanotp_mlp, *[1] * 5)
         self._head = _function(library.nanotp_head, *[1] * 6)
+        self._go_on = _function(library.nanotp_go_on, 1, 1, 1, 0)
+        self._bring = _function(library.nanotp_bring, 1, 1)
         transformer: Any = model.transformer  # its blocks are in a ModuleList, which does not tell their type
-        self._blocks = []
+        self._blocks, self._biases = [], list[Tensor | None]()  # the latter are kept for their addresses
+        points = iter(self._points())
         for block in transformer.h:
             attn, mlp = block.attn, block.mlp
             c_attn, c_fc = _linear(attn.c_attn), _linear(mlp.c_fc)
             # a row-parallel layer's bias is added once, with what arrives
             c_proj, c_proj_mlp = _linear(attn.c_proj, False), _linear(mlp.c_proj, False)
             made = _Block(_norm(block.ln_1), c_attn, c_proj, _norm(block.ln_2), c_fc, c_proj_mlp)
-            axes, biases = (attn.tp, mlp.c_proj.axis), (_address(attn.c_proj.bias), _address(mlp.c_proj.bias))
-            self._blocks.append((made, ctypes.addressof(made), *axes, *biases))
+            self._blocks.append((made, ctypes.addressof(made), next(points), next(points)))
         self._ln_f = _norm(transformer.ln_f)
         self._head_table = _linear(transformer.wte, False)
         self._head_table.outputs = model.vocab_hi - model.vocab_lo  # the rest is padding
         table: Any = transformer.wte
         self._embedding = table.axis, table.weight.data_ptr(), table.lo, table.hi, _address(transformer.wpe.weight)
         self._rows: _Rows | None = None
+
+    def _points(self) -> Iterator[_Point]:
+        """What follows each sub-block of the schedule."""
+        for run in self.model.schedule.runs():
+            passed = None  # the sum of the run's biases
+            for i, (layer, kind) in enumerate(run):
+                block: Any = self.model.transformer.h[layer]
+                c_proj = (block.attn if kind == "attention" else block.mlp).c_proj
+                own, last = None if c_proj.bias is None else c_proj.bias.detach(), i == len(run) - 1
+                passed = own if passed is None or own is None else passed + own
+                bias = passed if last else own
+                self._biases.append(bias)
+                yield _Point(c_proj.axis, last, i == 0, _address(bias))
+
+    def _after(self, point: _Point, rows: _Rows) -> tuple[int | None, int | None]:
+        """The addresses of what arrives from all ranks after a sub-block, and of the biases that are added with it. (None,
+        None) between sync points: nothing is said, the rank goes on with what it has itself."""
+        if not point.sync:
+            self._go_on(ctypes.addressof(rows.state), rows.out.data_ptr(), point.bias, point.first)
+            return None, None
+        if not point.first:
+            self._bring(ctypes.addressof(rows.state), rows.out.data_ptr())
+        rows.arrived = all_reduce(rows.out, point.axis, "forward")
+        return rows.arrived.data_ptr(), point.bias
 
     def logits(self, tokens: list[int], cache: KVCache) -> Tensor:
         if len(tokens) > MOST_ROWS:
@@ -273,17 +312,18 @@ class NativeDecoder:
             rows = self._rows = _Rows(model, len(tokens), cache.size)
         rows.ids[:], rows.lengths[:] = tokens, cache.lengths
         model.tp.ledger.forward_passes += 1
-        state, out, out_at = ctypes.addressof(rows.state), rows.out, rows.out.data_ptr()
+        state, out_at = ctypes.addressof(rows.state), rows.out.data_ptr()
         embedding, *table = self._embedding
         self._embed(state, *table, ctypes.addressof(rows.ids), out_at)
-        arrived, bias = all_reduce(out, embedding, "forward"), None
-        for (_, block, attention, mlp, attention_bias, mlp_bias), k, v in zip(self._blocks, cache.k, cache.v, strict=True):
-            self._attention(state, block, arrived.data_ptr(), bias, k.data_ptr(), v.data_ptr(), out_at)
-            arrived, bias = all_reduce(out, attention, "forward"), attention_bias
-            self._mlp(state, block, arrived.data_ptr(), bias, out_at)
-            arrived, bias = all_reduce(out, mlp, "forward"), mlp_bias
+        rows.arrived = all_reduce(rows.out, embedding, "forward")
+        came: tuple[int | None, int | None] = rows.arrived.data_ptr(), None
+        for (_, block, after_attention, after_mlp), k, v in zip(self._blocks, cache.k, cache.v, strict=True):
+            self._attention(state, block, *came, k.data_ptr(), v.data_ptr(), out_at)
+            came = self._after(after_attention, rows)
+            self._mlp(state, block, *came, out_at)
+            came = self._after(after_mlp, rows)
         ln_f, head = ctypes.addressof(self._ln_f), ctypes.addressof(self._head_table)
-        self._head(state, ln_f, head, arrived.data_ptr(), bias, rows.logits.data_ptr())
+        self._head(state, ln_f, head, *came, rows.logits.data_ptr())
         return rows.logits
 
 

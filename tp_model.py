@@ -3,13 +3,14 @@
 The classes stand in the same order and their parameters have the same names as in model.py: the difference between the
 two files is the lesson. Every rank runs the same code on the same tokens; what differs is which heads, columns and
 vocabulary rows it holds. A layer's forward pass says two things to the other ranks: one all-reduce after the attention
-heads, one after the MLP's columns.
+heads, one after the MLP's columns. A schedule (parallel/schedule.py) may leave some of them out.
 
 Shapes: B batch, T tokens, C = n_embd, h = this rank's heads, D = head width, m = this rank's MLP columns.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -20,9 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from model import GPTConfig, KVCache, LayerNorm, adamw, attend, gelu, initial_tensor
 from parallel.collectives import Axis, all_gather, all_reduce
 from parallel.graphs import outside_graphs
-from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, f, g, share
 from parallel.loss import vocab_parallel_head_loss
 from parallel.partition import VOCAB_MULTIPLE, Partition, Rule
+from parallel.schedule import Schedule
 
 Read = Callable[[str, Rule], Tensor]  # the entries of one tensor that this rank owns, without padding
 
@@ -39,17 +41,23 @@ class CausalSelfAttention(nn.Module):
         self.tp, self.dropout = here, config.dropout
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        B, T, _ = x.shape
+        y = self.c_proj(self.heads(self.c_attn(x), cache))  # all-reduce
+        return F.dropout(y, self.dropout, self.training)
+
+    def partial(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """This rank's addend of the output, without c_proj's bias: nothing is said."""
+        return self.c_proj.partial(self.heads(self.c_attn.local(x), cache))
+
+    def heads(self, qkv: Tensor, cache: KVCache | None) -> Tensor:
+        """What this rank's heads make of their queries, keys and values [B, T, 3 * h * D]: [B, T, h * D]."""
+        B, T, _ = qkv.shape
         h = self.local_n_head
-        q, k, v = self.c_attn(x).view(B, T, 3 * h, self.head_dim).transpose(1, 2).split(h, dim=1)  # [B, h, T, D]
+        q, k, v = qkv.view(B, T, 3 * h, self.head_dim).transpose(1, 2).split(h, dim=1)  # [B, h, T, D]
         if cache is not None:
             k, v = remember(cache, k, v)
         if self.training and self.dropout > 0:
-            y = attend_with_own_dropout(q, k, v, cache, self.dropout, self.tp)
-        else:
-            y = attend(q, k, v, cache, 0.0)  # [B, T, h * D]
-        y = self.c_proj(y)  # all-reduce
-        return F.dropout(y, self.dropout, self.training)
+            return attend_with_own_dropout(q, k, v, cache, self.dropout, self.tp)
+        return attend(q, k, v, cache, 0.0)
 
 
 @outside_graphs  # its sizes change with every token: traced, it would be compiled again and again
@@ -84,29 +92,78 @@ class MLP(nn.Module):
         y = self.c_proj(gelu(self.c_fc(x), self.activation))  # [B, T, m] -> all-reduce -> [B, T, C]
         return F.dropout(y, self.dropout, self.training)
 
+    def partial(self, x: Tensor) -> Tensor:
+        """This rank's addend of the output, without c_proj's bias: nothing is said."""
+        return self.c_proj.partial(gelu(self.c_fc.local(x), self.activation))
+
+
+class Stream(NamedTuple):
+    """The residual stream on one rank. At a sync point it is x, and the same on all ranks. Between two, a rank goes on with
+    what it knows: x, its own partial outputs since then, and the biases of the sub-blocks passed."""
+
+    x: Tensor  # [B, T, C], as of the last sync point
+    here: Tensor | None = None  # [B, T, C], x + partial + biases; None at a sync point
+    partial: Tensor | None = None  # [B, T, C], the sum of this rank's own outputs
+    biases: Tensor | None = None  # [C] or [B, T, C], to be added once, when ranks agree; None too where there are none
+
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, split: Partition, tp: Axis, layer: int):
+    """syncs: whether the ranks synchronise after its attention, and after its MLP."""
+
+    def __init__(self, config: GPTConfig, split: Partition, tp: Axis, layer: int, syncs: tuple[bool, bool]):
         super().__init__()
+        self.syncs = syncs
         self.ln_1 = LayerNorm(config.n_embd, config.bias)
         self.attn = CausalSelfAttention(config, split, tp, layer)
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config, split, tp, layer)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, s: Stream, cache: KVCache | None = None) -> Stream:
+        if s.here is None and self.syncs[0]:
+            s = Stream(s.x + self.attn(self.ln_1(s.x), cache))
+        else:
+            here = s.here if s.here is not None else f(s.x, self.attn.tp)
+            s = go_on(s, here, self.attn.partial(self.ln_1(here), cache), self.attn, self.syncs[0])
+        if s.here is None and self.syncs[1]:
+            return Stream(s.x + self.mlp(self.ln_2(s.x)))
+        here = s.here if s.here is not None else f(s.x, self.mlp.c_proj.axis)
+        return go_on(s, here, self.mlp.partial(self.ln_2(here)), self.mlp, self.syncs[1])
+
+
+def go_on(s: Stream, here: Tensor, y: Tensor, body: CausalSelfAttention | MLP, sync: bool) -> Stream:
+    """The stream after a sub-block that stands in a run of several between two sync points.
+
+    here: what this rank went into it with, [B, T, C]; y: its partial output, without c_proj's bias. Every contribution
+    reaches the stream exactly, once; what is approximate is only what a rank sees before the others' have arrived.
+    """
+    bias: Tensor | None = body.c_proj.bias
+    axis = body.c_proj.axis
+    if body.training and body.dropout > 0:  # the mask is the same on all ranks: a sum of dropped parts is the dropped sum
+        mask = F.dropout(torch.ones_like(y), body.dropout)
+        y, bias = y * mask, None if bias is None else bias * mask
+    partial = y if s.partial is None else s.partial + y
+    if sync:
+        update = g(partial, axis)  # all-reduce
+        for biases in (s.biases, bias):
+            update = update if biases is None else update + biases
+        return Stream(s.x + update)
+    if bias is None:
+        return Stream(s.x, here + y, partial)
+    # its gradient: what comes through `here` differs from rank to rank, what comes through the sync point does not
+    later = share(bias, axis)
+    return Stream(s.x, here + (y + bias), partial, later if s.biases is None else s.biases + later)
 
 
 class Transformer(nn.Module):
-    def __init__(self, config: GPTConfig, split: Partition, tp: Axis):
+    def __init__(self, config: GPTConfig, split: Partition, tp: Axis, schedule: Schedule):
         super().__init__()
         lo, hi = split.vocabulary(tp.rank)
         here = tp.at("embedding")
         self.wte = VocabParallelEmbedding(config.vocab_size, config.n_embd, lo, hi, split.local_vocab, here)
         # from_pretrained, because nn.Embedding would draw numbers that are then thrown away
         self.wpe = nn.Embedding.from_pretrained(torch.empty(config.block_size, config.n_embd), freeze=False)
-        self.h = nn.ModuleList(Block(config, split, tp, layer) for layer in range(config.n_layer))
+        syncs = zip(schedule.syncs[::2], schedule.syncs[1::2], strict=True)
+        self.h = nn.ModuleList(Block(config, split, tp, layer, both) for layer, both in enumerate(syncs))
         self.ln_f = LayerNorm(config.n_embd, config.bias)
 
 
@@ -115,6 +172,7 @@ class TensorParallelGPT(nn.Module):
 
     tp: the axis it is split over. read: called once a parameter with its name and rule, returns this rank's entries of
     it; without one the parameters are drawn from `seed`, as model.py draws them. Memory is taken once, for local shapes.
+    schedule: after which sub-blocks ranks synchronise; after every one unless given, and on one rank, which is alone.
     """
 
     def __init__(
@@ -127,14 +185,16 @@ class TensorParallelGPT(nn.Module):
         dtype: torch.dtype = torch.float32,
         activation_checkpointing: bool = False,
         vocab_multiple: int = VOCAB_MULTIPLE,
+        schedule: Schedule | None = None,
     ):
         super().__init__()
         self.config, self.tp, self.activation_checkpointing = config, tp, activation_checkpointing
         self.compiled = False
         self.split = split = Partition.of(config, tp.size, vocab_multiple)
         self.vocab_lo, self.vocab_hi = split.vocabulary(tp.rank)
+        self.schedule = schedule if schedule is not None and tp.size > 1 else Schedule.plain(config.n_layer)
         with torch.device(device), default_dtype(dtype):
-            self.transformer = Transformer(config, split, tp)
+            self.transformer = Transformer(config, split, tp, self.schedule)
         self.load(read or self._draw(seed))
 
     def _draw(self, seed: int) -> Read:
@@ -184,12 +244,13 @@ class TensorParallelGPT(nn.Module):
         self.tp.ledger.forward_passes += 1
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # all-reduce
         x = F.dropout(x, self.config.dropout, self.training)
+        s = Stream(x)
         for block in self.transformer.h:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, context_fn=self._repeat)
+                s = checkpoint(block, s, use_reentrant=False, context_fn=self._repeat)
             else:
-                x = block(x, cache)
-        return self.transformer.ln_f(x)
+                s = block(s, cache)
+        return self.transformer.ln_f(s.x)
 
     def _repeat(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts of a checkpointed block's first and second forward pass: the second belongs to the backward pass."""
@@ -234,6 +295,28 @@ class TensorParallelGPT(nn.Module):
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
     ) -> torch.optim.AdamW:
         return adamw(self.named_parameters(), weight_decay, learning_rate, betas, device_type)
+
+    def partial_gradients(self) -> list[nn.Parameter]:
+        """The replicated parameters of which, after a backward pass, every rank has a part of the gradient only: in a run of
+        several sub-blocks between two sync points the LayerNorms, and the biases added before its end."""
+        found: list[nn.Parameter] = []
+        for run in self.schedule.runs():
+            for i, (layer, kind) in enumerate(run if len(run) > 1 else []):
+                block: Any = self.transformer.h[layer]
+                norm, body = (block.ln_1, block.attn) if kind == "attention" else (block.ln_2, block.mlp)
+                found += [norm.weight, norm.bias] + ([body.c_proj.bias] if i < len(run) - 1 else [])
+        return [parameter for parameter in found if parameter is not None]
+
+    @torch.no_grad()
+    def sum_partial_gradients(self) -> None:
+        """Make them whole: one all-reduce, between the last backward pass and the use of the gradients. Plain Megatron has
+        none, and does nothing here."""
+        gradients = [parameter.grad for parameter in self.partial_gradients() if parameter.grad is not None]
+        if gradients:
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            whole = all_reduce(flat, self.tp.at("optimizer"), "step").split([gradient.numel() for gradient in gradients])
+            for gradient, summed in zip(gradients, whole, strict=True):
+                gradient.copy_(summed.view_as(gradient))
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:

@@ -292,6 +292,7 @@ def iterate(run: Run, lr: float) -> tuple[float, float]:
         total += loss.detach()
         (loss * scale).backward()
     total = all_reduce(total, world.dp.at("data_parallel"), "step") / world.dp.size
+    run.model.sum_partial_gradients()
     grad_norm = run.model.grad_norm().item() / scale
     take_step(run, grad_norm, scale)
     return total.item(), grad_norm

@@ -3,10 +3,11 @@
    At batch 1 a step is reading the rank's weights once; these loops do it as fast as the core can load, where a matrix
    library's kernels, made for many rows, and a Python call for each small operation leave a third of the time unused.
 
-   The residual stream x [rows, C] stands still while its update is on the way: a block begins with x += arrived + bias,
-   `arrived` being the sum over ranks of what the blocks before gave as `out`. All is float32; weights are float32, or int8
-   with a factor for each output (weight = factor x number). Sizes: C width of the stream, h this rank's heads, D their
-   width, m this rank's MLP columns, v its vocabulary rows. */
+   The residual stream x [rows, C] stands still while its update is on the way: a sub-block begins with x += arrived + bias,
+   `arrived` being the sum over ranks of what was given as `out`. Where ranks do not synchronise nothing arrives (NULL), and
+   the sub-block works on `here`: x, this rank's own outputs since the last sync point and the biases passed. All is float32;
+   weights are float32, or int8 with a factor for each output (weight = factor x number). Sizes: C width of the stream, h this
+   rank's heads, D their width, m this rank's MLP columns, v its vocabulary rows. */
 
 #include <math.h>
 #include <stdint.h>
@@ -35,7 +36,7 @@ typedef struct {
 
 typedef struct {
     int64_t C, h, D, rows, size, activation; /* size: tokens for which a row has room in the cache */
-    float *x;                  /* [rows, C] */
+    float *x, *here, *partial; /* [rows, C]; partial: the sum of this rank's outputs since the last sync point */
     float *work;               /* rows x (C + 4hD) + size or rows x (C + m), whichever is larger */
     const int64_t *lengths;    /* [rows] tokens in the cache */
 } state;
@@ -133,15 +134,18 @@ static void gelu(float *y, int64_t n, int64_t activation) {
         for (int64_t i = 0; i < n; i++) y[i] = 0.5f * y[i] * (1.0f + error_function(y[i] * 0.7071067812f));
 }
 
-static void arrive(const state *s, const float *arrived, const float *bias) {
+/* gives the stream to go on with */
+static const float *arrive(const state *s, const float *arrived, const float *bias) {
+    if (!arrived) return s->here;
     for (int64_t r = 0; r < s->rows; r++)
         for (int64_t c = 0; c < s->C; c++) s->x[r * s->C + c] += arrived[r * s->C + c] + (bias ? bias[c] : 0);
+    return s->x;
 }
 
-static void normalize(const state *s, const norm *n, float *y) {
+static void normalize(const state *s, const float *stream, const norm *n, float *y) {
     const int64_t C = s->C;
     for (int64_t r = 0; r < s->rows; r++) {
-        const float *x = s->x + r * C;
+        const float *x = stream + r * C;
         float *z = y + r * C;
         const float mean = sum_of(x, C) / (float)C;
         for (int64_t c = 0; c < C; c++) z[c] = x[c] - mean;
@@ -179,8 +183,7 @@ void nanotp_embed(const state *s, const float *table, int64_t lo, int64_t hi, co
 void nanotp_attention(const state *s, const block *b, const float *arrived, const float *bias, float *k, float *v, float *out) {
     const int64_t h = s->h, D = s->D, width = h * D;
     float *normed = s->work, *qkv = normed + s->rows * s->C, *y = qkv + s->rows * 3 * width, *score = y + s->rows * width;
-    arrive(s, arrived, bias);
-    normalize(s, &b->ln_1, normed);
+    normalize(s, arrive(s, arrived, bias), &b->ln_1, normed);
     apply(&b->c_attn, normed, qkv, s->rows);
     for (int64_t r = 0; r < s->rows; r++)
         for (int64_t i = 0; i < h; i++) {
@@ -196,16 +199,29 @@ void nanotp_attention(const state *s, const block *b, const float *arrived, cons
 /* out [rows, C]: this rank's part of the sum, without c_proj's bias */
 void nanotp_mlp(const state *s, const block *b, const float *arrived, const float *bias, float *out) {
     float *normed = s->work, *hidden = normed + s->rows * s->C;
-    arrive(s, arrived, bias);
-    normalize(s, &b->ln_2, normed);
+    normalize(s, arrive(s, arrived, bias), &b->ln_2, normed);
     apply(&b->c_fc, normed, hidden, s->rows);
     gelu(hidden, s->rows * b->c_fc.outputs, s->activation);
     apply(&b->c_proj_mlp, hidden, out, s->rows);
 }
 
+/* a sub-block's out [rows, C] stays with this rank; first: the sub-block before was followed by a sync point */
+void nanotp_go_on(const state *s, const float *out, const float *bias, int64_t first) {
+    for (int64_t r = 0; r < s->rows; r++)
+        for (int64_t c = 0; c < s->C; c++) {
+            const int64_t i = r * s->C + c;
+            s->here[i] = (first ? s->x[i] : s->here[i]) + out[i] + (bias ? bias[c] : 0);
+            s->partial[i] = first ? out[i] : s->partial[i] + out[i];
+        }
+}
+
+/* what this rank brings to the sync point after a run of several sub-blocks: the last one's out, and those before it */
+void nanotp_bring(const state *s, float *out) {
+    for (int64_t i = 0; i < s->rows * s->C; i++) out[i] += s->partial[i];
+}
+
 /* logits [rows, v]: this rank's columns */
 void nanotp_head(const state *s, const norm *ln_f, const linear *table, const float *arrived, const float *bias, float *logits) {
-    arrive(s, arrived, bias);
-    normalize(s, ln_f, s->work);
+    normalize(s, arrive(s, arrived, bias), ln_f, s->work);
     apply(table, s->work, logits, s->rows);
 }

@@ -75,6 +75,26 @@ def _apply(function: Any, x: Tensor, axis: Axis) -> Tensor:
     return function.apply(x, axis)
 
 
+class _Share(torch.autograd.Function):
+    """Forward identity, backward a share of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parts: int) -> Tensor:
+        ctx.parts = parts
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.parts, None
+
+
+def share(x: Tensor, axis: Axis) -> Tensor:
+    """A replicated parameter in a place where every rank has its whole gradient, while elsewhere ranks have different parts
+    of it: here each takes an equal share, so that the sum over the ranks is right."""
+    shared: Tensor = _Share.apply(x, axis.size)
+    return shared
+
+
 def f(x: Tensor, axis: Axis) -> Tensor:
     """Enter a tensor-parallel region: every rank uses the same x, so the ranks' gradients of it add up."""
     return _apply(_F, x, axis) if axis.size > 1 and torch.is_grad_enabled() else x
@@ -107,9 +127,14 @@ class ColumnParallelLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(local_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        check_width(self, x, self.in_features)
         if self.axis.size > 1 and torch.is_grad_enabled():
+            check_width(self, x, self.in_features)
             return _f_linear(x, self.weight, self.bias, self.axis)
+        return self.local(x)
+
+    def local(self, x: Tensor) -> Tensor:
+        """The same of an x that is this rank's own, or has been through f before: no collective in either pass."""
+        check_width(self, x, self.in_features)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -127,6 +152,11 @@ class RowParallelLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        y = g(self.partial(x), self.axis)
+        return y if self.bias is None else y + self.bias
+
+    def partial(self, x: Tensor) -> Tensor:
+        """This rank's addend of y, without the bias: no collective in either pass."""
         hint = ""
         if self.axis.size > 1 and x.shape[-1] == self.in_features:
             hint = (
@@ -134,8 +164,7 @@ class RowParallelLinear(nn.Module):
                 f"or this rank's own columns (rank {self.axis.rank} of {self.axis.size} owns {self.local_in})"
             )
         check_width(self, x, self.local_in, hint)
-        y = g(F.linear(x, self.weight), self.axis)
-        return y if self.bias is None else y + self.bias
+        return F.linear(x, self.weight)
 
 
 class VocabParallelEmbedding(nn.Module):

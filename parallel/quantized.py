@@ -60,6 +60,8 @@ class QuantizedColumnParallelLinear(nn.Module):
         y = self.int8.product(x)
         return y if self.bias is None else y + self.bias
 
+    local = forward
+
 
 class QuantizedRowParallelLinear(nn.Module):
     """RowParallelLinear over an int8 weight: this rank's columns of x -> y [..., out_features]. One all-reduce (g).
@@ -73,9 +75,12 @@ class QuantizedRowParallelLinear(nn.Module):
         self.int8 = Int8Weight(layer.weight, largest)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_width(self, x, self.local_in)
-        y = g(self.int8.product(x), self.axis)
+        y = g(self.partial(x), self.axis)
         return y if self.bias is None else y + self.bias
+
+    def partial(self, x: Tensor) -> Tensor:
+        check_width(self, x, self.local_in)
+        return self.int8.product(x)
 
 
 class QuantizedVocabParallelEmbedding(VocabParallelEmbedding):

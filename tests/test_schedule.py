@@ -1,0 +1,282 @@
+"""Schedules of sync points: their grammar, and the ranks' arithmetic against its equations in double precision."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import run_ranks
+from test_decoding import reference
+from test_tp_model import data, deaf
+from torch import Tensor
+
+from decoding import NativeDecoder, TorchDecoder
+from errors import UserError
+from model import GPT, GPTConfig
+from parallel.mesh import World
+from parallel.partition import Partition
+from parallel.schedule import Schedule
+from tp_model import TensorParallelGPT, take
+
+CONFIG = GPTConfig(block_size=12, vocab_size=67, n_layer=4, n_head=5, n_embd=20)
+SCHEDULES = ["all", "mlp", "every:2", "every:4", "0a,0m,2a", "1a,2m"]
+
+
+# --- the grammar ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, runs",
+    [
+        ("all", ["0a", "0m", "1a", "1m", "2a", "2m", "3a", "3m"]),
+        ("mlp", ["0a 0m", "1a 1m", "2a 2m", "3a 3m"]),
+        ("every:2", ["0a 0m 1a 1m", "2a 2m 3a 3m"]),
+        ("every:3", ["0a 0m 1a 1m 2a 2m", "3a 3m"]),
+        ("0a, 0m,1m", ["0a", "0m", "1a 1m", "2a 2m 3a 3m"]),
+        ("3m", ["0a 0m 1a 1m 2a 2m 3a 3m"]),
+    ],
+)
+def test_runs(text: str, runs: list[str]) -> None:
+    schedule = Schedule.parse(text, 4)
+    assert [" ".join(f"{layer}{kind[0]}" for layer, kind in run) for run in schedule.runs()] == runs
+    assert schedule.points == len(runs) and schedule.is_plain == (text == "all")
+
+
+@given(st.integers(1, 6).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, 2 * n - 1)))))
+@settings(deadline=None, derandomize=True)
+def test_what_a_schedule_is_called_makes_it_again(drawn: tuple[int, set[int]]) -> None:
+    n_layer, points = drawn
+    schedule = Schedule.after(points, n_layer)
+    assert Schedule.parse(str(schedule), n_layer) == schedule
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("4m", "there is no sub-block 4m, the model has 4 layers (0 to 3)."),
+        ("0a,,1m", "'' is no sub-block. Use all, mlp, every:K, or a list such as 0a,0m,1m"),
+        ("every", "'every' is no sub-block"),
+        ("every:0", "K is 1 to 4"),
+        ("every:5", "K is 1 to 4"),
+        ("0b", "'0b' is no sub-block"),
+    ],
+)
+def test_what_is_no_schedule(text: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Schedule.parse(text, 4)
+    assert message in str(caught.value)
+
+
+# --- the equations --------------------------------------------------------------------------------------------------
+
+
+def equations(model: GPT, idx: Tensor, tp: int, schedule: Schedule) -> Tensor:
+    """Logits [B, T, V] of a model whose ranks are lists in one process: h_i = X + own_i + B between sync points, and
+    X + B + sum of own_i at one."""
+    p, config = dict(model.named_parameters()), model.config
+    rules, C, D = Partition.of(config, tp).rules(), config.n_embd, config.n_embd // config.n_head
+
+    def weight(name: str, rank: int) -> Tensor:
+        return take(p[name], rules[name], rank)
+
+    def norm(h: Tensor, name: str) -> Tensor:
+        return F.layer_norm(h, (C,), p[f"{name}.weight"], p.get(f"{name}.bias"))
+
+    def partial(h: Tensor, layer: int, kind: str, rank: int) -> Tensor:
+        at = f"transformer.h.{layer}."
+        into, out = at + ("attn.c_attn" if kind == "attention" else "mlp.c_fc"), at + ("attn" if kind == "attention" else "mlp")
+        z = norm(h, at + ("ln_1" if kind == "attention" else "ln_2")) @ weight(into + ".weight", rank).T
+        if config.bias:
+            z = z + weight(into + ".bias", rank)
+        if kind == "attention":
+            q, k, v = (t.unflatten(-1, (-1, D)).transpose(1, 2) for t in z.chunk(3, dim=-1))
+            later = torch.ones(z.shape[1], z.shape[1]).triu(1).bool()
+            scores = (q @ k.transpose(-1, -2) / D**0.5).masked_fill(later, -torch.inf)
+            z = (scores.softmax(-1) @ v).transpose(1, 2).flatten(-2)
+        else:
+            z = F.gelu(z, approximate="tanh" if config.activation == "gelu_tanh" else "none")
+        return z @ weight(out + ".c_proj.weight", rank).T
+
+    table = p["transformer.wte.weight"]
+    X = table[idx] + p["transformer.wpe.weight"][: idx.shape[1]]
+    for run in schedule.runs():
+        own, biases = [torch.zeros_like(X) for _ in range(tp)], torch.zeros(C, dtype=X.dtype)
+        for layer, kind in run:
+            own = [o + partial(X + o + biases, layer, kind, rank) for rank, o in enumerate(own)]
+            if config.bias:
+                biases = biases + p[f"transformer.h.{layer}.{'attn' if kind == 'attention' else 'mlp'}.c_proj.bias"]
+        X = X + biases + torch.stack(own).sum(0)
+    return norm(X, "transformer.ln_f") @ table.T
+
+
+def sharded(world: World, config: GPTConfig, sync: str, dtype: torch.dtype, checkpointing: bool = False) -> TensorParallelGPT:
+    state = dict(reference(config).named_parameters())
+    return TensorParallelGPT(
+        config,
+        world.tp,
+        lambda name, rule: take(state[name].detach(), rule, world.tp.rank),
+        dtype=dtype,
+        activation_checkpointing=checkpointing,
+        schedule=Schedule.parse(sync, config.n_layer),
+    )
+
+
+def worst_error(
+    world: World, config: GPTConfig, sync: str, dtype: torch.dtype, dropped: tuple[str, str, str] | None, checkpointing: bool
+) -> tuple[float, str]:
+    """Largest relative error of logits, loss and any parameter's gradient against the equations, and where."""
+    if dropped:
+        deaf(*dropped)
+    idx, targets = data(config)
+    expected = reference(config).double()
+    logits = equations(expected, idx, world.size, Schedule.parse(sync, config.n_layer))
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    loss.backward()
+    model = sharded(world, config, sync, dtype, checkpointing)
+    with torch.no_grad():
+        last = model(idx)[0]
+    _, ours = model(idx, targets)
+    assert last is not None and ours is not None
+    ours.backward()
+    model.sum_partial_gradients()
+    errors = {
+        "logits": ((last[:, 0] - logits[:, -1]).norm() / logits[:, -1].norm()).item(),
+        "loss": abs(ours.item() / loss.item() - 1),
+    }
+    rules = model.split.rules()
+    for name, p in expected.named_parameters():
+        mine = dict(model.named_parameters())[name].grad
+        assert p.grad is not None and mine is not None
+        part = take(p.grad, rules[name], world.tp.rank)
+        whole = p.grad if ".c_attn.bias" in name else part  # a key's bias has no gradient but for rounding
+        errors[name] = ((model.owned(name, mine) - part).norm() / whole.norm()).item()
+    worst = max(errors, key=lambda name: errors[name])
+    return errors[worst], worst
+
+
+@pytest.mark.parametrize("sync", SCHEDULES)
+@pytest.mark.parametrize("tp", [1, 2, 3, 4])
+def test_forward_and_every_gradient_are_the_equations(tp: int, sync: str) -> None:
+    for config in (CONFIG, replace(CONFIG, bias=False, activation="gelu_tanh")):
+        for rank in run_ranks(tp, worst_error, config, sync if tp > 1 else "all", torch.float64, None, False):
+            assert rank[0] < 1e-9, rank  # heads: 5 over 2, 3 and 4 ranks
+
+
+def test_float32_and_activation_checkpointing() -> None:
+    for checkpointing in (False, True):
+        for rank in run_ranks(3, worst_error, CONFIG, "every:2", torch.float32, None, checkpointing):
+            assert rank[0] < 1e-5, rank
+
+
+@pytest.mark.parametrize(
+    "dropped",
+    [("mlp", "forward", "all_reduce"), ("attention", "backward", "all_reduce"), ("optimizer", "step", "all_reduce")],
+    ids="-".join,
+)
+@pytest.mark.parametrize("sync", ["mlp", "every:2"])
+def test_every_sum_is_needed(dropped: tuple[str, str, str], sync: str) -> None:
+    assert max(rank[0] for rank in run_ranks(2, worst_error, CONFIG, sync, torch.float64, dropped, False)) > 1e-3
+
+
+def test_a_parameter_left_out_of_the_sum_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = TensorParallelGPT.partial_gradients
+    names = {"ln_1.weight", "ln_2.bias", "attn.c_proj.bias"}
+    for left_out in names:
+
+        def without(self: TensorParallelGPT, left_out: str = left_out) -> list[torch.nn.Parameter]:
+            gone = {id(p) for name, p in self.named_parameters() if name == f"transformer.h.1.{left_out}"}
+            return [p for p in whole(self) if id(p) not in gone]
+
+        monkeypatch.setattr(TensorParallelGPT, "partial_gradients", without)
+        _, where = max(run_ranks(2, worst_error, CONFIG, "mlp", torch.float64, None, False))
+        assert where == f"transformer.h.1.{left_out}"
+
+
+# --- what is said, and what is not ----------------------------------------------------------------------------------
+
+
+def _account(world: World, sync: str) -> tuple[dict[str, int], int]:
+    idx, targets = data(CONFIG)
+    model = sharded(world, CONFIG, sync, torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        _, loss = model(idx, targets)
+        assert loss is not None
+        loss.backward()
+        model.sum_partial_gradients()
+    seen = sum(event.count for event in profile.key_averages() if event.key in ("gloo:all_reduce", "gloo:all_gather"))
+    told = {f"{e.layer} {e.block} {e.direction}": t.calls for e, t in world.ledger.tallies.items()}
+    return told, seen
+
+
+def test_one_all_reduce_a_run_forward_and_backward() -> None:
+    once = {"None embedding forward": 1, "None head backward": 1, "None loss forward": 1, "None optimizer step": 1}
+    for sync, layers in (("mlp", [0, 1, 2, 3]), ("every:2", None)):
+        told, seen = run_ranks(2, _account, sync)[0]
+        assert seen == sum(told.values())
+        ends, begins = (layers, layers) if layers else ([1, 3], [0, 2])
+        assert told == once | {f"{i} mlp forward": 1 for i in ends} | {f"{i} attention backward": 1 for i in begins}
+
+
+def _plain(world: World) -> bool:
+    idx, _ = data(CONFIG)
+    here, there = (sharded(world, CONFIG, sync, torch.float32) for sync in ("all", "0a,0m,1a,1m,2a,2m,3a,3m"))
+    return torch.equal(here.hidden(idx), there.hidden(idx)) and not here.partial_gradients()
+
+
+def test_all_is_megatron() -> None:
+    assert all(run_ranks(3, _plain))
+
+
+def _masks(world: World) -> tuple[Tensor, float]:
+    config = replace(CONFIG, dropout=0.3)
+    model = sharded(world, config, "every:2", torch.float32, checkpointing=True)
+    idx, targets = data(config)
+    torch.manual_seed(3)
+    _, loss = model(idx, targets)
+    assert loss is not None
+    loss.backward()
+    model.sum_partial_gradients()
+    return torch.tensor(model.grad_norm().item()), loss.item()
+
+
+def test_dropout_leaves_ranks_in_agreement() -> None:
+    (norm, loss), *others = run_ranks(3, _masks)
+    for other_norm, other_loss in others:
+        assert other_loss == loss and other_norm.item() == pytest.approx(norm.item(), rel=1e-5)
+
+
+def _stepped(world: World, config: GPTConfig, sync: str, kind: Any) -> list[Tensor]:
+    """This rank's logits after each token of a few texts that follow prompts of different lengths."""
+    model = sharded(world, config, sync, torch.float32).eval()
+    decoder, texts = kind(model), TEXTS
+    cache = model.new_cache(len(texts))
+    with torch.inference_mode():
+        model.hidden(torch.tensor([(text[:-STEPS] + [0] * 9)[:4] for text in texts]), cache)
+        lengths, found = [len(text) - STEPS for text in texts], []
+        for i in range(STEPS):
+            cache.advance([n + i for n in lengths])
+            found.append(decoder.logits([text[n + i] for text, n in zip(texts, lengths, strict=True)], cache).clone())
+    return found
+
+
+STEPS = 4
+TEXTS = [[5, 17, 3, 44, 2, 8, 66], [1, 9, 9, 30, 12], [60, 2, 9, 31, 7, 7, 50, 21]]
+
+
+@pytest.mark.parametrize("kind", [TorchDecoder, NativeDecoder])
+@pytest.mark.parametrize("sync", SCHEDULES)
+def test_decode_steps_are_the_equations(sync: str, kind: Any) -> None:
+    for config in (CONFIG, replace(CONFIG, bias=False)):
+        schedule, model = Schedule.parse(sync, config.n_layer), reference(config).double()
+        whole = [equations(model, torch.tensor([text]), 3, schedule)[0, -STEPS:] for text in TEXTS]
+        plain = [equations(model, torch.tensor([text]), 3, Schedule.plain(4))[0, -STEPS:] for text in TEXTS]
+        ranks = run_ranks(3, _stepped, config, sync, kind)
+        for i in range(STEPS):
+            ours = torch.cat([rank[i] for rank in ranks], dim=-1).double()
+            expected = torch.stack([logits[i] for logits in whole])
+            assert ((ours - expected).norm() / expected.norm()).item() < 1e-5
+            other = torch.stack([logits[i] for logits in plain])
+            assert sync == "all" or ((other - expected).norm() / expected.norm()).item() > 1e-2  # or nothing would be shown
