@@ -90,6 +90,7 @@ class SampleOptions(RunOptions):
                            ("slide", "stop", "error"))
     kv_cache: bool = option(True, "keep keys and values of past tokens instead of computing them again")
     quantize: str = option("", "int8: the matrices in 8 bits, for less memory and faster decoding", ("", "int8"))
+    sync: str = option("", "sync points: all, mlp, every:K, or a list (0a,0m,1m); default: as the weights say")
     tokenizer: str = option("", "directory with tokenizer.json, or gpt2; default: what the checkpoint says")
 
 
@@ -132,6 +133,7 @@ class TrainOptions(RunOptions):
     min_lr: float = option(6e-5, "lowest learning rate", low=0)
     backend: str = option("", "nanoGPT's name for comm, used where comm=auto", ("", "nccl", "gloo"))
     tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
+    sync: str = option("", "sync points: all, mlp, every:K, or a list (0a,0m,1m); default: as the weights say")
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     save_interval: int = option(0, "iterations between two checkpoints, 0 = at each evaluation", low=0)
     keep_last: int = option(3, "checkpoints kept in out_dir, 0 = all", low=0)
@@ -159,6 +161,7 @@ class EvalOptions(RunOptions):
     batch_size: int = option(8, "windows in a forward pass", low=1)
     max_tokens: int = option(0, "measure only this many tokens, 0 = all", low=0)
     quantize: str = option("", "int8: the matrices in 8 bits, for less memory and faster decoding", ("", "int8"))
+    sync: str = option("", "sync points: all, mlp, every:K, or a list (0a,0m,1m); default: as the weights say")
     tokenizer: str = option("", "directory with tokenizer.json, or gpt2; default: what the checkpoint says")
 
 
@@ -182,6 +185,7 @@ class BenchModelOptions(BenchOptions):
     init_from: str = option("", "weights as in sample_tp.py; default: random ones")
     prompt_tokens: int = option(128, "length of the prompt", low=1)
     quantize: str = option("", "int8: the matrices in 8 bits (the contestants' too, where they have that)", ("", "int8"))
+    sync: str = option("", "sync points, as in sample_tp.py")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,6 +66,7 @@ def build(
         "device": world.device.type,
         "dtype": dtype,
         "quantize": quantization(model),
+        "sync": str(model.schedule),
         "model": {
             **asdict(model.config),
             "parameters": model.split.count(),
@@ -93,9 +94,10 @@ def account_table(report: dict[str, Any]) -> str:
     """The account as a table: a line for each layer's attention and MLP, then the rest, then the sum."""
     account = report["comm_account"]
     precision = f"{report['dtype']}, {report['quantize']} weights" if report["quantize"] else report["dtype"]
+    sync = "" if report["sync"] == "all" else f"; sync points: {report['sync']}"
     lines = [
         f"{report['entry']}: world {report['world_size']} = dp {report['dp']} x tp {report['tp']}, {report['comm']}, "
-        f"{report['device']}, {precision}; {account['forward_passes']} forward passes",
+        f"{report['device']}, {precision}; {account['forward_passes']} forward passes{sync}",
         f"{'layer':>5}  {'block':<13} {'pass':<9} {'collective':<11} {'calls':>8} {'bytes':>14} {'seconds':>9}",
     ]
     if report["tp"] * report["dp"] == 1:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import report
-from checkpoints.sources import Source, open_source, reader, tokenizer_of
+from checkpoints.sources import Source, open_source, reader, schedule_of, tokenizer_of
 from decoding import Decoder, decoder_for
 from entry import run
 from errors import UserError
@@ -81,8 +81,14 @@ def how_to_sample(options: SampleOptions, tokenizer: Tokenizer) -> Sampling:
 
 def load(world: World, source: Source, options: Any) -> TensorParallelGPT:
     """The model for inference: each rank reads its own part of the weights."""
-    dtype = pick_dtype(options.dtype, world.device)
-    model = TensorParallelGPT(source.config, world.tp, reader(source, world.tp.rank), device=world.device, dtype=dtype)
+    model = TensorParallelGPT(
+        source.config,
+        world.tp,
+        reader(source, world.tp.rank),
+        device=world.device,
+        dtype=pick_dtype(options.dtype, world.device),
+        schedule=schedule_of(source, options.sync, world.tp.size),
+    )
     model.eval()
     if options.quantize:
         quantize(model, world.gather)
@@ -135,8 +141,11 @@ def notices(world: World, source: Source, model: TensorParallelGPT, decoder: Dec
     written = getattr(getattr(source, "manifest", None), "tp", world.tp.size)
     if written != world.tp.size:
         lines.append(f"the checkpoint is tp={written}, this run tp={world.tp.size}: resharded on load, no file changed.")
+    if not model.schedule.is_plain:
+        points, plain = model.schedule.points, 2 * source.config.n_layer
+        lines.append(f"ranks synchronise after {points} of {plain} sub-blocks (--sync={model.schedule}); --sync=all is exact.")
     if world.tp.size > 1 and world.device.type == "cuda":
-        syncs = 2 * source.config.n_layer + 1
+        syncs = model.schedule.points + 1
         size = model.split.count() * next(model.parameters()).element_size()
         lines.append(f"{source.description} ({size / 1e9:.1f} GB): tp={world.tp.size} makes {syncs} all-reduces a token.")
     if decoder.why:

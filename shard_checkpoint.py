@@ -39,6 +39,7 @@ from errors import UserError
 from model import GPTConfig
 from options import EntryOptions, InspectOptions, MergeOptions, SplitOptions, VerifyOptions, parse_command
 from parallel.partition import Partition, Rule
+from parallel.schedule import Schedule
 from text.tokenizer import TOKENIZER_FILE
 
 # What each command writes into a directory, and so may replace with --force.
@@ -99,7 +100,7 @@ def write_shards(source: Source, partition: Partition, dtype: torch.dtype, direc
             list(pool.map(write, [name] * partition.tp, ranks))
             bar.update(sum(f.bytes for f in files) - before)
         written = tuple((f.path.name, *closed) for f, closed in zip(files, pool.map(TensorFile.close, files), strict=True))
-    manifest = Manifest(source.config, partition.tp, dtype_name(dtype), source.description, written, owned)
+    manifest = Manifest(source.config, partition.tp, dtype_name(dtype), source.description, written, owned, source.sync)
     write_json(directory / MANIFEST, manifest.as_json())
     return manifest
 
@@ -133,6 +134,8 @@ def merge(options: MergeOptions) -> None:
         with new_file(out) as file:
             write_nanogpt(shards, file)
     print(f"{options.out}: {shards.description}, merged from {shards.manifest.tp} shards ({options.format})")
+    if (made := shards.manifest.sync) is not None:
+        print(f"note: these weights were made for --sync={made.schedule} on tp={made.tp}; {options.format} cannot say so.")
     if not to_hf and shards.config.activation != "gelu":
         print("note: these weights use the tanh approximation of GELU; nanoGPT computes the exact one.")
 
@@ -217,6 +220,9 @@ def inspect(options: InspectOptions) -> None:
     print(f"{options.shards}: {manifest.source or 'unnamed source'}, tp {manifest.tp}, {manifest.dtype}")
     sizes = ", ".join(f"{key} {value}" for key, value in asdict(config).items())
     print(f"model: {sizes}; {Partition.of(config, 1).count():,} parameters")
+    if (made := manifest.sync) is not None:
+        points = Schedule.parse(made.schedule, config.n_layer).points
+        print(f"made for --sync={made.schedule} on tp={made.tp} ranks: {points} sync points in {config.n_layer} layers")
     print(f"{'rank':>4} {'heads':>9} {'MLP columns':>13} {'vocabulary':>15} {'parameters':>14} {'bytes':>14}")
     for rank, (_, size, _) in enumerate(manifest.files):
         heads = _owned(tensors["transformer.h.0.attn.c_proj.weight"], 1, rank, config.n_embd // config.n_head)

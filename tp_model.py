@@ -119,11 +119,15 @@ class Block(nn.Module):
         self.mlp = MLP(config, split, tp, layer)
 
     def forward(self, s: Stream, cache: KVCache | None = None) -> Stream:
+        return self.after_mlp(self.after_attention(s, cache))
+
+    def after_attention(self, s: Stream, cache: KVCache | None = None) -> Stream:
         if s.here is None and self.syncs[0]:
-            s = Stream(s.x + self.attn(self.ln_1(s.x), cache))
-        else:
-            here = s.here if s.here is not None else f(s.x, self.attn.tp)
-            s = go_on(s, here, self.attn.partial(self.ln_1(here), cache), self.attn, self.syncs[0])
+            return Stream(s.x + self.attn(self.ln_1(s.x), cache))
+        here = s.here if s.here is not None else f(s.x, self.attn.tp)
+        return go_on(s, here, self.attn.partial(self.ln_1(here), cache), self.attn, self.syncs[0])
+
+    def after_mlp(self, s: Stream) -> Stream:
         if s.here is None and self.syncs[1]:
             return Stream(s.x + self.mlp(self.ln_2(s.x)))
         here = s.here if s.here is not None else f(s.x, self.mlp.c_proj.axis)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import entry
 import report
 from checkpoints import training
-from checkpoints.sources import Source, open_source, reader, tokenizer_of
+from checkpoints.sources import Source, open_source, reader, schedule_of, tokenizer_of
 from checkpoints.training import Progress
 from errors import UserError
 from model import GPTConfig
@@ -30,6 +30,7 @@ from parallel.data_parallel import last_only, replicate
 from parallel.ledger import Account, total
 from parallel.mesh import World, pick_dtype
 from parallel.partition import Rule
+from parallel.schedule import Schedule
 from text.dataset import EVAL_STREAM, Dataset, batch
 from tp_model import Read, TensorParallelGPT
 
@@ -37,7 +38,7 @@ GPT2_VOCAB = 50304  # nanoGPT's table for GPT-2's 50257 tokens
 # options whose change on resume a user should hear of
 SHAPES_THE_CURVE = {
     "dataset", "gradient_accumulation_steps", "batch_size", "block_size", "dropout", "learning_rate", "weight_decay", "beta1",
-    "beta2", "grad_clip", "decay_lr", "warmup_iters", "lr_decay_iters", "min_lr", "seed", "dtype",
+    "beta2", "grad_clip", "decay_lr", "warmup_iters", "lr_decay_iters", "min_lr", "seed", "dtype", "sync",
 }  # fmt: skip
 
 
@@ -138,6 +139,7 @@ class Run:
             f"world {w.size} = dp {w.dp.size} x tp {w.tp.size}, {w.comm}, {w.device.type}, {str(self.dtype)[6:]}; "
             f"{self.tokens_per_iter:,} tokens/iter = {self.layout.micro_rows} seq x {c.block_size} x "
             f"{self.layout.micro_steps} accum x {w.dp.size} dp"
+            f"{'' if self.model.schedule.is_plain else f'; sync points: {self.model.schedule}'}"
         )
 
 
@@ -164,8 +166,15 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
         check_tokenizer(source, dataset)
     dataset.check(config.block_size, config.vocab_size)
     read = reader_for(source, world.tp.rank, config) if source else None
+    asked = options.sync or "all"
     model = TensorParallelGPT(
-        config, world.tp, read, options.seed, world.device, activation_checkpointing=options.activation_checkpointing
+        config,
+        world.tp,
+        read,
+        options.seed,
+        world.device,
+        activation_checkpointing=options.activation_checkpointing,
+        schedule=schedule_of(source, options.sync, world.tp.size) if source else Schedule.parse(asked, config.n_layer),
     )
     if options.compile:
         model.compile_blocks()

@@ -16,7 +16,7 @@ import reprlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +28,7 @@ from errors import UserError
 from model import GPTConfig
 from parallel.partition import Partition, Rule, Run
 from parallel.processes import is_running
+from parallel.schedule import Schedule
 
 FORMAT_VERSION = 1
 MANIFEST = "shards.json"
@@ -58,8 +59,18 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
+class Sync:
+    """A schedule of sync points that weights were made for (parallel/schedule.py), on how many ranks, and how that was found
+    to do: the latter is for people, and may hold any JSON."""
+
+    schedule: str
+    tp: int
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """What shards.json says. files: (name, bytes, sha256) of each rank's file."""
+    """What shards.json says. files: (name, bytes, sha256) of each rank's file. sync: None where nothing was said of it."""
 
     model: GPTConfig
     tp: int
@@ -67,14 +78,17 @@ class Manifest:
     source: str
     files: tuple[tuple[str, int, str], ...]
     tensors: dict[str, TensorEntry]
+    sync: Sync | None = None
 
     def as_json(self) -> dict[str, Any]:
+        sync = self.sync and {"sync": self.sync.schedule, "sync_tp": self.sync.tp, "evidence": self.sync.evidence}
         return {
             "format_version": FORMAT_VERSION,
             "model": asdict(self.model),
             "tp": self.tp,
             "dtype": self.dtype,
             "source": self.source,
+            **(sync or {}),
             "files": [{"name": name, "bytes": size, "sha256": sha256} for name, size, sha256 in self.files],
             "tensors": {name: entry.as_json() for name, entry in self.tensors.items()},
         }
@@ -143,7 +157,18 @@ def _parse(raw: Any) -> Manifest:
     model = config_from(raw["model"], "model.{}".format)
     _require(isinstance(raw["tensors"], dict), "`tensors` is not an object.")
     tensors = {name: _parse_tensor(name, entry, tp) for name, entry in raw["tensors"].items()}
-    return Manifest(model, tp, dtype, source, _parse_files(raw["files"], tp), tensors)
+    return Manifest(model, tp, dtype, source, _parse_files(raw["files"], tp), tensors, _parse_sync(raw, model))
+
+
+def _parse_sync(raw: dict[str, Any], model: GPTConfig) -> Sync | None:
+    if "sync" not in raw:
+        return None
+    text, tp, evidence = raw["sync"], raw.get("sync_tp", 0), raw.get("evidence", {})
+    _require(isinstance(text, str) and len(text) < 100_000, f"sync={shown(text)} is not a schedule.")
+    _require(_is_count(tp) and 1 <= tp <= MAX_TP, f"sync_tp={shown(tp)} is not a number of ranks.")
+    _require(isinstance(evidence, dict), "`evidence` is not an object.")
+    Schedule.parse(text, model.n_layer)  # says what is wrong with it
+    return Sync(text, tp, evidence)
 
 
 def config_from(raw: Any, label: Callable[[str], str]) -> GPTConfig:
@@ -153,15 +178,15 @@ def config_from(raw: Any, label: Callable[[str], str]) -> GPTConfig:
     """
     _require(isinstance(raw, dict), "the model's sizes are not an object.")
     values: dict[str, Any] = {}
-    for field in fields(GPTConfig):
-        _require(field.name in raw, f"{label(field.name)} is missing.")
-        value, kind = raw[field.name], type(field.default)
+    for size in fields(GPTConfig):
+        _require(size.name in raw, f"{label(size.name)} is missing.")
+        value, kind = raw[size.name], type(size.default)
         if kind is float and type(value) is int and value in (0, 1):
             value = float(value)
-        _require(type(value) is kind, f"{label(field.name)}={shown(value)} is not of type {kind.__name__}.")
-        limit = 10_000 if field.name == "n_layer" else 2**31  # a table of more layers would take long to make
-        _require(kind is not int or 0 < value < limit, f"{label(field.name)}={shown(value)} is out of range.")
-        values[field.name] = value
+        _require(type(value) is kind, f"{label(size.name)}={shown(value)} is not of type {kind.__name__}.")
+        limit = 10_000 if size.name == "n_layer" else 2**31  # a table of more layers would take long to make
+        _require(kind is not int or 0 < value < limit, f"{label(size.name)}={shown(value)} is out of range.")
+        values[size.name] = value
     config = GPTConfig(**values)
     _require(config.activation in ("gelu", "gelu_tanh"), f"{label('activation')}={shown(config.activation)} is not known.")
     _require(0 <= config.dropout < 1, f"{label('dropout')}={config.dropout} is out of range.")

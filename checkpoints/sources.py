@@ -17,10 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoints.shards import CODES, DTYPES, MANIFEST, ShardDirectory, config_from, read_json, shown
+from checkpoints.shards import CODES, DTYPES, MANIFEST, ShardDirectory, Sync, config_from, read_json, shown
 from errors import UserError
 from model import GPTConfig
 from parallel.partition import Partition, Rule, Run
+from parallel.schedule import Schedule
 from text.dataset import Dataset, is_prepared
 from text.tokenizer import TOKENIZER_FILE, GPT2Tokenizer, IdsTokenizer, Tokenizer, read_tokenizer, tokenizer_from_json
 from tp_model import Read
@@ -32,13 +33,15 @@ GPT2_TOKENS = 50257
 
 class Source(Protocol):
     """config: the model's. dtype: of the stored weights. description: for people.
-    tokenizer: what tokenizer.json should say, or None where the source does not tell; dataset: nanoGPT's hint for it."""
+    tokenizer: what tokenizer.json should say, or None where the source does not tell; dataset: nanoGPT's hint for it.
+    sync: the schedule of sync points that the weights were made for, None where they were for none in particular."""
 
     config: GPTConfig
     dtype: torch.dtype
     description: str
     tokenizer: dict[str, Any] | None
     dataset: str | None
+    sync: Sync | None
 
     def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
         """Runs of a full tensor along dim, one after the other; the whole where dim is None. May be a view of a file."""
@@ -74,6 +77,20 @@ def tokenizer_of(source: Source, choice: str = "", data_dir: str = "data") -> To
             f"{source.config.vocab_size}: they do not belong together. Name the right one with --tokenizer."
         )
     return tokenizer
+
+
+def schedule_of(source: Source, text: str, tp: int) -> Schedule:
+    """The schedule that --sync=`text` asks for; where it is "", the one that the weights were made for, or plain Megatron's.
+
+    UserError where that is for another tp: what a rank sees between two sync points, and what was repaired, depends on it.
+    """
+    made = source.sync
+    if not text and made is not None and made.tp != tp and made.schedule != "all":
+        raise UserError(
+            f"{source.description} was made for --sync={made.schedule} on tp={made.tp} ranks, and this run has tp={tp}. Start "
+            f"{made.tp} ranks, or synchronise after every sub-block with --sync=all."
+        )
+    return Schedule.parse(text or (made.schedule if made else "all"), source.config.n_layer)
 
 
 def reader(source: Source, rank: int) -> Read:
@@ -128,6 +145,7 @@ class ShardSource(ShardDirectory):
         self.check_model()
         path = directory / "tokenizer.json"
         self.tokenizer = read_json(path) if path.is_file() else None
+        self.sync = self.manifest.sync
         if verify is not None:
             rank, size = verify
             self.check_all_bytes(range(rank, self.manifest.tp, size))
@@ -181,6 +199,7 @@ class HuggingFaceDirectory:
     """
 
     dataset: str | None = None
+    sync: Sync | None = None
 
     def __init__(self, directory: Path, description: str = ""):
         self.directory = directory
@@ -305,6 +324,8 @@ def config_from_hf(raw: Any, where: Path) -> GPTConfig:
 
 class NanoGPTCheckpoint:
     """A nanoGPT ckpt.pt, mapped from the file: {"model": state dict, "model_args": {...}, "config": {...}, ...}."""
+
+    sync: Sync | None = None
 
     def __init__(self, path: Path):
         self.path, self.description = path, str(path)

@@ -20,6 +20,7 @@ from checkpoints.shards import (
     MANIFEST,
     Manifest,
     ShardDirectory,
+    Sync,
     TensorEntry,
     TensorFile,
     dtype_name,
@@ -122,10 +123,11 @@ def _write_manifests(model: TensorParallelGPT, files: list[Any], scratch: Path, 
     shapes, rules = model.split.shapes(), model.split.rules()
     entries = {name: TensorEntry(shape, Rule(rules[name].dim, rules[name].runs)) for name, shape in shapes.items()}
     moments = {f"{moment}.{name}": entry for moment in MOMENTS for name, entry in entries.items()}
+    sync = None if model.schedule.is_plain else Sync(str(model.schedule), model.tp.size)
     parts = ((scratch, entries, 0), (scratch / OPTIMIZER, moments, 1))
     for directory, tensors, which in parts:
         ranks = tuple(pair[which] for pair in files)
-        manifest = Manifest(model.config, model.tp.size, dtype_name(torch.float32), source, ranks, tensors)
+        manifest = Manifest(model.config, model.tp.size, dtype_name(torch.float32), source, ranks, tensors, sync)
         write_json(directory / MANIFEST, manifest.as_json())
 
 

@@ -1,8 +1,11 @@
 """Schedules of sync points: their grammar, and the ranks' arithmetic against its equations in double precision."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,9 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
 from test_decoding import reference
+from test_sample_tp import sample
+from test_shards import write
 from test_tp_model import data, deaf
+from test_training import curve, letters, trained  # noqa: F401  letters is a fixture
 from torch import Tensor
 
+from checkpoints.shards import Sync, read_manifest
 from decoding import NativeDecoder, TorchDecoder
 from errors import UserError
 from model import GPT, GPTConfig
@@ -280,3 +287,54 @@ def test_decode_steps_are_the_equations(sync: str, kind: Any) -> None:
             assert ((ours - expected).norm() / expected.norm()).item() < 1e-5
             other = torch.stack([logits[i] for logits in plain])
             assert sync == "all" or ((other - expected).norm() / expected.norm()).item() > 1e-2  # or nothing would be shown
+
+
+# --- the option -----------------------------------------------------------------------------------------------------
+
+
+def _sample(world: World, weights: Path, *words: str) -> tuple[str, str, list[str]]:
+    return sample(world, weights, *words)
+
+
+def _sampled(tp: int, weights: Path, *words: str) -> tuple[str, str]:
+    return run_ranks(tp, _sample, weights, "--prompt=5 17 3", "--temperature=0", "--overflow=stop", *words)[0][:2]
+
+
+def test_sampling_obeys_the_schedule_of_the_shards(tmp_path: Path) -> None:
+    write(tmp_path / "made", 2, sync=Sync("mlp", 2))
+    write(tmp_path / "plain", 2)
+    report = tmp_path / "report.json"
+    text, said = _sampled(2, tmp_path / "made", f"--report={report}")
+    made = json.loads(report.read_text())
+    assert "ranks synchronise after 2 of 4 sub-blocks (--sync=mlp)" in said and "; sync points: mlp" in said
+    assert made["sync"] == "mlp" and all(layer["attention"] == {} for layer in made["comm_account"]["layers"])
+    assert _sampled(2, tmp_path / "plain", "--sync=mlp")[0] == text
+    plain, said = _sampled(2, tmp_path / "made", "--sync=all", f"--report={report}")
+    assert json.loads(report.read_text())["sync"] == "all" and "sync points" not in said
+    assert plain == _sampled(1, tmp_path / "plain", "--sync=mlp")[0]  # alone a rank sees everything
+
+
+def test_a_schedule_for_another_tp_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "made", 2, sync=Sync("mlp", 2))
+    for tp in (1, 3):
+        with pytest.raises((UserError, AssertionError)) as caught:
+            _sampled(tp, tmp_path / "made")
+        assert f"was made for --sync=mlp on tp=2 ranks, and this run has tp={tp}. Start 2 ranks" in str(caught.value)
+        assert _sampled(tp, tmp_path / "made", "--sync=all")[0]
+
+
+def test_training_under_a_schedule(letters: Path, tmp_path: Path) -> None:  # noqa: F811
+    whole = trained(letters, tmp_path / "whole", 2, 2, sync="mlp")
+    assert whole[-1, 0] < 0.9 * whole[0, 0]  # it learns
+    assert curve(tmp_path / "whole")[3]["all_reduce_per_layer"] == {"forward": 1.0, "backward": 1.0}
+    assert read_manifest(tmp_path / "whole" / "step-000020").sync == Sync("mlp", 2)
+    trained(letters, tmp_path / "half", 2, 2, sync="mlp", max_iters=10)
+    resumed = trained(letters, tmp_path / "half", 2, 2, init_from="resume")
+    np.testing.assert_array_equal(resumed, whole)
+    with pytest.raises(AssertionError, match="was made for --sync=mlp on tp=2 ranks, and this run has tp=1"):
+        trained(letters, tmp_path / "half", 1, 1, init_from="resume")
+
+
+def test_data_parallel_replicas_agree_under_a_schedule(letters: Path, tmp_path: Path) -> None:  # noqa: F811
+    one, two = (trained(letters, tmp_path / str(size), size, 2, sync="mlp") for size in (2, 4))
+    np.testing.assert_allclose(one, two, rtol=1e-4)

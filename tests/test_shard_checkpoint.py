@@ -158,7 +158,8 @@ def test_gpt2s_end_of_text_is_named(tmp_path: Path) -> None:
 # --- what the commands say ------------------------------------------------------------------------------------------
 
 
-def test_split_verify_inspect_merge(tmp_path: Path, capsys: Any) -> None:
+def test_split_verify_inspect_merge(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where the dataset that the checkpoint names has not been prepared
     torch.save(nanogpt(), tmp_path / "ckpt.pt")
     assert run("split", f"--init_from={tmp_path / 'ckpt.pt'}", "--tp=2", f"--out={tmp_path / 's'}") == 0
     assert capsys.readouterr().out == (

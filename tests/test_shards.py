@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints import shards as shards_module
-from checkpoints.shards import CHUNK, DTYPES, Manifest, ShardDirectory, TensorEntry, TensorFile, read_manifest, write_json
+from checkpoints.shards import CHUNK, DTYPES, Manifest, ShardDirectory, Sync, TensorEntry, TensorFile, read_manifest, write_json
 from checkpoints.sources import ShardSource
 from errors import UserError
 from model import GPTConfig
@@ -42,6 +42,7 @@ class Weights:
         self.config, self.dtype, self.description = config, torch.float32, "random"
         self.tokenizer: dict[str, Any] | None = None
         self.dataset: str | None = None
+        self.sync: Sync | None = None
         stream = torch.Generator().manual_seed(seed)
         shapes = Partition.of(config, 1).shapes()
         self.full = {name: torch.randn(shape, generator=stream) for name, shape in shapes.items()}
@@ -56,8 +57,16 @@ def take(full: Tensor, dim: int, runs: Iterable[Run]) -> Tensor:
     return torch.from_numpy(np.take(full.numpy(), index, axis=dim))
 
 
-def write(directory: Path, tp: int, bias: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0) -> Weights:
+def write(
+    directory: Path,
+    tp: int,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    sync: Sync | None = None,
+) -> Weights:
     weights = Weights(GPTConfig(**{**vars(CONFIG), "bias": bias}), seed)
+    weights.sync = sync
     directory.mkdir(parents=True)
     write_shards(weights, Partition.of(weights.config, tp), dtype, directory)
     write_json(directory / "tokenizer.json", {"kind": "ids", "n_vocab": CONFIG.vocab_size})
@@ -124,6 +133,20 @@ def test_an_argument_is_not_written_to(tmp_path: Path) -> None:
 
 
 # --- one directory, any tp ------------------------------------------------------------------------------------------
+
+
+def test_a_schedule_stays_with_its_weights(tmp_path: Path, capsys: Any) -> None:
+    """Through a split to another tp as well: what it was made for has not changed."""
+    write(tmp_path / "d", 2, sync=Sync("mlp", 2, {"found": [1, 2.5]}))
+    raw = json.loads((tmp_path / "d" / "shards.json").read_text())
+    assert (raw["sync"], raw["sync_tp"], raw["evidence"]) == ("mlp", 2, {"found": [1, 2.5]})
+    assert main(["split", f"--init_from={tmp_path / 'd'}", "--tp=3", f"--out={tmp_path / 'e'}"]) == 0
+    assert read_manifest(tmp_path / "e").sync == read_manifest(tmp_path / "d").sync == Sync("mlp", 2, {"found": [1, 2.5]})
+    assert main(["inspect", f"--shards={tmp_path / 'e'}"]) == 0
+    assert main(["merge", f"--shards={tmp_path / 'e'}", f"--out={tmp_path / 'hf'}"]) == 0
+    said = capsys.readouterr().out
+    assert "made for --sync=mlp on tp=2 ranks: 2 sync points in 2 layers" in said
+    assert "note: these weights were made for --sync=mlp on tp=2; hf cannot say so." in said
 
 
 def test_manifest_comes_back(tmp_path: Path) -> None:
@@ -448,6 +471,10 @@ def put(*keys: Any) -> Damage:
     return edit(change)
 
 
+def add(**entries: Any) -> Damage:
+    return edit(lambda raw: raw.update(entries))
+
+
 def drop(*path: Any) -> Damage:
     def change(raw: Any) -> None:
         for step in path[:-1]:
@@ -495,6 +522,11 @@ MANIFESTS: dict[str, tuple[Damage, str]] = {
     "tp huge": (put("tp", 10**18), "is not a number of ranks"),
     "tp NaN": (put("tp", float("nan")), "tp=nan is not a number of ranks"),
     "tp more than files": (put("tp", 3), "ranges are not one list for each of 3 ranks"),
+    "sync": (put("sync", "9m"), "sync_tp=0 is not a number of ranks"),
+    "sync_tp": (add(sync="mlp", sync_tp=True), "sync_tp=True is not a number of ranks"),
+    "sync for another model": (add(sync="9m", sync_tp=2), "there is no sub-block 9m, the model has 2 layers"),
+    "sync a list": (add(sync=["mlp"], sync_tp=2), "sync=['mlp'] is not a schedule"),
+    "evidence": (add(sync="mlp", sync_tp=2, evidence=5), "`evidence` is not an object"),
     "dtype": (put("dtype", "float64"), "dtype 'float64' is not one of float32, bfloat16, float16"),
     "dtype a list": (put("dtype", ["float32"]), "dtype ['float32'] is not one of"),
     "source a number": (put("source", 3), "source 3 is not text"),
