@@ -166,6 +166,52 @@ class EvalOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DropOptions(RunOptions):
+    """What every step of dropping sync points has: the weights, and a text."""
+
+    init_from: str = option("", "weights as in sample_tp.py", required=True)
+    dataset: str = option("", "directory below data_dir: its training split is learned from, its validation split measured")
+    data_dir: str = option("data", "directory of the datasets")
+    max_tokens: int = option(0, "measure only this many tokens, 0 = all", low=0)
+    batch_size: int = option(16, "sequences in a batch", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOptions(DropOptions):
+    """Group heads with the neurons that depend on them: the same model, which misses less where sync points are dropped."""
+
+    ranks: int = option(2, "tensor-parallel size the groups are for", low=2)
+    tokens: int = option(8192, "tokens of the training split that the groups are chosen on", low=1)
+    out: str = option("", "shard directory to write", required=True)
+    force: bool = option(False, "replace the output where it exists")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanOptions(DropOptions):
+    """Measure the perplexity under many schedules, and find the one with the fewest sync points within a budget."""
+
+    scan: str = option("", "keep what was measured in this file, and go on from it")
+    budget: str = option("", "allowed increase of the perplexity, such as 1%: print the schedule with the fewest sync points")
+    search: str = option("greedy", "drop the cheapest of all that are left each time, or in the order of a first scan",
+                         ("greedy", "order"))
+    schedules: str = option("mlp;every:2", "schedules to measure besides, with semicolons between")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairOptions(DropOptions):
+    """Let weights learn to do with fewer sync points what they did with all, and write shards that say so."""
+
+    sync: str = option("", "the schedule: mlp, every:K or a list such as 0a,0m,1m", required=True)
+    steps: int = option(300, "steps for each run between two sync points, 0 = none", low=0)
+    learning_rate: float = option(1e-3, "highest learning rate of those", above=0)
+    whole_steps: int = option(0, "steps end to end after that, on the original's next-token distribution", low=0)
+    whole_learning_rate: float = option(3e-4, "highest learning rate of those", above=0)
+    control: bool = option(True, "train the dense model on the text for as many steps, to see what is not repair")
+    out: str = option("", "shard directory to write", required=True)
+    force: bool = option(False, "replace the output where it exists")
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchOptions(RunOptions):
     """What every measurement has."""
 
@@ -190,7 +236,8 @@ class BenchModelOptions(BenchOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchDecodeOptions(BenchModelOptions):
-    """Decode greedily after a prompt; --against=hf,ctranslate2,one_rank (one_rank: nanoTP on one thread)."""
+    """Decode greedily after a prompt; --against=hf,ctranslate2,one_rank,all_syncs (the last two: nanoTP on one thread; with
+    the schedule all)."""
 
     new_tokens: int = option(128, "tokens generated in a round", low=2)
     ledger: bool = option(False, "measure what the account costs: every round once with it and once without")

@@ -8,7 +8,7 @@ heads, one after the MLP's columns. A schedule (parallel/schedule.py) may leave 
 Shapes: B batch, T tokens, C = n_embd, h = this rank's heads, D = head width, m = this rank's MLP columns.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from parallel.graphs import outside_graphs
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, f, g, share
 from parallel.loss import vocab_parallel_head_loss
 from parallel.partition import VOCAB_MULTIPLE, Partition, Rule
-from parallel.schedule import Schedule
+from parallel.schedule import Schedule, SubBlock
 
 Read = Callable[[str, Rule], Tensor]  # the entries of one tensor that this rank owns, without padding
 
@@ -228,6 +228,13 @@ class TensorParallelGPT(nn.Module):
         rule = self.split.rules()[name]
         return tensor if rule.rows is None else tensor[: rule.owned(self.tp.rank)]
 
+    def set_schedule(self, schedule: Schedule) -> None:
+        """Other sync points from the next pass on; alike on all ranks, and not once blocks are compiled."""
+        self.schedule = schedule if self.tp.size > 1 else Schedule.plain(self.config.n_layer)
+        blocks: Any = self.transformer.h
+        for layer, block in enumerate(blocks):
+            block.syncs = self.schedule.syncs[2 * layer : 2 * layer + 2]
+
     @property
     def device(self) -> torch.device:
         return self.transformer.wpe.weight.device
@@ -239,22 +246,32 @@ class TensorParallelGPT(nn.Module):
         for block in self.transformer.h:
             block.compile()
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The final hidden state [B, T, C], equal on all ranks, of tokens idx [B, T]; with a cache, idx follows it."""
+    def embed(self, idx: Tensor, cache: KVCache | None = None) -> Stream:
+        """The stream of tokens idx [B, T] before the first layer."""
         T = idx.shape[1]
         if self.config.block_size < T:
             raise ValueError(f"{T} tokens do not fit block_size={self.config.block_size}")
         positions = torch.arange(T, device=idx.device).unsqueeze(0) if cache is None else cache.begin(T)
         self.tp.ledger.forward_passes += 1
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # all-reduce
-        x = F.dropout(x, self.config.dropout, self.training)
-        s = Stream(x)
+        return Stream(F.dropout(x, self.config.dropout, self.training))
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The final hidden state [B, T, C], equal on all ranks, of tokens idx [B, T]; with a cache, idx follows it."""
+        s = self.embed(idx, cache)
         for block in self.transformer.h:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 s = checkpoint(block, s, use_reentrant=False, context_fn=self._repeat)
             else:
                 s = block(s, cache)
         return self.transformer.ln_f(s.x)
+
+    def through(self, s: Stream, run: Iterable[SubBlock]) -> Stream:
+        """The stream after these sub-blocks, one after the other."""
+        blocks: Any = self.transformer.h
+        for layer, kind in run:
+            s = blocks[layer].after_attention(s) if kind == "attention" else blocks[layer].after_mlp(s)
+        return s
 
     def _repeat(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts of a checkpointed block's first and second forward pass: the second belongs to the backward pass."""

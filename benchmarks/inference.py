@@ -34,6 +34,7 @@ from parallel.ledger import Account, total
 from parallel.mesh import World
 from parallel.partition import Partition
 from parallel.quantized import weight_bytes
+from parallel.schedule import Schedule
 from sample_tp import load
 from shard_checkpoint import split, write_hf
 from tp_model import TensorParallelGPT
@@ -67,7 +68,8 @@ class Subject:
         return Sampling(n_tokens=self.model.config.vocab_size, temperature=0, max_new_tokens=self.n)
 
     def describe(self) -> dict[str, Any]:
-        return {"model": asdict(self.model.config) | {"parameters": self.model.split.count()}}
+        model = asdict(self.model.config) | {"parameters": self.model.split.count()}
+        return {"model": model, "sync": str(self.model.schedule)}
 
 
 @contextmanager
@@ -135,10 +137,15 @@ class FromFirstStep:
 
 
 def decode(world: World, options: BenchDecodeOptions) -> None:
-    bench = Bench(world, options, DECODERS)
+    bench = Bench(world, options, DECODERS, ("all_syncs",))
     with subject(world, options, options.new_tokens) as measured:
-        model, n = measured.model, measured.n
+        model, n, schedule = measured.model, measured.n, measured.model.schedule
         decoder = FromFirstStep(decoder_for(model), world)
+        plain = None
+        if "all_syncs" in bench.names:
+            model.set_schedule(Schedule.plain(model.config.n_layer))
+            plain = decoder_for(model)
+            model.set_schedule(schedule)
         read = sum(world.gather(weight_bytes(model) - table_bytes(model)))
 
         def step(record: bool = True) -> dict[str, Any]:
@@ -155,9 +162,16 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
             made = step()
             return made | {"bandwidth": read_bandwidth(world)}  # in the round: a shared machine's changes by the minute
 
+        def all_syncs() -> dict[str, Any]:
+            model.set_schedule(Schedule.plain(model.config.n_layer))
+            result = generate(model, [measured.prompt], measured.sampling, decoder=plain)
+            model.set_schedule(schedule)
+            seconds = result.timing.decode_s / result.timing.decode_tokens
+            return {"seconds": seconds, "tokens": result.rows[0].tokens[-n:]}
+
         step()
         with bench.contestants(measured.job) as contestants:
-            rounds = bench.rounds(once, contestants)
+            rounds = bench.rounds(once, contestants, **({"all_syncs": all_syncs} if plain else {}))
         overhead = []
         for i in range(options.repeats if options.ledger else 0):  # each comes first every other time
             seconds = {record: step(record)["seconds"] for record in ((True, False) if i % 2 else (False, True))}
@@ -169,7 +183,7 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
     used = [rate / most for rate, most in zip(rates, bandwidths, strict=True)]
     lines += [
         f"decode of {n} tokens after {options.prompt_tokens}, batch 1, on {world.size} ranks of {torch.get_num_threads()} "
-        f"threads: {world.comm}, {decoder.name} step{', int8' if options.quantize else ''}",
+        f"threads: {world.comm}, {decoder.name} step{', int8' if options.quantize else ''}; sync points: {schedule}",
         f"weights read: {shown([rate / 1e9 for rate in rates])} GB/s, {shown(used, '.0%')} of what all ranks together read "
         f"at the same time, {shown([most / 1e9 for most in bandwidths])} GB/s",
         f"in collectives (rank 0's clock): {shown(shares, '.1%')} of a step; {ours[0]['calls']:.1f} calls and "

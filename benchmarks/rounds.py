@@ -49,12 +49,13 @@ def machine() -> dict[str, Any]:
 class Bench:
     """Rounds of nanoTP and its contestants; rank 0 alone has contestants, and speaks."""
 
-    def __init__(self, world: World, options: BenchOptions, known: tuple[str, ...]):
-        self.world, self.options = world, options
+    def __init__(self, world: World, options: BenchOptions, known: tuple[str, ...], own: tuple[str, ...] = ()):
+        """known: contestants that there are; own: those of `against` that these ranks are themselves."""
+        self.world, self.options, self.own = world, options, own
         self.names = [name for name in options.against.split(",") if name]
         for name in self.names:
-            if name not in known:
-                raise UserError(f"--against={name} is not one of {', '.join(known)}.")
+            if name not in known + own:
+                raise UserError(f"--against={name} is not one of {', '.join(known + own)}.")
         if options.plot and world.is_main:
             report.check_place(options.plot, "plot")
             pyplot()
@@ -68,19 +69,24 @@ class Bench:
         with ExitStack() as stack:
             found = []
             for name in self.names if self.world.is_main else []:
+                if name in self.own:
+                    continue
                 contestant = Contestant({"kind": name, "threads": self.threads, **job})
                 stack.callback(contestant.close)
                 found.append(contestant)
             self.world.barrier()
             yield found
 
-    def rounds(self, ours: Callable[[], dict[str, Any]], contestants: list[Contestant]) -> list[dict[str, dict[str, Any]]]:
-        """For each round what each of the parties answered; the others than rank 0 get nanoTP's alone."""
+    def rounds(
+        self, ours: Callable[[], dict[str, Any]], contestants: list[Contestant], **others: Callable[[], dict[str, Any]]
+    ) -> list[dict[str, dict[str, Any]]]:
+        """For each round what each of the parties answered; the others than rank 0 get nanoTP's alone. others: what these
+        ranks do in another way, beside `ours`."""
         made = []
         show = self.world.is_main and sys.stderr.isatty()
         for _ in tqdm(range(self.options.repeats), desc="bench", unit="round", disable=not show):
             self.world.barrier()
-            turn = {"nanotp": ours()}
+            turn = {"nanotp": ours()} | {name: other() for name, other in others.items()}
             for contestant in contestants:
                 turn[contestant.kind] = contestant.round()
             self.world.barrier()  # gloo's: those who wait here sleep

@@ -32,6 +32,7 @@ from checkpoints.sources import LATEST, latest_checkpoint, read_json
 from errors import UserError
 from parallel.mesh import World
 from parallel.partition import Rule
+from text.tokenizer import TOKENIZER_FILE
 from tp_model import TensorParallelGPT
 
 STATE, OPTIMIZER = "training.json", "optimizer"
@@ -87,7 +88,7 @@ def save(
     files = [pair for pair in world.gather(written) if pair is not None]
     if world.is_main:
         _write_manifests(model, files, scratch, f"training, iteration {progress.iter_num}")
-        write_json(scratch / "tokenizer.json", tokenizer)
+        write_json(scratch / TOKENIZER_FILE, tokenizer)
         write_json(scratch / STATE, {"progress": vars(progress), "options": options})
         publish(scratch, path)
         _point(out_dir, path.name)
@@ -96,6 +97,32 @@ def save(
                 shutil.rmtree(old)
     world.barrier()
     return path
+
+
+def export(
+    world: World, model: TensorParallelGPT, path: Path, source: str, tokenizer: dict[str, Any], sync: Sync
+) -> None:
+    """Write a model as a shard directory, which replaces what stands at `path`; every rank calls this."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    if world.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+    world.barrier()
+    files = world.gather(_write_weights(model, scratch) if world.dp.rank == 0 else None)
+    if world.is_main:
+        entries = _entries(model)
+        ranks = tuple(file for file in files if file is not None)
+        manifest = Manifest(model.config, model.tp.size, dtype_name(torch.float32), source, ranks, entries, sync)
+        write_json(scratch / MANIFEST, manifest.as_json())
+        write_json(scratch / TOKENIZER_FILE, tokenizer)
+        publish(scratch, path)
+    world.barrier()
+
+
+def _entries(model: TensorParallelGPT) -> dict[str, TensorEntry]:
+    shapes, rules = model.split.shapes(), model.split.rules()
+    return {name: TensorEntry(shape, Rule(rules[name].dim, rules[name].runs)) for name, shape in shapes.items()}
 
 
 def _write_weights(model: TensorParallelGPT, directory: Path) -> tuple[str, int, str]:
@@ -120,8 +147,7 @@ def _write(tensors: dict[str, torch.Tensor], path: Path) -> tuple[str, int, str]
 
 
 def _write_manifests(model: TensorParallelGPT, files: list[Any], scratch: Path, source: str) -> None:
-    shapes, rules = model.split.shapes(), model.split.rules()
-    entries = {name: TensorEntry(shape, Rule(rules[name].dim, rules[name].runs)) for name, shape in shapes.items()}
+    entries = _entries(model)
     moments = {f"{moment}.{name}": entry for moment in MOMENTS for name, entry in entries.items()}
     sync = None if model.schedule.is_plain else Sync(str(model.schedule), model.tp.size)
     parts = ((scratch, entries, 0), (scratch / OPTIMIZER, moments, 1))

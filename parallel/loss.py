@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.collectives import Axis, all_gather, all_reduce_later
+from parallel.collectives import Axis, all_gather, all_reduce, all_reduce_later
 from parallel.graphs import outside_graphs
 
 # Logits that exist at a time, on one rank: 32 MiB on a CPU, 512 MiB on a GPU, in float32. More take more memory; with fewer
@@ -122,3 +122,35 @@ def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, lo: int, axis:
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"expected logits [N, width] and targets [N], got {list(logits.shape)} and {list(targets.shape)}")
     return _normalized(logits.to(torch.float32, copy=True), targets, lo, lo + logits.shape[1], axis.at("loss"))[0]
+
+
+class _Divergence(torch.autograd.Function):
+    """forward: one all-gather of [4, N] and one all-reduce of [N]; backward: none."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, teacher: Tensor, axis: Axis) -> Tensor:
+        z, t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, teacher))
+        peaks = [x.amax(dim=-1) for x in (z, t)]
+        sums = [(x - peak.unsqueeze(-1)).exp().sum(dim=-1) for x, peak in zip((z, t), peaks, strict=True)]
+        everyone = all_gather(torch.stack([*peaks, *sums]), axis, "forward")  # [size, 4, N]
+        highest = everyone[:, :2].amax(dim=0)
+        normal = highest + ((everyone[:, :2] - highest).exp() * everyone[:, 2:]).sum(dim=0).log()  # [2, N]
+        log_p, log_q = z - normal[0].unsqueeze(-1), t - normal[1].unsqueeze(-1)
+        q = log_q.exp()
+        ctx.save_for_backward((log_p.exp() - q).to(logits.dtype))
+        return all_reduce((q * (log_q - log_p)).sum(dim=-1), axis, "forward")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (difference,) = ctx.saved_tensors
+        return difference * grad.unsqueeze(-1), None, None
+
+
+def vocab_parallel_divergence(logits: Tensor, teacher: Tensor, axis: Axis) -> Tensor:
+    """The Kullback-Leibler divergence of each row's distribution from the teacher's, KL(teacher || model) in nats, [N].
+
+    logits, teacher: [N, width], this rank's columns of both, without padding; the gradient goes to the first. The same on
+    all ranks.
+    """
+    divergence: Tensor = _Divergence.apply(logits, teacher, axis.at("loss"))
+    return divergence

@@ -68,6 +68,13 @@ def test_decode_and_its_contestants_write_the_same_tokens(tmp_path: Path) -> Non
     assert f"7.0 calls and {5 * 24 * 4 + 8 + 16} bytes a token" in first
 
 
+def test_a_schedule_is_measured_beside_all_sync_points() -> None:
+    words = [*TINY, "--vocab_size=131", "--prompt_tokens=5", "--new_tokens=9", "--sync=mlp", "--against=all_syncs"]
+    said = run_ranks(2, _run, "decode", words)[0]
+    assert "sync points: mlp" in said and "all_syncs: " in said
+    assert f"5.0 calls and {3 * 24 * 4 + 8 + 16} bytes a token" in said  # 1 all-reduce a layer, and the embedding's
+
+
 @pytest.mark.slow
 def test_prefill_and_transformers_choose_the_same_token(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
@@ -115,7 +122,7 @@ def test_allreduce_measures_every_transport(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "command, words, message",
     [
-        ("decode", ["--against=vllm"], "--against=vllm is not one of hf, ctranslate2, one_rank."),
+        ("decode", ["--against=vllm"], "--against=vllm is not one of hf, ctranslate2, one_rank, all_syncs."),
         ("train", ["--against=hf"], "--against=hf is not one of reference."),
         ("decode", ["--new_tokens=1000", *TINY, "--vocab_size=131"], "prompt_tokens=128 and 1000 new tokens do not fit"),
         ("allreduce", [], "bench_tp.py allreduce needs ranks"),
