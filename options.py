@@ -133,6 +133,7 @@ class TrainOptions(RunOptions):
     backend: str = option("", "nanoGPT's name for comm, used where comm=auto", ("", "nccl", "gloo"))
     tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    sequence_parallel: bool = option(False, "split what is between the matrix products over the sequence, to save memory")
     save_interval: int = option(0, "iterations between two checkpoints, 0 = at each evaluation", low=0)
     keep_last: int = option(3, "checkpoints kept in out_dir, 0 = all", low=0)
     overwrite: bool = option(False, "start over in an out_dir that has checkpoints: they are deleted")

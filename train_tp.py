@@ -164,8 +164,19 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
         check_tokenizer(source, dataset)
     dataset.check(config.block_size, config.vocab_size)
     read = reader_for(source, world.tp.rank, config) if source else None
+    if options.sequence_parallel and config.block_size < world.tp.size:
+        raise UserError(
+            f"--sequence_parallel=True: block_size={config.block_size} is shorter than tp={world.tp.size}, some ranks would "
+            f"have no token. Use a --tp of at most {config.block_size}."
+        )
     model = TensorParallelGPT(
-        config, world.tp, read, options.seed, world.device, activation_checkpointing=options.activation_checkpointing
+        config,
+        world.tp,
+        read,
+        options.seed,
+        world.device,
+        activation_checkpointing=options.activation_checkpointing,
+        sequence_parallel=options.sequence_parallel,
     )
     if options.compile:
         model.compile_blocks()
