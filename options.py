@@ -91,6 +91,7 @@ class SampleOptions(RunOptions):
     kv_cache: bool = option(True, "keep keys and values of past tokens instead of computing them again")
     quantize: str = option("", "int8: the matrices in 8 bits, for less memory and faster decoding", ("", "int8"))
     sync: str = option("", "sync points: all, mlp, every:K, or a list (0a,0m,1m); default: as the weights say")
+    sequence_parallel: bool = option(False, "split the prompt's activations over the sequence, to save memory")
     tokenizer: str = option("", "directory with tokenizer.json, or gpt2; default: what the checkpoint says")
 
 
@@ -135,6 +136,7 @@ class TrainOptions(RunOptions):
     tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
     sync: str = option("", "sync points: all, mlp, every:K, or a list (0a,0m,1m); default: as the weights say")
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    sequence_parallel: bool = option(False, "split what is between the matrix products over the sequence, to save memory")
     save_interval: int = option(0, "iterations between two checkpoints, 0 = at each evaluation", low=0)
     keep_last: int = option(3, "checkpoints kept in out_dir, 0 = all", low=0)
     overwrite: bool = option(False, "start over in an out_dir that has checkpoints: they are deleted")
@@ -162,6 +164,7 @@ class EvalOptions(RunOptions):
     max_tokens: int = option(0, "measure only this many tokens, 0 = all", low=0)
     quantize: str = option("", "int8: the matrices in 8 bits, for less memory and faster decoding", ("", "int8"))
     sync: str = option("", "sync points: all, mlp, every:K, or a list (0a,0m,1m); default: as the weights say")
+    sequence_parallel: bool = option(False, "split activations over the sequence, to save memory")
     tokenizer: str = option("", "directory with tokenizer.json, or gpt2; default: what the checkpoint says")
 
 
@@ -232,6 +235,7 @@ class BenchModelOptions(BenchOptions):
     prompt_tokens: int = option(128, "length of the prompt", low=1)
     quantize: str = option("", "int8: the matrices in 8 bits (the contestants' too, where they have that)", ("", "int8"))
     sync: str = option("", "sync points, as in sample_tp.py")
+    sequence_parallel: bool = option(False, "split the prompt's activations over the sequence, as in sample_tp.py")
 
 
 @dataclass(frozen=True, kw_only=True)

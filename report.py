@@ -93,28 +93,25 @@ def write(path: str, report: dict[str, Any]) -> None:
 def account_table(report: dict[str, Any]) -> str:
     """The account as a table: a line for each layer's attention and MLP, then the rest, then the sum."""
     account = report["comm_account"]
+    blocks = [(str(layer["layer"]), block, layer[block]) for layer in account["layers"] for block in ("attention", "mlp")]
+    blocks += [("-", block, passes) for block, passes in account["other"].items()]
+    wide = max([11, *(len(op) for _, _, passes in blocks for ops in passes.values() for op in ops)])
     precision = f"{report['dtype']}, {report['quantize']} weights" if report["quantize"] else report["dtype"]
     sync = "" if report["sync"] == "all" else f"; sync points: {report['sync']}"
     lines = [
         f"{report['entry']}: world {report['world_size']} = dp {report['dp']} x tp {report['tp']}, {report['comm']}, "
         f"{report['device']}, {precision}; {account['forward_passes']} forward passes{sync}",
-        f"{'layer':>5}  {'block':<13} {'pass':<9} {'collective':<11} {'calls':>8} {'bytes':>14} {'seconds':>9}",
+        f"{'layer':>5}  {'block':<13} {'pass':<9} {'collective':<{wide}} {'calls':>8} {'bytes':>14} {'seconds':>9}",
     ]
     if report["tp"] * report["dp"] == 1:
         return lines[0] + "\none rank: nothing is communicated"
 
-    def add(layer: str, block: str, passes: dict[str, Any]) -> None:
+    for layer, block, passes in blocks:
         for direction, ops in passes.items():
             for op, tally in ops.items():
                 figures = f"{tally['calls']:>8,} {tally['bytes']:>14,} {tally['seconds']:>9.3f}"
-                lines.append(f"{layer:>5}  {block:<13} {direction:<9} {op:<11} {figures}")
-
-    for layer in account["layers"]:
-        for block in ("attention", "mlp"):
-            add(str(layer["layer"]), block, layer[block])
-    for block, passes in account["other"].items():
-        add("-", block, passes)
+                lines.append(f"{layer:>5}  {block:<13} {direction:<9} {op:<{wide}} {figures}")
     total = account["total"]
-    lines.append(f"{'sum':>5}  {'':<35} {total['calls']:>8,} {total['bytes']:>14,} {total['seconds']:>9.3f}")
+    lines.append(f"{'sum':>5}  {'':<{24 + wide}} {total['calls']:>8,} {total['bytes']:>14,} {total['seconds']:>9.3f}")
     lines.append(f"{total['fraction_of_time']:.1%} of the time was spent in collectives (rank 0's clock)")
     return "\n".join(lines)

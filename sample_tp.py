@@ -88,6 +88,7 @@ def load(world: World, source: Source, options: Any) -> TensorParallelGPT:
         device=world.device,
         dtype=pick_dtype(options.dtype, world.device),
         schedule=schedule_of(source, options.sync, world.tp.size),
+        sequence_parallel=options.sequence_parallel,
     )
     model.eval()
     if options.quantize:

@@ -3,9 +3,11 @@
 The classes stand in the same order and their parameters have the same names as in model.py: the difference between the
 two files is the lesson. Every rank runs the same code on the same tokens; what differs is which heads, columns and
 vocabulary rows it holds. A layer's forward pass says two things to the other ranks: one all-reduce after the attention
-heads, one after the MLP's columns. A schedule (parallel/schedule.py) may leave some of them out.
+heads, one after the MLP's columns. A schedule (parallel/schedule.py) may leave some of them out. With sequence_parallel
+the residual stream and its LayerNorms are split too, by tokens: a layer gathers before its columns and scatters after them.
 
-Shapes: B batch, T tokens, C = n_embd, h = this rank's heads, D = head width, m = this rank's MLP columns.
+Shapes: B batch, T tokens, t of them this rank's, C = n_embd, h = this rank's heads, D = head width, m = this rank's MLP
+columns.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,31 +20,33 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from errors import UserError
 from model import GPTConfig, KVCache, LayerNorm, adamw, attend, gelu, initial_tensor
 from parallel.collectives import Axis, all_gather, all_reduce
 from parallel.graphs import outside_graphs
-from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, f, g, share
+from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, f, g, gather, share
 from parallel.loss import vocab_parallel_head_loss
-from parallel.partition import VOCAB_MULTIPLE, Partition, Rule
+from parallel.partition import VOCAB_MULTIPLE, Partition, Rule, spans
 from parallel.schedule import Schedule, SubBlock
 
 Read = Callable[[str, Rule], Tensor]  # the entries of one tensor that this rank owns, without padding
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config: GPTConfig, split: Partition, tp: Axis, layer: int):
+    def __init__(self, config: GPTConfig, split: Partition, tp: Axis, layer: int, keep_gathered: bool = False):
         super().__init__()
         lo, hi = split.heads(tp.rank)
         self.local_n_head, self.head_dim = hi - lo, split.head_dim
         width = self.local_n_head * self.head_dim
         here = tp.at("attention", layer)
-        self.c_attn = ColumnParallelLinear(config.n_embd, 3 * width, config.bias, here)
+        self.c_attn = ColumnParallelLinear(config.n_embd, 3 * width, config.bias, here, keep_gathered)
         self.c_proj = RowParallelLinear(config.n_embd, width, config.n_embd, config.bias, here)
         self.tp, self.dropout = here, config.dropout
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        y = self.c_proj(self.heads(self.c_attn(x), cache))  # all-reduce
-        return F.dropout(y, self.dropout, self.training)
+    def forward(self, x: Tensor, cache: KVCache | None = None, tokens: int = 0) -> Tensor:
+        """x [B, T, C]; or with tokens = T [B, t, C], this rank's tokens, as the output then is."""
+        y = self.c_proj(self.heads(self.c_attn(x, tokens), cache), tokens)  # all-reduce; all-gather and reduce-scatter
+        return drop(y, self.dropout if self.training else 0.0, self.tp, tokens)
 
     def partial(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """This rank's addend of the output, without c_proj's bias: nothing is said."""
@@ -72,25 +76,44 @@ def attend_with_own_dropout(q: Tensor, k: Tensor, v: Tensor, cache: KVCache | No
     Replicated activations are dropped by torch's default stream, which all ranks of a tp group seed alike. A seed drawn
     from that stream (so that activation checkpointing repeats it), moved by the rank, starts the sharded one.
     """
-    seed = int(torch.randint(2**62, ()).item()) + tp.rank
-    devices = [q.device] if q.is_cuda else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+    with own_stream(q.device, tp):
         return attend(q, k, v, cache, dropout)
 
 
+@outside_graphs
+def drop_own(x: Tensor, dropout: float, tp: Axis) -> Tensor:
+    """Dropout whose mask is this rank's own: its tokens are not the other ranks' tokens."""
+    with own_stream(x.device, tp):
+        return F.dropout(x, dropout)
+
+
+def drop(x: Tensor, dropout: float, tp: Axis, tokens: int) -> Tensor:
+    """Dropout of the residual stream."""
+    return drop_own(x, dropout, tp) if tokens and dropout > 0 else F.dropout(x, dropout)
+
+
+@contextmanager
+def own_stream(device: torch.device, tp: Axis) -> Iterator[None]:
+    """Within, torch's default stream is this rank's alone."""
+    seed = int(torch.randint(2**62, ()).item()) + tp.rank
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 class MLP(nn.Module):
-    def __init__(self, config: GPTConfig, split: Partition, tp: Axis, layer: int):
+    def __init__(self, config: GPTConfig, split: Partition, tp: Axis, layer: int, keep_gathered: bool = False):
         super().__init__()
         lo, hi = split.columns(tp.rank)
         here = tp.at("mlp", layer)
-        self.c_fc = ColumnParallelLinear(config.n_embd, hi - lo, config.bias, here)
+        self.c_fc = ColumnParallelLinear(config.n_embd, hi - lo, config.bias, here, keep_gathered)
         self.c_proj = RowParallelLinear(split.n_hidden, hi - lo, config.n_embd, config.bias, here)
         self.activation, self.dropout = config.activation, config.dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.c_proj(gelu(self.c_fc(x), self.activation))  # [B, T, m] -> all-reduce -> [B, T, C]
-        return F.dropout(y, self.dropout, self.training)
+    def forward(self, x: Tensor, tokens: int = 0) -> Tensor:
+        # [B, T, m] -> all-reduce -> [B, T, C]; or [B, t, C] -> all-gather -> [B, T, m] -> reduce-scatter -> [B, t, C]
+        y = self.c_proj(gelu(self.c_fc(x, tokens), self.activation), tokens)
+        return drop(y, self.dropout if self.training else 0.0, self.c_proj.axis, tokens)
 
     def partial(self, x: Tensor) -> Tensor:
         """This rank's addend of the output, without c_proj's bias: nothing is said."""
@@ -98,10 +121,11 @@ class MLP(nn.Module):
 
 
 class Stream(NamedTuple):
-    """The residual stream on one rank. At a sync point it is x, and the same on all ranks. Between two, a rank goes on with
-    what it knows: x, its own partial outputs since then, and the biases of the sub-blocks passed."""
+    """The residual stream on one rank. At a sync point it is x, and the same on all ranks, or (sequence_parallel) each has its
+    own tokens of it. Between two, a rank goes on with what it knows: x, its own partial outputs since then, and the biases of
+    the sub-blocks passed."""
 
-    x: Tensor  # [B, T, C], as of the last sync point
+    x: Tensor  # [B, T, C] or [B, t, C], as of the last sync point
     here: Tensor | None = None  # [B, T, C], x + partial + biases; None at a sync point
     partial: Tensor | None = None  # [B, T, C], the sum of this rank's own outputs
     biases: Tensor | None = None  # [C] or [B, T, C], to be added once, when ranks agree; None too where there are none
@@ -110,26 +134,28 @@ class Stream(NamedTuple):
 class Block(nn.Module):
     """syncs: whether the ranks synchronise after its attention, and after its MLP."""
 
-    def __init__(self, config: GPTConfig, split: Partition, tp: Axis, layer: int, syncs: tuple[bool, bool]):
+    def __init__(
+        self, config: GPTConfig, split: Partition, tp: Axis, layer: int, syncs: tuple[bool, bool], keep_gathered: bool = False
+    ):
         super().__init__()
         self.syncs = syncs
         self.ln_1 = LayerNorm(config.n_embd, config.bias)
-        self.attn = CausalSelfAttention(config, split, tp, layer)
+        self.attn = CausalSelfAttention(config, split, tp, layer, keep_gathered)
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
-        self.mlp = MLP(config, split, tp, layer)
+        self.mlp = MLP(config, split, tp, layer, keep_gathered)
 
-    def forward(self, s: Stream, cache: KVCache | None = None) -> Stream:
-        return self.after_mlp(self.after_attention(s, cache))
+    def forward(self, s: Stream, cache: KVCache | None = None, tokens: int = 0) -> Stream:
+        return self.after_mlp(self.after_attention(s, cache, tokens), tokens)
 
-    def after_attention(self, s: Stream, cache: KVCache | None = None) -> Stream:
+    def after_attention(self, s: Stream, cache: KVCache | None = None, tokens: int = 0) -> Stream:
         if s.here is None and self.syncs[0]:
-            return Stream(s.x + self.attn(self.ln_1(s.x), cache))
+            return Stream(s.x + self.attn(self.ln_1(s.x), cache, tokens))
         here = s.here if s.here is not None else f(s.x, self.attn.tp)
         return go_on(s, here, self.attn.partial(self.ln_1(here), cache), self.attn, self.syncs[0])
 
-    def after_mlp(self, s: Stream) -> Stream:
+    def after_mlp(self, s: Stream, tokens: int = 0) -> Stream:
         if s.here is None and self.syncs[1]:
-            return Stream(s.x + self.mlp(self.ln_2(s.x)))
+            return Stream(s.x + self.mlp(self.ln_2(s.x), tokens))
         here = s.here if s.here is not None else f(s.x, self.mlp.c_proj.axis)
         return go_on(s, here, self.mlp.partial(self.ln_2(here)), self.mlp, self.syncs[1])
 
@@ -159,7 +185,7 @@ def go_on(s: Stream, here: Tensor, y: Tensor, body: CausalSelfAttention | MLP, s
 
 
 class Transformer(nn.Module):
-    def __init__(self, config: GPTConfig, split: Partition, tp: Axis, schedule: Schedule):
+    def __init__(self, config: GPTConfig, split: Partition, tp: Axis, schedule: Schedule, keep_gathered: bool):
         super().__init__()
         lo, hi = split.vocabulary(tp.rank)
         here = tp.at("embedding")
@@ -167,7 +193,7 @@ class Transformer(nn.Module):
         # from_pretrained, because nn.Embedding would draw numbers that are then thrown away
         self.wpe = nn.Embedding.from_pretrained(torch.empty(config.block_size, config.n_embd), freeze=False)
         syncs = zip(schedule.syncs[::2], schedule.syncs[1::2], strict=True)
-        self.h = nn.ModuleList(Block(config, split, tp, layer, both) for layer, both in enumerate(syncs))
+        self.h = nn.ModuleList(Block(config, split, tp, layer, both, keep_gathered) for layer, both in enumerate(syncs))
         self.ln_f = LayerNorm(config.n_embd, config.bias)
 
 
@@ -177,6 +203,8 @@ class TensorParallelGPT(nn.Module):
     tp: the axis it is split over. read: called once a parameter with its name and rule, returns this rank's entries of
     it; without one the parameters are drawn from `seed`, as model.py draws them. Memory is taken once, for local shapes.
     schedule: after which sub-blocks ranks synchronise; after every one unless given, and on one rank, which is alone.
+    sequence_parallel: split the residual stream over the sequence as well (UserError with another schedule; on one rank it
+    is nothing). A pass over fewer tokens than ranks is made without. keep_gathered: see ColumnParallelLinear.
     """
 
     def __init__(
@@ -190,6 +218,8 @@ class TensorParallelGPT(nn.Module):
         activation_checkpointing: bool = False,
         vocab_multiple: int = VOCAB_MULTIPLE,
         schedule: Schedule | None = None,
+        sequence_parallel: bool = False,
+        keep_gathered: bool = False,
     ):
         super().__init__()
         self.config, self.tp, self.activation_checkpointing = config, tp, activation_checkpointing
@@ -197,8 +227,11 @@ class TensorParallelGPT(nn.Module):
         self.split = split = Partition.of(config, tp.size, vocab_multiple)
         self.vocab_lo, self.vocab_hi = split.vocabulary(tp.rank)
         self.schedule = schedule if schedule is not None and tp.size > 1 else Schedule.plain(config.n_layer)
+        self.sequence_parallel = sequence_parallel and tp.size > 1
+        if self.sequence_parallel and not self.schedule.is_plain:
+            raise UserError(f"--sequence_parallel=True together with --sync={self.schedule}: use one of them.")
         with torch.device(device), default_dtype(dtype):
-            self.transformer = Transformer(config, split, tp, self.schedule)
+            self.transformer = Transformer(config, split, tp, self.schedule, keep_gathered)
         self.load(read or self._draw(seed))
 
     def _draw(self, seed: int) -> Read:
@@ -246,6 +279,10 @@ class TensorParallelGPT(nn.Module):
         for block in self.transformer.h:
             block.compile()
 
+    def own_tokens(self, T: int) -> int:
+        """T where a pass over T tokens is split over the sequence, else 0."""
+        return T if self.sequence_parallel and self.tp.size <= T else 0
+
     def embed(self, idx: Tensor, cache: KVCache | None = None) -> Stream:
         """The stream of tokens idx [B, T] before the first layer."""
         T = idx.shape[1]
@@ -253,18 +290,27 @@ class TensorParallelGPT(nn.Module):
             raise ValueError(f"{T} tokens do not fit block_size={self.config.block_size}")
         positions = torch.arange(T, device=idx.device).unsqueeze(0) if cache is None else cache.begin(T)
         self.tp.ledger.forward_passes += 1
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # all-reduce
-        return Stream(F.dropout(x, self.config.dropout, self.training))
+        tokens = self.own_tokens(T)
+        if tokens:
+            lo, hi = spans(T, self.tp.size)[self.tp.rank]
+            positions = positions[:, lo:hi]
+        x = self.transformer.wte(idx, tokens) + self.transformer.wpe(positions)  # all-reduce; reduce-scatter
+        return Stream(drop(x, self.config.dropout if self.training else 0.0, self.tp, tokens))
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """The final hidden state [B, T, C], equal on all ranks, of tokens idx [B, T]; with a cache, idx follows it."""
-        s = self.embed(idx, cache)
+        x, tokens = self._own_hidden(idx, cache)
+        return gather(x, self.tp.at("head"), tokens, whole=True) if tokens else x
+
+    def _own_hidden(self, idx: Tensor, cache: KVCache | None) -> tuple[Tensor, int]:
+        """(the final hidden state of this rank's tokens [B, t, C], T), or, in a pass that is not split, (of all of them, 0)."""
+        s, tokens = self.embed(idx, cache), self.own_tokens(idx.shape[1])
         for block in self.transformer.h:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                s = checkpoint(block, s, use_reentrant=False, context_fn=self._repeat)
+                s = checkpoint(block, s, None, tokens, use_reentrant=False, context_fn=self._repeat)
             else:
-                s = block(s, cache)
-        return self.transformer.ln_f(s.x)
+                s = block(s, cache, tokens)
+        return self.transformer.ln_f(s.x), tokens
 
     def through(self, s: Stream, run: Iterable[SubBlock]) -> Stream:
         """The stream after these sub-blocks, one after the other."""
@@ -289,8 +335,13 @@ class TensorParallelGPT(nn.Module):
         [B, 1, V] on every rank, and None."""
         if targets is None:
             return self.gather_logits(self.local_logits(self.hidden(idx, cache)[:, -1:])), None
-        x, table = self.hidden(idx).flatten(0, 1), self.transformer.wte.weight
-        loss = vocab_parallel_head_loss(x, table, targets.flatten(), self.vocab_lo, self.vocab_hi, self.tp)
+        x, tokens = self._own_hidden(idx, None)
+        if self.sequence_parallel and not tokens and torch.is_grad_enabled():
+            raise ValueError(f"{idx.shape[1]} tokens cannot be split over {self.tp.size} ranks to learn from them")
+        if tokens:
+            x = gather(x, self.tp.at("head"), tokens)
+        table, rows = self.transformer.wte.weight, (self.vocab_lo, self.vocab_hi)
+        loss = vocab_parallel_head_loss(x.flatten(0, 1), table, targets.flatten(), *rows, self.tp, entered=tokens > 0)
         return None, loss / (targets >= 0).sum()
 
     def gather_logits(self, local: Tensor) -> Tensor:
@@ -319,7 +370,11 @@ class TensorParallelGPT(nn.Module):
 
     def partial_gradients(self) -> list[nn.Parameter]:
         """The replicated parameters of which, after a backward pass, every rank has a part of the gradient only: in a run of
-        several sub-blocks between two sync points the LayerNorms, and the biases added before its end."""
+        several sub-blocks between two sync points the LayerNorms, and the biases added before its end; where the sequence is
+        split all of them, as each has met no other tokens than this rank's."""
+        if self.sequence_parallel:
+            rules = self.split.rules()
+            return [parameter for name, parameter in self.named_parameters() if rules[name].dim is None]
         found: list[nn.Parameter] = []
         for run in self.schedule.runs():
             for i, (layer, kind) in enumerate(run if len(run) > 1 else []):

@@ -166,6 +166,11 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
         check_tokenizer(source, dataset)
     dataset.check(config.block_size, config.vocab_size)
     read = reader_for(source, world.tp.rank, config) if source else None
+    if options.sequence_parallel and config.block_size < world.tp.size:
+        raise UserError(
+            f"--sequence_parallel=True: block_size={config.block_size} is shorter than tp={world.tp.size}, some ranks would "
+            f"have no token. Use a --tp of at most {config.block_size}."
+        )
     asked = options.sync or "all"
     model = TensorParallelGPT(
         config,
@@ -175,6 +180,7 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
         world.device,
         activation_checkpointing=options.activation_checkpointing,
         schedule=schedule_of(source, options.sync, world.tp.size) if source else Schedule.parse(asked, config.n_layer),
+        sequence_parallel=options.sequence_parallel,
     )
     if options.compile:
         model.compile_blocks()

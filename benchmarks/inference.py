@@ -85,7 +85,8 @@ def subject(world: World, options: BenchModelOptions, n: int) -> Iterator[Subjec
         if options.prompt_tokens + n > size:
             raise UserError(f"prompt_tokens={options.prompt_tokens} and {n} new tokens do not fit block_size={size}.")
         prompt = [(7 * i * i + 3) % (vocab_size - 1) for i in range(options.prompt_tokens)]
-        settings = {name: getattr(options, name) for name in ("device", "dtype", "compile", "quantize", "sync")}
+        names = ("device", "dtype", "compile", "quantize", "sync", "sequence_parallel")
+        settings = {name: getattr(options, name) for name in names}
         model = load(world, source, SampleOptions(**settings))
         job = {"weights": weights, "scratch": scratch, "prompt": prompt, "new_tokens": n, "quantize": options.quantize}
         yield Subject(model, prompt, n, job)

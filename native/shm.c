@@ -8,6 +8,9 @@
      wait until progress[r] >= n + 1 for every r (acquire): all slots hold piece n
      out = slot[0] + slot[1] + ...           in rank order on every rank: the same bits everywhere
 
+   Where every rank has a part of a message of its own, as it has with a sequence that is split, the message is cut and
+   laid out as if it were whole: a rank sums no more than its part of each piece, or writes no more than its part.
+
    A slot is written again for piece n + 2. Whoever gets there has seen every progress[r] >= n + 2, which r stored only
    after it had finished reading piece n: two slots are enough, and there is no second wait.
 
@@ -24,7 +27,7 @@
 enum { LINE = 64, SPINS = 200, BLOCK = 2048 };
 static const double SLEEP_AFTER = 1e-3;       /* seconds of waiting from which on the core is left to others */
 enum { FLOAT32, BFLOAT16, BYTES };            /* what an element is */
-enum { SUM, MAX, GATHER, BROADCAST };         /* what is done with it */
+enum { SUM, MAX, GATHER, BROADCAST, SUM_PART, GATHER_PARTS }; /* what is done with it */
 enum { DONE = -1, DIFFERENT = -2 };           /* DIFFERENT - r: rank r brought another message */
 
 typedef struct {
@@ -95,20 +98,21 @@ static uint16_t narrow(float f) { /* to nearest, ties to even; a NaN stays one *
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-/* bfloat16 is added in float32 and rounded once, at the end: `sum` holds a block of it meanwhile */
-static void reduce(const group *g, void *out, int64_t n, int64_t type, int64_t op) {
+/* Elements [first, first + n) of the current piece, of all ranks, into out.
+   bfloat16 is added in float32 and rounded once, at the end: `sum` holds a block of it meanwhile */
+static void reduce(const group *g, void *out, int64_t first, int64_t n, int64_t type, int64_t op) {
     float sum[BLOCK];
     for (int64_t lo = 0; lo < n; lo += BLOCK) {
         int64_t len = n - lo < BLOCK ? n - lo : BLOCK;
         float *acc = type == FLOAT32 ? (float *)out + lo : sum;
         for (int64_t r = 0; r < g->size; r++) {
             if (type == FLOAT32) {
-                const float *x = (const float *)slot(g, r) + lo;
+                const float *x = (const float *)slot(g, r) + first + lo;
                 if (r == 0) memcpy(acc, x, (size_t)len * 4);
                 else if (op == SUM) for (int64_t i = 0; i < len; i++) acc[i] += x[i];
                 else for (int64_t i = 0; i < len; i++) acc[i] = acc[i] > x[i] || acc[i] != acc[i] ? acc[i] : x[i];
             } else {
-                const uint16_t *x = (const uint16_t *)slot(g, r) + lo;
+                const uint16_t *x = (const uint16_t *)slot(g, r) + first + lo;
                 if (r == 0) for (int64_t i = 0; i < len; i++) acc[i] = widen(x[i]);
                 else if (op == SUM) for (int64_t i = 0; i < len; i++) acc[i] += widen(x[i]);
                 else for (int64_t i = 0; i < len; i++) { float y = widen(x[i]); acc[i] = acc[i] > y || acc[i] != acc[i] ? acc[i] : y; }
@@ -118,17 +122,40 @@ static void reduce(const group *g, void *out, int64_t n, int64_t type, int64_t o
     }
 }
 
+typedef struct { int64_t lo, hi, packed; } run;   /* elements [lo, hi) of the message; where lo is in the part by itself */
+
+/* The first run of rank r's part in elements [at, end) of the message: whether there is one. The message is rows of
+   edges[size] elements, of each of which [edges[r], edges[r + 1]) are rank r's. */
+static int next_run(const group *g, const int64_t *edges, int64_t r, int64_t at, int64_t end, run *found) {
+    const int64_t width = edges[g->size], own = edges[r + 1] - edges[r];
+    for (int64_t row = at / width; row * width < end; row++) {
+        const int64_t first = row * width + edges[r], last = first + own;
+        found->lo = first > at ? first : at;
+        found->hi = last < end ? last : end;
+        found->packed = row * own + found->lo - first;
+        if (found->lo < found->hi) return 1;
+    }
+    return 0;
+}
+
 /* Move a message of n elements. in: mine; out: the sum or maximum [n], the source's message [n], or everyone's [size, n].
-   in and out may not overlap. Returns DONE, the rank that has kept us waiting for `patience` seconds (call again, with
+   SUM_PART: in [n], out my part of the sum. GATHER_PARTS: in my part, out all parts, each in its place [n]. Parts are as
+   next_run says; edges is not read otherwise. in and out may not overlap. Returns DONE, the rank that has kept us waiting for `patience` seconds (call again, with
    the same arguments), or DIFFERENT - r where rank r has called for something else. */
-int64_t nanotp_move(group *g, const char *in, char *out, int64_t n, int64_t type, int64_t op, int64_t source, double patience) {
+int64_t nanotp_move(group *g, const char *in, char *out, int64_t n, int64_t type, int64_t op, int64_t source,
+                    const int64_t *edges, double patience) {
     const int64_t width = type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1, most = g->slot_bytes / width;
     const uint64_t kind = (uint64_t)n << 16 | (uint64_t)source << 8 | (uint64_t)(type << 4 | op);
     while (g->at < n) {
         int64_t len = n - g->at < most ? n - g->at : most;
+        const int64_t at = g->at, end = at + len;
         size_t bytes = (size_t)(len * width);
+        run own;
         if (!g->posted) {
-            if (op != BROADCAST || g->rank == source) memcpy(slot(g, g->rank), in + g->at * width, bytes);
+            if (op == GATHER_PARTS)
+                for (int64_t lo = at; next_run(g, edges, g->rank, lo, end, &own); lo = own.hi)
+                    memcpy(slot(g, g->rank) + (own.lo - at) * width, in + own.packed * width, (size_t)((own.hi - own.lo) * width));
+            else if (op != BROADCAST || g->rank == source) memcpy(slot(g, g->rank), in + at * width, bytes);
             of(g, g->rank)->kind[g->piece & 1] = kind;
             atomic_store_explicit(&of(g, g->rank)->progress, g->piece + 1, memory_order_release);
             g->posted = 1;
@@ -136,9 +163,16 @@ int64_t nanotp_move(group *g, const char *in, char *out, int64_t n, int64_t type
         int64_t late = wait_for_all(g, patience);
         if (late != DONE) return late;
         for (int64_t r = 0; r < g->size; r++) if (of(g, r)->kind[g->piece & 1] != kind) return DIFFERENT - r;
-        if (op == BROADCAST) memcpy(out + g->at * width, slot(g, source), bytes);
-        else if (op == GATHER) for (int64_t r = 0; r < g->size; r++) memcpy(out + (r * n + g->at) * width, slot(g, r), bytes);
-        else reduce(g, out + g->at * width, len, type, op);
+        if (op == BROADCAST) memcpy(out + at * width, slot(g, source), bytes);
+        else if (op == GATHER) for (int64_t r = 0; r < g->size; r++) memcpy(out + (r * n + at) * width, slot(g, r), bytes);
+        else if (op == GATHER_PARTS) {
+            for (int64_t r = 0; r < g->size; r++)
+                for (int64_t lo = at; next_run(g, edges, r, lo, end, &own); lo = own.hi)
+                    memcpy(out + own.lo * width, slot(g, r) + (own.lo - at) * width, (size_t)((own.hi - own.lo) * width));
+        } else if (op == SUM_PART) {
+            for (int64_t lo = at; next_run(g, edges, g->rank, lo, end, &own); lo = own.hi)
+                reduce(g, out + own.packed * width, own.lo - at, own.hi - own.lo, type, SUM);
+        } else reduce(g, out + at * width, 0, len, type, op);
         g->piece++;
         g->posted = 0;
         g->at += len;

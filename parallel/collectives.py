@@ -11,10 +11,12 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.graphs import outside_graphs
 from parallel.ledger import Entry, Ledger, Tally
+from parallel.partition import Run, spans
 
 T = TypeVar("T")
 
@@ -26,6 +28,8 @@ class CollectiveError(RuntimeError):
 class Transport(Protocol):
     """What carries a message between the ranks of one group. Results are new tensors, equal bit for bit on all ranks.
 
+    A sequence of T tokens, dimension 1 of [B, T, C], is split as `spans` splits it: reduce_scatter takes all of it and
+    gives this rank's tokens of the sum, with the bits of an all-reduce; gather_tokens takes this rank's and gives all T.
     One that can sum while its caller computes has `all_reduce_later` as well, see GroupTransport's.
     """
 
@@ -34,6 +38,8 @@ class Transport(Protocol):
     def all_reduce(self, x: Tensor, op: str) -> Tensor: ...
     def all_gather(self, x: Tensor) -> Tensor: ...
     def broadcast(self, x: Tensor, source: int) -> Tensor: ...
+    def reduce_scatter(self, x: Tensor) -> Tensor: ...
+    def gather_tokens(self, x: Tensor, tokens: int) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,37 @@ class GroupTransport:
 
         return self._staged(x, run)
 
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """Over gloo an all-reduce, of which a rank keeps its part: torch's own does the same where it has one, for equal parts
+        only. nccl sends each rank its part alone (equal parts, so short ones are padded) and adds in an order of its own: the
+        bits may not be those of its all-reduce."""
+        runs = self._spans(x.shape[1])
+        lo, hi = runs[dist.get_rank(self.group)]
+        if self.name == "gloo":
+            return self._staged(x, lambda message: _own(self.all_reduce(message, "sum"), lo, hi))
+        parts = torch.cat([_padded(x[:, first:last], runs) for first, last in runs])
+        out = torch.empty_like(parts[: len(x)])
+        dist.reduce_scatter_tensor(out, parts, group=self.group)
+        return _own(out, 0, hi - lo)
+
+    def gather_tokens(self, x: Tensor, tokens: int) -> Tensor:
+        runs = self._spans(tokens)
+        parts = self.all_gather(_padded(x, runs))
+        return torch.cat([part[:, : hi - lo] for part, (lo, hi) in zip(parts, runs, strict=True)], dim=1)
+
+    def _spans(self, tokens: int) -> list[Run]:
+        return spans(tokens, dist.get_world_size(self.group))
+
+
+def _own(x: Tensor, lo: int, hi: int) -> Tensor:
+    """Tokens [lo, hi) of x [B, T, C], without the rest of its memory."""
+    return x[:, lo:hi].clone(memory_format=torch.contiguous_format)
+
+
+def _padded(x: Tensor, runs: list[Run]) -> Tensor:
+    """x [B, t, C] with zeros after its last token, as long as the longest of the runs (the first)."""
+    return F.pad(x, (0, 0, 0, runs[0][1] - x.shape[1]))
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -117,8 +154,9 @@ class Axis:
             found = self._labels[block, layer] = replace(self, layer=layer, block=block)
         return found
 
-    def account(self, op: str, direction: str, message: Tensor, call: Callable[[], T]) -> T:
-        """Make one call that moves `message` and tell the ledger of it; an error in it says which call it was.
+    def account(self, op: str, direction: str, message: Tensor, call: Callable[[], T], nbytes: int | None = None) -> T:
+        """Make one call that moves `message` and tell the ledger of it; an error in it says which call it was. nbytes: what is
+        told, the message's own unless given.
 
         A decode step makes two of these a layer, each a few microseconds long: what is done here is kept short.
         """
@@ -130,7 +168,7 @@ class Axis:
             result = call()
         except RuntimeError as error:
             raise _named(error, entry) from error
-        self.ledger.record(tally, message.nbytes, _elapsed(start, message))
+        self.ledger.record(tally, message.nbytes if nbytes is None else nbytes, _elapsed(start, message))
         return result
 
     def line(self, op: str, direction: str) -> tuple[Entry, Tally]:
@@ -204,6 +242,17 @@ def _broadcast(x: Tensor, axis: Axis, direction: str, source: int) -> Tensor:
     return axis.account("broadcast", direction, x, lambda: axis._carrier().broadcast(x, source))
 
 
+@outside_graphs
+def _reduce_scatter(x: Tensor, axis: Axis, direction: str) -> Tensor:
+    return axis.account("reduce_scatter", direction, x, lambda: axis._carrier().reduce_scatter(x))
+
+
+@outside_graphs
+def _gather_tokens(x: Tensor, axis: Axis, direction: str, tokens: int) -> Tensor:
+    nbytes = len(x) * tokens * x.shape[2] * x.element_size()  # the whole message, as of the reduce-scatter it undoes
+    return axis.account("all_gather", direction, x, lambda: axis._carrier().gather_tokens(x, tokens), nbytes)
+
+
 def all_reduce(x: Tensor, axis: Axis, direction: str, op: str = "sum") -> Tensor:
     """Sum (or `op="max"`) of every rank's x, on every rank. Same shape, a new tensor."""
     return x if axis.size == 1 else _all_reduce(x, axis, direction, op)
@@ -217,6 +266,16 @@ def all_gather(x: Tensor, axis: Axis, direction: str) -> Tensor:
 def broadcast(x: Tensor, axis: Axis, direction: str, source: int = 0) -> Tensor:
     """The x of rank `source` of this axis, on every rank. All ranks bring the same shape and dtype."""
     return x if axis.size == 1 else _broadcast(x, axis, direction, source)
+
+
+def reduce_scatter(x: Tensor, axis: Axis, direction: str) -> Tensor:
+    """This rank's tokens, spans(T, size)[rank], of the sum of every rank's x [B, T, C]: [B, t, C]."""
+    return x if axis.size == 1 else _reduce_scatter(x, axis, direction)
+
+
+def gather_tokens(x: Tensor, axis: Axis, direction: str, tokens: int) -> Tensor:
+    """All tokens [B, tokens, C] of a sequence of which every rank brings its own, x [B, t, C] with t as in reduce_scatter."""
+    return x if axis.size == 1 else _gather_tokens(x, axis, direction, tokens)
 
 
 def all_reduce_later(x: Tensor, axis: Axis, direction: str) -> Callable[[], Tensor]:

@@ -47,13 +47,15 @@ def _normalized(z: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis) -> tup
 
 
 class _HeadLoss(torch.autograd.Function):
-    """forward: one all-gather of [3, n] a chunk; backward: one all-reduce of x's gradient (f).
+    """forward: one all-gather of [3, n] a chunk; backward: one all-reduce of x's gradient (f), unless x entered before.
 
     The gradient of the sum is computed in the forward pass, where the logits are; backward scales it.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis, learn: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis, learn: bool, entered: bool
+    ) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         wide = torch.promote_types(dtype, torch.float32)
@@ -74,7 +76,7 @@ class _HeadLoss(torch.autograd.Function):
                     dz = z.scatter_add_(-1, index, -here.unsqueeze(-1).to(wide)).to(dtype)
                     dx[part] = dz @ w
                     dw = dw.addmm_(dz.t(), mine) if dtype == wide else dw.add_(dz.t() @ mine)
-        ctx.gradients, ctx.axis, ctx.dtype = (dx, dw), axis.at("head"), weight.dtype
+        ctx.gradients, ctx.axis, ctx.dtype, ctx.entered = (dx, dw), axis.at("head"), weight.dtype, entered
         return loss
 
     @staticmethod
@@ -82,19 +84,22 @@ class _HeadLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the head's gradient was made once and is gone: run the forward pass again.")
         (dx, dw), ctx.gradients = ctx.gradients, None  # ours alone, and so scaled in place
-        summed = all_reduce_later(dx.mul_(grad), ctx.axis, "backward") if ctx.needs_input_grad[0] else None
+        dx.mul_(grad)
+        summed = all_reduce_later(dx, ctx.axis, "backward") if ctx.needs_input_grad[0] and not ctx.entered else lambda: dx
         dw = dw.mul_(grad).to(ctx.dtype)
-        return summed and summed(), dw, None, None, None, None, None
+        return summed(), dw, None, None, None, None, None, None
 
 
 @outside_graphs
-def _head_loss(x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis) -> Tensor:
+def _head_loss(x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis, entered: bool) -> Tensor:
     learn = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    loss: Tensor = _HeadLoss.apply(x, weight, targets, lo, hi, axis, learn)
+    loss: Tensor = _HeadLoss.apply(x, weight, targets, lo, hi, axis, learn, entered)
     return loss
 
 
-def vocab_parallel_head_loss(x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis) -> Tensor:
+def vocab_parallel_head_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis, entered: bool = False
+) -> Tensor:
     """Sum over the rows of the negative log-likelihood of targets [N] under logits x W^T, a float32 scalar (float64 for
     float64), the same on all ranks.
 
@@ -102,12 +107,13 @@ def vocab_parallel_head_loss(x: Tensor, weight: Tensor, targets: Tensor, lo: int
     padding, which takes no part and gets no gradient; as many rows on every rank. targets: [N] int64, the same on all
     ranks, in [0, vocab_size); negative ones are ignored. Products are made in autocast's dtype; the loss and the table's
     gradient add up in float32.
+    entered: x has come through `gather`, which sums its gradient over the ranks; else that is done here.
     With gradients off none is computed. Its backward pass can run once. Raises ValueError where the shapes do not fit.
     """
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
         shapes = ", ".join(str(list(t.shape)) for t in (x, weight, targets))
         raise ValueError(f"expected x [N, C], weight [rows, C] and targets [N], got {shapes}")
-    return _head_loss(x, weight, targets, lo, hi, axis)
+    return _head_loss(x, weight, targets, lo, hi, axis, entered)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, check_width, g
+from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, check_width, g, gather, scatter
 
 LEVELS = 127
 WIDENED = 1 << 18  # entries of a matrix that are floats at a time: they stay in the cache, and memory does not grow
@@ -48,23 +48,26 @@ class Int8Weight(nn.Module):
 
 
 class QuantizedColumnParallelLinear(nn.Module):
-    """ColumnParallelLinear over an int8 weight: x [..., in_features] -> this rank's columns of y. No collective."""
+    """ColumnParallelLinear over an int8 weight: x [..., in_features] -> this rank's columns of y. No collective; with tokens
+    one all-gather."""
 
     def __init__(self, layer: ColumnParallelLinear):
         super().__init__()
-        self.in_features, self.bias = layer.in_features, layer.bias
+        self.in_features, self.axis, self.bias = layer.in_features, layer.axis, layer.bias
         self.int8 = Int8Weight(layer.weight, layer.weight.abs().amax(1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tokens: int = 0) -> Tensor:
+        return self.local(gather(x, self.axis, tokens) if tokens else x)
+
+    def local(self, x: Tensor) -> Tensor:
         check_width(self, x, self.in_features)
         y = self.int8.product(x)
         return y if self.bias is None else y + self.bias
 
-    local = forward
-
 
 class QuantizedRowParallelLinear(nn.Module):
-    """RowParallelLinear over an int8 weight: this rank's columns of x -> y [..., out_features]. One all-reduce (g).
+    """RowParallelLinear over an int8 weight: this rank's columns of x -> y [..., out_features]. One all-reduce (g),
+    or, with tokens, reduce-scatter.
 
     largest: [out_features], the maxima of the full matrix's rows.
     """
@@ -74,8 +77,9 @@ class QuantizedRowParallelLinear(nn.Module):
         self.local_in, self.axis, self.bias = layer.local_in, layer.axis, layer.bias
         self.int8 = Int8Weight(layer.weight, largest)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = g(self.partial(x), self.axis)
+    def forward(self, x: Tensor, tokens: int = 0) -> Tensor:
+        y = self.partial(x)
+        y = scatter(y, self.axis) if tokens else g(y, self.axis)
         return y if self.bias is None else y + self.bias
 
     def partial(self, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from native.library import Unavailable, load
 from parallel.collectives import Transport
+from parallel.partition import spans
 from parallel.processes import Exchange, is_running, on_all
 
 LINE = 64  # bytes of a rank's header
@@ -26,7 +27,7 @@ PATIENCE_S = 0.1  # how often a waiting rank looks whether its peers are alive, 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _BYTES = 2
 _OPS = {"sum": 0, "max": 1}
-_GATHER, _BROADCAST = 2, 3
+_GATHER, _BROADCAST, _SUM_PART, _GATHER_PARTS = 2, 3, 4, 5
 _DONE, _DIFFERENT = -1, -2
 
 # --- the memory -----------------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ class ShmTransport:
         nbytes = size * (LINE + 2 * SLOT_BYTES)
         move = on_all(exchange, lambda: load("shm")).nanotp_move
         move.restype = ctypes.c_int64
-        move.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4 + [ctypes.c_double]
+        move.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4 + [ctypes.c_void_p, ctypes.c_double]
         descriptor = on_all(exchange, lambda: _create(nbytes) if rank == 0 else None)
         try:
             places = exchange((os.getpid(), descriptor))
@@ -111,12 +112,20 @@ class ShmTransport:
                 os.close(descriptor)  # all have mapped it, or nobody will
         return cls(move, memory, rank, [pid for pid, _ in places], other, timeout)
 
-    def _move(self, x: Tensor, out: Tensor, n: int, kind: int, op: int, source: int = 0) -> Tensor:
+    def _move(self, x: Tensor, out: Tensor, n: int, kind: int, op: int, source: int = 0, edges: Any = None) -> Tensor:
         """x must be contiguous, on the CPU and not `out`."""
-        came = self._call(self._at, x.data_ptr(), out.data_ptr(), n, kind, op, source, PATIENCE_S)
+        came = self._call(self._at, x.data_ptr(), out.data_ptr(), n, kind, op, source, edges, PATIENCE_S)
         if came != _DONE:
-            self._wait(came, (self._at, x.data_ptr(), out.data_ptr(), n, kind, op, source, PATIENCE_S))
+            self._wait(came, (self._at, x.data_ptr(), out.data_ptr(), n, kind, op, source, edges, PATIENCE_S))
         return out
+
+    def _parts(self, tokens: int, width: int) -> tuple[int, Any]:
+        """(this rank's tokens, where each rank's begin and the last one's end, in a C array) of `tokens`, `width` elements
+        each."""
+        runs = spans(tokens, self.size)
+        lo, hi = runs[self.rank]
+        edges = [lo * width for lo, _ in runs] + [tokens * width]
+        return hi - lo, (ctypes.c_int64 * len(edges))(*edges)
 
     def _wait(self, late: int, call: tuple[Any, ...]) -> None:
         """Go on with a call that a rank has kept waiting."""
@@ -148,3 +157,21 @@ class ShmTransport:
             return self.other.broadcast(x, source)
         x = x.detach().contiguous()
         return self._move(x, torch.empty_like(x), x.nbytes, _BYTES, _BROADCAST, source)
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        kind = _TYPES.get(x.dtype)
+        if kind is None or x.device.type != "cpu":
+            return self.other.reduce_scatter(x)
+        x = x.detach().contiguous()
+        B, T, C = x.shape
+        own, edges = self._parts(T, C)
+        return self._move(x, x.new_empty(B, own, C), x.numel(), kind, _SUM_PART, edges=edges)
+
+    def gather_tokens(self, x: Tensor, tokens: int) -> Tensor:
+        if x.device.type != "cpu":
+            return self.other.gather_tokens(x, tokens)
+        x = x.detach().contiguous()
+        B, _, C = x.shape
+        out = x.new_empty(B, tokens, C)
+        _, edges = self._parts(tokens, C * x.element_size())
+        return self._move(x, out, out.nbytes, _BYTES, _GATHER_PARTS, edges=edges)

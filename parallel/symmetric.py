@@ -85,6 +85,12 @@ class SymmetricTransport:
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         return self.other.broadcast(x, source)
 
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        return self.other.reduce_scatter(x)
+
+    def gather_tokens(self, x: Tensor, tokens: int) -> Tensor:
+        return self.other.gather_tokens(x, tokens)
+
 
 def _check_op() -> None:
     if not torch._C._dispatch_has_kernel_for_dispatch_key(_OP, "CUDA"):

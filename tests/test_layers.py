@@ -232,6 +232,7 @@ class Sync:
 
     def __init__(self, transport: Any):
         self.all_reduce, self.all_gather, self.broadcast = transport.all_reduce, transport.all_gather, transport.broadcast
+        self.reduce_scatter, self.gather_tokens = transport.reduce_scatter, transport.gather_tokens
 
 
 def _transports(world: World) -> None:

@@ -44,6 +44,14 @@ class Noted:
         self.asked.append(f"broadcast {source}")
         return x.clone()
 
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        self.asked.append("reduce_scatter")
+        return x.clone()
+
+    def gather_tokens(self, x: Tensor, tokens: int) -> Tensor:
+        self.asked.append(f"gather_tokens {tokens}")
+        return x.clone()
+
 
 def alone() -> tuple[SymmetricTransport, Noted, list[Tensor]]:
     """A transport on the CPU whose sum is three times the message, what stands for nccl, and the messages it summed."""
@@ -94,7 +102,9 @@ def test_the_other_operations_are_nccls() -> None:
     x = torch.ones(4)
     assert transport.all_reduce_later(x)() is x
     assert transport.all_gather(x).shape == (1, 4) and torch.equal(transport.broadcast(x, 1), x)
-    assert other.asked == ["all_reduce_later", "all_gather", "broadcast 1"] and not summed
+    tokens = torch.ones(1, 4, 2)
+    assert torch.equal(transport.reduce_scatter(tokens), tokens) and torch.equal(transport.gather_tokens(tokens, 9), tokens)
+    assert other.asked == ["all_reduce_later", "all_gather", "broadcast 1", "reduce_scatter", "gather_tokens 9"] and not summed
 
 
 # --- opening it -----------------------------------------------------------------------------------------------------

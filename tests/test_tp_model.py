@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from model import GPT, GPTConfig
 from parallel import collectives
 from parallel.graphs import outside_graphs
 from parallel.mesh import World
-from parallel.partition import Partition
+from parallel.partition import Partition, spans
 from tp_model import TensorParallelGPT, attend_with_own_dropout, take
 
 SMALL = GPTConfig(block_size=16, vocab_size=131, n_layer=2, n_head=5, n_embd=20)
@@ -45,13 +46,15 @@ def data(config: GPTConfig, rows: int = 3) -> tuple[Tensor, Tensor]:
     return idx, targets
 
 
-def deaf(block: str, direction: str, op: str) -> None:
-    """In this process, drop one kind of collective: the rank hears itself alone."""
-    dropped = (block, direction, op)
+def deaf(block: str, direction: str, op: str, of_two: int | None = None) -> None:
+    """In this process, drop one kind of collective: the rank hears itself alone. of_two: only the first (0) or the second (1)
+    of every two calls."""
+    dropped, calls = (block, direction, op), count()
     reduce, later, gather = collectives._all_reduce, collectives._all_reduce_later, collectives._all_gather
+    scatter, gather_tokens = collectives._reduce_scatter, collectives._gather_tokens
 
     def alone(axis: collectives.Axis, direction: str, op: str) -> bool:
-        return (axis.block, direction, op) == dropped
+        return (axis.block, direction, op) == dropped and (of_two is None or next(calls) % 2 == of_two)
 
     def reduced(x: Tensor, axis: collectives.Axis, direction: str, op: str) -> Tensor:
         return x.clone() if alone(axis, direction, "all_reduce") else reduce(x, axis, direction, op)
@@ -62,8 +65,19 @@ def deaf(block: str, direction: str, op: str) -> None:
     def gathered(x: Tensor, axis: collectives.Axis, direction: str) -> Tensor:
         return torch.stack([x] * axis.size) if alone(axis, direction, "all_gather") else gather(x, axis, direction)
 
+    def scattered(x: Tensor, axis: collectives.Axis, direction: str) -> Tensor:
+        lo, hi = spans(x.shape[1], axis.size)[axis.rank]
+        return x[:, lo:hi].clone() if alone(axis, direction, "reduce_scatter") else scatter(x, axis, direction)
+
+    def gathered_tokens(x: Tensor, axis: collectives.Axis, direction: str, tokens: int) -> Tensor:
+        if not alone(axis, direction, "all_gather"):
+            return gather_tokens(x, axis, direction, tokens)
+        lo, hi = spans(tokens, axis.size)[axis.rank]
+        return torch.nn.functional.pad(x, (0, 0, lo, tokens - hi))
+
     collectives._all_reduce, collectives._all_gather = outside_graphs(reduced), outside_graphs(gathered)
     collectives._all_reduce_later = outside_graphs(reduced_later)
+    collectives._reduce_scatter, collectives._gather_tokens = outside_graphs(scattered), outside_graphs(gathered_tokens)
 
 
 def worst_error(

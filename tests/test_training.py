@@ -80,6 +80,32 @@ def test_the_curve_is_the_same_at_every_layout(letters: Path, tmp_path: Path, on
     assert mine[-1, 0] < 0.8 * mine[0, 0]  # and it learns
 
 
+@pytest.mark.parametrize(
+    "size, tp, recompute",
+    [(2, 2, False), (3, 3, False), (4, 4, True), (4, 2, False)],
+    ids=["tp2", "tp3", "tp4-recomputed", "dp2-tp2"],
+)
+def test_the_curve_is_the_same_with_the_sequence_split(
+    letters: Path, tmp_path: Path, one: Any, size: int, tp: int, recompute: bool
+) -> None:
+    mine = trained(letters, tmp_path, size, tp, sequence_parallel=True, activation_checkpointing=recompute)
+    np.testing.assert_allclose(mine, one[1], rtol=1e-4)
+
+
+def test_a_run_goes_on_with_the_sequence_split(letters: Path, tmp_path: Path, one: Any) -> None:
+    trained(letters, tmp_path, 3, 3, max_iters=10)
+    mine = trained(letters, tmp_path, 2, 2, init_from="resume", sequence_parallel=True)
+    np.testing.assert_allclose(mine, one[1], rtol=1e-4)
+
+
+def test_a_sequence_too_short_to_split_is_refused(letters: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError) as error:
+        trained(letters, tmp_path, 4, 4, block_size=3, sequence_parallel=True)
+    said = "block_size=3 is shorter than tp=4, some ranks would have no token. Use a --tp of at most 3."
+    assert f"UserError: --sequence_parallel=True: {said}" in str(error.value)
+    trained(letters, tmp_path, 1, 1, block_size=1, max_iters=1, sequence_parallel=True)  # one rank splits nothing
+
+
 def test_the_reference_trains_alike(letters: Path, one: Any) -> None:
     """model.py with torch's own clipping and AdamW, written out: not this program's loop."""
     config = GPTConfig(block_size=8, vocab_size=13, n_layer=2, n_head=4, n_embd=16)
@@ -347,9 +373,10 @@ def test_streams_differ_by_step_micro_and_dp_rank() -> None:
 # --- half precision -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("sequence", [False, True], ids=["", "sequence"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_follows_float32(letters: Path, tmp_path: Path, one: Any, dtype: str) -> None:
-    mine = trained(letters, tmp_path, 2, 2, dtype=dtype, max_iters=8)
+def test_half_precision_follows_float32(letters: Path, tmp_path: Path, one: Any, dtype: str, sequence: bool) -> None:
+    mine = trained(letters, tmp_path, 2, 2, dtype=dtype, max_iters=8, sequence_parallel=sequence)
     np.testing.assert_allclose(mine[:, 0], one[1][:8, 0], rtol=2e-2)  # bfloat16 keeps 8 bits
     assert read_manifest(tmp_path / "step-000008").dtype == "float32"  # master weights
 
