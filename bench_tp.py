@@ -5,6 +5,7 @@ with what a user would pick instead.
     torchrun --standalone --nproc_per_node=2 bench_tp.py prefill --against=hf,ctranslate2
     torchrun --standalone --nproc_per_node=2 bench_tp.py train --against=reference
     torchrun --standalone --nproc_per_node=2 bench_tp.py allreduce
+    torchrun --standalone --nproc_per_node=2 bench_tp.py block --part=layer --n_embd=768 --n_head=12 --tp=1,2,4,8
     python bench_tp.py start --ranks=2
 """
 
@@ -12,10 +13,18 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.inference import decode, prefill, start
+from benchmarks.laboratory import block
 from benchmarks.messages import allreduce
 from benchmarks.training import train
 from entry import run_commands
-from options import BenchAllreduceOptions, BenchDecodeOptions, BenchPrefillOptions, BenchStartOptions, BenchTrainOptions
+from options import (
+    BenchAllreduceOptions,
+    BenchBlockOptions,
+    BenchDecodeOptions,
+    BenchPrefillOptions,
+    BenchStartOptions,
+    BenchTrainOptions,
+)
 from parallel.mesh import World
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[World, Any], None]]] = {
@@ -23,6 +32,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[World, Any], None]]] = {
     "prefill": (BenchPrefillOptions, prefill),
     "train": (BenchTrainOptions, train),
     "allreduce": (BenchAllreduceOptions, allreduce),
+    "block": (BenchBlockOptions, block),
     "start": (BenchStartOptions, start),
 }
 

@@ -51,6 +51,7 @@ def run_parsed(parsed: Callable[[], tuple[Main, Any]], prog: str) -> None:
         debug = options.debug
         promise = {name: value for name, value in as_dict(options).items() if name not in _OWN}
         tp = getattr(options, "tp", 0)
+        tp = tp if isinstance(tp, int) else 0  # bench_tp.py block makes groups of several sizes, of all ranks
         with mesh.start(options, tp, prog, promise) as world:
             main(world, options)
     except UserError as error:

@@ -280,6 +280,18 @@ class BenchAllreduceOptions(BenchOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchBlockOptions(BenchOptions):
+    """One MLP, one attention block or one layer under every strategy: naive, megatron, sequence, spd; is it right, what do its
+    ranks say, how long does it take, what does it hold."""
+
+    part: str = option("layer", "what is measured", ("mlp", "attention", "layer"))
+    tp: str = option("1,2,4,8", "tensor-parallel sizes; those that there are no ranks for are counted, not run")
+    intermediate: int = option(0, "width of the MLP's hidden layer, 0 = 4 x n_embd", low=0)
+    batch_size: int = option(1, "sequences", low=1)
+    block_size: int = option(128, "tokens in a sequence", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SplitOptions(EntryOptions):
     """Split pretrained weights into a shard directory: one file for each of tp ranks, and a manifest."""
 

@@ -383,16 +383,10 @@ class TensorParallelGPT(nn.Module):
                 found += [norm.weight, norm.bias] + ([body.c_proj.bias] if i < len(run) - 1 else [])
         return [parameter for parameter in found if parameter is not None]
 
-    @torch.no_grad()
     def sum_partial_gradients(self) -> None:
         """Make them whole: one all-reduce, between the last backward pass and the use of the gradients. Plain Megatron has
         none, and does nothing here."""
-        gradients = [parameter.grad for parameter in self.partial_gradients() if parameter.grad is not None]
-        if gradients:
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            whole = all_reduce(flat, self.tp.at("optimizer"), "step").split([gradient.numel() for gradient in gradients])
-            for gradient, summed in zip(gradients, whole, strict=True):
-                gradient.copy_(summed.view_as(gradient))
+        sum_gradients(self.partial_gradients(), self.tp.at("optimizer"))
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
@@ -410,6 +404,17 @@ class TensorParallelGPT(nn.Module):
         squares = [torch.stack(norms).square().sum() if norms else torch.zeros(()) for norms in (shared, own)]
         everywhere = all_reduce(squares[1].to(squares[0].device), self.tp.at("optimizer"), "step")
         return (squares[0] + everywhere).sqrt()
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Iterable[nn.Parameter], axis: Axis) -> None:
+    """Sum the gradients of these over the ranks, in place: one all-reduce, or none where there are no gradients."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        whole = all_reduce(flat, axis, "step").split([gradient.numel() for gradient in gradients])
+        for gradient, summed in zip(gradients, whole, strict=True):
+            gradient.copy_(summed.view_as(gradient))
 
 
 @contextmanager

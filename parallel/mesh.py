@@ -205,6 +205,14 @@ def make_axis(name: str, mesh: DeviceMesh, comm: str, ledger: Ledger, timeout: f
     return Axis(name, rank, size, transport, ledger)
 
 
+def first_ranks(world: World, size: int, timeout: float = 120.0) -> Axis | None:
+    """A tp axis over the first `size` ranks of the world, in its own transport; None on the others. All ranks call it."""
+    if size == 1 or world.mesh is None:
+        return Axis("tp", ledger=world.ledger) if world.is_main else None
+    mesh = DeviceMesh(world.mesh.device_type, list(range(size)), mesh_dim_names=("tp",))
+    return make_axis("tp", mesh, world.comm, world.ledger, timeout) if world.rank < size else None
+
+
 @contextmanager
 def start(options: Any, tp: int, prog: str, promise: dict[str, Any]) -> Iterator[World]:
     """The world of this run, for as long as the `with` lasts.

@@ -84,7 +84,9 @@ class Partition:
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head:
-            raise UserError(f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads.")
+            low = self.n_embd // self.n_head * self.n_head
+            nearest = " or ".join(str(n) for n in (low, low + self.n_head) if n)
+            raise UserError(f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads. Use n_embd={nearest}.")
         if self.tp < 1:
             raise UserError(f"tp={self.tp}: the tensor-parallel size is at least 1.")
         if self.tp > self.n_head:

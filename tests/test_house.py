@@ -36,8 +36,9 @@ def test_no_globals_and_no_hooks(path: Path) -> None:
     tree = ast.parse(path.read_text())
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Global)]
     hooks = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and "_hook" in node.attr]
-    # DDP's comm hook is how its messages reach the ledger; nothing else hides in a hook
-    assert hooks == (["register_comm_hook"] if path.name == "data_parallel.py" else [])
+    # DDP's comm hook is how its messages reach the ledger, and strategies.py weighs what torch saves; no more hides in one
+    allowed = {"data_parallel.py": ["register_comm_hook"], "strategies.py": ["saved_tensors_hooks"]}
+    assert hooks == allowed.get(path.name, [])
 
 
 def test_the_model_knows_nothing_of_processes() -> None:

@@ -195,7 +195,8 @@ def test_of_reads_a_config() -> None:
         (0, {}, "tp=0: the tensor-parallel size is at least 1."),
         (-1, {}, "tp=-1: the tensor-parallel size is at least 1."),
         (4, {"vocab_size": 3}, "tp=4 is more than vocab_size=3: some ranks would hold no row."),
-        (1, {"n_head": 3}, "n_embd=20 does not divide into n_head=3 heads."),
+        (1, {"n_head": 3}, "n_embd=20 does not divide into n_head=3 heads. Use n_embd=18 or 21."),
+        (1, {"n_head": 12, "n_embd": 7}, "n_embd=7 does not divide into n_head=12 heads. Use n_embd=12."),
     ],
 )
 def test_messages(tp: int, changes: dict[str, int], message: str) -> None:

@@ -12,6 +12,7 @@ from test_shm import carrier, message
 from test_tp_model import data, deaf
 from torch import Tensor
 
+from benchmarks.strategies import kept_bytes
 from errors import UserError
 from generation import Sampling, generate
 from model import GPTConfig
@@ -453,19 +454,10 @@ def test_what_does_not_go_together_is_refused() -> None:
 def kept(world: World, config: GPTConfig, rows: int, sequence: bool, keep: bool) -> int:
     """Bytes that one layer keeps for its backward pass, each storage once, parameters not counted."""
     model = TensorParallelGPT(config, world.tp, sequence_parallel=sequence, keep_gathered=keep)
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     lo, hi = spans(config.block_size, world.size)[world.rank] if sequence else (0, config.block_size)
     x = torch.randn(rows, hi - lo, config.n_embd, requires_grad=True)
-    found: dict[int, Tensor] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in parameters:
-            found[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used again
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model.transformer.h[0](Stream(x), None, config.block_size if sequence and world.size > 1 else 0)
-    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+    tokens = config.block_size if sequence and world.size > 1 else 0
+    return kept_bytes(model, lambda: model.transformer.h[0](Stream(x), None, tokens))
 
 
 def formula(config: GPTConfig, rows: int, tp: int, sequence: bool, keep: bool) -> tuple[float, float]:

@@ -1,0 +1,194 @@
+"""The laboratory: every strategy against double precision, what its ranks say against the formula and the profiler."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_bench_tp import _run
+from test_bench_tp import run as alone_run
+from test_sample_tp import alone
+from test_tp_model import deaf
+
+from benchmarks.strategies import STRATEGIES, Case, Piece, answers, formula, summed, wire_bytes
+from errors import UserError
+from model import GPTConfig
+from parallel.mesh import World
+from parallel.partition import Partition
+
+CONFIG = GPTConfig(block_size=11, vocab_size=67, n_layer=1, n_head=5, n_embd=20)  # 11 tokens and 5 heads over 2, 3, 4 ranks
+EVERY = [(part, way) for part in ("mlp", "attention", "layer") for way in STRATEGIES if part == "layer" or way != "spd"]
+Dropped = tuple[str, str, str]
+
+
+def piece(
+    world: World, part: str, strategy: str, dtype: torch.dtype, config: GPTConfig = CONFIG, intermediate: int = 0
+) -> Piece:
+    return Piece(Case.draw(part, config, 3, intermediate, dtype), strategy, world.tp)
+
+
+def worst(piece: Piece) -> tuple[float, str]:
+    spd = piece.strategy == "spd"
+    return piece.worst(answers(piece.case, piece.split if spd else None))
+
+
+def _errors(world: World) -> dict[str, Any]:
+    found = {}
+    for part, strategy in EVERY:
+        for dtype in (torch.float64, torch.float32):
+            found[f"{part} {strategy} {dtype}"] = worst(piece(world, part, strategy, dtype))
+        config = replace(CONFIG, bias=False, activation="gelu_tanh")
+        found[f"{part} {strategy} torch.float64 other"] = worst(piece(world, part, strategy, torch.float64, config, 37))
+    return found
+
+
+@pytest.mark.parametrize("tp", [2, 3, 4])
+def test_every_strategy_is_right(tp: int) -> None:
+    for rank in run_ranks(tp, _errors):
+        assert len(rank) == 39
+        for name, (error, where) in rank.items():
+            assert error < (1e-5 if "32" in name else 1e-9), (name, error, where)
+
+
+def _megatron_is_not_spd(world: World) -> float:
+    spd = piece(world, "layer", "spd", torch.float64)
+    return spd.worst(answers(spd.case))[0]
+
+
+def test_spd_is_another_function() -> None:
+    assert min(run_ranks(2, _megatron_is_not_spd)) > 1e-2  # or its own equations would show nothing
+
+
+def _linear(world: World) -> list[tuple[float, float]]:
+    return [piece(world, part, "megatron", torch.float64).linear_errors() for part in ("mlp", "attention", "layer")]
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+def test_columns_stand_side_by_side_and_addends_add_up(tp: int) -> None:
+    for rank in run_ranks(tp, _linear):
+        assert all(columns < 1e-12 and rows < 1e-12 for columns, rows in rank)
+
+
+def _linear_deaf(world: World, block: str, op: str) -> tuple[float, float]:
+    deaf(block, "forward", op)
+    return piece(world, "layer", "megatron", torch.float64).linear_errors()
+
+
+def test_a_statement_that_is_not_true_is_noticed() -> None:
+    for block in ("attention", "mlp"):
+        assert all(columns > 1e-2 > rows for columns, rows in run_ranks(2, _linear_deaf, block, "all_gather"))
+        assert all(rows > 1e-2 > columns for columns, rows in run_ranks(2, _linear_deaf, block, "all_reduce"))
+
+
+COUNTS = {"naive": (2, 2), "megatron": (1, 1), "sequence": (2, 3), "sequence+kept": (2, 2)}  # of one sub-block
+
+
+def _said(world: World) -> dict[tuple[str, str], Any]:
+    found = {}
+    for part, strategy in EVERY:
+        one = piece(world, part, strategy, torch.float32)
+        before = world.ledger.snapshot()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            one.run()
+            one.sum_partial()
+        said = summed(world.ledger.since(before))
+        seen = sum(event.count for event in profile.key_averages() if event.key in ("gloo:all_reduce", "gloo:all_gather"))
+        weights = sum(p.numel() for p in one.body.parameters())
+        found[part, strategy] = said, formula(one.case, strategy, world.size), seen, weights
+    return found
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+def test_the_account_is_the_formulas_and_the_profilers(tp: int) -> None:
+    for (part, strategy), (said, expected, seen, _) in run_ranks(tp, _said)[0].items():
+        assert said == expected, (part, strategy)
+        assert seen == sum(calls for calls, _ in said.values())
+        ways = tuple(sum(n for (d, _), (n, _) in said.items() if d == way) for way in ("forward", "backward"))
+        blocks = 2 if part == "layer" else 1
+        assert ways == ((1, 1) if strategy == "spd" else tuple(blocks * n for n in COUNTS[strategy]))
+        assert ("step", "all_reduce") in said or strategy in ("naive", "megatron")
+
+
+def test_the_wires_bytes() -> None:
+    case, one = Case.draw("mlp", CONFIG, 3), 3 * 11 * 20 * 4
+    assert wire_bytes(formula(case, "megatron", 4), "megatron", 4) == 2 * 1.5 * one  # two all-reduces: 2 x 3/4 of each
+    gathers = {key: value for key, value in formula(case, "sequence", 4).items() if key[0] != "step"}
+    assert wire_bytes(gathers, "sequence", 4) == 5 * 0.75 * one
+    # 80 columns gathered and their gradient summed, and the two all-reduces
+    assert wire_bytes(formula(case, "naive", 4), "naive", 4) == pytest.approx((0.75 + 1.5) * 4 * one + 2 * 1.5 * one)
+
+
+def _dropped(world: World, strategy: str, dropped: Dropped) -> float:
+    deaf(*dropped)
+    return worst(piece(world, "layer", strategy, torch.float64))[0]
+
+
+@pytest.mark.parametrize("strategy, dropped", [
+    ("naive", ("mlp", "forward", "all_reduce")), ("naive", ("attention", "backward", "all_reduce")),
+    ("megatron", ("attention", "forward", "all_reduce")), ("megatron", ("mlp", "backward", "all_reduce")),
+    ("sequence", ("attention", "forward", "all_gather")), ("sequence+kept", ("mlp", "backward", "reduce_scatter")),
+    ("spd", ("mlp", "forward", "all_reduce")), ("spd", ("optimizer", "step", "all_reduce")),
+])  # fmt: skip
+def test_every_collective_is_needed(strategy: str, dropped: Dropped) -> None:
+    assert max(run_ranks(2, _dropped, strategy, dropped)) > 1e-3
+
+
+def test_the_naive_gather_is_the_one_that_is_not() -> None:
+    """Which is why Megatron's pair of layers has none."""
+    for block in ("attention", "mlp"):
+        assert max(run_ranks(2, _dropped, "naive", (block, "forward", "all_gather"))) < 1e-9
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+TINY = ["--device=cpu", "--n_head=5", "--n_embd=20", "--block_size=11", "--batch_size=2", "--repeats=2"]
+
+
+@pytest.mark.parametrize("part", ["mlp", "layer"])
+def test_the_table_and_its_words(part: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    words = [*TINY, f"--part={part}", "--intermediate=33", "--tp=1,2,3,5", f"--report={path}"]
+    said, *nothing = run_ranks(3, _run, "block", words)
+    assert nothing == ["", ""]
+    what, n = ("layer", 2) if part == "layer" else ("MLP", 1)
+    assert f"one {what} of 5 heads at tp=2, megatron: {n} all-reduces forward and {n} backward\n" in said
+    assert f"one {what} of 5 heads at tp=5, megatron: {n} all-reduces forward and {n} backward (counted)" in said
+    assert "the ranks' columns, side by side, are" in said and "the ranks' addends add up to" in said
+    made = json.loads(path.read_text())["lines"]
+    strategies = list(STRATEGIES if part == "layer" else STRATEGIES[:-1])
+    for tp in (2, 3, 5):
+        lines = [row for row in made if row["tp"] == tp]
+        assert [row["strategy"] for row in lines] == strategies
+        for row in lines:
+            assert ("seconds" in row) == (tp < 5)
+            assert tp == 5 or (row["error"] < 1e-5 and row["kept_bytes"] > 0)
+    whole, half, *_ = (row["weight_bytes"] for row in made if row["strategy"] in ("one rank", "megatron"))
+    layer = 2 * 20 * 33 + 33 + 20 if part == "mlp" else 0
+    assert half < whole and (not layer or whole == 4 * layer)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--n_head=12", "--n_embd=4096"], "n_embd=4096 does not divide into n_head=12 heads. Use n_embd=4092 or 4104."),
+        (["--tp=2,8"], "tp=8 is more than n_head=5: some ranks would hold no head. Use a tp between 1 and 5"),
+        (["--block_size=2", "--tp=3"], "block_size=2 is shorter than tp=3: some ranks would have no token."),
+        (["--intermediate=2", "--tp=3"], "tp=3 is more than intermediate=2: some ranks would hold no column."),
+        (["--tp=1,x"], "--tp=1,x are not sizes with commas between."),
+        (["--tp=0"], "tp=0: the tensor-parallel size is at least 1."),
+        (["--part=head"], "head"),
+    ],
+)
+def test_mistakes(words: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        alone_run(alone(), "block", *TINY, *words)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_weights_a_rank_holds_are_the_formulas() -> None:
+    for rank, found in enumerate(run_ranks(3, _said)):
+        shapes = {name: shape for name, shape in Partition.of(CONFIG, 3).local_shapes(rank).items() if ".h.0." in name}
+        assert found["layer", "megatron"][3] == sum(torch.Size(shape).numel() for shape in shapes.values())
