@@ -21,9 +21,14 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matm
 WAYS = ("forward", "backward", "step")
 
 
+def together(world: World, piece: Piece) -> None:
+    """The ranks of the group begin at the same time."""
+    all_reduce(torch.zeros(1, device=world.device), piece.axis, "step")
+
+
 def timed(world: World, piece: Piece) -> dict[str, Any]:
     """A forward and a backward pass with their clock and account, then the sum of what the ranks have in parts."""
-    all_reduce(torch.zeros(1, device=world.device), piece.axis, "step")  # the ranks of the group begin together
+    together(world, piece)
     before, started = world.ledger.snapshot(), time.perf_counter()
     piece.run()
     world.synchronize()
@@ -39,6 +44,7 @@ def products(world: World, piece: Piece) -> tuple[float, float]:
     gpu = world.device.type == "cuda"
     kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * gpu
     with torch.profiler.profile(activities=kinds) as profile:
+        together(world, piece)  # one rank's profiler may take a second longer to start
         started = time.perf_counter()
         piece.run()
         world.synchronize()
@@ -52,13 +58,14 @@ def line(case: Case, strategy: str, tp: int, said: Said, **measured: Any) -> dic
     """A line of the report. weight_bytes: of rank 0, which has the most."""
     shapes = (rule.local_shape(tuple(case.weights[name].shape), 0) for name, rule in case.rules(tp).items())
     calls = {way: sum(n for (direction, _), (n, _) in said.items() if direction == way) for way in WAYS}
+    passes = {key: value for key, value in said.items() if key[0] != "step"}  # the sum of partial gradients stands apart
     return {
         "strategy": strategy if tp > 1 else "one rank",
         "tp": tp,
         "calls": calls,
         "told": [{"direction": key[0], "op": key[1], "calls": n, "bytes": size} for key, (n, size) in sorted(said.items())],
-        "bytes_told": sum(nbytes for _, nbytes in said.values()),
-        "bytes_on_the_wire": wire_bytes(said, strategy, tp),
+        "bytes_told": sum(nbytes for _, nbytes in passes.values()),
+        "bytes_on_the_wire": wire_bytes(passes, strategy, tp),
         "weight_bytes": case.x.element_size() * sum(math.prod(shape) for shape in shapes),
         **measured,
     }
@@ -112,7 +119,7 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
             said.append(f"{head}{'':>9}{sizes}{'counted':>9}{'':>24}{weights}")
     return said + [
         "error: the largest relative one of output, input gradient and any weight's gradient, against one rank in double",
-        "precision (spd: against its own equations); calls: collectives forward/backward, +1 the sum of partial gradients;",
+        "precision (spd: its own equations); calls: collectives forward/backward, +1 the sum of partial gradients, apart;",
         "told: bytes of one rank's messages; wire: what a rank sends of them in rings; ms: forward and backward, median;",
         "in coll.: share of that inside collectives (rank 0's clock); products: the profiler's self time of mm, addmm and bmm",
         "in one pass under it, and the share of that pass; weights: of one rank; kept: for the backward pass, without weights",
