@@ -215,6 +215,14 @@ class RepairOptions(DropOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CurveOptions(RunOptions):
+    """Draw reports of scan and repair in one picture: perplexity lost against sync points left (one process)."""
+
+    reports: str = option("", "reports of scan and repair, with commas between", required=True)
+    plot: str = option("", "the PNG to draw", required=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchOptions(RunOptions):
     """What every measurement has."""
 
