@@ -287,20 +287,65 @@ def all_reduce_later(x: Tensor, axis: Axis, direction: str) -> Callable[[], Tens
     return (lambda: x) if axis.size == 1 else _all_reduce_later(x, axis, direction)
 
 
-def average_later(x: Tensor, axis: Axis, direction: str) -> torch.futures.Future[Tensor]:
+def average_later(
+    x: Tensor, axis: Axis, direction: str, dtype: torch.dtype = torch.float32
+) -> torch.futures.Future[Tensor]:
     """Start averaging x over the axis, in place; the future gives x. For gradient buckets, which are made to be written.
 
-    The seconds accounted are from the start to the end of the message, whatever was computed meanwhile.
+    dtype: what x travels and is added in, if it is of fewer bytes than x's own. The seconds accounted are from the start to the
+    end of the message, whatever was computed meanwhile.
     """
-    transport = axis._carrier()
-    if not isinstance(transport, GroupTransport):
-        raise ValueError(f"{transport.name} has no asynchronous all-reduce")
     _, tally = axis.line("all_reduce", direction)
     start = _clock(x)
-    work = dist.all_reduce(x.div_(axis.size), group=transport.group, async_op=True)
+    message = x.div_(axis.size)
+    if dtype.itemsize < x.dtype.itemsize:
+        message = x.to(dtype)
+    work = dist.all_reduce(message, group=torch_group(axis), async_op=True)
 
     def done(future: torch.futures.Future[list[Tensor]]) -> Tensor:
-        axis.ledger.record(tally, x.numel() * x.element_size(), _elapsed(start, x))
-        return future.value()[0]
+        axis.ledger.record(tally, message.nbytes, _elapsed(start, x))
+        summed = future.value()[0]
+        return summed if message is x else x.copy_(summed)
 
     return work.get_future().then(done)
+
+
+def gather_into(out: Tensor, x: Tensor, axis: Axis, direction: str, later: bool = False) -> dist.Work | None:
+    """Every rank's x, one after the other in rank order, written to out [size * len(x)]. With `later` something to wait for,
+    if there is anything to be waited for. For FSDP2, whose memory it is."""
+    group = torch_group(axis)
+
+    def call() -> dist.Work | None:
+        if out.is_cuda and dist.get_backend(group) == "gloo":  # ranks share a GPU
+            whole = out.cpu()
+            dist.all_gather_into_tensor(whole, x.cpu(), group=group)
+            out.copy_(whole)
+            return None
+        return dist.all_gather_into_tensor(out, x, group=group, async_op=later)
+
+    return axis.account("all_gather", direction, out, call)
+
+
+def scatter_into(
+    out: Tensor, x: Tensor, op: Any, axis: Axis, direction: str, later: bool = False
+) -> dist.Work | None:
+    """This rank's part of the reduction `op` of every rank's x [size * len(out)], written to out; see gather_into."""
+    group = torch_group(axis)
+
+    def call() -> dist.Work | None:
+        if out.is_cuda and dist.get_backend(group) == "gloo":
+            part = out.cpu()
+            dist.reduce_scatter_tensor(part, x.cpu(), op=op, group=group)
+            out.copy_(part)
+            return None
+        return dist.reduce_scatter_tensor(out, x, op=op, group=group, async_op=later)
+
+    return axis.account("reduce_scatter", direction, x, call)
+
+
+def torch_group(axis: Axis) -> dist.ProcessGroup:
+    """The group of torch.distributed's that an axis runs over, for what PyTorch itself sends. ValueError where it has none."""
+    transport = axis._carrier()
+    if not isinstance(transport, GroupTransport):
+        raise ValueError(f"{transport.name} is no group of torch.distributed's")
+    return transport.group
