@@ -284,6 +284,16 @@ class BenchTrainOptions(BenchOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchSaveOptions(BenchOptions):
+    """How long a run stands still for a checkpoint, saved in front and in the background."""
+
+    tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
+    batch_size: int = option(2, "sequences in an iteration", low=1)
+    block_size: int = option(128, "tokens in a sequence", low=1)
+    steps: int = option(4, "iterations of which the usual time is taken", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchAllreduceOptions(BenchOptions):
     """All-reduces of many sizes over every transport that can run here."""
 

@@ -61,7 +61,7 @@ def _slowly(world: World, settings: TrainOptions, out: Path) -> list[tuple[int, 
         time.sleep(0.01)
         return rate(given, iter_num)
 
-    TensorFile.write, train_tp.learning_rate = slow, look  # type: ignore[method-assign]
+    TensorFile.write, train_tp.learning_rate = slow, look  # type: ignore[method-assign, assignment]
     train_tp.main(world, settings)
     return seen
 
@@ -114,7 +114,7 @@ def _told(world: World, settings: TrainOptions, rank: int, at: int, numbers: lis
                 os.kill(os.getpid(), number)
         return rate(given, iter_num)
 
-    train_tp.learning_rate = tell
+    train_tp.learning_rate = tell  # type: ignore[assignment]
     try:
         train_tp.main(world, settings)
     except Stopped as stop:
