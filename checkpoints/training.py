@@ -15,7 +15,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -116,7 +116,7 @@ class Saver:
         self._copies: dict[str, Tensor] = {}
         self._writing: Future[Files] | None = None
         self._publishing: Future[Path] | None = None
-        self._last: tuple[Path, Any] = Path(), None  # the scratch directory, and what publishes it
+        self._describe: Callable[[list[Files]], Path] | None = None  # the last part of the save that is under way
         self._began = self._stall = 0.0
 
     @property
@@ -124,6 +124,7 @@ class Saver:
         """Whether this rank is still writing; once no rank is, every rank's `poll` is told so."""
         return self._writing is not None and not self._writing.done()
 
+    @torch.no_grad()
     def save(
         self,
         model: TensorParallelGPT,
@@ -143,8 +144,7 @@ class Saver:
         self.world.barrier()
         # what the manifests say is of this moment, not of when they are written
         state = {"progress": dict(vars(progress)), "options": options}
-        made = partial(_finish, model, tokenizer, state, scratch, path, self.keep_last)
-        self._last = scratch, made
+        self._describe = partial(_finish, model, tokenizer, state, scratch, path, self.keep_last)
         tensors, shapes = _tensors(model, optimizer), _shapes(model)
         path_of_rank = scratch / shard_name(model.tp.rank, model.tp.size)
         if self.background:
@@ -194,10 +194,10 @@ class Saver:
 
     def _publish(self) -> None:
         """All ranks' files are there: rank 0 writes what describes them, and gives the directory its name."""
-        assert self._writing is not None
+        assert self._writing is not None and self._describe is not None
         files, self._writing = self.world.gather(self._writing.result()), None
         if self.world.is_main:
-            self._publishing = self._thread.submit(self._last[1], [pair for pair in files if pair])
+            self._publishing = self._thread.submit(self._describe, [pair for pair in files if pair])
 
     def _ended(self) -> list[Saved]:
         assert self._publishing is not None
