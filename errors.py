@@ -1,4 +1,7 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can mend this", and how its message quotes a value that is wrong."""
+
+import reprlib
+from typing import Any
 
 
 class UserError(Exception):
@@ -6,3 +9,8 @@ class UserError(Exception):
 
     The message names what is wrong and what to do; `--debug=True` shows the traceback as well.
     """
+
+
+def shown(value: Any) -> str:
+    """A wrong value as a message quotes it: on one line, and neither long nor deep."""
+    return " ".join(reprlib.repr(value).split())

@@ -250,9 +250,18 @@ def start_directory(out_dir: Path, iter_num: int, options: TrainOptions) -> None
     if options.init_from != "resume":
         training.delete_checkpoints(out_dir)
     metrics = out_dir / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() and iter_num else []
-    kept = [line for line in lines if json.loads(line)["iter"] < iter_num]
+    lines = metrics.read_text(errors="replace").splitlines() if metrics.is_file() and iter_num else []
+    kept = [line for line in lines if 0 <= iteration_of(line) < iter_num]
     metrics.write_text("".join(line + "\n" for line in kept))
+
+
+def iteration_of(line: str) -> int:
+    """Of a line of metrics.jsonl; -1 for one that is none, such as a kill leaves half written."""
+    try:
+        number = json.loads(line)["iter"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return -1
+    return number if type(number) is int else -1
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
@@ -271,7 +280,7 @@ def train(run: Run) -> None:
             if options.eval_only:
                 break
             better = losses["val"] < progress.best_val_loss
-            progress.best_val_loss = min(losses["val"], progress.best_val_loss)
+            progress.best_val_loss = losses["val"] if better else progress.best_val_loss  # never what is not a number
             if iter_num > run.first.iter_num and (better or options.always_save_checkpoint):
                 log.saved(save(run))
         elif options.save_interval and iter_num % options.save_interval == 0 and iter_num > run.first.iter_num:
