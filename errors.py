@@ -14,3 +14,8 @@ class UserError(Exception):
 def shown(value: Any) -> str:
     """A wrong value as a message quotes it: on one line, and neither long nor deep."""
     return " ".join(reprlib.repr(value).split())
+
+
+def printable(text: str, most: int = 100) -> str:
+    """The beginning of a text that a file brought, fit for a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text[:most])

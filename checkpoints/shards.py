@@ -23,12 +23,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from errors import UserError, shown
+from errors import UserError, printable, shown
 from model import GPTConfig
 from parallel.partition import Partition, Rule, Run
 from parallel.processes import is_running
 from parallel.schedule import Schedule
-from text.files import inside, json_of, read_json
+from text.files import json_of, own_file, read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "shards.json"
@@ -101,7 +101,7 @@ class Manifest:
 def read_manifest(directory: Path) -> Manifest:
     """The checked manifest of a shard directory. UserError names the file and the fault."""
     path = directory / MANIFEST
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UserError(f"{directory} is not a shard directory: it has no {MANIFEST}.")
     raw = read_json(path)
     try:
@@ -130,11 +130,10 @@ def _parse(raw: Any) -> Manifest:
     _require(_is_count(tp) and 1 <= tp <= MAX_TP, f"tp={shown(tp)} is not a number of ranks.")
     _require(isinstance(dtype, str) and dtype in DTYPES, f"dtype {shown(dtype)} is not one of {', '.join(DTYPES)}.")
     _require(isinstance(source, str), f"source {shown(source)} is not text.")
-    source = "".join(char if char.isprintable() else "?" for char in source[:500])
     model = config_from(raw["model"], "model.{}".format)
     _require(isinstance(raw["tensors"], dict), "`tensors` is not an object.")
     tensors = {name: _parse_tensor(name, entry, tp) for name, entry in raw["tensors"].items()}
-    return Manifest(model, tp, dtype, source, _parse_files(raw["files"], tp), tensors, _parse_sync(raw, model))
+    return Manifest(model, tp, dtype, printable(source, 500), _parse_files(raw["files"], tp), tensors, _parse_sync(raw, model))
 
 
 def _parse_sync(raw: dict[str, Any], model: GPTConfig) -> Sync | None:
@@ -233,16 +232,14 @@ def open_tensors(path: Path) -> Any:
     """A safetensors file as safe_open opens it, tensors mapped and not read. UserError where it is not one, or a name stands
     in it twice: of two tensors of one name each reader may take another."""
     try:
-        if not inside(path).is_file():
-            raise UserError(f"{path} is {'not a file' if path.exists() else 'missing'}.")
-        with open(path, "rb") as file:
+        with open(own_file(path), "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             if size > MAX_HEADER:
                 raise ValueError(f"a header of {size:,} bytes")
             json_of(file.read(size))
         return safe_open(str(path), framework="pt")
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({str(error)[:100]}).") from None
+    except (SafetensorError, OSError, ValueError, RecursionError, MemoryError) as error:  # memory: a file too large to map
+        raise UserError(f"{path} is not a readable safetensors file ({printable(str(error))}).") from None
 
 
 class ShardDirectory:

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from checkpoints.archives import check_archive
 from checkpoints.shards import CODES, DTYPES, MANIFEST, ShardDirectory, Sync, config_from, open_tensors
-from errors import UserError, shown
+from errors import UserError, printable, shown
 from model import GPTConfig
 from parallel.partition import Partition, Rule, Run
 from parallel.schedule import Schedule
 from text.dataset import Dataset, is_prepared
-from text.files import inside, read_json, read_small
+from text.files import inside, own_file, read_json, read_small
 from text.pickles import Refused
 from text.tokenizer import TOKENIZER_FILE, GPT2Tokenizer, IdsTokenizer, Tokenizer, read_tokenizer, tokenizer_from_json
 from tp_model import Read
@@ -112,14 +112,14 @@ def open_source(spec: str, verify: tuple[int, int] | None = None) -> Source:
     path = Path(os.path.expanduser(spec))  # Path.expanduser fails where there is no such user
     if path.is_file():
         return NanoGPTCheckpoint(path, verify)
-    if (path / LATEST).is_file():
+    if os.path.lexists(path / LATEST):  # whatever stands there: what is wrong with it is said when it is read
         path = latest_checkpoint(path)
-    if (path / MANIFEST).is_file():
+    if os.path.lexists(path / MANIFEST):
         return ShardSource(path, verify)
-    if (path / "config.json").is_file():
+    if os.path.lexists(path / "config.json"):
         return HuggingFaceDirectory(path)
-    if (path / "ckpt.pt").is_file():
-        return NanoGPTCheckpoint(inside(path / "ckpt.pt"), verify)
+    if os.path.lexists(path / "ckpt.pt"):
+        return NanoGPTCheckpoint(own_file(path / "ckpt.pt"), verify)
     if path.is_dir():
         raise UserError(
             f"--init_from={spec} is a directory without weights: no {MANIFEST} (shards), config.json (Hugging Face), "
@@ -133,7 +133,7 @@ def open_source(spec: str, verify: tuple[int, int] | None = None) -> Source:
 def latest_checkpoint(directory: Path) -> Path:
     """The newest whole checkpoint of a training directory."""
     name = read_small(directory / LATEST, 1000).decode(errors="replace").strip()
-    if not re.fullmatch(r"\w[\w.-]{0,100}", name) or not (directory / name / MANIFEST).is_file():
+    if not re.fullmatch(r"\w[\w.-]{0,100}", name) or not os.path.lexists(directory / name / MANIFEST):
         raise UserError(f"{directory / LATEST} names {shown(name)}, which is not a checkpoint in {directory}.")
     return inside(directory / name)
 
@@ -142,14 +142,15 @@ class ShardSource(ShardDirectory):
     """A shard directory as a source. Its files are checked byte by byte as they are opened for a run, each by one rank."""
 
     dataset: str | None = None
+    tokenizer: dict[str, Any] | None
 
     def __init__(self, directory: Path, verify: tuple[int, int] | None = None):
         super().__init__(directory)
         self.check_model()
         path = directory / "tokenizer.json"
-        self.tokenizer = read_json(path) if path.exists() or path.is_symlink() else None
-        if self.tokenizer is not None:
-            tokenizer_from_json(self.tokenizer, str(path))  # says what is wrong with it
+        self.tokenizer = None
+        if os.path.lexists(path):
+            self.tokenizer = read_tokenizer(path).to_json()
         self.sync = self.manifest.sync
         if verify is not None:
             rank, size = verify
@@ -218,15 +219,15 @@ class HuggingFaceDirectory:
     def _locate(self) -> dict[str, tuple[Path, str]]:
         """nanoGPT's name -> (file, its name in that file)."""
         index, single = self.directory / "model.safetensors.index.json", self.directory / "model.safetensors"
-        if single.is_file():
+        if os.path.lexists(single):
             pairs = [(key, single) for key in list(self._open(single).keys())]
-        elif index.is_file():
+        elif os.path.lexists(index):
             weight_map = read_json(index)
             weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
             if not isinstance(weight_map, dict):
                 raise UserError(f"{index} has no weight_map.")
             for name in weight_map.values():
-                if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,200}\.safetensors", name):
                     raise UserError(f"{index}: {shown(name)} is not a safetensors file of this directory.")
             pairs = [(key, self.directory / name) for key, name in weight_map.items()]
         else:
@@ -357,7 +358,7 @@ class NanoGPTCheckpoint:
             reads = "only tensors, numbers, strings and lists and dicts of them are read from a ckpt.pt"
             raise UserError(f"{self.path} is refused: {error}; {reads}.") from None
         except Exception as error:  # torch.load raises a dozen kinds for a broken file
-            fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
+            fault = f"{type(error).__name__}: {printable((str(error).splitlines() or [''])[0], 80)}"
             raise UserError(f"{self.path} is not a readable ckpt.pt ({fault}).") from None
         if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict) or not isinstance(raw.get("model_args"), dict):
             raise UserError(f"{self.path} is not a nanoGPT checkpoint: it lacks `model` or `model_args`.")

@@ -55,7 +55,7 @@ class Progress:
 
 
 def has_checkpoints(out_dir: Path) -> bool:
-    return (out_dir / LATEST).is_file()
+    return os.path.lexists(out_dir / LATEST)
 
 
 def steps(out_dir: Path) -> list[Path]:

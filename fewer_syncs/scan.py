@@ -5,6 +5,7 @@ What has been measured is kept in a file after each measurement, so a scan that 
 
 import hashlib
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -58,9 +59,9 @@ class Perplexities:
         self.bar = tqdm(desc="scan", unit="schedule", disable=not (world.is_main and sys.stderr.isatty()))
 
     def _read(self) -> dict[str, float]:
-        if self.path is None or not self.path.exists():
+        if self.path is None or not os.path.lexists(self.path):
             return {}
-        raw = read_json(self.path.resolve())  # who named a link meant what it leads to
+        raw = read_json(self.path)
         about, known = (raw.get("about"), raw.get("perplexity")) if isinstance(raw, dict) else (None, None)
         if not isinstance(known, dict) or not all(isinstance(value, float) and value >= 1 for value in known.values()):
             raise UserError(f"{self.path} is not a scan's: name another file with --scan.")

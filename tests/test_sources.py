@@ -414,7 +414,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "tensor missing": (lambda raw: raw["model"].pop(LN), f"tensor {LN} is missing"),
     "tensor a number": (set_tensor(LN, 3), f"tensor {LN} is missing"),
     "tensor sparse": (set_tensor(LN, torch.ones(20).to_sparse()), "is refused: it names torch._utils._rebuild_sparse_tensor;"),
-    "tensor without data": (set_tensor(LN, torch.ones(20, device="meta")), "it names torch._utils._rebuild_meta_tensor_no_storage"),
+    "tensor without data": (set_tensor(LN, torch.ones(20, device="meta")), "it names torch._utils._rebuild_meta_tensor_no"),
     "dtype": (set_tensor(LN, torch.ones(20).long()), f"tensor {LN} is torch.int64; float32, bfloat16, float16 are read"),
     "head untied": (set_tensor("lm_head.weight", torch.ones(131, 20)), "lm_head.weight differs from wte.weight"),
     "head of another dtype": (set_tensor("lm_head.weight", torch.ones(131, 20).half()), "lm_head.weight differs"),

@@ -6,6 +6,7 @@ Beside them lies tokenizer.json, or nanoGPT's meta.pkl, or neither: then the ids
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 TOKEN_DTYPE = np.dtype("<u2")
 MAX_TOKEN_ID = 65535
 CHECKED_TOKENS = 1 << 27  # of a file, before a run: a quarter of a gigabyte, a tenth of a second
-MAX_META = 1 << 22  # bytes of a meta.pkl: every character that there is would take four times as many
+MAX_META = 1 << 20  # bytes of a meta.pkl: one of 30,000 characters has 600 KB
 SCAN_TOKENS = 1 << 22  # ids looked at at once by Dataset.check: 8 MB
 
 # Batches of different streams share no random numbers: evaluating more often leaves the training data as it was.
@@ -84,9 +85,9 @@ class Dataset:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        if (path := self.directory / TOKENIZER_FILE).exists():
+        if os.path.lexists(path := self.directory / TOKENIZER_FILE):
             tokenizer = read_tokenizer(path)
-        elif (path := self.directory / "meta.pkl").exists():
+        elif os.path.lexists(path := self.directory / "meta.pkl"):
             tokenizer = _tokenizer_of_meta(path)
         else:
             tokenizer = GPT2Tokenizer()

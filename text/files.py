@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from errors import UserError
+from errors import UserError, printable
 
 SMALL = 1 << 25  # bytes of the largest file that is read whole: a manifest of 100 ranks and 100 layers has 10 MB
 VALUES = 1 << 21  # in one JSON file: each may take a hundred bytes of memory where it took two of the file
@@ -50,13 +50,18 @@ def inside(path: Path) -> Path:
     raise UserError(f"{path} is a symbolic link that leads out of its directory: put what it stands for in its place.")
 
 
+def own_file(path: Path) -> Path:
+    """The path itself. UserError unless it is a file of its directory; a pipe, for one, would be waited for."""
+    if not inside(path).is_file():
+        raise UserError(f"{path} is {'not a file' if path.exists() else 'missing'}.")
+    return path
+
+
 def read_small(path: Path, most: int = SMALL) -> bytes:
-    """The content of a file of a directory that may come from anywhere: a file indeed (a pipe would be waited for), of at
-    most `most` bytes. UserError names it and the fault."""
+    """The content of a file of a directory that may come from anywhere. UserError names it and the fault, which may be that
+    it has more than `most` bytes."""
     try:
-        if not inside(path).is_file():
-            raise UserError(f"{path} is {'not a file' if path.exists() else 'missing'}.")
-        size = path.stat().st_size
+        size = own_file(path).stat().st_size
         if size > most:
             raise UserError(f"{path} has {size:,} bytes, more than the {most:,} that such a file may have.")
         return path.read_bytes()
@@ -70,7 +75,7 @@ def read_json(path: Path, most: int = SMALL) -> Any:
     try:
         return json_of(read_small(path, most))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({str(error)[:80]}).") from None
+        raise UserError(f"{path} is not valid JSON ({printable(str(error), 80)}).") from None
 
 
 def json_of(raw: bytes) -> Any:

@@ -7,17 +7,23 @@ itself admits calls that take all memory (bytearray(10**12)) and keys that take 
 
 import pickletools
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-STRINGS = {"UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
-INTS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
-DICTS = {"MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS"}
-MEMO = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"}
-PLAIN = STRINGS | INTS | DICTS | MEMO | {"PROTO", "FRAME", "STOP"}
-TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_TUPLE"}
-MORE = {"BINFLOAT", "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_LIST", "APPEND", "APPENDS", "GLOBAL", "REDUCE", "BUILD", "BINPERSID"}
+# operations of a pickle, as pickletools names them
+NUMBERS_AND_TEXT = (
+    {"UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
+    | {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
+)
+PLAIN = NUMBERS_AND_TEXT | (
+    {"MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS"}
+    | {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET", "PROTO", "FRAME", "STOP"}
+)
+TORCHS = PLAIN | (
+    {"BINFLOAT", "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_LIST", "APPEND", "APPENDS"}
+    | {"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "GLOBAL", "REDUCE", "BUILD", "BINPERSID"}
+)
 
 BYTES = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1}
 ORDERED, PARAMETER, TENSOR = "collections OrderedDict", "torch._utils _rebuild_parameter", "torch._utils _rebuild_tensor_v2"
@@ -41,7 +47,6 @@ class Opaque:
     key: str
 
 
-@dataclass(frozen=True)
 class Mark:
     """Where a run of values begins on the stack."""
 
@@ -56,74 +61,78 @@ def outline(raw: bytes, records: Mapping[str, int]) -> Any:
 
     records: the bytes that the file has for each storage, by the storage's key: none may claim more. Refused for all else.
     """
-    return _Machine(PLAIN | TUPLES | MORE, records).run(raw)
+    return _Machine(TORCHS, records).run(raw)
 
 
 class _Machine:
     """A pickle's stack and memo, for the operations that are admitted."""
 
     def __init__(self, admitted: Container[str], records: Mapping[str, int]):
-        self.admitted, self.records = admitted, records
+        self.records = records
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        push, pop = self.stack.append, self._pop
+        operations: dict[str, Callable[[Any], object]] = {
+            **dict.fromkeys(NUMBERS_AND_TEXT | {"BINFLOAT"}, push),
+            **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), lambda key: self.memo.update({key: self._top()})),
+            **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda key: push(self.memo[key])),
+            **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda _: None),
+            "MEMOIZE": lambda _: self.memo.update({len(self.memo): self._top()}),
+            "NONE": lambda _: push(None),
+            "NEWTRUE": lambda _: push(True),
+            "NEWFALSE": lambda _: push(False),
+            "MARK": lambda _: push(Mark()),
+            "EMPTY_DICT": lambda _: push({}),
+            "EMPTY_LIST": lambda _: push([]),
+            "EMPTY_TUPLE": lambda _: push(()),
+            "DICT": lambda _: push(_pairs(self._since_mark())),
+            "SETITEM": lambda _: self._fill(dict, _pairs(self._last(2))),
+            "SETITEMS": lambda _: self._fill(dict, _pairs(self._since_mark())),
+            "APPEND": lambda _: self._fill(list, self._last(1)),
+            "APPENDS": lambda _: self._fill(list, self._since_mark()),
+            "TUPLE": lambda _: push(tuple(self._since_mark())),
+            "TUPLE1": lambda _: push(tuple(self._last(1))),
+            "TUPLE2": lambda _: push(tuple(self._last(2))),
+            "TUPLE3": lambda _: push(tuple(self._last(3))),
+            "GLOBAL": lambda name: push(_known(name)),
+            "REDUCE": lambda _: push(_called(*self._last(2))),
+            "BUILD": lambda _: self._set_attributes(pop()),
+            "BINPERSID": lambda _: push(self._storage(*pop())),
+        }
+        self.operations = {name: operation for name, operation in operations.items() if name in admitted}
 
     def run(self, raw: bytes) -> Any:
         try:
-            for operation, value, _ in pickletools.genops(raw):
-                name, argument = operation.name, cast(Any, value)
-                if name == "STACK_GLOBAL":
-                    name, argument = "GLOBAL", f"{self.stack[-2]} {self.stack[-1]}" if type(self.stack[-2]) is str else ""
-                if name == "GLOBAL" and (name not in self.admitted or not _is_known(argument)):
-                    raise Refused(f"it names {ascii(argument.replace(' ', '.'))[1:81].rstrip(chr(39))}")
-                if name not in self.admitted or type(argument) is bool:  # protocol 0 writes True as an INT
-                    raise Refused(f"it has the operation {name}")
-                self._do(name, argument)
+            for operation, argument, _ in pickletools.genops(raw):
+                do = self.operations.get(operation.name)
+                if do is None or type(argument) is bool:  # protocol 0 writes True as an INT
+                    raise Refused(self._why_not(operation.name, argument))
+                do(argument)
             return self._pop()
         except Refused:
             raise
         except (ValueError, LookupError, TypeError) as error:  # cut short, a stack that is empty, a name that is unknown
             raise Refused(f"it is damaged ({type(error).__name__})") from None
 
-    def _do(self, name: str, argument: Any) -> None:
-        stack, pop = self.stack, self._pop
-        if name in STRINGS or name in INTS or name == "BINFLOAT":
-            stack.append(argument)
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            self.memo[argument] = self._top()
-        elif name == "MEMOIZE":
-            self.memo[len(self.memo)] = self._top()
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(self.memo[argument])
-        elif name in ("NONE", "NEWTRUE", "NEWFALSE"):
-            stack.append({"NEWTRUE": True, "NEWFALSE": False}.get(name))
-        elif name == "MARK":
-            stack.append(Mark())
-        elif name in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE"):
-            stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[name]())
-        elif name in ("APPEND", "APPENDS"):
-            values = self._since_mark() if name == "APPENDS" else [pop()]
-            self._top(list).extend(values)
-        elif name in ("SETITEM", "SETITEMS"):
-            values = self._since_mark() if name == "SETITEMS" else [pop(), pop()][::-1]
-            self._top(dict).update(_pairs(values))
-        elif name == "DICT":
-            stack.append(_pairs(self._since_mark()))
-        elif name == "TUPLE":
-            stack.append(tuple(self._since_mark()))
-        elif name in TUPLES:
-            stack.append(tuple([pop() for _ in range(int(name[-1]))][::-1]))
-        elif name == "GLOBAL":
-            stack.append(Name(argument))
-        elif name == "REDUCE":
-            arguments, function = pop(), pop()
-            stack.append(_called(function, arguments))
-        elif name == "BUILD":
-            # what state_dict() hangs on its OrderedDict; any other attribute could stand in for a method of it
-            state = pop()
-            if type(state) is not dict or set(state) != {"_metadata"} or type(self._top()) is not dict:
-                raise Refused("it sets attributes")
-        elif name == "BINPERSID":
-            stack.append(self._storage(*pop()))
+    def _why_not(self, operation: str, argument: Any) -> str:
+        if operation == "STACK_GLOBAL" and all(type(part) is str for part in self.stack[-2:]):
+            argument = " ".join(self.stack[-2:])
+        if operation in ("GLOBAL", "STACK_GLOBAL", "INST") and isinstance(argument, str):
+            return _naming(argument)
+        return f"it has the operation {operation}"
+
+    def _pop(self) -> Any:
+        self._top()
+        return self.stack.pop()
+
+    def _top(self) -> Any:
+        value = self.stack[-1]
+        if type(value) is Mark:
+            raise Refused("it takes a mark for a value")
+        return value
+
+    def _last(self, count: int) -> list[Any]:
+        return [self._pop() for _ in range(count)][::-1]
 
     def _since_mark(self) -> list[Any]:
         values = []
@@ -131,15 +140,19 @@ class _Machine:
             values.append(value)
         return values[::-1]
 
-    def _pop(self) -> Any:
-        self._top()
-        return self.stack.pop()
+    def _fill(self, kind: Any, content: Any) -> None:
+        target = self._top()
+        if type(target) is not kind:
+            raise Refused(f"it fills a {type(target).__name__.lower()} as if that were a {kind.__name__}")
+        if kind is dict:
+            target.update(content)
+        else:
+            target.extend(content)
 
-    def _top(self, kind: type | None = None) -> Any:
-        value = self.stack[-1]
-        if type(value) is Mark or kind is not None and type(value) is not kind:
-            raise Refused(f"it takes a {type(value).__name__.lower()} for something else")
-        return value
+    def _set_attributes(self, attributes: Any) -> None:
+        # what state_dict() hangs on its OrderedDict; any other could stand in for a method of it
+        if type(attributes) is not dict or set(attributes) != {"_metadata"} or type(self._top()) is not dict:
+            raise Refused("it sets attributes")
 
     def _storage(self, what: Any, kind: Any, key: Any, device: Any, count: Any) -> Opaque:
         found = re.fullmatch(r"torch (\w+)Storage", kind.text if isinstance(kind, Name) else "")
@@ -150,9 +163,15 @@ class _Machine:
         return Opaque(key)
 
 
-def _is_known(name: str) -> bool:
+def _known(name: str) -> Name:
     storage = re.fullmatch(r"torch (\w+)Storage", name)
-    return name in (ORDERED, PARAMETER, TENSOR) or storage is not None and storage[1] in BYTES
+    if name in (ORDERED, PARAMETER, TENSOR) or storage is not None and storage[1] in BYTES:
+        return Name(name)
+    raise Refused(_naming(name))
+
+
+def _naming(name: str) -> str:
+    return f"it names {ascii(name.replace(' ', '.', 1))[1:-1][:80]}"
 
 
 def _pairs(values: list[Any]) -> dict[Any, Any]:
