@@ -22,7 +22,7 @@ import report
 from checkpoints import training
 from checkpoints.sources import Source, open_source, reader, schedule_of, tokenizer_of
 from checkpoints.training import Progress
-from errors import UserError
+from errors import UserError, shown
 from model import GPTConfig
 from options import TrainOptions, as_dict
 from parallel.collectives import all_reduce
@@ -241,7 +241,7 @@ def report_changes(before: dict[str, Any], options: TrainOptions) -> None:
     now = as_dict(options)
     for key in sorted(before.keys() & now.keys() & SHAPES_THE_CURVE):
         if before[key] != now[key]:
-            print(f"resume: {key} is now {now[key]!r}, it was {before[key]!r}", file=sys.stderr)
+            print(f"resume: {key} is now {now[key]!r}, it was {shown(before[key])}", file=sys.stderr)
 
 
 def start_directory(out_dir: Path, iter_num: int, options: TrainOptions) -> None:
