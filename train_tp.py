@@ -24,7 +24,7 @@ from checkpoints import training
 from checkpoints.shards import DTYPES
 from checkpoints.sources import Source, open_source, reader, schedule_of, tokenizer_of
 from checkpoints.training import Progress, Saved, Saver
-from errors import Stopped, UserError
+from errors import Stopped, UserError, shown
 from model import GPTConfig
 from options import TrainOptions, as_dict
 from parallel.collectives import all_reduce
@@ -245,7 +245,7 @@ def report_changes(before: dict[str, Any], options: TrainOptions) -> None:
     now = as_dict(options)
     for key in sorted(before.keys() & now.keys() & SHAPES_THE_CURVE):
         if before[key] != now[key]:
-            print(f"resume: {key} is now {now[key]!r}, it was {before[key]!r}", file=sys.stderr)
+            print(f"resume: {key} is now {now[key]!r}, it was {shown(before[key])}", file=sys.stderr)
 
 
 def start_directory(out_dir: Path, iter_num: int, options: TrainOptions) -> None:
@@ -255,9 +255,18 @@ def start_directory(out_dir: Path, iter_num: int, options: TrainOptions) -> None
         training.delete_checkpoints(out_dir)
     training.sweep(out_dir)
     metrics = out_dir / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() and iter_num else []
-    kept = [line for line in lines if json.loads(line)["iter"] < iter_num]
+    lines = metrics.read_text(errors="replace").splitlines() if metrics.is_file() and iter_num else []
+    kept = [line for line in lines if 0 <= iteration_of(line) < iter_num]
     metrics.write_text("".join(line + "\n" for line in kept))
+
+
+def iteration_of(line: str) -> int:
+    """Of a line of metrics.jsonl; -1 for one that is none, such as a kill leaves half written."""
+    try:
+        number = json.loads(line)["iter"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return -1
+    return number if type(number) is int else -1
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
@@ -300,7 +309,7 @@ def train(run: Run) -> None:
                 if options.eval_only:
                     break
                 better = losses["val"] < progress.best_val_loss
-                progress.best_val_loss = min(losses["val"], progress.best_val_loss)
+                progress.best_val_loss = losses["val"] if better else progress.best_val_loss  # never what is not a number
                 if iter_num > run.first.iter_num and (better or options.always_save_checkpoint):
                     log.saved(save(run, saver))
             elif options.save_interval and iter_num % options.save_interval == 0 and iter_num > run.first.iter_num:
