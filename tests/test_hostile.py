@@ -21,6 +21,7 @@ import subprocess
 import sys
 import traceback
 import types
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,13 +47,13 @@ from model import GPTConfig
 from parallel.mesh import World
 from parallel.partition import Partition, Rule
 from text.dataset import Dataset, write_tokens
-from text.files import SMALL, VALUES
+from text.files import SMALL
 from text.pickles import Refused, outline, plain
 from tp_model import TensorParallelGPT
 
 ROOT = Path(__file__).parent.parent
 MEMORY = 300 << 20  # bytes that a case may ask for beyond what the tests have
-SECONDS = 3
+SECONDS = 5  # of computing; ten times as many of waiting
 SECRET = "secret"  # what lies beside the directory, and is as good as the file that a link to it stands for
 CANARY = "canary"  # what anything that ran would have made
 
@@ -254,8 +255,8 @@ ANY_JSON: dict[str, Callable[[str], Damage]] = ANY | {
     "beyond a float": lambda name: changed(name, lambda raw: raw.rstrip()[:-1] + b', "x": 1e999}'),
     "a long number": lambda name: changed(name, lambda raw: raw.rstrip()[:-1] + b', "x": ' + b"9" * 10**5 + b"}"),
     "more after the end": lambda name: changed(name, lambda raw: raw + b"{}"),
-    "a value bomb": lambda name: content(name, b'{"x": [' + b"{}," * (VALUES // 2) + b"{}]}"),
-    "a list bomb": lambda name: content(name, b"[" + b"[]," * (SMALL // 3) + b"[]]"),
+    "a value bomb": lambda name: content(name, b'{"x": [' + b'{"":0},' * (SMALL // 7 - 10) + b"{}]}"),
+    "a list bomb": lambda name: content(name, b"[" + b"[]," * (SMALL // 3 - 10) + b"[]]"),
 }
 
 
@@ -633,8 +634,14 @@ ZIPS: dict[str, Damage] = {
     "one number as all": saved(at_once),
     "one number as a terabyte": saved(large),
     "a tensor twice": saved(lambda raw: raw["model"].update({"_orig_mod." + LN: torch.ones(20)})),
-    "a TorchScript archive": lambda d: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), d / "ckpt.pt"),
+    "a TorchScript archive": lambda d: save_script(d / "ckpt.pt"),
 }  # fmt: skip
+
+
+def save_script(path: Path) -> None:
+    with warnings.catch_warnings():  # it is going out of use
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
 
 
 def another_place(place: Path) -> None:
@@ -1224,7 +1231,7 @@ def test_any_pickle_is_refused_or_what_it_stands_for(text: Any, protocol: int, c
         except ValueError as error:
             assert "protocol" in str(error)  # of a number that nobody has given out: the operations are the same
             return
-        assert found == expected
+        assert repr(found) == repr(expected)  # one that holds itself cannot be compared
 
 
 def test_what_torch_saves_is_outlined(good: Path) -> None:
