@@ -17,17 +17,20 @@ import report
 from errors import UserError
 from model import GPTConfig
 from options import TrainOptions
+from parallel.collectives import Axis
 from parallel.loss import chunk_rows
 from parallel.memory import Training
 from parallel.mesh import Launch, sizes
 from parallel.partition import Partition
 from parallel.schedule import Schedule
+from tp_model import TensorParallelGPT
 
 UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 FITS, DOES_NOT_FIT = 0, 1  # exit statuses
+PARTS = ("parameters", "gradients", "optimizer", "activations", "temporary", "kv_cache")
 SHORT = {"dp_shard": "shard", "sequence_parallel": "seq", "activation_checkpointing": "ckpt"}  # what saves memory, in the table
 # What a process holds on a GPU before torch allocates there: CUDA's context and kernels, cuBLAS's workspace, NCCL's buffers.
-# Reckoned, not measured. On a CPU this process itself is measured: it has imported what a rank imports.
+# Reckoned, not measured. On a CPU it is measured, see process_bytes.
 GPU_BASE = 10**9
 
 
@@ -64,7 +67,7 @@ def show(
     dp, tp = sizes(ranks, options.tp, "train_tp.py")
     asked = Layout(tp, dp, options.dp_shard and dp > 1, options.sequence_parallel and tp > 1, options.activation_checkpointing)
     gpu = options.device.startswith("cuda") or options.device == "auto" and torch.cuda.is_available()
-    base = GPU_BASE if gpu else report.peak_bytes(torch.device("cpu"))
+    base = GPU_BASE if gpu else process_bytes(options.seed)
 
     def training(layout: Layout) -> Training:
         split = Partition.of(config, layout.tp)
@@ -96,8 +99,22 @@ def show(
         print("\n".join(table(options, config, found, own, limit, gpu)))
         if options.report:
             model = {**asdict(config), "parameters": own.split.count()}
-            report.write(options.report, {"entry": "train_tp", "dry_run": True, "ranks": ranks, "model": model, "layouts": found})
+            made = {"entry": "train_tp", "dry_run": True, "ranks": ranks, "model": model, "layouts": found}
+            report.write(options.report, made)
     return DOES_NOT_FIT if limit and found[0]["peak"] > limit else FITS
+
+
+def process_bytes(seed: int) -> int:
+    """What a rank's process takes besides the model: this one's peak, once it has trained a model of a few numbers, as torch
+    imports and sets up much when it is first used."""
+    model = TensorParallelGPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8), Axis("tp"), seed=seed)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    _, loss = model(tokens, tokens)
+    if loss is not None:
+        loss.backward()
+    optimizer.step()
+    return report.peak_bytes(torch.device("cpu"))
 
 
 def layouts(ranks: int) -> Iterator[Layout]:
@@ -113,17 +130,18 @@ def can_split_tokens(plan: Training) -> bool:
 
 
 def row(layout: Layout, plan: Training, base: int) -> dict[str, Any]:
-    """One layout's figures, bytes on the rank that has most. peak: the largest moment, `at`, with the process itself, base."""
-    peak, at = plan.peak()
-    parts = ("parameters", "gradients", "optimizer", "activations", "kv_cache")
+    """One layout's figures, bytes on the rank that has most. live: the most that tensors take at a time, at the moment `at`.
+    peak: what the rank takes, the process itself, base, included."""
+    live, at = plan.live()
     return {
         **asdict(layout),
         "rows": plan.rows,
         "micro_steps": plan.micro_steps,
-        **{part: getattr(plan, part) for part in parts},
-        "base": base,
-        "peak": base + peak,
+        **{part: getattr(plan, part) for part in PARTS},
+        "live": live,
         "at": at,
+        "base": base,
+        "peak": base + plan.peak,
     }
 
 
@@ -137,24 +155,23 @@ def table(
     asked, base = found[0], found[0]["base"]
     unit, scale = ("GB", 1e9) if asked["peak"] >= 1e9 else ("MB", 1e6)
     precision = "half precision" if own.width == 2 else "float32"
+    peak = "the worst moment: activations go as gradients come" if gpu else "the sum: a CPU rank keeps what it frees"
     lines = [
         f"{own.split.count():,} parameters: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, vocabulary "
         f"{config.vocab_size:,}; {config.block_size} tokens a sequence; {'GPU' if gpu else 'CPU'}, products in {precision}",
-        f"{unit} on the rank that has most. peak is the worst moment, not a sum: activations go as gradients come. It has the "
-        f"process itself in it, {base / 1e9:.2f} GB{' (reckoned)' if gpu else ''}.",
-        "shard: --dp_shard, seq: --sequence_parallel, ckpt: --activation_checkpointing. cache: keys and values of one sequence "
-        "when sampling.",
-        f"{'':>2}{'tp':>3}{'dp':>4}  {'options':<15}{'rows x steps':>12}{'parameters':>12}{'gradients':>11}{'optimizer':>11}"
-        f"{'activations':>13}{'peak':>9}{'cache':>8}{'' if not limit else '  fits'}  at",
+        f"{unit} on the rank that has most. Its peak is {peak}; with {base / 1e9:.2f} GB of the process itself"
+        f"{' (reckoned)' if gpu else ''}.",
+        "shard: --dp_shard, seq: --sequence_parallel, ckpt: --activation_checkpointing. KV cache: a sequence, sampling.",
+        f"{'tp':>5}{'dp':>4}  {'options':<15}{'rows x steps':>12}{'parameters':>12}{'gradients':>11}{'optimizer':>11}"
+        f"{'activations':>13}{'temporary':>11}{'KV cache':>10}{'peak':>10}{'  fits' if limit else ''}",
     ]
     for line in sorted(found, key=lambda line: (line["tp"], [line[name] for name in SHORT])):
         words = " ".join(short for name, short in SHORT.items() if line[name])
-        sizes = zip(("parameters", "gradients", "optimizer", "activations", "peak", "kv_cache"), (12, 11, 11, 13, 9, 8), strict=True)
+        sizes = zip((*PARTS, "peak"), (12, 11, 11, 13, 11, 10, 10), strict=True)
         shown = "".join(f"{line[name] / scale:>{wide},.2f}" for name, wide in sizes)
         fits = "" if not limit else "   yes" if line["peak"] <= limit else "    no"
         steps = f"{line['rows']} x {line['micro_steps']}"
-        mark = "> " if line is asked else "  "
-        lines.append(f"{mark}{line['tp']:>3}{line['dp']:>4}  {words:<15}{steps:>12}{shown}{fits}  {line['at']}")
+        lines.append(f"{'>' if line is asked else ' ':<2}{line['tp']:>3}{line['dp']:>4}  {words:<15}{steps:>12}{shown}{fits}")
     return lines + [verdict(options, found, limit)]
 
 

@@ -8,12 +8,15 @@ product is kept as this rank's tokens and gathered again; and the logits exist f
 layer keeps half-precision copies of its weights as well.
 
 How much of that is there at once decides the peak: activations go as gradients come. `Training.moments` has an
-iteration's candidates, written down from what the passes of tp_model.py, layers.py and loss.py hold. Not in it: the
-process itself (`base` of the caller), workspaces inside kernels, files mapped into memory, memory that an allocator holds
-without using it.
+iteration's candidates, written down from what the passes of tp_model.py, layers.py and loss.py hold; that is what a GPU's
+allocator counts. On a CPU a rank has glibc keep what is freed (`keep_freed_memory` in train_tp.py), and what one part of an
+iteration leaves is in pieces that the next one's tensors do not fit: there the peak is the sum of all parts. Not in either:
+the process itself, workspaces inside kernels, files mapped into memory.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from math import prod
 
 from parallel.partition import Partition, spans
@@ -52,11 +55,12 @@ class Training:
 
     # --- what stays -------------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter on this rank, padding rows included, before dp shards it."""
         return self.split.local_shapes(0)
 
+    @cached_property
     def _layers(self) -> list[int]:
         """Numbers in the parameters of each layer."""
         counts = [0] * self.split.n_layer
@@ -81,7 +85,7 @@ class Training:
     @property
     def gradients(self) -> int:
         """Bytes of the gradients when most of them are there."""
-        layers = FLOAT * sum(self._layers())
+        layers = FLOAT * sum(self._layers)
         return max(self.parameters, self._gradients(0), self._gradients(layers))
 
     def _gradients(self, done: int) -> int:
@@ -160,8 +164,8 @@ class Training:
         C, q = self.split.n_embd, self.channels
         heads = q // self.split.head_dim
         kept = self.kept_by_norm() + self.own_tokens * C * self.width  # the input of c_attn
-        if self.attention_scores:  # the plain formula: probabilities, mask and their product
-            kept += 3 * self.attention_scores + 3 * self.tokens * q * self.width + self.tokens * q * self.width
+        if self.attention_scores:  # the plain formula, in float32: q, k and v; probabilities, mask and their product
+            kept += 3 * self.tokens * q * FLOAT + 3 * self.attention_scores + self.tokens * q * self.width
         else:  # q, k and v; attention's output, which is c_proj's input; a logarithm a head and token
             kept += 4 * self.tokens * q * self.width + self.tokens * heads * FLOAT
         return kept + self._residual_mask(2 * layer) + self._linear(C, 3 * q) + self._linear(q, C)
@@ -183,16 +187,17 @@ class Training:
             return self.stream
         return self.stream + self.tokens * self.split.n_embd * self.width
 
-    def _kept_until(self, layer: int) -> int:
-        """Bytes kept by the embedding and layers 0 to `layer` when the forward pass is over."""
-        ends = 2 * self.tokens * ID + (self.tokens * (ID + 1) if self.split.tp > 1 else 0) + self._mask(FLOAT)
+    @cached_property
+    def _kept(self) -> list[int]:
+        """Bytes kept by the embedding, by it and the first layer, and so on, when the forward pass is over."""
+        ids = 2 * self.tokens * ID + (self.tokens * (ID + 1) if self.split.tp > 1 else 0)  # and where each is looked up
         held = self._handed_on if self.activation_checkpointing else self.kept_by_layer
-        return ends + sum(held(i) for i in range(layer + 1))
+        return list(accumulate(map(held, range(self.split.n_layer)), initial=ids + self._mask(FLOAT)))
 
     @property
     def activations(self) -> int:
         """Bytes that a whole forward pass keeps: those above and the last LayerNorm's."""
-        return self._kept_until(self.split.n_layer - 1) + self.kept_by_norm()
+        return self._kept[-1] + self.kept_by_norm()
 
     # --- what comes and goes ----------------------------------------------------------------------------------------
 
@@ -242,12 +247,12 @@ class Training:
     @property
     def _root(self) -> int:
         """Sharded over dp: bytes of the whole parameters outside the layers, gathered for both passes."""
-        return self.whole - FLOAT * sum(self._layers()) if self.dp_shard else 0
+        return self.whole - FLOAT * sum(self._layers) if self.dp_shard else 0
 
     @property
     def _layer(self) -> int:
         """Sharded over dp: bytes of a layer's whole parameters."""
-        return FLOAT * max(self._layers()) if self.dp_shard else 0
+        return FLOAT * max(self._layers) if self.dp_shard else 0
 
     # --- the peak ---------------------------------------------------------------------------------------------------
 
@@ -257,7 +262,7 @@ class Training:
         Sharded over dp (FSDP2, a layer a unit) there are, while a layer's backward pass begins, its parameters, those of the
         next one on their way (in gloo's hands twice), and the gradients of the one before on theirs.
         """
-        layers = [FLOAT * n for n in self._layers()]
+        layers = [FLOAT * n for n in self._layers]
         last = len(layers) - 1
         states = self.parameters + self.optimizer
         cast = self._cast_weights() if self.activation_checkpointing else 0
@@ -266,7 +271,7 @@ class Training:
         kept = self.activations + self.head() + cast
         found["head and loss"] = states + self._gradients(0) + kept + self._root + self._layer
         for layer in reversed(range(last + 1)):
-            kept = self._kept_until(layer)
+            kept = self._kept[layer + 1]
             if self.activation_checkpointing:  # made again, but for the first LayerNorm's input, which is what was kept
                 kept += self.kept_by_layer(layer) - self.stream
             took = self.backward(layer)
@@ -274,7 +279,7 @@ class Training:
                 took = max(took, self._layer + self.stream)
             took += self._root + self._layer * (1 + (layer > 0) + (layer < last))
             found[f"layer {layer}, backward"] = states + self._gradients(sum(layers[layer + 1 :])) + kept + self.table + took
-        tables = 2 * self.table + self._kept_until(-1) + self._root + self._layer
+        tables = 2 * self.table + self._kept[0] + self._root + self._layer
         found["embedding, backward"] = states + self._gradients(sum(layers)) + tables
         found["optimizer"] = states + buckets if buckets else states + self.parameters
         return found
@@ -287,11 +292,25 @@ class Training:
         half = self.split.local_vocab * C * self.width if self.width < FLOAT else 0
         return max(mlp, 2 * tokens * C * FLOAT + self._logits(self.eval_rows) + half) + self._cast_weights()
 
-    def peak(self) -> tuple[int, str]:
-        """(bytes, the moment's name) of the largest moment."""
+    @property
+    def temporary(self) -> int:
+        """Bytes of what comes and goes within a pass, when most of it is there; the table's second gradient is always."""
+        layers = range(self.split.n_layer)
+        remade = (self.kept_by_layer(0) - self.stream, self._cast_weights()) if self.activation_checkpointing else (0, 0)
+        pass_back = self.table + max(map(self.backward, layers)) + remade[0]
+        return max(self.head() + remade[1], pass_back) + self.table + self._root + (3 if self.gpu else 4) * self._layer
+
+    def live(self) -> tuple[int, str]:
+        """(bytes, the moment's name) of the largest moment: the most that tensors take."""
         moments = self.moments()
         name = max(moments, key=lambda moment: moments[moment])
         return moments[name], name
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that the rank takes, the process itself not counted: the largest moment, or on a CPU all parts."""
+        parts = self.parameters + self.gradients + self.optimizer + self.activations + self.temporary
+        return self.live()[0] if self.gpu else parts
 
     @property
     def kv_cache(self) -> int:
