@@ -155,12 +155,12 @@ def table(
     asked, base = found[0], found[0]["base"]
     unit, scale = ("GB", 1e9) if asked["peak"] >= 1e9 else ("MB", 1e6)
     precision = "half precision" if own.width == 2 else "float32"
-    peak = "the worst moment: activations go as gradients come" if gpu else "the sum: a CPU rank keeps what it frees"
+    peak = "the worst moment (activations go as gradients come)" if gpu else "the sum (a CPU rank keeps what it frees)"
     lines = [
         f"{own.split.count():,} parameters: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, vocabulary "
         f"{config.vocab_size:,}; {config.block_size} tokens a sequence; {'GPU' if gpu else 'CPU'}, products in {precision}",
-        f"{unit} on the rank that has most. Its peak is {peak}; with {base / 1e9:.2f} GB of the process itself"
-        f"{' (reckoned)' if gpu else ''}.",
+        f"{unit} on the rank that has most; peak is {peak} "
+        f"and the process, {base / 1e9:.2f} GB{', reckoned' if gpu else ''}",
         "shard: --dp_shard, seq: --sequence_parallel, ckpt: --activation_checkpointing. KV cache: a sequence, sampling.",
         f"{'tp':>5}{'dp':>4}  {'options':<15}{'rows x steps':>12}{'parameters':>12}{'gradients':>11}{'optimizer':>11}"
         f"{'activations':>13}{'temporary':>11}{'KV cache':>10}{'peak':>10}{'  fits' if limit else ''}",

@@ -158,7 +158,7 @@ def _live(world: World, config: GPTConfig, plan: Training, half: bool) -> int:
     iterate()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         iterate()
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return int(np.cumsum(sizes).max())
 
