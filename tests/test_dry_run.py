@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import train_tp
 from benchmarks.strategies import kept_bytes
+from dry_run import amount
 from errors import UserError
 from model import GPTConfig
 from native.library import Unavailable, load
@@ -125,6 +126,7 @@ def test_a_pass_keeps_what_is_reckoned_to_the_byte(tp: int, sync: str, changes: 
 
 MODELS = {"wide": GPTConfig(block_size=64, vocab_size=300, n_layer=3, n_head=4, n_embd=128)}  # activations, above all
 MODELS["table"] = replace(MODELS["wide"], vocab_size=9000)  # the table and its gradients
+MODELS["layers"] = replace(MODELS["wide"], n_embd=256)  # with one row, their weights
 MODELS["dropout"] = replace(MODELS["wide"], dropout=0.1)
 
 
@@ -171,9 +173,9 @@ def _live(world: World, config: GPTConfig, plan: Training, half: bool) -> int:
         (1, 1, "wide", 16, {"activation_checkpointing": True}),
         (1, 1, "table", 4, {"micro_steps": 2}),
         (1, 1, "table", 4, {"width": 2}),
-        (2, 1, "table", 4, {}),
+        (2, 1, "table", 1, {}),
         (2, 1, "table", 4, {"micro_steps": 2}),
-        (2, 1, "table", 2, {"dp_shard": True}),
+        (2, 1, "layers", 1, {"dp_shard": True}),
         (2, 1, "table", 2, {"dp_shard": True, "micro_steps": 2}),
         (2, 2, "wide", 16, {"sequence_parallel": True}),
         (2, 2, "table", 4, {"width": 2}),
@@ -250,6 +252,11 @@ def test_a_source_gives_its_sizes_and_the_hub_is_not_asked(capsys: pytest.Captur
     assert dry("--ranks=6", "--init_from=gpt2-xl", "--tp=6") == 0
     parameters = 1_557_611_200 - (1024 - 18) * 1600  # transformers' count, less the positions beyond block_size
     assert f"{parameters:,} parameters: 48 layers, 25 heads" in capsys.readouterr().out
+
+
+def test_amounts_of_memory() -> None:
+    found = {text: amount(text) for text in ("80GB", "24GiB", "1.5 gb", "512MiB", "100kB", "2TB")}
+    assert list(found.values()) == [80 * 10**9, 24 * 2**30, 15 * 10**8, 2**29, 10**5, 2 * 10**12]
 
 
 @pytest.mark.parametrize(
