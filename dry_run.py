@@ -67,7 +67,7 @@ def show(
     dp, tp = sizes(ranks, options.tp, "train_tp.py")
     asked = Layout(tp, dp, options.dp_shard and dp > 1, options.sequence_parallel and tp > 1, options.activation_checkpointing)
     gpu = options.device.startswith("cuda") or options.device == "auto" and torch.cuda.is_available()
-    base = GPU_BASE if gpu else process_bytes(options.seed)
+    base = GPU_BASE if gpu else process_bytes()
 
     def training(layout: Layout) -> Training:
         split = Partition.of(config, layout.tp)
@@ -104,10 +104,10 @@ def show(
     return DOES_NOT_FIT if limit and found[0]["peak"] > limit else FITS
 
 
-def process_bytes(seed: int) -> int:
+def process_bytes() -> int:
     """What a rank's process takes besides the model: this one's peak, once it has trained a model of a few numbers, as torch
     imports and sets up much when it is first used."""
-    model = TensorParallelGPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8), Axis("tp"), seed=seed)
+    model = TensorParallelGPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8), Axis("tp"))
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     _, loss = model(tokens, tokens)

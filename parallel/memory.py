@@ -294,11 +294,13 @@ class Training:
 
     @property
     def temporary(self) -> int:
-        """Bytes of what comes and goes within a pass, when most of it is there; the table's second gradient is always."""
+        """Bytes of what comes and goes within a pass, when most of it is there; in training that is always the table's second
+        gradient, and most at the head, or in a layer's backward pass. An evaluation may have more rows."""
         layers = range(self.split.n_layer)
         remade = (self.kept_by_layer(0) - self.stream, self._cast_weights()) if self.activation_checkpointing else (0, 0)
         pass_back = self.table + max(map(self.backward, layers)) + remade[0]
-        return max(self.head() + remade[1], pass_back) + self.table + self._root + (3 if self.gpu else 4) * self._layer
+        most = max(self.head() + remade[1] + self.table, pass_back + self.table, self._evaluation())
+        return most + self._root + (3 if self.gpu else 4) * self._layer
 
     def live(self) -> tuple[int, str]:
         """(bytes, the moment's name) of the largest moment: the most that tensors take."""

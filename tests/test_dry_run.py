@@ -241,6 +241,13 @@ def test_the_layouts_own_options_count(tmp_path: Path) -> None:
     assert peak("--batch_size=64", "--dtype=bfloat16") != plain
 
 
+def test_an_evaluation_of_more_rows_may_be_the_peak() -> None:
+    few = training(UNEVEN, 1, rows=1)  # as where many replicas share a small batch, and evaluate whole ones
+    many = replace(few, eval_rows=500)
+    assert few.live()[1] != many.live()[1] == "evaluation"
+    assert many.peak - few.peak > 500 * 18 * 40 * 4 * 2  # the residual stream, and its LayerNorm's output
+
+
 def test_a_gpu_is_reckoned_without_one_and_nothing_is_allocated(capsys: pytest.CaptureFixture[str]) -> None:
     huge = ["--n_layer=48", "--n_head=128", "--n_embd=65536", "--device=cuda", "--batch_size=1"]
     assert dry("--ranks=6", "--tp=6", "--memory=80GB", *huge) == 1  # 2.5 x 10^12 parameters
