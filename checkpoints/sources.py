@@ -10,6 +10,7 @@ import functools
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,21 +31,37 @@ from text.tokenizer import TOKENIZER_FILE, GPT2Tokenizer, IdsTokenizer, Tokenize
 from tp_model import Read
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+# what their config.json says: layers, heads, width
+HUB_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 LATEST = "latest"  # the file of a training directory that names its newest whole checkpoint
 GPT2_TOKENS = 50257
 
 
-class Source(Protocol):
-    """config: the model's. dtype: of the stored weights. description: for people.
-    tokenizer: what tokenizer.json should say, or None where the source does not tell; dataset: nanoGPT's hint for it.
-    sync: the schedule of sync points that the weights were made for, None where they were for none in particular."""
+class Described(Protocol):
+    """config: the model's. description: for people. sync: the schedule of sync points that the weights were made for, None
+    where they were for none in particular."""
 
     config: GPTConfig
-    dtype: torch.dtype
     description: str
+    sync: Sync | None
+
+
+@dataclass
+class Sizes:
+    """A model of which no more is known."""
+
+    config: GPTConfig
+    description: str
+    sync: Sync | None = None
+
+
+class Source(Described, Protocol):
+    """dtype: of the stored weights. tokenizer: what tokenizer.json should say, or None where the source does not tell;
+    dataset: nanoGPT's hint for it."""
+
+    dtype: torch.dtype
     tokenizer: dict[str, Any] | None
     dataset: str | None
-    sync: Sync | None
 
     def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
         """Runs of a full tensor along dim, one after the other; the whole where dim is None. May be a view of a file."""
@@ -82,7 +99,7 @@ def tokenizer_of(source: Source, choice: str = "", data_dir: str = "data") -> To
     return tokenizer
 
 
-def schedule_of(source: Source, text: str, tp: int) -> Schedule:
+def schedule_of(source: Described, text: str, tp: int) -> Schedule:
     """The schedule that --sync=`text` asks for; where it is "", the one that the weights were made for, or plain Megatron's.
 
     UserError where that is for another tp: what a rank sees between two sync points, and what was repaired, depends on it.
@@ -128,6 +145,14 @@ def open_source(spec: str, verify: tuple[int, int] | None = None) -> Source:
     near = difflib.get_close_matches(spec, HUB, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise UserError(f"--init_from={spec} is neither a file, a directory nor one of {', '.join(HUB)}.{hint}")
+
+
+def open_sizes(spec: str) -> Described:
+    """What an `--init_from` names, as far as it can be known without its weights: of a hub's model no file is read."""
+    if spec in HUB_SIZES:
+        n_layer, n_head, n_embd = HUB_SIZES[spec]
+        return Sizes(GPTConfig(1024, GPT2_TOKENS, n_layer, n_head, n_embd, activation="gelu_tanh"), spec)
+    return open_source(spec)
 
 
 def latest_checkpoint(directory: Path) -> Path:
