@@ -266,7 +266,8 @@ def train(run: Run) -> None:
         iter_num = progress.iter_num
         last = iter_num >= options.max_iters
         if iter_num % options.eval_interval == 0 or last or options.eval_only:
-            losses = evaluate(run)
+            with world.ledger.during(f"step {iter_num}, evaluation"):
+                losses = evaluate(run)
             log.evaluation(iter_num, losses)
             if options.eval_only:
                 break
@@ -280,7 +281,8 @@ def train(run: Run) -> None:
             break
         before, started = world.ledger.snapshot(), time.perf_counter()
         lr = learning_rate(options, iter_num)
-        loss, grad_norm = iterate(run, lr)
+        with world.ledger.during(f"step {iter_num}"):
+            loss, grad_norm = iterate(run, lr)
         seconds = time.perf_counter() - started
         check_finite(run, loss)
         progress.iter_num += 1
@@ -391,16 +393,17 @@ def evaluate(run: Run) -> dict[str, float]:
 
 
 def save(run: Run) -> Path:
-    return training.save(
-        run.world,
-        run.model,
-        run.optimizer,
-        run.out_dir,
-        run.progress,
-        run.dataset.tokenizer.to_json(),
-        as_dict(run.options),
-        run.options.keep_last,
-    )
+    with run.world.ledger.during(f"step {run.progress.iter_num}, save"):
+        return training.save(
+            run.world,
+            run.model,
+            run.optimizer,
+            run.out_dir,
+            run.progress,
+            run.dataset.tokenizer.to_json(),
+            as_dict(run.options),
+            run.options.keep_last,
+        )
 
 
 # --- what a run says ------------------------------------------------------------------------------------------------
