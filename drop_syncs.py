@@ -3,6 +3,7 @@
     python drop_syncs.py group --init_from=SRC --ranks=2 --dataset=NAME --out=GROUPED
     torchrun --standalone --nproc_per_node=2 drop_syncs.py scan --init_from=GROUPED --dataset=NAME --scan=FILE.json --budget=1%
     torchrun --standalone --nproc_per_node=2 drop_syncs.py repair --init_from=GROUPED --dataset=NAME --sync=mlp --out=DIR
+    python drop_syncs.py curve --reports=SCAN.json,REPAIR.json --plot=FILE.png
 
 Perplexities are exact, of the dataset's validation split. What was made for one number of ranks is for that number only.
 """
@@ -23,11 +24,12 @@ from checkpoints.training import export
 from entry import run_commands
 from errors import UserError
 from eval_tp import measure
+from fewer_syncs.curve import draw
 from fewer_syncs.distillation import Lessons, repair_run, repair_whole, train_on
 from fewer_syncs.grouping import Groups, Regrouped, damages, group
 from fewer_syncs.scan import Measured, Perplexities, curve, parse_budget, sensitivities, within
 from model import GPT
-from options import DropOptions, GroupOptions, RepairOptions, ScanOptions
+from options import CurveOptions, DropOptions, GroupOptions, RepairOptions, ScanOptions
 from parallel.mesh import World, pick_dtype
 from parallel.partition import Partition
 from parallel.schedule import Schedule, SubBlock
@@ -215,10 +217,20 @@ def repair(world: World, options: RepairOptions) -> None:
         report.write(options.report, {"entry": "drop_syncs", "what": "repair", **about(world, source, tokens), **figures})
 
 
+# --- curve ----------------------------------------------------------------------------------------------------------
+
+
+def plot_curve(world: World, options: CurveOptions) -> None:
+    if world.is_main:
+        report.check_place(options.plot, "plot")
+        draw([Path(name.strip()) for name in options.reports.split(",") if name.strip()], Path(options.plot).expanduser())
+
+
 COMMANDS: dict[str, tuple[type[Any], Callable[[World, Any], None]]] = {
     "group": (GroupOptions, group_heads),
     "scan": (ScanOptions, scan),
     "repair": (RepairOptions, repair),
+    "curve": (CurveOptions, plot_curve),
 }
 
 if __name__ == "__main__":

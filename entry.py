@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from errors import UserError
+from errors import Stopped, UserError
 from options import RunOptions, as_dict, parse, parse_command
 from parallel import mesh
 from parallel.collectives import CollectiveError
@@ -40,7 +40,7 @@ def run_parsed(parsed: Callable[[], tuple[Main, Any]], prog: str) -> None:
     """Start the world that the options ask for, run main on every rank, and exit.
 
     Exit status: 0; 2 for a user's mistake (one line, no traceback); 1 for an error of ours or of the machine; 130 for
-    Ctrl-C. One rank speaks; no rank is left waiting for another.
+    Ctrl-C, 143 for SIGTERM. One rank speaks; no rank is left waiting for another.
     """
     debug = any(word.replace("-", "_").lstrip("_").startswith("debug") for word in sys.argv[1:])
     world = None
@@ -56,6 +56,8 @@ def run_parsed(parsed: Callable[[], tuple[Main, Any]], prog: str) -> None:
             main(world, options)
     except UserError as error:
         _die(2, f"{prog}: {error}", debug, world)
+    except Stopped as stop:
+        _die(stop.status, f"{prog}: {stop}", False, world)
     except KeyboardInterrupt:
         _die(130, f"{prog}: stopped by Ctrl-C", False, world)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""The exceptions that are no fault of the program's: the user can mend this, or wants it."""
 
 
 class UserError(Exception):
@@ -6,3 +6,11 @@ class UserError(Exception):
 
     The message names what is wrong and what to do; `--debug=True` shows the traceback as well.
     """
+
+
+class Stopped(Exception):
+    """A run that ended early because it was told to, in good order; its text is for the terminal. status: the exit status."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status

@@ -138,6 +138,9 @@ class TrainOptions(RunOptions):
     sync: str = option("", "sync points: all, mlp, every:K, or a list (0a,0m,1m); default: as the weights say")
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     sequence_parallel: bool = option(False, "split what is between the matrix products over the sequence, to save memory")
+    dp_shard: bool = option(False, "shard parameters, gradients and optimizer state over dp (FSDP2), to save memory")
+    dp_reduce_dtype: str = option("float32", "what gradients travel and are added in over dp", ("float32", "bfloat16"))
+    async_save: bool = option(False, "write checkpoints in the background, from a copy in host memory")
     save_interval: int = option(0, "iterations between two checkpoints, 0 = at each evaluation", low=0)
     keep_last: int = option(3, "checkpoints kept in out_dir, 0 = all", low=0)
     overwrite: bool = option(False, "start over in an out_dir that has checkpoints: they are deleted")
@@ -213,6 +216,14 @@ class RepairOptions(DropOptions):
     control: bool = option(True, "train the dense model on the text for as many steps, to see what is not repair")
     out: str = option("", "shard directory to write", required=True)
     force: bool = option(False, "replace the output where it exists")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveOptions(RunOptions):
+    """Draw reports of scan and repair in one picture: perplexity lost against sync points left (one process)."""
+
+    reports: str = option("", "reports of scan and repair, with commas between", required=True)
+    plot: str = option("", "the PNG to draw", required=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,18 @@ def check_place(path: str, option: str) -> None:
         raise UserError(f"--{option}={path} cannot be written: permission denied.")
 
 
+def pyplot() -> Any:
+    """What draws into files. UserError where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
 def peak_bytes(device: torch.device) -> int:
     """The most memory this rank has held: on a GPU what torch allocated there, else the process's resident size."""
     if device.type == "cuda":

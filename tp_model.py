@@ -12,7 +12,7 @@ columns.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -26,8 +26,11 @@ from parallel.collectives import Axis, all_gather, all_reduce
 from parallel.graphs import outside_graphs
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, f, g, gather, share
 from parallel.loss import vocab_parallel_head_loss
-from parallel.partition import VOCAB_MULTIPLE, Partition, Rule, spans
+from parallel.partition import VOCAB_MULTIPLE, Partition, Rule, Run, spans
 from parallel.schedule import Schedule, SubBlock
+
+if TYPE_CHECKING:
+    from parallel.data_parallel import Sharding
 
 Read = Callable[[str, Rule], Tensor]  # the entries of one tensor that this rank owns, without padding
 
@@ -205,6 +208,7 @@ class TensorParallelGPT(nn.Module):
     schedule: after which sub-blocks ranks synchronise; after every one unless given, and on one rank, which is alone.
     sequence_parallel: split the residual stream over the sequence as well (UserError with another schedule; on one rank it
     is nothing). A pass over fewer tokens than ranks is made without. keep_gathered: see ColumnParallelLinear.
+    sharding: deal the parameters over the dp axis as well, for training (parallel/data_parallel.py).
     """
 
     def __init__(
@@ -220,6 +224,7 @@ class TensorParallelGPT(nn.Module):
         schedule: Schedule | None = None,
         sequence_parallel: bool = False,
         keep_gathered: bool = False,
+        sharding: "Sharding | None" = None,
     ):
         super().__init__()
         self.config, self.tp, self.activation_checkpointing = config, tp, activation_checkpointing
@@ -230,8 +235,12 @@ class TensorParallelGPT(nn.Module):
         self.sequence_parallel = sequence_parallel and tp.size > 1
         if self.sequence_parallel and not self.schedule.is_plain:
             raise UserError(f"--sequence_parallel=True together with --sync={self.schedule}: use one of them.")
-        with torch.device(device), default_dtype(dtype):
+        self.sharding = sharding
+        with torch.device("meta" if sharding else device), default_dtype(dtype):
             self.transformer = Transformer(config, split, tp, self.schedule, keep_gathered)
+        if sharding:
+            sharding.apply(self, self.transformer.h)
+            self.to_empty(device=device)  # of a rank's part only: nothing of full size was ever there
         self.load(read or self._draw(seed))
 
     def _draw(self, seed: int) -> Read:
@@ -249,17 +258,29 @@ class TensorParallelGPT(nn.Module):
         """Fill every parameter from `read`. The tied head is the embedding table itself: there is no second copy."""
         rules = self.split.rules()
         for name, parameter in self.named_parameters():
-            given = read(name, rules[name])
-            parameter.zero_()  # padding rows, where there are any, stay zero
-            owned = self.owned(name, parameter)
-            if owned.shape != given.shape:
-                raise ValueError(f"{name}: rank {self.tp.rank} holds {list(owned.shape)}, was given {list(given.shape)}")
-            owned.copy_(given)
+            self.put(name, parameter, read(name, rules[name]))
+
+    @torch.no_grad()
+    def put(self, name: str, tensor: Tensor, given: Tensor) -> None:
+        """Store what this tp rank owns of a parameter into it, or into optimizer state of its shape."""
+        owned = self._owned_rows(name, tensor)
+        if (owned, *tensor.shape[1:]) != tuple(given.shape):
+            raise ValueError(
+                f"{name}: rank {self.tp.rank} holds {[owned, *tensor.shape[1:]]}, was given {list(given.shape)}"
+            )
+        local, (lo, hi) = held(tensor)
+        own = given[lo:hi]
+        local[: len(own)].copy_(own)
+        local[len(own) :].zero_()  # padding rows, where there are any
 
     def owned(self, name: str, tensor: Tensor) -> Tensor:
-        """The part of a local tensor (a parameter, or optimizer state of its shape) that is not padding."""
+        """What this tp rank owns of a parameter, or of optimizer state of its shape: all but the padding. Where it is sharded
+        over dp all ranks of that axis call this, and get all of it."""
+        return whole(tensor)[: self._owned_rows(name, tensor)]
+
+    def _owned_rows(self, name: str, tensor: Tensor) -> int:
         rule = self.split.rules()[name]
-        return tensor if rule.rows is None else tensor[: rule.owned(self.tp.rank)]
+        return tensor.shape[0] if rule.rows is None else rule.owned(self.tp.rank)
 
     def set_schedule(self, schedule: Schedule) -> None:
         """Other sync points from the next pass on; alike on all ranks, and not once blocks are compiled."""
@@ -390,7 +411,8 @@ class TensorParallelGPT(nn.Module):
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
-        """The 2-norm of the full model's gradient, float32, equal on all ranks: one all-reduce.
+        """The 2-norm of the full model's gradient, float32, equal on all ranks: one all-reduce, and one over dp where it is
+        sharded over that.
 
         A sharded parameter's squares add up over the ranks; a replicated one's gradient is the same on every rank and
         counts once. Padding rows have no gradient.
@@ -400,21 +422,44 @@ class TensorParallelGPT(nn.Module):
         own: list[Tensor] = []
         for name, parameter in self.named_parameters():
             if parameter.grad is not None:
-                (shared if rules[name].dim is None else own).append(torch.linalg.vector_norm(parameter.grad.float()))
+                norm = torch.linalg.vector_norm(held(parameter.grad)[0].float())
+                (shared if rules[name].dim is None else own).append(norm)
         squares = [torch.stack(norms).square().sum() if norms else torch.zeros(()) for norms in (shared, own)]
         everywhere = all_reduce(squares[1].to(squares[0].device), self.tp.at("optimizer"), "step")
-        return (squares[0] + everywhere).sqrt()
+        square = squares[0] + everywhere
+        if self.sharding:
+            square = all_reduce(square, self.sharding.dp.at("optimizer"), "step")
+        return square.sqrt()
 
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[nn.Parameter], axis: Axis) -> None:
     """Sum the gradients of these over the ranks, in place: one all-reduce, or none where there are no gradients."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [held(parameter.grad)[0] for parameter in parameters if parameter.grad is not None]
     if gradients:
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         whole = all_reduce(flat, axis, "step").split([gradient.numel() for gradient in gradients])
         for gradient, summed in zip(gradients, whole, strict=True):
             gradient.copy_(summed.view_as(gradient))
+
+
+# A tensor that is sharded over dp is a DTensor. It is told by what it has: to import the class takes as long as the rest of a
+# start, and most runs have none.
+
+
+def held(tensor: Any) -> tuple[Tensor, Run]:
+    """(what this rank stores of a tensor, which rows of it these are): all of it, unless it is sharded over dp."""
+    if not hasattr(tensor, "to_local"):
+        return tensor, (0, tensor.shape[0])
+    n, dp = tensor.shape[0], tensor.device_mesh.size()
+    most = -(-n // dp)  # torch.chunk's rule
+    lo = min(most * tensor.device_mesh.get_local_rank(), n)
+    return tensor.to_local(), (lo, min(lo + most, n))
+
+
+def whole(tensor: Any) -> Tensor:
+    """All rows of a tensor; where it is sharded over dp one all-gather, which all ranks of that axis call."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @contextmanager

@@ -6,6 +6,7 @@
 import ctypes
 import json
 import math
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -20,13 +21,14 @@ from tqdm import tqdm
 import entry
 import report
 from checkpoints import training
+from checkpoints.shards import DTYPES
 from checkpoints.sources import Source, open_source, reader, schedule_of, tokenizer_of
-from checkpoints.training import Progress
-from errors import UserError
+from checkpoints.training import Progress, Saved, Saver
+from errors import Stopped, UserError
 from model import GPTConfig
 from options import TrainOptions, as_dict
 from parallel.collectives import all_reduce
-from parallel.data_parallel import last_only, replicate
+from parallel.data_parallel import Sharding, last_only, replicate, rest
 from parallel.ledger import Account, total
 from parallel.mesh import World, pick_dtype
 from parallel.partition import Rule
@@ -139,6 +141,7 @@ class Run:
             f"world {w.size} = dp {w.dp.size} x tp {w.tp.size}, {w.comm}, {w.device.type}, {str(self.dtype)[6:]}; "
             f"{self.tokens_per_iter:,} tokens/iter = {self.layout.micro_rows} seq x {c.block_size} x "
             f"{self.layout.micro_steps} accum x {w.dp.size} dp"
+            f"{', sharded' if self.model.sharding else ''}"
             f"{'' if self.model.schedule.is_plain else f'; sync points: {self.model.schedule}'}"
         )
 
@@ -171,7 +174,7 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
             f"--sequence_parallel=True: block_size={config.block_size} is shorter than tp={world.tp.size}, some ranks would "
             f"have no token. Use a --tp of at most {config.block_size}."
         )
-    asked = options.sync or "all"
+    asked, reduce_dtype = options.sync or "all", DTYPES[options.dp_reduce_dtype]
     model = TensorParallelGPT(
         config,
         world.tp,
@@ -181,6 +184,7 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
         activation_checkpointing=options.activation_checkpointing,
         schedule=schedule_of(source, options.sync, world.tp.size) if source else Schedule.parse(asked, config.n_layer),
         sequence_parallel=options.sequence_parallel,
+        sharding=Sharding(world.dp, world.device, reduce_dtype) if options.dp_shard and world.dp.size > 1 else None,
     )
     if options.compile:
         model.compile_blocks()
@@ -192,7 +196,7 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
         start_directory(out_dir, progress.iter_num, options)
     layout = Layout.of(options, world.dp.rank, world.dp.size)
     dtype = pick_dtype(options.dtype, world.device)
-    wrapped = replicate(model, world.dp)
+    wrapped = model if model.sharding else replicate(model, world.dp, reduce_dtype)
     return Run(world, options, dataset, model, wrapped, optimizer, layout, progress, out_dir, dtype, replace(progress))
 
 
@@ -249,6 +253,7 @@ def start_directory(out_dir: Path, iter_num: int, options: TrainOptions) -> None
     out_dir.mkdir(parents=True, exist_ok=True)
     if options.init_from != "resume":
         training.delete_checkpoints(out_dir)
+    training.sweep(out_dir)
     metrics = out_dir / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() and iter_num else []
     kept = [line for line in lines if json.loads(line)["iter"] < iter_num]
@@ -258,41 +263,76 @@ def start_directory(out_dir: Path, iter_num: int, options: TrainOptions) -> None
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 
+class Signals:
+    """SIGTERM and Ctrl-C, as a wish that the loop looks at between two iterations. Whoever insists on Ctrl-C after 2 s is
+    obeyed at once; torchrun passes the first one on a moment after the terminal did."""
+
+    def __init__(self) -> None:
+        self.asked, self._since, self._before = 0, 0.0, dict[int, Any]()
+
+    def __enter__(self) -> "Signals":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.asked and number == signal.SIGINT and time.monotonic() > self._since + 2:
+            raise KeyboardInterrupt
+        if not self.asked:
+            self.asked, self._since = number, time.monotonic()
+
+
 def train(run: Run) -> None:
     """Iterate until max_iters, evaluating and saving in between. Every rank does all of it; rank 0 prints and writes."""
     options, progress, world = run.options, run.progress, run.world
-    log = Log(run)
-    while True:
-        iter_num = progress.iter_num
-        last = iter_num >= options.max_iters
-        if iter_num % options.eval_interval == 0 or last or options.eval_only:
-            with world.ledger.during(f"step {iter_num}, evaluation"):
-                losses = evaluate(run)
-            log.evaluation(iter_num, losses)
-            if options.eval_only:
+    log, saver = Log(run), Saver(world, run.out_dir, options.keep_last, options.async_save)
+    with Signals() as signals:
+        while True:
+            iter_num = progress.iter_num
+            last = iter_num >= options.max_iters
+            if iter_num % options.eval_interval == 0 or last or options.eval_only:
+                with world.ledger.during(f"step {iter_num}, evaluation"):
+                    losses = evaluate(run)
+                log.evaluation(iter_num, losses)
+                if options.eval_only:
+                    break
+                better = losses["val"] < progress.best_val_loss
+                progress.best_val_loss = min(losses["val"], progress.best_val_loss)
+                if iter_num > run.first.iter_num and (better or options.always_save_checkpoint):
+                    log.saved(save(run, saver))
+            elif options.save_interval and iter_num % options.save_interval == 0 and iter_num > run.first.iter_num:
+                log.saved(save(run, saver))
+            if last:
                 break
-            better = losses["val"] < progress.best_val_loss
-            progress.best_val_loss = min(losses["val"], progress.best_val_loss)
-            if iter_num > run.first.iter_num and (better or options.always_save_checkpoint):
-                log.saved(save(run))
-        elif options.save_interval and iter_num % options.save_interval == 0 and iter_num > run.first.iter_num:
-            log.saved(save(run))
-        if last:
-            break
-        before, started = world.ledger.snapshot(), time.perf_counter()
-        lr = learning_rate(options, iter_num)
-        with world.ledger.during(f"step {iter_num}"):
-            loss, grad_norm = iterate(run, lr)
-        seconds = time.perf_counter() - started
-        check_finite(run, loss)
-        progress.iter_num += 1
-        progress.tokens_seen += run.tokens_per_iter
-        log.iteration(iter_num, loss, lr, grad_norm, seconds, world.ledger.since(before))
+            before, started = world.ledger.snapshot(), time.perf_counter()
+            lr = learning_rate(options, iter_num)
+            with world.ledger.during(f"step {iter_num}"):
+                loss, grad_norm, (asked, busy) = iterate(run, lr, (signals.asked, saver.busy))
+            seconds = time.perf_counter() - started
+            check_finite(run, loss)
+            progress.iter_num += 1
+            progress.tokens_seen += run.tokens_per_iter
+            log.iteration(iter_num, loss, lr, grad_norm, seconds, world.ledger.since(before))
+            with world.ledger.during(f"step {iter_num}, save"):
+                log.saved(saver.poll(not busy))
+            if asked:
+                log.saved(save(run, saver) + saver.finish())
+                log.close()
+                path, name = training.latest_checkpoint(run.out_dir), signal.Signals(asked).name
+                how = "--init_from=resume goes on from there"
+                raise Stopped(f"{name}: stopped after {progress.iter_num} iterations, saved {path}. {how}.", 128 + asked)
+        with world.ledger.during(f"step {progress.iter_num}, save"):
+            log.saved(saver.finish())
     log.close()
 
 
-def iterate(run: Run, lr: float) -> tuple[float, float]:
-    """One AdamW step over the iteration's rows. Returns (mean loss, norm of the full gradient), equal on all ranks."""
+def iterate(run: Run, lr: float, said: tuple[int, ...] = ()) -> tuple[float, float, list[int]]:
+    """One AdamW step over the iteration's rows. Returns (mean loss, norm of the full gradient, the largest that any rank `said`
+    of each), equal on all ranks."""
     options, world, progress = run.options, run.world, run.progress
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -307,12 +347,21 @@ def iterate(run: Run, lr: float) -> tuple[float, float]:
             _, loss = model(x, y)
         loss = loss / run.layout.micro_steps
         total += loss.detach()
-        (loss * scale).backward()
+        with world.ledger.recomputing():  # what a sharded model gathers again is backward's
+            (loss * scale).backward()
     total = all_reduce(total, world.dp.at("data_parallel"), "step") / world.dp.size
     run.model.sum_partial_gradients()
     grad_norm = run.model.grad_norm().item() / scale
     take_step(run, grad_norm, scale)
-    return total.item(), grad_norm
+    return total.item(), grad_norm, agree(world, said)
+
+
+def agree(world: World, said: tuple[int, ...]) -> list[int]:
+    """The largest that any rank says of each of these, on all ranks."""
+    heard = torch.tensor(said, dtype=torch.float32, device=world.device)
+    for axis, block in ((world.tp, "optimizer"), (world.dp, "data_parallel")):
+        heard = all_reduce(heard, axis.at(block), "step", op="max")
+    return [int(number) for number in heard.tolist()]
 
 
 def take_step(run: Run, grad_norm: float, scale: float) -> None:
@@ -381,29 +430,25 @@ def evaluate(run: Run) -> dict[str, float]:
     model.eval()
     for split in ("train", "val"):
         total = torch.zeros((), device=world.device)
-        for k in range(world.dp.rank, run.options.eval_iters, world.dp.size):
+        for first in range(0, run.options.eval_iters, world.dp.size):
+            k = first + world.dp.rank
+            counts = k < run.options.eval_iters
+            if not counts and not model.sharding:
+                break
             x, y = next_batch(run, range(k * n, (k + 1) * n), 0, split, EVAL_STREAM)
             with run.autocast():
-                _, loss = model(x, y)
-            total += loss
+                _, loss = model(x, y)  # where parameters are sharded over dp, all of that axis take part in each pass
+            total += loss if counts else 0.0
         total = all_reduce(total, world.dp.at("data_parallel"), "step")
         losses[split] = total.item() / run.options.eval_iters
     model.train()
+    rest(model)
     return losses
 
 
-def save(run: Run) -> Path:
+def save(run: Run, saver: Saver) -> list[Saved]:
     with run.world.ledger.during(f"step {run.progress.iter_num}, save"):
-        return training.save(
-            run.world,
-            run.model,
-            run.optimizer,
-            run.out_dir,
-            run.progress,
-            run.dataset.tokenizer.to_json(),
-            as_dict(run.options),
-            run.options.keep_last,
-        )
+        return saver.save(run.model, run.optimizer, run.progress, run.dataset.tokenizer.to_json(), as_dict(run.options))
 
 
 # --- what a run says ------------------------------------------------------------------------------------------------
@@ -468,8 +513,10 @@ class Log:
             f"(perplexity {math.exp(min(losses['val'], 700)):.2f})"
         )
 
-    def saved(self, path: Path) -> None:
-        self.say(f"saved {path}")
+    def saved(self, saves: list[Saved]) -> None:
+        for made in saves:
+            beside = f", written in {made.seconds:.1f} s beside it" if self.options.async_save else ""
+            self.say(f"saved {made.path} ({made.stall:.2f} s{beside})")
 
     def write(self, line: dict[str, Any]) -> None:
         if self.path is not None:

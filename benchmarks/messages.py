@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.rounds import Bench, pyplot, ring_bytes, spread
+import report
+from benchmarks.rounds import Bench, ring_bytes, spread
 from errors import UserError
 from native.library import Unavailable
 from options import BenchAllreduceOptions
@@ -55,7 +56,7 @@ def allreduce(world: World, options: BenchAllreduceOptions) -> None:
             cells += f"{us['median']:>14,.1f}{us['min']:>10,.1f}{bus:>10.2f}"
         lines.append(f"{line['bytes']:>12,}{cells}")
     if world.is_main and options.plot:
-        plt = pyplot()
+        plt = report.pyplot()
         figure, plane = plt.subplots(figsize=(7, 4))
         for comm in axes:
             plane.plot(sizes, [line["us"][comm]["median"] for line in found], marker="o", label=comm)

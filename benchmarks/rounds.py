@@ -58,7 +58,7 @@ class Bench:
                 raise UserError(f"--against={name} is not one of {', '.join(known + own)}.")
         if options.plot and world.is_main:
             report.check_place(options.plot, "plot")
-            pyplot()
+            report.pyplot()
         if world.is_main:
             report.check_place(options.report, "report")
         self.threads = world.size * torch.get_num_threads()
@@ -115,20 +115,9 @@ def compare(rounds: list[dict[str, dict[str, Any]]], unit: str, per_round: float
     return figures, lines
 
 
-def pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def plot_bars(path: str, title: str, unit: str, figures: dict[str, Any]) -> None:
     """A bar for each party, with the spread of its rounds."""
-    plt = pyplot()
+    plt = report.pyplot()
     names = list(figures)
     middles = [figures[name][unit]["median"] for name in names]
     low = [figures[name][unit]["median"] - figures[name][unit]["min"] for name in names]

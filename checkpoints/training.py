@@ -8,13 +8,22 @@
 Every rank writes what it owns; the directory gets its name when all have finished, and `latest` moves after that.
 """
 
+import collections
+import contextlib
+import itertools
 import os
 import shutil
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from checkpoints.shards import (
     MANIFEST,
@@ -26,6 +35,7 @@ from checkpoints.shards import (
     dtype_name,
     publish,
     shard_name,
+    sync_directory,
     write_json,
 )
 from checkpoints.sources import LATEST, latest_checkpoint, read_json
@@ -55,7 +65,13 @@ def has_checkpoints(out_dir: Path) -> bool:
 
 
 def steps(out_dir: Path) -> list[Path]:
-    return sorted(path for path in out_dir.glob("step-*") if path.is_dir())
+    """The checkpoints of a run, oldest first."""
+    found = [path for path in out_dir.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted(found, key=_iteration)
+
+
+def _iteration(path: Path) -> int:
+    return int(path.name[5:])
 
 
 def delete_checkpoints(out_dir: Path) -> None:
@@ -65,37 +81,192 @@ def delete_checkpoints(out_dir: Path) -> None:
         shutil.rmtree(path)
 
 
-def save(
-    world: World,
+def sweep(out_dir: Path) -> None:
+    """Delete what saves that were broken off have left; only one run at a time may use out_dir."""
+    for left in out_dir.glob(".step-*.tmp*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+# --- saving ---------------------------------------------------------------------------------------------------------
+
+Shapes = dict[str, tuple[int, ...]]  # of what this tp rank owns, in the order of the model's parameters
+Files = list[tuple[str, int, str]]  # (name, bytes, sha256) of what a rank wrote: its weights, its moments
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A finished save. stall: seconds for which the run stood still; seconds: from its beginning to its end."""
+
+    path: Path
+    stall: float
+    seconds: float
+
+
+class Saver:
+    """Saves a run's checkpoints; every rank has one and makes the same calls. The first dp group writes.
+
+    In the background a save copies what it writes to host memory that it keeps (12 bytes a parameter of this tp rank: the run
+    goes on when the copy is there), and a thread hashes and writes it. `poll`, called between two iterations, names the
+    directory once all ranks are done. A write that failed raises on the rank that it failed on, in the next call.
+    """
+
+    def __init__(self, world: World, out_dir: Path, keep_last: int, background: bool):
+        self.world, self.out_dir, self.keep_last, self.background = world, out_dir, keep_last, background
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._copies: dict[str, Tensor] = {}
+        self._writing: Future[Files] | None = None
+        self._publishing: Future[Path] | None = None
+        self._last: tuple[Path, Any] = Path(), None  # the scratch directory, and what publishes it
+        self._began = self._stall = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is still writing; once no rank is, every rank's `poll` is told so."""
+        return self._writing is not None and not self._writing.done()
+
+    def save(
+        self,
+        model: TensorParallelGPT,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        tokenizer: dict[str, Any],
+        options: dict[str, Any],
+    ) -> list[Saved]:
+        """Begin to write step-N, and end it too unless in the background. Gives the saves that ended meanwhile."""
+        ended = self.finish()
+        self._began = time.perf_counter()
+        path = self.out_dir / f"step-{progress.iter_num:06d}"
+        scratch = self.out_dir / f".{path.name}.tmp"
+        if self.world.is_main:
+            shutil.rmtree(scratch, ignore_errors=True)
+            (scratch / OPTIMIZER).mkdir(parents=True)
+        self.world.barrier()
+        # what the manifests say is of this moment, not of when they are written
+        state = {"progress": dict(vars(progress)), "options": options}
+        made = partial(_finish, model, tokenizer, state, scratch, path, self.keep_last)
+        self._last = scratch, made
+        tensors, shapes = _tensors(model, optimizer), _shapes(model)
+        path_of_rank = scratch / shard_name(model.tp.rank, model.tp.size)
+        if self.background:
+            copies = self._copied(tensors)
+            if copies:
+                self._writing = self._thread.submit(_write_calmly, copies, shapes, path_of_rank)
+            else:
+                self._writing = _done([])
+            self._stall = time.perf_counter() - self._began
+            return ended
+        if self.world.dp.rank == 0:
+            self._writing = _done(_write_both(tensors, shapes, path_of_rank))
+        else:
+            collections.deque(tensors, 0)  # its part of the messages by which a rank gets all of a tensor
+            self._writing = _done([])
+        return ended + self.finish()
+
+    def _copied(self, tensors: Iterator[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+        """The tensors as they are now, in host memory that is taken once."""
+        keep = self.world.dp.rank == 0
+        for name, tensor in tensors:
+            if keep:
+                if name not in self._copies:
+                    self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._copies[name].copy_(tensor, non_blocking=tensor.is_cuda)
+        self.world.synchronize()
+        return list(self._copies.items())
+
+    def poll(self, all_wrote: bool) -> list[Saved]:
+        """Go on with a save in the background. all_wrote: that no rank is `busy`; all ranks say the same."""
+        if self._writing is not None and all_wrote:
+            self._publish()
+        if self._publishing is not None and self._publishing.done():
+            return self._ended()
+        return []
+
+    def finish(self) -> list[Saved]:
+        """Wait until what was begun is written, and named."""
+        before = time.perf_counter()
+        if self._writing is not None:
+            self._publish()
+        made = self._ended() if self._publishing is not None else []
+        self.world.barrier()
+        if made and self.background:
+            made = [replace(made[0], stall=made[0].stall + time.perf_counter() - before)]
+        return made
+
+    def _publish(self) -> None:
+        """All ranks' files are there: rank 0 writes what describes them, and gives the directory its name."""
+        assert self._writing is not None
+        files, self._writing = self.world.gather(self._writing.result()), None
+        if self.world.is_main:
+            self._publishing = self._thread.submit(self._last[1], [pair for pair in files if pair])
+
+    def _ended(self) -> list[Saved]:
+        assert self._publishing is not None
+        path, self._publishing = self._publishing.result(), None
+        seconds = time.perf_counter() - self._began
+        return [Saved(path, self._stall if self.background else seconds, seconds)]
+
+
+def _done(files: Files) -> Future[Files]:
+    made: Future[Files] = Future()
+    made.set_result(files)
+    return made
+
+
+def _tensors(model: TensorParallelGPT, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """What is saved of this tp rank, one after the other: weights, then moments. Where parameters are sharded over dp all ranks
+    of that axis go through this together, and one tensor at a time is whole."""
+    for name, p in model.named_parameters():
+        yield name, model.owned(name, p)
+    for moment in MOMENTS:
+        for name, p in model.named_parameters():
+            value = optimizer.state[p][moment] if p in optimizer.state else torch.zeros_like(p)
+            yield f"{moment}.{name}", model.owned(name, value)
+
+
+def _write_calmly(tensors: list[tuple[str, Tensor]], shapes: Shapes, path: Path) -> Files:
+    """`_write_both` in a thread that leaves the processor to the run where both want it."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # of a thread, as Linux has it
+    return _write_both(iter(tensors), shapes, path)
+
+
+def _write_both(tensors: Iterator[tuple[str, Tensor]], shapes: Shapes, path: Path) -> Files:
+    """Write a tp rank's two files: `path`, and the one of that name beside it for the moments."""
+    moments = {f"{moment}.{name}": shape for moment in MOMENTS for name, shape in shapes.items()}
+    return [_write(tensors, shapes, path), _write(tensors, moments, path.parent / OPTIMIZER / path.name)]
+
+
+def _write(tensors: Iterator[tuple[str, Tensor]], shapes: Shapes, path: Path) -> tuple[str, int, str]:
+    """Write the next len(shapes) of the tensors into one file: (its name, bytes, sha256)."""
+    try:
+        file = TensorFile(path, shapes, torch.float32)
+        for name, tensor in itertools.islice(tensors, len(shapes)):
+            file.write(name, tensor)
+        return path.name, *file.close()
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}, so the checkpoint was not written", str(path)) from error
+
+
+def _finish(
     model: TensorParallelGPT,
-    optimizer: torch.optim.Optimizer,
-    out_dir: Path,
-    progress: Progress,
     tokenizer: dict[str, Any],
-    options: dict[str, Any],
+    state: dict[str, Any],
+    scratch: Path,
+    path: Path,
     keep_last: int,
+    files: list[Files],
 ) -> Path:
-    """Write step-N and point `latest` at it; every rank calls this, the first dp group writes. Returns the directory."""
-    path = out_dir / f"step-{progress.iter_num:06d}"
-    scratch = out_dir / f".{path.name}.tmp"
-    if world.is_main:
-        shutil.rmtree(scratch, ignore_errors=True)
-        (scratch / OPTIMIZER).mkdir(parents=True)
-    world.barrier()
-    written = None
-    if world.dp.rank == 0:
-        written = (_write_weights(model, scratch), _write_moments(model, optimizer, scratch / OPTIMIZER))
-    files = [pair for pair in world.gather(written) if pair is not None]
-    if world.is_main:
-        _write_manifests(model, files, scratch, f"training, iteration {progress.iter_num}")
-        write_json(scratch / TOKENIZER_FILE, tokenizer)
-        write_json(scratch / STATE, {"progress": vars(progress), "options": options})
-        publish(scratch, path)
-        _point(out_dir, path.name)
-        if keep_last:
-            for old in steps(out_dir)[:-keep_last]:
-                shutil.rmtree(old)
-    world.barrier()
+    """The last part of a save, on one rank: from here on the directory is there, and then `latest` names it."""
+    _write_manifests(model, files, scratch, f"training, iteration {state['progress']['iter_num']}")
+    write_json(scratch / TOKENIZER_FILE, tokenizer)
+    write_json(scratch / STATE, state)
+    sync_directory(scratch / OPTIMIZER)
+    publish(scratch, path)
+    _point(path.parent, path.name)
+    # one that is of a later iteration stems from a run that went further: it is not this run's to count
+    before = [old for old in steps(path.parent) if _iteration(old) < _iteration(path)]
+    for old in before[: len(before) - keep_last + 1] if keep_last else []:
+        shutil.rmtree(old)
     return path
 
 
@@ -109,7 +280,9 @@ def export(
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
     world.barrier()
-    files = world.gather(_write_weights(model, scratch) if world.dp.rank == 0 else None)
+    weights = ((name, model.owned(name, p)) for name, p in model.named_parameters())
+    path_of_rank = scratch / shard_name(model.tp.rank, model.tp.size)
+    files = world.gather(_write(weights, _shapes(model), path_of_rank) if world.dp.rank == 0 else None)
     if world.is_main:
         entries = _entries(model)
         ranks = tuple(file for file in files if file is not None)
@@ -120,30 +293,14 @@ def export(
     world.barrier()
 
 
+def _shapes(model: TensorParallelGPT) -> Shapes:
+    entries = _entries(model)
+    return {name: entries[name].rule.local_shape(entries[name].shape, model.tp.rank) for name, _ in model.named_parameters()}
+
+
 def _entries(model: TensorParallelGPT) -> dict[str, TensorEntry]:
     shapes, rules = model.split.shapes(), model.split.rules()
     return {name: TensorEntry(shape, Rule(rules[name].dim, rules[name].runs)) for name, shape in shapes.items()}
-
-
-def _write_weights(model: TensorParallelGPT, directory: Path) -> tuple[str, int, str]:
-    tensors = {name: model.owned(name, p) for name, p in model.named_parameters()}
-    return _write(tensors, directory / shard_name(model.tp.rank, model.tp.size))
-
-
-def _write_moments(model: TensorParallelGPT, optimizer: torch.optim.Optimizer, directory: Path) -> tuple[str, int, str]:
-    tensors = {}
-    for moment in MOMENTS:
-        for name, p in model.named_parameters():
-            value = optimizer.state[p][moment] if p in optimizer.state else torch.zeros_like(p)
-            tensors[f"{moment}.{name}"] = model.owned(name, value)
-    return _write(tensors, directory / shard_name(model.tp.rank, model.tp.size))
-
-
-def _write(tensors: dict[str, torch.Tensor], path: Path) -> tuple[str, int, str]:
-    file = TensorFile(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, torch.float32)
-    for name, tensor in tensors.items():
-        file.write(name, tensor)
-    return path.name, *file.close()
 
 
 def _write_manifests(model: TensorParallelGPT, files: list[Any], scratch: Path, source: str) -> None:
@@ -164,6 +321,7 @@ def _point(out_dir: Path, name: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(out_dir / LATEST)
+    sync_directory(out_dir)
 
 
 def read_state(out_dir: Path) -> tuple[Path, Progress, dict[str, Any]]:
@@ -203,8 +361,7 @@ def load_optimizer(
                 if full_name not in shards.manifest.tensors:
                     raise UserError(f"{path / OPTIMIZER / MANIFEST}: tensor {full_name} is missing.")
                 value = torch.zeros_like(p)
-                owned = shards.read(full_name, rule.dim, rule.runs[model.tp.rank] if rule.runs else ())
-                model.owned(name, value).copy_(owned)
+                model.put(name, value, shards.read(full_name, rule.dim, rule.runs[model.tp.rank] if rule.runs else ()))
                 moments[moment] = value
             state[index] = {"step": torch.tensor(float(optimizer_steps)), **moments}
             index += 1

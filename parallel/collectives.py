@@ -180,7 +180,7 @@ class Axis:
         track.waiting = False
         ledger.record(tally, size, seconds)
         if track.queued is not None and isinstance(seconds, _Span):
-            track.queued.append((track.number, track.call, seconds))
+            track.queued.append((track.number, track.call, seconds.has_ended))
         return result
 
     def line(self, op: str, direction: str) -> tuple[Entry, Tally]:
@@ -225,7 +225,7 @@ class _Span:
         return self.start.elapsed_time(self.end) / 1000.0
 
     def has_ended(self) -> bool:
-        return self.end.query()
+        return self.end.query()  # which any thread may ask
 
 
 def _elapsed(start: Any, message: Tensor) -> float | _Span:
@@ -317,28 +317,81 @@ def all_reduce_later(x: Tensor, axis: Axis, direction: str) -> Callable[[], Tens
     return (lambda: x) if axis.size == 1 else _all_reduce_later(x, axis, direction)
 
 
-def average_later(x: Tensor, axis: Axis, direction: str) -> torch.futures.Future[Tensor]:
+def average_later(
+    x: Tensor, axis: Axis, direction: str, dtype: torch.dtype = torch.float32
+) -> torch.futures.Future[Tensor]:
     """Start averaging x over the axis, in place; the future gives x. For gradient buckets, which are made to be written.
 
-    The seconds accounted are from the start to the end of the message, whatever was computed meanwhile.
+    dtype: what x travels and is added in, if it is of fewer bytes than x's own. The seconds accounted are from the start to the
+    end of the message, whatever was computed meanwhile.
     """
-    transport = axis._carrier()
-    if not isinstance(transport, GroupTransport):
-        raise ValueError(f"{transport.name} has no asynchronous all-reduce")
     entry, tally = axis.line("all_reduce", direction)
     track = axis.track
     track.number += 1
     number, call = track.number, (entry, x.nbytes, axis.ledger.doing)
     track.call = track.begun[number] = call
     start = _clock(x)
-    work = dist.all_reduce(x.div_(axis.size), group=transport.group, async_op=True)
+    message = x.div_(axis.size)
+    if dtype.itemsize < x.dtype.itemsize:
+        message = x.to(dtype)
+    work = dist.all_reduce(message, group=torch_group(axis), async_op=True)
 
     def done(future: torch.futures.Future[list[Tensor]]) -> Tensor:
         seconds = _elapsed(start, x)
-        axis.ledger.record(tally, x.nbytes, seconds)
+        axis.ledger.record(tally, message.nbytes, seconds)
         if track.queued is not None and isinstance(seconds, _Span):
-            track.queued.append((number, call, seconds))
-        del track.begun[number]
-        return future.value()[0]
+            track.queued.append((number, call, seconds.has_ended))
+        track.begun.pop(number, None)
+        summed = future.value()[0]
+        return summed if message is x else x.copy_(summed)
 
     return work.get_future().then(done)
+
+
+def gather_into(out: Tensor, x: Tensor, axis: Axis, direction: str, later: bool = False) -> dist.Work | None:
+    """Every rank's x, one after the other in rank order, written to out [size * len(x)]. With `later` something to wait for,
+    if there is anything to be waited for. For FSDP2, whose memory it is."""
+    group = torch_group(axis)
+
+    def call() -> dist.Work | None:
+        if out.is_cuda and dist.get_backend(group) == "gloo":  # ranks share a GPU
+            whole = out.cpu()
+            dist.all_gather_into_tensor(whole, x.cpu(), group=group)
+            out.copy_(whole)
+            return None
+        return dist.all_gather_into_tensor(out, x, group=group, async_op=later)
+
+    return _travels(axis, axis.account("all_gather", direction, out, call))
+
+
+def scatter_into(
+    out: Tensor, x: Tensor, op: Any, axis: Axis, direction: str, later: bool = False
+) -> dist.Work | None:
+    """This rank's part of the reduction `op` of every rank's x [size * len(out)], written to out; see gather_into."""
+    group = torch_group(axis)
+
+    def call() -> dist.Work | None:
+        if out.is_cuda and dist.get_backend(group) == "gloo":
+            part = out.cpu()
+            dist.reduce_scatter_tensor(part, x.cpu(), op=op, group=group)
+            out.copy_(part)
+            return None
+        return dist.reduce_scatter_tensor(out, x, op=op, group=group, async_op=later)
+
+    return _travels(axis, axis.account("reduce_scatter", direction, x, call))
+
+
+def _travels(axis: Axis, work: dist.Work | None) -> dist.Work | None:
+    """What is to be waited for later is under way until it is there."""
+    track = axis.track
+    if work is not None and track.queued is not None and track.call is not None:
+        track.queued.append((track.number, track.call, work.is_completed))
+    return work
+
+
+def torch_group(axis: Axis) -> dist.ProcessGroup:
+    """The group of torch.distributed's that an axis runs over, for what PyTorch itself sends. ValueError where it has none."""
+    transport = axis._carrier()
+    if not isinstance(transport, GroupTransport):
+        raise ValueError(f"{transport.name} is no group of torch.distributed's")
+    return transport.group

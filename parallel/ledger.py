@@ -52,7 +52,8 @@ class Track:
 
     ranks: those of the world that the axis joins. number: of the last call, counted from 1 and the same on all of them where
     all is well. waiting: that call has not come back. begun: messages that travel while this rank computes, by number. queued:
-    calls that a GPU has been asked for, in order, each with its number and clock; None where nobody looks.
+    calls that came back before they were done, in order, each with its number and what tells whether it has ended; None where
+    nobody looks.
     """
 
     name: str = ""
@@ -61,14 +62,14 @@ class Track:
     call: Call | None = None
     waiting: bool = False
     begun: dict[int, Call] = field(default_factory=dict)
-    queued: deque[tuple[int, Call, Any]] | None = None
+    queued: deque[tuple[int, Call, Callable[[], bool]]] | None = None
 
     def open(self) -> Iterator[tuple[int, Call]]:
         """The calls that have not come back, each with its number."""
         if self.waiting and self.call is not None:
             yield self.number, self.call
         yield from list(self.begun.items())
-        while self.queued and self.queued[0][2].has_ended():
+        while self.queued and self.queued[0][2]():
             self.queued.popleft()
         if self.queued:
             yield self.queued[0][:2]

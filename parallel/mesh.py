@@ -331,7 +331,7 @@ def _connect(
     for axis in axes:
         _try_out(axis, world)
     for track in ledger.tracks:
-        track.queued = deque() if device.type == "cuda" else None
+        track.queued = deque()
     return world
 
 
