@@ -13,6 +13,7 @@ from errors import Stopped, UserError
 from options import RunOptions, as_dict, parse, parse_command
 from parallel import mesh
 from parallel.collectives import CollectiveError
+from parallel.replicas import DriftError
 
 # Options that may differ between ranks without harm: they name what only rank 0 does.
 _OWN = ("wandb_run_name", "wandb_project", "wandb_log", "debug")
@@ -71,6 +72,8 @@ def _describe(prog: str, error: Exception, world: mesh.World | None, debug: bool
         return f"{prog}: rank {rank} is out of memory: {_first_line(error)}. Use a smaller batch or a larger tp.", debug
     if isinstance(error, OSError) and error.filename is not None:
         return f"{prog}: rank {rank}: {error.strerror}: {error.filename}", debug
+    if isinstance(error, DriftError):
+        return f"{prog}: {error}", debug
     if _is_lost_peer(error):
         time.sleep(0.1)  # a peer's sockets close a moment before its process is gone
         gone = ", ".join(f"rank {r} is gone" for r in (world.gone() if world else ())) or "no rank of this host is gone"

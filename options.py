@@ -142,6 +142,7 @@ class TrainOptions(RunOptions):
     dp_reduce_dtype: str = option("float32", "what gradients travel and are added in over dp", ("float32", "bfloat16"))
     async_save: bool = option(False, "write checkpoints in the background, from a copy in host memory")
     save_interval: int = option(0, "iterations between two checkpoints, 0 = at each evaluation", low=0)
+    check_replicas: int = option(500, "iterations between two checks that ranks hold the same parameters, 0 = never", low=0)
     keep_last: int = option(3, "checkpoints kept in out_dir, 0 = all", low=0)
     overwrite: bool = option(False, "start over in an out_dir that has checkpoints: they are deleted")
     progress: bool = option(True, "progress bar on a terminal")

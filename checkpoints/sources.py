@@ -6,6 +6,7 @@ at whatever tp. Nothing here executes what a file says: safetensors, JSON, and t
 
 import difflib
 import functools
+import hashlib
 import os
 import pickle
 import re
@@ -125,6 +126,25 @@ def open_source(spec: str, verify: tuple[int, int] | None = None) -> Source:
     near = difflib.get_close_matches(spec, HUB, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise UserError(f"--init_from={spec} is neither a file, a directory nor one of {', '.join(HUB)}.{hint}")
+
+
+def identity(source: Source) -> str:
+    """What tells whether two ranks read the same weights: where from, and a hash of the manifest, which has every file's; else
+    of each file's size and both ends."""
+    if isinstance(source, ShardSource):
+        paths = [source.directory / MANIFEST]
+    elif isinstance(source, HuggingFaceDirectory):
+        paths = sorted({file for file, _ in source._where.values()} | {source.directory / "config.json"})
+    else:
+        paths = [source.path] if isinstance(source, NanoGPTCheckpoint) else []
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{path.name} {size} ".encode() + file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return f"{source.description} ({digest.hexdigest()[:12]})"
 
 
 def latest_checkpoint(directory: Path) -> Path:

@@ -79,7 +79,7 @@ def call_text(number: int, call: Call, with_bytes: bool = False) -> str:
     """`all_reduce #1843 (step 77, layer 5, mlp, forward, 3.1 MB)`"""
     entry, nbytes, doing = call
     size = f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.1f} kB" if nbytes >= 1e3 else f"{nbytes} B"
-    return f"{entry.op} #{number} ({', '.join(filter(None, (doing, entry.where(), size if with_bytes else '')))})"
+    return f"{entry.op} #{number} ({', '.join(filter(None, (doing, entry.where(), size if with_bytes and nbytes else '')))})"
 
 
 @dataclass
