@@ -44,7 +44,8 @@ def main(world: World, options: EvalOptions) -> None:
     world.synchronize()
     load_s = time.perf_counter() - started
     started = time.perf_counter()
-    total, count = measure(model, tokens, stride, options.batch_size, show=world.is_main and sys.stderr.isatty())
+    with world.ledger.during("evaluation"):
+        total, count = measure(model, tokens, stride, options.batch_size, show=world.is_main and sys.stderr.isatty())
     seconds = time.perf_counter() - started
     timing = {"load_s": load_s, "eval_s": seconds, "tokens_per_s": count / seconds}
     evaluation = figures(total, count, stride, n_bytes)

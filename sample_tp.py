@@ -52,7 +52,8 @@ def main(world: World, options: SampleOptions) -> None:
         stage = Stage(texts, tokenizer, options, out)
         begun = time.perf_counter()
         try:
-            result = generate(model, prompts, sampling, stage, decoder)
+            with world.ledger.during("sampling"):
+                result = generate(model, prompts, sampling, stage, decoder)
         finally:
             stage.leave()
         seconds = time.perf_counter() - begun

@@ -41,8 +41,8 @@ def check_alike(tensors: Mapping[str, Tensor], axis: Axis, ranks: str, step: int
     if not values.is_floating_point():
         found = [f"{int(total) % 2**32:08x}" for total in sums[:, list(tensors).index(name)][[0, other]]]
         raise DriftError(
-            f"{name} mismatch at step {step}: {ranks} 0 has {found[0]}, {other} has {found[1]}. Ranks of a tp group must see "
-            f"the same data."
+            f"{name} mismatch at step {step} between {ranks} 0 ({found[0]}) and {other} ({found[1]}). Ranks of a tp group must "
+            f"see the same data."
         )
     most = (values[other].double() - values[0].double()).abs().max().item()
     raise DriftError(f"replicated parameter {name} differs between {ranks} 0 and {other} (max {most:.0e}) at step {step}.")

@@ -35,28 +35,34 @@ def call_roll(store: Any, rank: int, size: int, statement: dict[str, Any], secon
             answered = called
         if called and store.check([f"roll/{called}"]):
             roll = json.loads(store.get(f"roll/{called}"))
-            if len(roll) == size and roll[rank][0] == mine:
-                return called, [theirs for _, theirs in roll]
+            if roll["answers"].get(str(rank)) == mine:
+                if roll["missing"]:
+                    raise UserError(roll["missing"])
+                return called, roll["stated"]
         time.sleep(POLL_S)
     raise UserError(f"rank 0 did not come within {seconds:g} s. Look at its output, or wait longer with --start_timeout.")
 
 
 def _call(store: Any, mine: str, size: int, statement: dict[str, Any], seconds: float) -> tuple[str, list[dict[str, Any]]]:
     store.set("roll", mine)
-    roll: dict[int, list[Any]] = {0: [mine, statement]}
+    answers, stated = {0: mine}, {0: statement}
     end = time.monotonic() + seconds
-    while len(roll) < size and time.monotonic() < end:
+    while len(stated) < size and time.monotonic() < end:
         time.sleep(POLL_S)
-        for rank in [rank for rank in range(1, size) if rank not in roll and store.check([f"roll/{mine}/{rank}"])]:
-            roll[rank] = json.loads(store.get(f"roll/{mine}/{rank}"))
-    if len(roll) < size:
-        hosts = ", ".join(dict.fromkeys(theirs["host"] for _, (_, theirs) in sorted(roll.items())))
-        raise UserError(
-            f"{ranks_text(set(range(size)) - set(roll))} did not come within {seconds:g} s; {ranks_text(roll)} did, on "
+        for rank in [rank for rank in range(1, size) if rank not in stated and store.check([f"roll/{mine}/{rank}"])]:
+            answers[rank], stated[rank] = json.loads(store.get(f"roll/{mine}/{rank}"))
+    missing = ""
+    if len(stated) < size:
+        hosts = ", ".join(dict.fromkeys(stated[rank]["host"] for rank in sorted(stated)))
+        missing = (
+            f"{ranks_text(set(range(size)) - set(stated))} did not come within {seconds:g} s; {ranks_text(stated)} did, on "
             f"{hosts}. Look at the output of those that are missing, or wait longer with --start_timeout."
         )
-    store.set(f"roll/{mine}", json.dumps([roll[rank] for rank in range(size)]))
-    return mine, [roll[rank][1] for rank in range(size)]
+    everyone = [stated.get(rank, {}) for rank in range(size)]
+    store.set(f"roll/{mine}", json.dumps({"answers": answers, "missing": missing, "stated": everyone}))
+    if missing:
+        raise UserError(missing)
+    return mine, everyone
 
 
 def ranks_text(ranks: Iterable[int]) -> str:

@@ -70,11 +70,15 @@ def command(scratch: Path, phase: str, comm: str, out: Path) -> list[str]:
 def strike(scratch: Path, phase: str, name: str, comm: str, ranks: int) -> dict[str, Any]:
     """One run with one fault: seconds until all its ranks were gone, and what it said."""
     with tempfile.TemporaryDirectory(dir=scratch) as place:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__, "rank", place, phase, name]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__]
         words = command(scratch, phase, comm, Path(place) / "out")
         with open(Path(place) / "stderr", "w") as log:
             run = subprocess.Popen(
-                [sys.executable, *launcher, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=log, env=environment()
+                [sys.executable, *launcher, "rank", place, phase, name, *words],
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                env=environment(),
             )
             struck = wait_for(Path(place) / "struck", 120)
             pids = [int(path.read_text()) for path in Path(place).glob("pid-*")]
@@ -160,7 +164,7 @@ def rank(place: Path, phase: str, name: str, argv: list[str]) -> None:
 
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         Axis.account = watched  # type: ignore[method-assign, assignment]
-        TensorFile.close = closed  # type: ignore[method-assign]
+        TensorFile.close = closed  # type: ignore[method-assign, assignment]
     runs: dict[bool, tuple[Any, Callable[..., None], str]] = {
         True: (SampleOptions, sample_tp.main, "sample_tp.py"),
         False: (TrainOptions, train_tp.main, "train_tp.py"),

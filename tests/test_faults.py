@@ -1,0 +1,78 @@
+"""The quick part of tests/faults.py: real torchrun worlds that lose a rank, and one that goes on by itself afterwards."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import faults
+import pytest
+from ranks import run_ranks
+
+import train_tp
+from checkpoints.sources import LATEST
+from options import TrainOptions
+from parallel.mesh import Launch, World
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("faults")
+    faults.prepare(place)
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase, name, comm", [("save", "SIGKILL", "gloo"), ("backward", "SIGSTOP", "shm")])
+def test_a_lost_rank_takes_all_down_and_is_named(scratch: Path, phase: str, name: str, comm: str) -> None:
+    case = faults.strike(scratch, phase, name, comm, 2)
+    assert case["gone_s"] < (10 if name == "SIGKILL" else faults.LIMIT_S + 10)
+    assert case["names_rank_1"] and case["launcher_status"] == 1, case["said"]
+
+
+def curve(out: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {line["iter"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_from_the_last_whole_checkpoint_by_itself(scratch: Path, tmp_path: Path) -> None:
+    """A run that began from scratch. Its store has what the first attempt left there."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
+    words = faults.command(scratch, "forward", "shm", tmp_path / "broken")
+    faulty = [faults.__file__, "rank", str(tmp_path), "forward", "SIGKILL"]
+    done = subprocess.run(
+        [*launcher, *faulty, *words], cwd=faults.ROOT, env=faults.environment(), capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    assert "lost contact with its peers (rank 1 is gone) in all_reduce" in done.stderr
+    assert done.stderr.count(f"restarted by torchrun: going on from {tmp_path / 'broken' / 'step-000004'}\n") == 1
+    whole = faults.command(scratch, "forward", "shm", tmp_path / "whole")
+    unbroken = [*launcher, "train_tp.py", *whole]
+    subprocess.run(unbroken, cwd=faults.ROOT, env=faults.environment(), check=True, capture_output=True, timeout=180)
+    assert curve(tmp_path / "broken") == curve(tmp_path / "whole") and len(curve(tmp_path / "whole")) == 12
+
+
+def _after(world: World, launch: Launch, options: TrainOptions) -> str:
+    return train_tp.after_restart(replace(world, launch=launch), options).init_from
+
+
+def test_only_a_restart_goes_on_and_only_from_its_own_checkpoints(tmp_path: Path) -> None:
+    options = TrainOptions(out_dir=str(tmp_path), init_from="gpt2", overwrite=True)
+
+    def after(restarts: int, run: str = "job", **changes: Any) -> str:
+        return str(run_ranks(1, _after, Launch(0, 1, 0, 1, restarts, run), replace(options, **changes))[0])
+
+    begun = tmp_path / train_tp.BEGUN
+    begun.write_text("job")
+    assert after(1) == "gpt2"  # there is no checkpoint yet
+    (tmp_path / LATEST).write_text("step-000004\n")
+    (tmp_path / "step-000004").mkdir()
+    (tmp_path / "step-000004" / "shards.json").write_text("{}")
+    assert after(1) == "resume"
+    assert after(1, init_from="scratch") == "resume" and after(1, eval_only=True) == "gpt2"
+    assert after(1, run="another") == "gpt2"
+    assert after(0) == "gpt2" and not begun.exists()  # a new run: what lies here is not its own, until it has begun
+    assert after(1) == "gpt2"
