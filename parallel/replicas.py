@@ -7,6 +7,7 @@ from torch import Tensor
 
 from parallel.collectives import Axis, all_gather
 
+AT_ONCE = 1 << 20  # words, which take 16 bytes each meanwhile
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -17,9 +18,13 @@ class DriftError(RuntimeError):
 @torch.no_grad()
 def checksum(x: Tensor) -> Tensor:
     """A number, int64 [], of a tensor's bits and of where each stands; it wraps around."""
-    words = x.detach().contiguous().flatten().view(_WORDS[x.element_size()]).to(torch.int64)
-    places = torch.arange(1, 2 * len(words), 2, device=x.device)  # odd: no bit of a word is lost in the product
-    return (words * places).sum()
+    words = x.detach().contiguous().flatten().view(_WORDS[x.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=x.device)
+    for first in range(0, len(words), AT_ONCE):
+        some = words[first : first + AT_ONCE].to(torch.int64)
+        places = torch.arange(2 * first + 1, 2 * (first + len(some)), 2, device=x.device)
+        total += (some * places).sum()  # places are odd: no bit of a word is lost in the product
+    return total
 
 
 @torch.no_grad()

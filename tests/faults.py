@@ -162,7 +162,7 @@ def rank(place: Path, phase: str, name: str, argv: list[str]) -> None:
             fall()
         return close(file)
 
-    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if os.environ["RANK"] == "1" and not (place / "struck").exists():
         Axis.account = watched  # type: ignore[method-assign, assignment]
         TensorFile.close = closed  # type: ignore[method-assign, assignment]
     runs: dict[bool, tuple[Any, Callable[..., None], str]] = {

@@ -10,11 +10,14 @@ from typing import Any
 import faults
 import pytest
 from ranks import run_ranks
+from test_entry import free_port
 
 import train_tp
 from checkpoints.sources import LATEST
 from options import TrainOptions
 from parallel.mesh import Launch, World
+
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run"]
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +40,37 @@ def curve(out: Path) -> dict[int, float]:
     return {line["iter"]: line["loss"] for line in lines if "loss" in line}
 
 
+@pytest.fixture(scope="module")
+def unbroken(scratch: Path) -> dict[int, float]:
+    words = faults.command(scratch, "forward", "shm", scratch / "whole")
+    command = [*LAUNCHER, "--standalone", "--nproc_per_node=2", "train_tp.py", *words]
+    subprocess.run(command, cwd=faults.ROOT, env=faults.environment(), check=True, capture_output=True, timeout=180)
+    return curve(scratch / "whole")
+
+
 @pytest.mark.slow
-def test_torchrun_goes_on_from_the_last_whole_checkpoint_by_itself(scratch: Path, tmp_path: Path) -> None:
-    """A run that began from scratch. Its store has what the first attempt left there."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
-    words = faults.command(scratch, "forward", "shm", tmp_path / "broken")
-    faulty = [faults.__file__, "rank", str(tmp_path), "forward", "SIGKILL"]
-    done = subprocess.run(
-        [*launcher, *faulty, *words], cwd=faults.ROOT, env=faults.environment(), capture_output=True, text=True, timeout=180
-    )
-    assert done.returncode == 0, done.stderr
-    assert "lost contact with its peers (rank 1 is gone) in all_reduce" in done.stderr
-    assert done.stderr.count(f"restarted by torchrun: going on from {tmp_path / 'broken' / 'step-000004'}\n") == 1
-    whole = faults.command(scratch, "forward", "shm", tmp_path / "whole")
-    unbroken = [*launcher, "train_tp.py", *whole]
-    subprocess.run(unbroken, cwd=faults.ROOT, env=faults.environment(), check=True, capture_output=True, timeout=180)
-    assert curve(tmp_path / "broken") == curve(tmp_path / "whole") and len(curve(tmp_path / "whole")) == 12
+@pytest.mark.parametrize("agents", [1, 2])
+def test_torchrun_goes_on_from_the_last_whole_checkpoint_by_itself(
+    scratch: Path, tmp_path: Path, unbroken: dict[int, float], agents: int
+) -> None:
+    """A run that began from scratch. Its store has what the first attempt left there, and where there are two agents only one
+    of them counts a restart."""
+    where = ["--standalone", "--nproc_per_node=2"]
+    if agents == 2:
+        meeting = f"--rdzv_endpoint=127.0.0.1:{free_port()}"
+        where = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", meeting, "--rdzv_id=job"]
+    words = faults.command(scratch, "forward", "gloo" if agents == 2 else "shm", tmp_path / "broken")
+    command = [*LAUNCHER, *where, "--max_restarts=1", faults.__file__, "rank", str(tmp_path), "forward", "SIGKILL", *words]
+    runs = [
+        subprocess.Popen(command, cwd=faults.ROOT, env=faults.environment(), stderr=subprocess.PIPE, text=True)
+        for _ in range(agents)
+    ]
+    said = "".join(run.communicate(timeout=240)[1] for run in runs)
+    assert [run.returncode for run in runs] == [0] * agents, said
+    assert "lost contact with its peers (rank 1 is gone) in all_reduce" in said
+    assert said.count(f"restarted by torchrun: going on from {tmp_path / 'broken' / 'step-000004'}\n") == 1
+    broken = curve(tmp_path / "broken")
+    assert len(broken) == 12 and broken == (unbroken if agents == 1 else pytest.approx(unbroken, rel=1e-5))
 
 
 def _after(world: World, launch: Launch, options: TrainOptions) -> str:

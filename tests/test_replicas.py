@@ -23,6 +23,8 @@ def test_a_checksum_sees_every_bit_and_every_place(dtype: torch.dtype) -> None:
             other.view(WORDS[dtype]).view(-1)[i] ^= torch.tensor(1 << bit if bit < 63 else -1 << 63).to(WORDS[dtype])
             assert int(checksum(other)) != before, (i, bit)
     assert before not in (int(checksum(x.t())), int(checksum(x.flatten().roll(1))), int(checksum(x.flip(0))))
+    whole = sum(int(word) * (2 * i + 1) for i, word in enumerate(x.view(WORDS[dtype]).flatten().tolist()))
+    assert (before - whole) % 2**64 == 0
     assert before == int(checksum(x.clone())) == int(checksum(x.t().contiguous().t()))
 
 
@@ -52,6 +54,13 @@ def test_what_differs_is_named_with_ranks_and_step(size: int) -> None:
     assert said.startswith("batch mismatch at step 500 between tp ranks 0 (")
     assert said.endswith("). Ranks of a tp group must see the same data.")
     assert all(theirs == said for theirs, _, _ in ranks)
+
+
+def test_long_tensors_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.arange(1000.0)
+    whole = int(checksum(x))
+    monkeypatch.setattr("parallel.replicas.AT_ONCE", 7)
+    assert int(checksum(x)) == whole
 
 
 def test_one_rank_and_no_tensors_say_nothing() -> None:

@@ -410,9 +410,9 @@ def _drifting(world: World, settings: TrainOptions, what: str) -> str:
         return iterate(run, *rest)
 
     if what == "batch":
-        train_tp.next_batch = other_batch  # type: ignore[assignment]
+        train_tp.next_batch = other_batch
     elif what:
-        train_tp.iterate = drifted
+        train_tp.iterate = drifted  # type: ignore[assignment]
     try:
         train_tp.main(world, settings)
     except DriftError as error:
