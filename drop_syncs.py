@@ -19,7 +19,7 @@ from torch import Tensor
 
 import report
 from checkpoints.shards import Sync, check_target, new_directory, write_json
-from checkpoints.sources import Source, open_source, reader, tokenizer_of
+from checkpoints.sources import Source, identity, open_source, reader, tokenizer_of
 from checkpoints.training import export
 from entry import run_commands
 from errors import UserError
@@ -46,6 +46,7 @@ def opened(world: World, options: DropOptions) -> tuple[Source, Dataset]:
     if not options.dataset:
         raise UserError("--dataset is required: the text that is measured and learned from (data/NAME/prepare.py makes one).")
     source = open_source(options.init_from, (world.rank, world.size))
+    world.agree("weights", identity(source))
     dataset = Dataset(Path(options.data_dir) / options.dataset)
     dataset.check(source.config.block_size, source.config.vocab_size)
     return source, dataset

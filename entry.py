@@ -13,6 +13,7 @@ from errors import Stopped, UserError
 from options import RunOptions, as_dict, parse, parse_command
 from parallel import mesh
 from parallel.collectives import CollectiveError
+from parallel.replicas import DriftError
 
 # Options that may differ between ranks without harm: they name what only rank 0 does.
 _OWN = ("wandb_run_name", "wandb_project", "wandb_log", "debug")
@@ -55,13 +56,13 @@ def run_parsed(parsed: Callable[[], tuple[Main, Any]], prog: str) -> None:
         with mesh.start(options, tp, prog, promise) as world:
             main(world, options)
     except UserError as error:
-        _die(2, f"{prog}: {error}", debug)
+        _die(2, f"{prog}: {error}", debug, world)
     except Stopped as stop:
-        _die(stop.status, f"{prog}: {stop}", False)
+        _die(stop.status, f"{prog}: {stop}", False, world)
     except KeyboardInterrupt:
-        _die(130, f"{prog}: stopped by Ctrl-C", False)
+        _die(130, f"{prog}: stopped by Ctrl-C", False, world)
     except Exception as error:
-        _die(1, *_describe(prog, error, world, debug))
+        _die(1, *_describe(prog, error, world, debug), world)
 
 
 def _describe(prog: str, error: Exception, world: mesh.World | None, debug: bool) -> tuple[str, bool]:
@@ -71,6 +72,8 @@ def _describe(prog: str, error: Exception, world: mesh.World | None, debug: bool
         return f"{prog}: rank {rank} is out of memory: {_first_line(error)}. Use a smaller batch or a larger tp.", debug
     if isinstance(error, OSError) and error.filename is not None:
         return f"{prog}: rank {rank}: {error.strerror}: {error.filename}", debug
+    if isinstance(error, DriftError):
+        return f"{prog}: {error}", debug
     if _is_lost_peer(error):
         time.sleep(0.1)  # a peer's sockets close a moment before its process is gone
         gone = ", ".join(f"rank {r} is gone" for r in (world.gone() if world else ())) or "no rank of this host is gone"
@@ -86,15 +89,13 @@ def _is_lost_peer(error: Exception) -> bool:
     return isinstance(error, CollectiveError | dist.DistError) or "by peer" in str(error)
 
 
-def _die(status: int, message: str, show_traceback: bool) -> None:
+def _die(status: int, message: str, show_traceback: bool, world: mesh.World | None) -> None:
     """Say it once and end this process at once: a tidy shutdown would wait for ranks that are not coming."""
-    if mesh.first_to_fail():
+    first = mesh.first_to_fail(world)
+    if first:
         if show_traceback:
             traceback.print_exc()
         print(message, file=sys.stderr, flush=True)
-        time.sleep(0.3)  # others may be asking who speaks, of a store that this process may hold
-    else:
-        # torchrun ends all ranks when the first one exits: the one that speaks comes first, though it may start late
-        time.sleep(1 if dist.is_initialized() else 5)
+    mesh.linger(world, first)
     sys.stdout.flush()
     os._exit(status)

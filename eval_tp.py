@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import report
-from checkpoints.sources import Source, open_source, tokenizer_of
+from checkpoints.sources import Source, identity, open_source, tokenizer_of
 from entry import run
 from errors import UserError
 from options import EvalOptions
@@ -35,6 +35,7 @@ def main(world: World, options: EvalOptions) -> None:
     if bool(options.text) == bool(options.dataset):
         raise UserError("give what to measure: either --text=FILE or --dataset=NAME.")
     source = open_source(options.out_dir if options.init_from == "resume" else options.init_from, (world.rank, world.size))
+    world.agree("weights", identity(source))
     tokens, n_bytes = read_tokens(source, options)
     stride = options.stride or source.config.block_size
     if stride > source.config.block_size:
@@ -43,7 +44,8 @@ def main(world: World, options: EvalOptions) -> None:
     world.synchronize()
     load_s = time.perf_counter() - started
     started = time.perf_counter()
-    total, count = measure(model, tokens, stride, options.batch_size, show=world.is_main and sys.stderr.isatty())
+    with world.ledger.during("evaluation"):
+        total, count = measure(model, tokens, stride, options.batch_size, show=world.is_main and sys.stderr.isatty())
     seconds = time.perf_counter() - started
     timing = {"load_s": load_s, "eval_s": seconds, "tokens_per_s": count / seconds}
     evaluation = figures(total, count, stride, n_bytes)

@@ -65,6 +65,7 @@ class RunOptions(EntryOptions):
     threads: int = option(0, "CPU threads a rank, 0 = cores divided by ranks", low=0)
     oversubscribe: bool = option(False, "let several ranks share one GPU, over gloo")
     comm_timeout: float = option(120.0, "seconds to wait in a collective for the other ranks", above=0)
+    start_timeout: float = option(30.0, "seconds to wait for all ranks at the start", above=0)
     report: str = option("", "write the run's account as JSON to this file")
 
 
@@ -141,6 +142,7 @@ class TrainOptions(RunOptions):
     dp_reduce_dtype: str = option("float32", "what gradients travel and are added in over dp", ("float32", "bfloat16"))
     async_save: bool = option(False, "write checkpoints in the background, from a copy in host memory")
     save_interval: int = option(0, "iterations between two checkpoints, 0 = at each evaluation", low=0)
+    check_replicas: int = option(500, "iterations between two checks that ranks hold the same parameters, 0 = never", low=0)
     keep_last: int = option(3, "checkpoints kept in out_dir, 0 = all", low=0)
     overwrite: bool = option(False, "start over in an out_dir that has checkpoints: they are deleted")
     progress: bool = option(True, "progress bar on a terminal")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import report
-from checkpoints.sources import Source, open_source, reader, schedule_of, tokenizer_of
+from checkpoints.sources import Source, identity, open_source, reader, schedule_of, tokenizer_of
 from decoding import Decoder, decoder_for
 from entry import run
 from errors import UserError
@@ -34,6 +34,7 @@ def main(world: World, options: SampleOptions) -> None:
         report.check_place(options.report, "report")
         report.check_place(options.out, "out")
     source = open_source(options.out_dir if options.init_from == "resume" else options.init_from, (world.rank, world.size))
+    world.agree("weights", identity(source))
     tokenizer = tokenizer_of(source, options.tokenizer)
     # files are read by one rank: the others may be on hosts that do not have them
     texts: list[str] = world.gather(read_prompts(options.start) if world.is_main else None)[0]
@@ -51,7 +52,8 @@ def main(world: World, options: SampleOptions) -> None:
         stage = Stage(texts, tokenizer, options, out)
         begun = time.perf_counter()
         try:
-            result = generate(model, prompts, sampling, stage, decoder)
+            with world.ledger.during("sampling"):
+                result = generate(model, prompts, sampling, stage, decoder)
         finally:
             stage.leave()
         seconds = time.perf_counter() - begun

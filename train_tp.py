@@ -23,7 +23,16 @@ import entry
 import report
 from checkpoints import training
 from checkpoints.shards import DTYPES
-from checkpoints.sources import Described, Source, open_sizes, open_source, reader, schedule_of, tokenizer_of
+from checkpoints.sources import (
+    Described,
+    Source,
+    identity,
+    open_sizes,
+    open_source,
+    reader,
+    schedule_of,
+    tokenizer_of,
+)
 from checkpoints.training import Progress, Saved, Saver
 from errors import Stopped, UserError, shown
 from model import GPTConfig
@@ -33,12 +42,14 @@ from parallel.data_parallel import Sharding, last_only, replicate, rest
 from parallel.ledger import Account, total
 from parallel.mesh import World, pick_dtype
 from parallel.partition import Rule
+from parallel.replicas import check_alike, checksum
 from parallel.schedule import Schedule
 from text.dataset import EVAL_STREAM, Dataset, batch, is_prepared
 from text.tokenizer import GPT2Tokenizer
-from tp_model import Read, TensorParallelGPT
+from tp_model import Read, TensorParallelGPT, held
 
 GPT2_VOCAB = 50304  # nanoGPT's table for GPT-2's 50257 tokens
+BEGUN = "begun"  # the file of out_dir that says which run it belongs to: torchrun's name for it
 # options whose change on resume a user should hear of
 SHAPES_THE_CURVE = {
     "dataset", "gradient_accumulation_steps", "batch_size", "block_size", "dropout", "learning_rate", "weight_decay", "beta1",
@@ -50,9 +61,12 @@ def main(world: World, options: TrainOptions) -> None:
     if world.is_main:
         report.check_place(options.report, "report")
     dataset = Dataset(Path(options.data_dir) / options.dataset)
+    options = after_restart(world, options)
     run = prepare(world, options, dataset)
     if world.is_main:
-        print(run.describe())
+        if not options.eval_only:
+            (run.out_dir / BEGUN).write_text(world.launch.run)
+        print(run.describe(), flush=True)
     begun = time.perf_counter()
     train(run)
     world.synchronize()
@@ -148,6 +162,23 @@ class Run:
         )
 
 
+def after_restart(world: World, options: TrainOptions) -> TrainOptions:
+    """Where torchrun has started the ranks again (--max_restarts), the run goes on from its last whole checkpoint, whatever
+    it began from. Checkpoints that lay in out_dir before it began are not its own."""
+    mark, own = Path(options.out_dir) / BEGUN, False
+    again = any(world.gather(world.launch.restarts))  # the agents of several nodes count each for itself
+    if world.is_main and not options.eval_only:
+        if again:
+            own = mark.is_file() and mark.read_text() == world.launch.run and training.has_checkpoints(mark.parent)
+        else:
+            mark.unlink(missing_ok=True)
+    if not world.gather(own)[0] or options.init_from == "resume":
+        return options
+    if world.is_main:
+        print(f"restarted by torchrun: going on from {training.latest_checkpoint(mark.parent)}", file=sys.stderr)
+    return replace(options, init_from="resume")
+
+
 def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
     """Everything before the first iteration: weights, optimizer, and where the run stands."""
     if world.device.type == "cpu":
@@ -157,6 +188,7 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
     if options.init_from == "resume":
         checkpoint, progress, before = training.read_state(out_dir)
         source = open_source(str(checkpoint), (world.rank, world.size))
+        world.agree("checkpoint", identity(source))
         if world.is_main:
             report_changes(before, options)
     elif training.has_checkpoints(out_dir) and not options.overwrite and not options.eval_only:
@@ -166,6 +198,7 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
         )
     elif options.init_from != "scratch":
         source = open_source(options.init_from, (world.rank, world.size))
+        world.agree("weights", identity(source))
     config = make_config(options, dataset, source)
     if source is not None and options.init_from != "resume":
         check_tokenizer(source, dataset)
@@ -324,7 +357,8 @@ def train(run: Run) -> None:
             iter_num = progress.iter_num
             last = iter_num >= options.max_iters
             if iter_num % options.eval_interval == 0 or last or options.eval_only:
-                losses = evaluate(run)
+                with world.ledger.during(f"step {iter_num}, evaluation"):
+                    losses = evaluate(run)
                 log.evaluation(iter_num, losses)
                 if options.eval_only:
                     break
@@ -338,20 +372,23 @@ def train(run: Run) -> None:
                 break
             before, started = world.ledger.snapshot(), time.perf_counter()
             lr = learning_rate(options, iter_num)
-            loss, grad_norm, (asked, busy) = iterate(run, lr, (signals.asked, saver.busy))
+            with world.ledger.during(f"step {iter_num}"):
+                loss, grad_norm, (asked, busy) = iterate(run, lr, (signals.asked, saver.busy))
             seconds = time.perf_counter() - started
             check_finite(run, loss)
             progress.iter_num += 1
             progress.tokens_seen += run.tokens_per_iter
             log.iteration(iter_num, loss, lr, grad_norm, seconds, world.ledger.since(before))
-            log.saved(saver.poll(not busy))
+            with world.ledger.during(f"step {iter_num}, save"):
+                log.saved(saver.poll(not busy))
             if asked:
                 log.saved(save(run, saver) + saver.finish())
                 log.close()
                 path, name = training.latest_checkpoint(run.out_dir), signal.Signals(asked).name
                 how = "--init_from=resume goes on from there"
                 raise Stopped(f"{name}: stopped after {progress.iter_num} iterations, saved {path}. {how}.", 128 + asked)
-        log.saved(saver.finish())
+        with world.ledger.during(f"step {progress.iter_num}, save"):
+            log.saved(saver.finish())
     log.close()
 
 
@@ -359,6 +396,7 @@ def iterate(run: Run, lr: float, said: tuple[int, ...] = ()) -> tuple[float, flo
     """One AdamW step over the iteration's rows. Returns (mean loss, norm of the full gradient, the largest that any rank `said`
     of each), equal on all ranks."""
     options, world, progress = run.options, run.world, run.progress
+    check, batches = replicas_are_due(run), list[Tensor]()
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     scale = progress.loss_scale if run.dtype == torch.float16 else 1.0
@@ -367,6 +405,8 @@ def iterate(run: Run, lr: float, said: tuple[int, ...] = ()) -> tuple[float, flo
         # replicated activations: one dropout mask across tp, another for each dp rank and micro-batch
         torch.manual_seed(stream_seed(options.seed, progress.iter_num, micro, world.dp.rank))
         x, y = next_batch(run, run.layout.micro(micro), progress.iter_num)
+        if check:
+            batches += [checksum(x), checksum(y)]
         model = last_only(run.wrapped, micro == run.layout.micro_steps - 1)
         with run.autocast():
             _, loss = model(x, y)
@@ -377,8 +417,25 @@ def iterate(run: Run, lr: float, said: tuple[int, ...] = ()) -> tuple[float, flo
     total = all_reduce(total, world.dp.at("data_parallel"), "step") / world.dp.size
     run.model.sum_partial_gradients()
     grad_norm = run.model.grad_norm().item() / scale
+    if check:
+        check_replicas(run, torch.stack(batches))
     take_step(run, grad_norm, scale)
     return total.item(), grad_norm, agree(world, said)
+
+
+def replicas_are_due(run: Run) -> bool:
+    every, iter_num = run.options.check_replicas, run.progress.iter_num
+    return every > 0 and iter_num % every == 0 and iter_num > run.first.iter_num
+
+
+def check_replicas(run: Run, batches: Tensor) -> None:
+    """DriftError where ranks of a tp group have computed on different tokens, or ranks differ in a parameter they share."""
+    world, rules, step = run.world, run.model.split.rules(), run.progress.iter_num
+    held_here = {name: held(p)[0] for name, p in run.model.named_parameters()}
+    replicated = {name: tensor for name, tensor in held_here.items() if rules[name].dim is None}
+    check_alike({"batch": batches, **replicated}, world.tp.at("optimizer"), "tp ranks", step)
+    if run.model.sharding is None:
+        check_alike(held_here, world.dp.at("data_parallel"), "dp ranks", step)
 
 
 def agree(world: World, said: tuple[int, ...]) -> list[int]:
@@ -472,7 +529,8 @@ def evaluate(run: Run) -> dict[str, float]:
 
 
 def save(run: Run, saver: Saver) -> list[Saved]:
-    return saver.save(run.model, run.optimizer, run.progress, run.dataset.tokenizer.to_json(), as_dict(run.options))
+    with run.world.ledger.during(f"step {run.progress.iter_num}, save"):
+        return saver.save(run.model, run.optimizer, run.progress, run.dataset.tokenizer.to_json(), as_dict(run.options))
 
 
 # --- what a run says ------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ that has been looked through.
 
 import difflib
 import functools
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -153,6 +154,25 @@ def open_sizes(spec: str) -> Described:
         n_layer, n_head, n_embd = HUB_SIZES[spec]
         return Sizes(GPTConfig(1024, GPT2_TOKENS, n_layer, n_head, n_embd, activation="gelu_tanh"), spec)
     return open_source(spec)
+
+
+def identity(source: Source) -> str:
+    """What tells whether two ranks read the same weights: where from, and a hash of the manifest, which has every file's; else
+    of each file's size and both ends."""
+    if isinstance(source, ShardSource):
+        paths = [source.directory / MANIFEST]
+    elif isinstance(source, HuggingFaceDirectory):
+        paths = sorted({file for file, _ in source._where.values()} | {source.directory / "config.json"})
+    else:
+        paths = [source.path] if isinstance(source, NanoGPTCheckpoint) else []
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{path.name} {size} ".encode() + file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return f"{source.description} ({digest.hexdigest()[:12]})"
 
 
 def latest_checkpoint(directory: Path) -> Path:

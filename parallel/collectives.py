@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.graphs import outside_graphs
-from parallel.ledger import Entry, Ledger, Tally
+from parallel.ledger import Entry, Ledger, Tally, Track, call_text
 from parallel.partition import Run, spans
 
 T = TypeVar("T")
@@ -134,6 +134,7 @@ class Axis:
 
     rank, size: this rank's place on the axis, and how many there are. transport: None on an axis of size 1.
     layer, block: what a call along this axis is accounted to; `at` gives the same axis under another label.
+    track: how far this rank has come along it, under whatever label.
     """
 
     name: str  # tp | dp
@@ -143,6 +144,7 @@ class Axis:
     ledger: Ledger = field(default_factory=Ledger)
     layer: int | None = None
     block: str = ""
+    track: Track = field(default_factory=Track)
     # what is looked up once; a copy under another label, or over another transport, begins anew
     _lines: dict[tuple[str, str], tuple[Entry, Tally]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _labels: dict[tuple[str, int | None], "Axis"] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -163,12 +165,22 @@ class Axis:
         if not self.ledger.on:
             return call()
         entry, tally = self.line(op, direction)
+        ledger, track = self.ledger, self.track
+        size = message.nbytes if nbytes is None else nbytes
+        ledger.latest = track
+        track.number += 1
+        track.call = entry, size, ledger.doing
+        track.waiting = True
         start = _clock(message)
         try:
             result = call()
         except RuntimeError as error:
-            raise _named(error, entry) from error
-        self.ledger.record(tally, message.nbytes if nbytes is None else nbytes, _elapsed(start, message))
+            raise named(error, track) from error
+        seconds = _elapsed(start, message)
+        track.waiting = False
+        ledger.record(tally, size, seconds)
+        if track.queued is not None and isinstance(seconds, _Span):
+            track.queued.append((track.number, track.call, seconds.has_ended))
         return result
 
     def line(self, op: str, direction: str) -> tuple[Entry, Tally]:
@@ -186,8 +198,10 @@ class Axis:
         return self.transport
 
 
-def _named(error: RuntimeError, entry: Entry) -> CollectiveError:
-    return CollectiveError(f"{entry.op} ({entry.where()}): {str(error).strip().splitlines()[0]}")
+def named(error: RuntimeError, track: Track) -> CollectiveError:
+    """An error in the track's last call, which says which call that was."""
+    call = call_text(track.number, track.call) if track.call else "a collective"
+    return CollectiveError(f"{call}: {str(error).strip().splitlines()[0]}")
 
 
 def _clock(message: Tensor) -> Any:
@@ -200,14 +214,27 @@ def _clock(message: Tensor) -> Any:
     return event
 
 
-def _elapsed(start: Any, message: Tensor) -> float | Callable[[], float]:
+@dataclass(frozen=True)
+class _Span:
+    """Between two events of a GPU's stream; called, it tells the seconds, once the stream has got there."""
+
+    start: torch.cuda.Event
+    end: torch.cuda.Event
+
+    def __call__(self) -> float:
+        return self.start.elapsed_time(self.end) / 1000.0
+
+    def has_ended(self) -> bool:
+        return self.end.query()  # which any thread may ask
+
+
+def _elapsed(start: Any, message: Tensor) -> float | _Span:
     """Seconds since `start`; on a GPU a function that knows them once the stream has got there. 0 in a graph's capture."""
     if not message.is_cuda:
         return time.perf_counter() - start
     if start is None:
         return 0.0
-    end = _clock(message)
-    return lambda: start.elapsed_time(end) / 1000.0
+    return _Span(start, _clock(message))
 
 
 # A compiler must neither trace nor reorder a call that other ranks wait for, and the ledger counts real calls only: these
@@ -225,10 +252,13 @@ def _all_reduce_later(x: Tensor, axis: Axis, direction: str) -> Callable[[], Ten
     if start is None:
         out = _all_reduce(x, axis, direction, "sum")
         return lambda: out
+    track = axis.track
+    track.call, track.waiting = (axis.line("all_reduce", direction)[0], x.nbytes, axis.ledger.doing), True  # some do it here
     try:
         finish = start(x)
     except RuntimeError as error:
-        raise _named(error, axis.line("all_reduce", direction)[0]) from error
+        raise named(error, track) from error
+    track.waiting = False
     return lambda: axis.account("all_reduce", direction, x, finish)
 
 
@@ -295,7 +325,11 @@ def average_later(
     dtype: what x travels and is added in, if it is of fewer bytes than x's own. The seconds accounted are from the start to the
     end of the message, whatever was computed meanwhile.
     """
-    _, tally = axis.line("all_reduce", direction)
+    entry, tally = axis.line("all_reduce", direction)
+    track = axis.track
+    track.number += 1
+    number, call = track.number, (entry, x.nbytes, axis.ledger.doing)
+    track.call = track.begun[number] = call
     start = _clock(x)
     message = x.div_(axis.size)
     if dtype.itemsize < x.dtype.itemsize:
@@ -303,7 +337,11 @@ def average_later(
     work = dist.all_reduce(message, group=torch_group(axis), async_op=True)
 
     def done(future: torch.futures.Future[list[Tensor]]) -> Tensor:
-        axis.ledger.record(tally, message.nbytes, _elapsed(start, x))
+        seconds = _elapsed(start, x)
+        axis.ledger.record(tally, message.nbytes, seconds)
+        if track.queued is not None and isinstance(seconds, _Span):
+            track.queued.append((number, call, seconds.has_ended))
+        track.begun.pop(number, None)
         summed = future.value()[0]
         return summed if message is x else x.copy_(summed)
 
@@ -323,7 +361,7 @@ def gather_into(out: Tensor, x: Tensor, axis: Axis, direction: str, later: bool 
             return None
         return dist.all_gather_into_tensor(out, x, group=group, async_op=later)
 
-    return axis.account("all_gather", direction, out, call)
+    return _travels(axis, axis.account("all_gather", direction, out, call))
 
 
 def scatter_into(
@@ -340,7 +378,15 @@ def scatter_into(
             return None
         return dist.reduce_scatter_tensor(out, x, op=op, group=group, async_op=later)
 
-    return axis.account("reduce_scatter", direction, x, call)
+    return _travels(axis, axis.account("reduce_scatter", direction, x, call))
+
+
+def _travels(axis: Axis, work: dist.Work | None) -> dist.Work | None:
+    """What is to be waited for later is under way until it is there."""
+    track = axis.track
+    if work is not None and track.queued is not None and track.call is not None:
+        track.queued.append((track.number, track.call, work.is_completed))
+    return work
 
 
 def torch_group(axis: Axis) -> dist.ProcessGroup:

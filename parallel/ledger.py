@@ -1,5 +1,6 @@
 """The account: how often, how much and how long ranks talked, by layer, block and pass. No torch.distributed."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ class Entry:
     op: str  # all_reduce | all_gather | broadcast | ...
 
     def where(self) -> str:
-        return f"{'' if self.layer is None else f'layer {self.layer}, '}{self.block}, {self.direction}"
+        layer = "" if self.layer is None else f"layer {self.layer}"
+        return ", ".join(filter(None, (layer, self.block, self.direction)))
 
 
 @dataclass
@@ -41,6 +43,45 @@ class Tally:
 Account = dict[Entry, Tally]
 
 
+Call = tuple[Entry, int, str]  # what it is accounted to, the message's bytes, and where the run was: "step 77, evaluation"
+
+
+@dataclass(eq=False)
+class Track:
+    """How far this rank has come along one axis. Collectives write it; parallel/watch.py reads it, from a thread of its own.
+
+    ranks: those of the world that the axis joins. number: of the last call, counted from 1 and the same on all of them where
+    all is well. waiting: that call has not come back. begun: messages that travel while this rank computes, by number. queued:
+    calls that came back before they were done, in order, each with its number and what tells whether it has ended; None where
+    nobody looks.
+    """
+
+    name: str = ""
+    ranks: tuple[int, ...] = ()
+    number: int = 0
+    call: Call | None = None
+    waiting: bool = False
+    begun: dict[int, Call] = field(default_factory=dict)
+    queued: deque[tuple[int, Call, Callable[[], bool]]] | None = None
+
+    def open(self) -> Iterator[tuple[int, Call]]:
+        """The calls that have not come back, each with its number."""
+        if self.waiting and self.call is not None:
+            yield self.number, self.call
+        yield from list(self.begun.items())
+        while self.queued and self.queued[0][2]():
+            self.queued.popleft()
+        if self.queued:
+            yield self.queued[0][:2]
+
+
+def call_text(number: int, call: Call, with_bytes: bool = False) -> str:
+    """`all_reduce #1843 (step 77, layer 5, mlp, forward, 3.1 MB)`"""
+    entry, nbytes, doing = call
+    size = f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.1f} kB" if nbytes >= 1e3 else f"{nbytes} B"
+    return f"{entry.op} #{number} ({', '.join(filter(None, (doing, entry.where(), size if with_bytes and nbytes else '')))})"
+
+
 @dataclass
 class Told:
     """What a ledger was told aside: forward passes, and every call as its line of the account and its bytes."""
@@ -56,6 +97,9 @@ class Ledger:
     tallies: Account = field(default_factory=dict)
     forward_passes: int = 0
     on: bool = True  # False: nothing is recorded, to see what recording costs
+    doing: str = ""  # where the run is, for messages about a call: "step 77", "step 77, evaluation"
+    tracks: list[Track] = field(default_factory=list)
+    latest: Track | None = None  # along which the last call was made
     _recomputing: bool = False
     _aside: Told | None = None
     _pending: list[tuple[Tally, Callable[[], float]]] = field(default_factory=list)
@@ -78,6 +122,24 @@ class Ledger:
             self._pending.append((tally, seconds))
         else:
             tally.seconds += seconds
+
+    def track(self, name: str, ranks: tuple[int, ...]) -> Track:
+        """The track of an axis that joins these ranks of the world."""
+        found = next((track for track in self.tracks if (track.name, track.ranks) == (name, ranks)), None)
+        if found is None:
+            found = Track(name, ranks)
+            self.tracks.append(found)
+        return found
+
+    @contextmanager
+    def during(self, what: str) -> Iterator[None]:
+        """Within, the run is at `what`."""
+        before = self.doing
+        self.doing = f"{before}, {what}" if before else what
+        try:
+            yield
+        finally:
+            self.doing = before
 
     def direction(self, direction: str) -> str:
         """Forward work repeated by activation checkpointing happens in, and is accounted to, the backward pass."""

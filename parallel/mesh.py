@@ -3,9 +3,11 @@
 import os
 import socket
 import sys
+import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -15,21 +17,29 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from errors import UserError
 from native.library import Unavailable
-from parallel.collectives import Axis, GroupTransport, Transport
-from parallel.ledger import Ledger
-from parallel.processes import is_running
+from parallel.collectives import Axis, GroupTransport, Transport, named
+from parallel.ledger import Entry, Ledger, Track
+from parallel.processes import answer
+from parallel.roll_call import call_roll, ranks_text
 from parallel.shm import ShmTransport
 from parallel.symmetric import SymmetricTransport
+from parallel.watch import ANSWER_S, Peer, Watch, first_to_say
+
+# torch's transports give up this much later than the watchdog, which knows more and says it
+LATER_S = 30.0
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What torchrun told this process; one rank when it was started by plain python."""
+    """What torchrun told this process; one rank when it was started by plain python. restarts: how often torchrun has started
+    the ranks of this host again; run: the name it has for the run."""
 
     rank: int
     size: int
     local_rank: int
     local_size: int
+    restarts: int = 0
+    run: str = ""
 
     @classmethod
     def from_environment(cls) -> "Launch":
@@ -39,7 +49,9 @@ class Launch:
         missing = [key for key in keys if not os.environ.get(key, "").isdigit()]
         if missing:
             raise UserError(f"{missing[0]} is not set. Start ranks with torchrun --standalone --nproc_per_node=N.")
-        return cls(*(int(os.environ[key]) for key in keys))
+        restarts, run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("TORCHELASTIC_RUN_ID", "")
+        rank, size, local_rank, local_size = (int(os.environ[key]) for key in keys)
+        return cls(rank, size, local_rank, local_size, int(restarts), run)
 
 
 @dataclass(frozen=True)
@@ -54,27 +66,52 @@ class World:
     dp: Axis
     ledger: Ledger
     mesh: DeviceMesh | None = None
-    peers: tuple[tuple[str, int], ...] = ()  # (host, process id) of every rank
+    peers: tuple[Peer, ...] = ()  # where every rank runs
+    launch: Launch = Launch(0, 1, 0, 1)
+    track: Track = field(default_factory=Track)  # of what is said among all ranks
+    watch: Watch | None = None
 
     @property
     def is_main(self) -> bool:
         """The one rank that prints and writes. It takes part in every collective like the others."""
         return self.rank == 0
 
-    def gather(self, thing: Any) -> list[Any]:
-        """A small picklable thing of every rank, in rank order, on all ranks (start-up and reports; not accounted)."""
+    def gather(self, thing: Any, what: str = "") -> list[Any]:
+        """A small picklable thing of every rank, in rank order, on all ranks (start-up, saving and reports; not accounted).
+        what: for messages, where what the run is doing does not tell."""
         if self.mesh is None:
             return [thing]
         things: list[Any] = [None] * self.size
-        dist.all_gather_object(things, thing)
+        with self.waiting("gather", what):
+            dist.all_gather_object(things, thing)
         return things
 
-    def barrier(self) -> None:
-        self.gather(None)
+    def barrier(self, what: str = "") -> None:
+        self.gather(None, what)
+
+    @contextmanager
+    def waiting(self, op: str, what: str = "") -> Iterator[None]:
+        """Within, this rank waits for others in something that no axis carries; the watchdog knows of it."""
+        track, self.ledger.latest = self.track, self.track
+        track.number += 1
+        track.call = Entry(None, what, "", op), 0, self.ledger.doing
+        track.waiting = True
+        try:
+            yield
+        except RuntimeError as error:
+            raise named(error, track) from error
+        track.waiting = False
+
+    def agree(self, what: str, mine: Any) -> None:
+        """UserError on all ranks where one has something else than rank 0; what: its name for the message."""
+        for rank, theirs in enumerate(stated := self.gather(mine, what)):
+            if theirs != stated[0]:
+                where = f"rank {rank} (host {self.peers[rank].host})"
+                raise UserError(f"ranks disagree on {what}: {where} has {theirs}, rank 0 has {stated[0]}.")
 
     def gone(self) -> list[int]:
         """Ranks of this host whose process has ended."""
-        return [rank for rank, (host, pid) in enumerate(self.peers) if host == socket.gethostname() and not is_running(pid)]
+        return [rank for rank, peer in enumerate(self.peers) if peer.has_ended(self.peers[self.rank])]
 
     def synchronize(self) -> None:
         """Wait until this rank's device has done all it was asked to: clocks are read after this."""
@@ -162,23 +199,71 @@ def set_threads(threads: int, device: torch.device, launch: Launch) -> None:
         torch.set_num_threads(threads)
 
 
-def _agree(launch: Launch, device: torch.device, promise: dict[str, Any]) -> list[Any]:
-    """Every rank states where it runs and what it was asked to do; the first difference from rank 0 is an error."""
-    mine = {"host": socket.gethostname(), "pid": os.getpid(), "device": str(device), "options": promise}
-    stated: list[Any] = [None] * launch.size
-    dist.all_gather_object(stated, mine)
+def _store(launch: Launch, seconds: float) -> tuple[Any, bool]:
+    """A client of the store through which ranks find each other, and whether this process holds it: torchrun does, or, where
+    something else has started the ranks, rank 0. UserError where it is not there within `seconds`."""
+    missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(key)]
+    if missing:
+        raise UserError(f"{missing[0]} is not set. Start ranks with torchrun --standalone --nproc_per_node=N.")
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    holds = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        limit = timedelta(seconds=seconds)
+        store = dist.TCPStore(host, int(port), is_master=holds, timeout=limit, wait_for_workers=False, multi_tenant=True)
+    except (RuntimeError, ValueError) as error:
+        if holds:
+            fault = f"rank 0 cannot listen at port {port} ({str(error).strip().splitlines()[0]}). Set another MASTER_PORT."
+        else:
+            fault = (
+                f"rank {launch.rank} (host {socket.gethostname()}) found nobody at {host}:{port} within {seconds:g} s. Is "
+                f"rank 0 there, and can this host reach it? --start_timeout waits longer."
+            )
+        raise UserError(fault) from None
+    return store, holds
+
+
+def _check_statements(stated: list[dict[str, Any]]) -> None:
+    """UserError for the first rank that brings something else than rank 0."""
     for rank, other in enumerate(stated):
+        if other["device"].partition(":")[0] != stated[0]["device"].partition(":")[0] or other["comm"] != stated[0]["comm"]:
+            places = [f"{said['device']} over {said['comm']}" for said in (other, stated[0])]
+            raise UserError(
+                f"ranks disagree on where to compute: rank {rank} (host {other['host']}) on {places[0]}, rank 0 (host "
+                f"{stated[0]['host']}) on {places[1]}. Give --device and --comm."
+            )
         for key, value in stated[0]["options"].items():
             if other["options"].get(key) != value:
                 raise UserError(
                     f"ranks disagree on options: rank {rank} (host {other['host']}) has {key}="
                     f"{other['options'].get(key)!r}, rank 0 has {value!r}."
                 )
-    return stated
+
+
+def _warn_of_hosts(peers: tuple[Peer, ...], tp: int, prog: str) -> None:
+    """A tp group that spans hosts is allowed, and slow: all its all-reduces cross the network."""
+    for first in range(0, len(peers), tp):
+        spaces = {peer.space: peer.host for peer in peers[first : first + tp]}
+        if len(spaces) > 1:
+            least = min(sum(peer.space == space for peer in peers) for space in {peer.space for peer in peers})
+            fit = max(k for k in range(1, least + 1) if least % k == 0 and len(peers) % k == 0)
+            group, hosts = f"tp group {first // tp} ({ranks_text(range(first, first + tp))})", ", ".join(spaces.values())
+            advice = f"every all-reduce of its layers crosses the network. --tp={fit} keeps groups on one host."
+            print(f"{prog}: {group} spans hosts {hosts}: {advice}", file=sys.stderr)
+            return
+
+
+def _try_out(axis: Axis, world: World) -> None:
+    """One tiny message over the axis's real transport: what cannot work is found now, and named."""
+    if axis.transport is not None:
+        with axis.ledger.during("start-up"), world.waiting("all_reduce", f"{axis.name} over {axis.transport.name}"):
+            came = axis.transport.all_reduce(torch.ones(1, device=world.device), "sum").item()
+            if came != axis.size:
+                raise RuntimeError(f"{axis.size} ones add up to {came:g}")
 
 
 def make_axis(name: str, mesh: DeviceMesh, comm: str, ledger: Ledger, timeout: float = 120.0) -> Axis:
-    """One axis of the mesh over nccl, gloo or shm; timeout: seconds that a rank is waited for over shm.
+    """One axis of the mesh over nccl, gloo or shm; timeout: seconds that a rank is waited for over shm, where no watchdog ends
+    the run before.
 
     Over nccl, what the tp axis says in a few bytes goes through symmetric memory where that can be had; where it cannot,
     all goes over nccl. Unavailable, on all ranks of the axis, where it cannot be shm.
@@ -202,7 +287,7 @@ def make_axis(name: str, mesh: DeviceMesh, comm: str, ledger: Ledger, timeout: f
             transport = SymmetricTransport.open(rank, exchange, plain)
         except Unavailable as error:
             transport = replace(plain, why=str(error))
-    return Axis(name, rank, size, transport, ledger)
+    return Axis(name, rank, size, transport, ledger, track=ledger.track(name, tuple(dist.get_process_group_ranks(group))))
 
 
 def first_ranks(world: World, size: int, timeout: float = 120.0) -> Axis | None:
@@ -213,11 +298,48 @@ def first_ranks(world: World, size: int, timeout: float = 120.0) -> Axis | None:
     return make_axis("tp", mesh, world.comm, world.ledger, timeout) if world.rank < size else None
 
 
+def _connect(
+    store: Any, watch: Watch, launch: Launch, shape: tuple[int, int], device: torch.device, comm: str, options: Any, prog: str
+) -> World:
+    """The world of ranks that have answered the roll call: groups, axes, and a first message over each. shape: dp, tp."""
+    latest, ledger = options.comm_timeout + LATER_S, watch.ledger
+    store.set_timeout(timedelta(seconds=latest))
+    # host memory always goes over gloo; with nccl, a GPU's memory goes over nccl
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if comm == "nccl" else "gloo",
+        timeout=timedelta(seconds=latest),
+        device_id=device if comm == "nccl" else None,
+        store=store,
+        rank=launch.rank,
+        world_size=launch.size,
+    )
+    mesh = init_device_mesh("cuda" if comm == "nccl" else "cpu", shape, mesh_dim_names=("dp", "tp"))
+    # DistributedDataParallel sends its messages itself, over torch's own groups
+    dp_axis = make_axis("dp", mesh, "gloo" if comm == "shm" else comm, ledger)
+    try:
+        tp_axis = make_axis("tp", mesh, comm, ledger, latest)
+    except Unavailable as error:
+        if options.comm == "shm":
+            raise UserError(f"--comm=shm: {error}. Use --comm=gloo.") from None
+        comm = "gloo"
+        tp_axis = make_axis("tp", mesh, comm, ledger)
+        if tp_axis.rank == 0:
+            print(f"{prog}: ranks talk over gloo, which is slower than shared memory: {error}", file=sys.stderr)
+    everyone = ledger.track("world", tuple(range(launch.size)))
+    axes = tp_axis, dp_axis
+    world = World(launch.rank, launch.size, device, comm, *axes, ledger, mesh, watch.peers, launch, everyone, watch)
+    for axis in axes:
+        _try_out(axis, world)
+    for track in ledger.tracks:
+        track.queued = deque()
+    return world
+
+
 @contextmanager
 def start(options: Any, tp: int, prog: str, promise: dict[str, Any]) -> Iterator[World]:
     """The world of this run, for as long as the `with` lasts.
 
-    options: device, comm, threads, oversubscribe, comm_timeout. tp: tensor-parallel size, 0 for the world size.
+    options: device, comm, threads, oversubscribe, comm_timeout, start_timeout. tp: tensor-parallel size, 0 for the world size.
     promise: options that every rank must have been given alike.
     Ranks of one tp group are neighbours: rank = dp_rank * tp + tp_rank, so a group stays on one host where it fits.
     """
@@ -230,48 +352,50 @@ def start(options: Any, tp: int, prog: str, promise: dict[str, Any]) -> Iterator
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if launch.size == 1:
-        yield World(0, 1, device, comm, Axis("tp", ledger=ledger), Axis("dp", ledger=ledger), ledger)
+        yield World(0, 1, device, comm, Axis("tp", ledger=ledger), Axis("dp", ledger=ledger), ledger, launch=launch)
         return
-    # host memory always goes over gloo; with nccl, a GPU's memory goes over nccl
-    backend = "cpu:gloo,cuda:nccl" if comm == "nccl" else "gloo"
-    dist.init_process_group(
-        backend,
-        timeout=timedelta(seconds=options.comm_timeout),
-        device_id=device if comm == "nccl" else None,
-    )
-    stated = _agree(launch, device, promise)
-    mesh = init_device_mesh("cuda" if comm == "nccl" else "cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
-    # DistributedDataParallel sends its messages itself, over torch's own groups
-    dp_axis = make_axis("dp", mesh, "gloo" if comm == "shm" else comm, ledger)
+    store, holds = _store(launch, options.start_timeout)
+    mine = {**vars(Peer.here()), "device": str(device), "comm": comm, "options": promise}
+    attempt, stated = call_roll(store, launch.rank, launch.size, mine, options.start_timeout)
+    _check_statements(stated)
+    peers = tuple(Peer(said["host"], said["pid"], said["space"]) for said in stated)
+    if launch.rank == 0:
+        _warn_of_hosts(peers, tp, prog)
+    store = dist.PrefixStore(attempt, store)
+    watch = Watch(store, holds, launch.rank, peers, ledger, options.start_timeout, prog)
+    watch.start()
     try:
-        tp_axis = make_axis("tp", mesh, comm, ledger, options.comm_timeout)
-    except Unavailable as error:
-        if options.comm == "shm":
-            raise UserError(f"--comm=shm: {error}. Use --comm=gloo.") from None
-        comm = "gloo"
-        tp_axis = make_axis("tp", mesh, comm, ledger)
-        if tp_axis.rank == 0:
-            print(f"{prog}: ranks talk over gloo, which is slower than shared memory: {error}", file=sys.stderr)
-    yield World(
-        launch.rank,
-        launch.size,
-        device,
-        comm,
-        tp_axis,
-        dp_axis,
-        ledger,
-        mesh,
-        tuple((rank["host"], rank["pid"]) for rank in stated),
-    )
+        world = _connect(store, watch, launch, (dp, tp), device, comm, options, prog)
+    except BaseException:
+        watch.stop()  # it is this rank's own fault, and told as one
+        raise
+    watch.limit = options.comm_timeout
+    yield world
+    watch.stop()
     dist.destroy_process_group()
 
 
-def first_to_fail() -> bool:
-    """True on the first rank that asks, False on those that fail in its wake: one error is shown once."""
-    if not dist.is_initialized():
-        return Launch.from_environment().rank == 0
-    try:
-        store: Any = dist.distributed_c10d._get_default_store()
-        return bool(store.add("nanotp/failed", 1) == 1)
-    except RuntimeError:  # the store is gone with the rank or the agent that held it: somebody else has spoken
-        return False
+def linger(world: World | None, said: bool) -> None:
+    """Stay, at a run's bad end, for as long as other ranks need this process; said: it has said why."""
+    if world is not None and world.watch is not None:
+        world.watch.linger(said)
+    elif os.environ.get("WORLD_SIZE", "1") != "1":
+        time.sleep(0.3 if said else 5)  # torchrun ends all ranks with the first one: who speaks comes first, but may start late
+
+
+def first_to_fail(world: World | None) -> bool:
+    """True on the first rank that asks, False on those that fail in its wake: one error is shown once. world: None where the
+    run fails before there is one."""
+    if world is not None:
+        return world.watch is None or world.watch.is_first()
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return True
+    rank, host, port = os.environ["RANK"], os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "0")
+
+    def ask() -> bool:
+        socket.create_connection((host, int(port)), 1).close()  # torch would try again and again, and complain
+        store = dist.TCPStore(host, int(port), wait_for_workers=False, timeout=timedelta(seconds=1))
+        # ranks that fail this early have no name for the attempt yet
+        return first_to_say(dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store))
+
+    return answer(ask, rank == "0", ANSWER_S)

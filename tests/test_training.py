@@ -20,6 +20,7 @@ from errors import UserError
 from model import GPT, GPTConfig
 from options import TrainOptions
 from parallel.mesh import World
+from parallel.replicas import DriftError
 from text.dataset import EVAL_STREAM, Dataset, batch
 from text.tokenizer import CharTokenizer
 
@@ -392,3 +393,47 @@ def _overflow(world: World, settings: TrainOptions) -> tuple[int, float, bool]:
 
 def test_an_overflow_in_float16_is_skipped_by_all_ranks_alike(letters: Path, tmp_path: Path) -> None:
     assert run_ranks(3, _overflow, options(letters, tmp_path, dtype="float16")) == [(0, 2.0**119, True)] * 3
+
+
+def _drifting(world: World, settings: TrainOptions, what: str) -> str:
+    """A run of which one rank's LayerNorm, or one rank's batch, changes in the third iteration; what it ends with."""
+    next_batch, iterate = train_tp.next_batch, train_tp.iterate
+
+    def other_batch(run: train_tp.Run, *rest: Any, **more: Any) -> Any:
+        x, y = next_batch(run, *rest, **more)
+        return (x.flip(0) if run.progress.iter_num == 4 and world.rank == 1 else x), y
+
+    def drifted(run: train_tp.Run, *rest: Any) -> Any:
+        if run.progress.iter_num == 2 and world.rank == world.size - 1:
+            with torch.no_grad():
+                dict(run.model.named_parameters())[what][1] += 0.5
+        return iterate(run, *rest)
+
+    if what == "batch":
+        train_tp.next_batch = other_batch
+    elif what:
+        train_tp.iterate = drifted  # type: ignore[assignment]
+    try:
+        train_tp.main(world, settings)
+    except DriftError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("size, tp, what, said", [
+    (2, 2, "transformer.h.1.ln_1.weight", "differs between tp ranks 0 and 1 (max 5e-01) at step 2."),
+    (2, 2, "transformer.h.0.mlp.c_proj.bias", "differs between tp ranks 0 and 1 (max 5e-01) at step 2."),
+    (2, 1, "transformer.h.0.attn.c_attn.weight", "differs between dp ranks 0 and 1 (max 5e-01) at step 2."),
+    (2, 2, "batch", "batch mismatch at step 4 between tp ranks 0 ("),
+    (2, 2, "", ""),
+])  # fmt: skip
+def test_ranks_that_drift_apart_are_found(letters: Path, tmp_path: Path, size: int, tp: int, what: str, said: str) -> None:
+    settings = options(letters, tmp_path, tp=tp, max_iters=6, check_replicas=2)
+    ends = run_ranks(size, _drifting, settings, what, tp=tp)
+    assert len(set(ends)) == 1 and said in ends[0] and bool(said) == bool(ends[0])
+    assert what == "batch" or not said or ends[0].startswith(f"replicated parameter {what} ")
+
+
+def test_without_checks_drift_is_not_found(letters: Path, tmp_path: Path) -> None:
+    settings = options(letters, tmp_path, tp=2, max_iters=6, check_replicas=0)
+    assert run_ranks(2, _drifting, settings, "transformer.h.1.ln_1.weight", tp=2) == ["", ""]

@@ -1,0 +1,327 @@
+"""The roll call and the watchdog: who is missing, late, stopped or gone is named, and nobody who computes is accused."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections import deque
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import test_entry
+import torch
+import torch.distributed as dist
+from test_entry import launch, spoken
+
+from errors import UserError
+from parallel import collectives
+from parallel.collectives import Axis, all_reduce, all_reduce_later, average_later
+from parallel.ledger import Entry, Ledger, Track, call_text
+from parallel.mesh import World, _check_statements, _warn_of_hosts
+from parallel.processes import answer, is_running, process_state
+from parallel.roll_call import call_roll, ranks_text
+from parallel.watch import Peer, Seen, verdict
+
+HOST = socket.gethostname()
+
+
+# --- the roll call --------------------------------------------------------------------------------------------------
+
+
+def attempt(store: Any, size: int, absent: int = -1, seconds: float = 5.0, last: int = -1) -> list[Any]:
+    """What each rank of one attempt makes of the roll call, or its error. last: the rank that comes after the others."""
+    found: list[Any] = [None] * size
+
+    def come(rank: int) -> None:
+        if rank == last:
+            time.sleep(0.3)
+        try:
+            found[rank] = call_roll(store, rank, size, {"host": f"h{rank}", "pid": rank}, seconds)
+        except UserError as error:
+            found[rank] = str(error)
+
+    threads = [threading.Thread(target=come, args=(rank,)) for rank in range(size) if rank != absent]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_every_rank_hears_what_all_state() -> None:
+    found = attempt(dist.HashStore(), 3)
+    assert found[0] == found[1] == found[2]
+    assert found[0][1] == [{"host": f"h{rank}", "pid": rank} for rank in range(3)]
+
+
+@pytest.mark.parametrize("last", [0, 2])
+def test_what_an_earlier_attempt_left_in_the_store_is_not_believed(last: int) -> None:
+    store = dist.HashStore()
+    names = {attempt(store, 3, last=last)[rank][0] for rank in range(3)}
+    again = attempt(store, 3, last=last)
+    assert len({name for name, _ in again}) == 1 and again[0][0] not in names
+    smaller = attempt(store, 2, last=min(last, 1))
+    assert len(smaller[0][1]) == len(smaller[1][1]) == 2
+
+
+def test_who_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parallel.roll_call.LATER_S", 0.1)
+    found = attempt(dist.HashStore(), 4, absent=2, seconds=0.3)
+    said = "rank 2 did not come within 0.3 s; ranks 0-1, 3 did, on h0, h1, h3. Look at the output of those that are missing"
+    assert found[0].startswith(said) and found[1] == found[3] == found[0]
+    found = attempt(dist.HashStore(), 2, absent=0, seconds=0.3)
+    assert found[1].startswith("rank 0 did not come within 0.3 s.")
+
+
+def test_names_of_many_ranks() -> None:
+    assert ranks_text([3]) == "rank 3" and ranks_text({5, 0, 1, 2}) == "ranks 0-2, 5"
+
+
+def _never(world: World, options: Any) -> None:
+    raise AssertionError("never started")
+
+
+def test_a_rank_that_no_launcher_has_started_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks are announced and two started, by nobody who would know."""
+    start = test_entry._rank
+
+    def rank_of_three(rank: int, size: int, *rest: Any) -> None:
+        start(rank, 3, *rest)
+
+    monkeypatch.setattr(test_entry, "_rank", rank_of_three)
+    ends = launch(2, _never, tmp_path, ["--device=cpu", "--start_timeout=1"], seconds=20)
+    said = spoken(ends)
+    assert said.startswith(f"prog.py: rank 2 did not come within 1 s; ranks 0-1 did, on {HOST}. ") and said.count("\n") == 1
+    assert [status for status, _ in ends] == [2, 2]
+
+
+def test_ranks_on_other_devices_are_named() -> None:
+    here = {"device": "cuda:0", "comm": "nccl", "options": {}, "host": "a"}
+    _check_statements([here, here | {"device": "cuda:1"}])
+    with pytest.raises(UserError, match=r"rank 1 \(host b\) on cpu over gloo, rank 0 \(host a\) on cuda:0 over nccl"):
+        _check_statements([here, here | {"device": "cpu", "comm": "gloo", "host": "b"}])
+
+
+def test_a_tp_group_that_spans_hosts_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    peers = tuple(Peer(host, 1, host) for host in "aaabbb")
+    _warn_of_hosts(peers, 3, "prog.py")
+    assert capsys.readouterr().err == ""
+    _warn_of_hosts(peers, 2, "prog.py")
+    said = "prog.py: tp group 1 (ranks 2-3) spans hosts a, b: every all-reduce of its layers crosses the network. --tp=3 keeps"
+    assert capsys.readouterr().err.startswith(said)
+
+
+def _other_weights(world: World, options: Any) -> None:
+    world.agree("weights", f"w{world.rank // 2}")
+
+
+def test_ranks_that_read_other_weights_do_not_go_on(tmp_path: Path) -> None:
+    said = spoken(launch(3, _other_weights, tmp_path, ["--device=cpu"]))
+    assert said == f"prog.py: ranks disagree on weights: rank 2 (host {HOST}) has w1, rank 0 has w0.\n"
+
+
+# --- what is said ---------------------------------------------------------------------------------------------------
+
+MLP = Entry(5, "mlp", "forward", "all_reduce")
+
+
+def seen(number: int, waits: bool, text: str, beat: int = 7, left: bool = False) -> Seen:
+    return Seen(beat, left, "tp 0 1 2 3", {"tp 0 1 2 3": (number, waits, text)})
+
+
+def test_a_call_as_text() -> None:
+    assert call_text(1843, (MLP, 3_145_728, "step 77"), True) == "all_reduce #1843 (step 77, layer 5, mlp, forward, 3.1 MB)"
+    assert call_text(1, (MLP, 3072, ""), True) == "all_reduce #1 (layer 5, mlp, forward, 3.1 kB)"
+    assert call_text(7, (Entry(None, "", "", "gather"), 0, "step 8, save"), True) == "gather #7 (step 8, save)"
+
+
+def test_the_verdict_names_who_is_to_be_looked_at() -> None:
+    late = call_text(1843, (MLP, 0, "step 77"))
+    behind = "all_reduce #1841 (step 77, layer 4, attention, forward)"
+    there = {rank: seen(1843, True, late) for rank in range(3)} | {3: seen(1841, False, behind)}
+
+    def said(ended: set[int], silent: set[int], ranks: dict[int, Seen] = there) -> str:
+        return verdict("tp 0 1 2 3", 1843, late, (0, 1, 2, 3), ranks, ended, silent)
+
+    places = " Last seen: ranks 0-2 #1843, rank 3 #1841 (step 77, layer 4, attention, forward)."
+    assert said(set(), set()) == f"{places} Look at rank 3 first: it is in no collective."
+    assert said(set(), {3}).startswith(f"{places} Look at rank 3 first: it does not run")
+    assert said({1}, {3}).endswith("Look at rank 1 first: its process has ended.")
+    waiting = there | {3: seen(1841, True, behind)}
+    assert said(set(), set(), waiting).endswith("Look at rank 3 first: it is behind.")
+    other = there | {3: seen(1843, True, late.replace("mlp", "attention"))}
+    assert said(set(), set(), other).endswith("Look at rank 3 first: it is in another call.")
+    all_there = there | {3: seen(1843, True, late)}
+    assert said(set(), set(), all_there).endswith("All have come to it: look at the network between them.")
+    elsewhere = all_there | {6: Seen(9, False, "dp 2 6", {"dp 2 6": (4, False, "all_reduce #4 (step 77)")})}
+    assert said(set(), {6}, elsewhere).startswith(" Last seen: ranks 0-3 #1843, rank 6 #4 (step 77). Look at rank 6 first")
+    assert said(set(), set(), {}).startswith(" The store does not answer.")
+
+
+def test_calls_that_have_not_come_back() -> None:
+    track, first, second = Track("tp", (0, 1)), (MLP, 8, "step 1"), (MLP, 8, "step 2")
+    assert not list(track.open())
+    track.number, track.call, track.waiting = 5, first, True
+    track.begun[3] = second
+    assert list(track.open()) == [(5, first), (3, second)]
+    track.waiting = False
+    done = [True, False, False]
+    track.begun.clear()
+    track.queued = deque((i, first, partial(done.__getitem__, i)) for i in range(3))
+    assert list(track.open()) == [(1, first)] and len(track.queued) == 2
+
+
+def test_a_gpus_calls_are_open_until_its_stream_has_got_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call over nccl returns at once; what tells that it was made is an event."""
+    arrived: list[bool] = [False]
+    event = SimpleNamespace(query=lambda: arrived[0])
+    monkeypatch.setattr(collectives, "_clock", lambda message: event)
+    axis = Axis("tp", 0, 2).at("mlp", 5)
+    axis.track.queued = deque()
+    axis.account("all_reduce", "forward", SimpleNamespace(is_cuda=True, nbytes=8), lambda: None)  # type: ignore[arg-type]
+    ((number, (entry, _, _)),) = axis.track.open()
+    assert number == 1 and entry == MLP and not axis.track.waiting
+    arrived[0] = True
+    assert not list(axis.track.open())
+
+
+def test_an_answer_that_does_not_come() -> None:
+    assert answer(lambda: 3, 0, 1.0) == 3
+    assert answer(threading.Event().wait, True, 0.1)
+
+    def fails() -> int:
+        raise RuntimeError("gone")
+
+    assert answer(fails, 7, 1.0) == 7
+
+
+def test_the_state_of_a_process() -> None:
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    os.kill(child, signal.SIGSTOP)
+    os.waitpid(child, os.WUNTRACED)
+    assert process_state(child) == "T" and is_running(child)
+    os.kill(child, signal.SIGKILL)
+    while process_state(child) not in ("Z", "X"):
+        time.sleep(0.01)
+    assert not is_running(child)
+    os.waitpid(child, 0)
+    assert process_state(child) == ""
+
+
+# --- real ranks -----------------------------------------------------------------------------------------------------
+
+
+def _stopped(world: World, options: Any) -> None:
+    for i in range(200):
+        with world.ledger.during(f"step {i}"):
+            if world.rank == 1 and i == 100:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            all_reduce(torch.ones(300), world.tp.at("mlp", 3), "forward")
+
+
+@pytest.mark.parametrize("comm", ["gloo", "shm"])
+def test_a_stopped_rank_is_named_and_killed(tmp_path: Path, comm: str) -> None:
+    ends = launch(3, _stopped, tmp_path, ["--device=cpu", f"--comm={comm}", "--comm_timeout=1"], seconds=15)
+    said = spoken(ends)
+    assert f" host {HOST}] waited 1 s in all_reduce #101 (step 100, layer 3, mlp, forward, 1.2 kB). Last seen: " in said
+    assert "Look at rank 1 first: it does not run: stopped, or its host is out of reach.\n" in said
+    assert said.count("prog.py:") == 1
+    assert [status for status, _ in ends] == [1, -signal.SIGKILL, 1]
+
+
+def _slow(world: World, options: Any) -> None:
+    time.sleep(3)  # all compute, and none waits
+    all_reduce(torch.ones(1), world.tp.at("mlp", 3), "forward")
+    if world.rank:
+        time.sleep(1.5)  # late, but there before anybody has spoken
+    all_reduce(torch.ones(1), world.tp.at("mlp", 3), "forward")
+
+
+def test_who_computes_is_not_late(tmp_path: Path) -> None:
+    assert launch(2, _slow, tmp_path, ["--device=cpu", "--comm_timeout=1"], seconds=20) == [(0, "")] * 2
+
+
+def _in_a_gather(world: World, options: Any) -> None:
+    with world.ledger.during("step 8, save"):
+        if world.rank == 1:
+            time.sleep(60)
+        world.barrier()
+
+
+def _in_a_bucket(world: World, options: Any) -> None:
+    if world.rank == 1:
+        time.sleep(60)
+    average_later(torch.ones(4), world.tp.at("data_parallel"), "backward").wait()
+
+
+def _later(world: World, options: Any) -> None:
+    if world.rank == 1:
+        time.sleep(60)
+    all_reduce_later(torch.ones(4), world.tp.at("mlp", 3), "backward")()
+
+
+@pytest.mark.parametrize(
+    "body, call",
+    [
+        (_in_a_gather, r"gather #2 (step 8, save)"),
+        (_in_a_bucket, "all_reduce #1 (data_parallel, backward, 16 B)"),
+        (_later, "all_reduce #1 (layer 3, mlp, backward, 16 B)"),
+    ],
+)
+def test_every_kind_of_waiting_is_watched(tmp_path: Path, body: Any, call: str) -> None:
+    ends = launch(2, body, tmp_path, ["--device=cpu", "--comm=gloo", "--comm_timeout=1"], seconds=15)
+    said = spoken(ends)
+    assert f"prog.py: [rank 0 host {HOST}] waited 1 s in {call}. Last seen: " in said
+    assert "Look at rank 1 first: it is in no collective.\n" in said
+    assert [status for status, _ in ends] == [1, 1]  # rank 1 sleeps, and hears of it
+
+
+def _gone_while_others_compute(world: World, options: Any) -> None:
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def test_a_rank_that_dies_while_the_others_compute_is_found(tmp_path: Path) -> None:
+    ends = launch(3, _gone_while_others_compute, tmp_path, ["--device=cpu"], seconds=15)
+    said = spoken(ends)
+    assert said.count("\n") == 1 and " lost contact with its peers (rank 1 is gone) after all_reduce #" in said
+    assert [status for status, _ in ends] == [1, -signal.SIGKILL, 1]
+
+
+def _leaves_early(world: World, options: Any) -> None:
+    if world.rank != 1:
+        time.sleep(3)
+
+
+def test_a_rank_that_comes_to_its_end_first_is_not_missed(tmp_path: Path) -> None:
+    assert launch(3, _leaves_early, tmp_path, ["--device=cpu"], seconds=20) == [(0, "")] * 3
+
+
+def _told_to_stop(world: World, options: Any) -> None:
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    all_reduce(torch.ones(1), world.tp.at("mlp", 3), "forward")
+    time.sleep(30)
+
+
+def test_a_rank_that_is_told_to_stop_says_so(tmp_path: Path) -> None:
+    ends = launch(2, _told_to_stop, tmp_path, ["--device=cpu"], seconds=15)
+    assert "prog.py: rank 1 was told to stop (SIGTERM) " in ends[1][1] and spoken(ends).count("prog.py:") == 1
+    assert [status for status, _ in ends] == [1, 143]
+
+
+def test_an_axis_has_one_track_under_all_its_labels() -> None:
+    ledger = Ledger()
+    axis = Axis("tp", 0, 2, None, ledger, track=ledger.track("tp", (0, 1)))
+    axis.at("mlp", 5).account("all_reduce", "forward", torch.ones(1), lambda: None)
+    axis.at("attention", 6).account("all_reduce", "forward", torch.ones(1), lambda: None)
+    (track,) = ledger.tracks
+    assert track.number == 2 and track.call == (Entry(6, "attention", "forward", "all_reduce"), 4, "") and not track.waiting
+    assert ledger.latest is track
