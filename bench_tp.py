@@ -4,6 +4,7 @@ with what a user would pick instead.
     torchrun --standalone --nproc_per_node=2 bench_tp.py decode --against=hf,ctranslate2,one_rank
     torchrun --standalone --nproc_per_node=2 bench_tp.py prefill --against=hf,ctranslate2
     torchrun --standalone --nproc_per_node=2 bench_tp.py train --against=reference
+    torchrun --standalone --nproc_per_node=2 bench_tp.py save
     torchrun --standalone --nproc_per_node=2 bench_tp.py allreduce
     torchrun --standalone --nproc_per_node=2 bench_tp.py block --part=layer --n_embd=768 --n_head=12 --tp=1,2,4,8
     python bench_tp.py start --ranks=2
@@ -15,13 +16,14 @@ from typing import Any
 from benchmarks.inference import decode, prefill, start
 from benchmarks.laboratory import block
 from benchmarks.messages import allreduce
-from benchmarks.training import train
+from benchmarks.training import save, train
 from entry import run_commands
 from options import (
     BenchAllreduceOptions,
     BenchBlockOptions,
     BenchDecodeOptions,
     BenchPrefillOptions,
+    BenchSaveOptions,
     BenchStartOptions,
     BenchTrainOptions,
 )
@@ -31,6 +33,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[World, Any], None]]] = {
     "decode": (BenchDecodeOptions, decode),
     "prefill": (BenchPrefillOptions, prefill),
     "train": (BenchTrainOptions, train),
+    "save": (BenchSaveOptions, save),
     "allreduce": (BenchAllreduceOptions, allreduce),
     "block": (BenchBlockOptions, block),
     "start": (BenchStartOptions, start),

@@ -201,6 +201,8 @@ def repair(world: World, options: RepairOptions) -> None:
         say(f"after {whole.steps} steps end to end: divergence {first:.3g} -> {last:.3g}, perplexity {made:.4f} "
             f"({made / dense - 1:+.2%})")  # fmt: skip
     evidence["after"] = perplexity(student)
+    if not math.isfinite(evidence["after"]):
+        raise UserError("the repaired weights are not numbers any more: lower --learning_rate or --whole_learning_rate.")
     evidence["loss"] = evidence["after"] / dense - 1
     description = f"{source.description}, repaired for --sync={schedule}"
     export(world, student, out, description, tokenizer_of(source).to_json(), Sync(str(schedule), tp, evidence))

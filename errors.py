@@ -1,4 +1,7 @@
-"""The exceptions that are no fault of the program's: the user can mend this, or wants it."""
+"""The exceptions that are no fault of the program's, and how a message quotes a value that is wrong."""
+
+import reprlib
+from typing import Any
 
 
 class UserError(Exception):
@@ -14,3 +17,13 @@ class Stopped(Exception):
     def __init__(self, message: str, status: int):
         super().__init__(message)
         self.status = status
+
+
+def shown(value: Any) -> str:
+    """A wrong value as a message quotes it: on one line, and neither long nor deep."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def printable(text: str, most: int = 100) -> str:
+    """The beginning of a text that a file brought, fit for a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text[:most])

@@ -146,6 +146,9 @@ class TrainOptions(RunOptions):
     keep_last: int = option(3, "checkpoints kept in out_dir, 0 = all", low=0)
     overwrite: bool = option(False, "start over in an out_dir that has checkpoints: they are deleted")
     progress: bool = option(True, "progress bar on a terminal")
+    dry_run: bool = option(False, "print what each layout takes of a rank's memory, then end: 0 it fits, 1 not")
+    memory: str = option("", "with dry_run: what a rank has, such as 80GB or 24GiB")
+    ranks: int = option(0, "with dry_run: the number of ranks asked about, 0 = those that are started", low=0)
 
     def __post_init__(self) -> None:
         # Two names for one setting: merged here, so that nothing else needs to know of the second one.
@@ -283,6 +286,16 @@ class BenchTrainOptions(BenchOptions):
     block_size: int = option(256, "tokens in a sequence", low=1)
     steps: int = option(3, "steps in a round", low=1)
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSaveOptions(BenchOptions):
+    """How long a run stands still for a checkpoint, saved in front and in the background."""
+
+    tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
+    batch_size: int = option(2, "sequences in an iteration", low=1)
+    block_size: int = option(128, "tokens in a sequence", low=1)
+    steps: int = option(4, "iterations of which the usual time is taken", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)

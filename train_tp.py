@@ -18,15 +18,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import dry_run
 import entry
 import report
 from checkpoints import training
 from checkpoints.shards import DTYPES
-from checkpoints.sources import Source, identity, open_source, reader, schedule_of, tokenizer_of
+from checkpoints.sources import Described, Source, identity, open_sizes, open_source, reader, schedule_of, tokenizer_of
 from checkpoints.training import Progress, Saved, Saver
-from errors import Stopped, UserError
+from errors import Stopped, UserError, shown
 from model import GPTConfig
-from options import TrainOptions, as_dict
+from options import TrainOptions, as_dict, parse
 from parallel.collectives import all_reduce
 from parallel.data_parallel import Sharding, last_only, replicate, rest
 from parallel.ledger import Account, total
@@ -34,7 +35,8 @@ from parallel.mesh import World, pick_dtype
 from parallel.partition import Rule
 from parallel.replicas import check_alike, checksum
 from parallel.schedule import Schedule
-from text.dataset import EVAL_STREAM, Dataset, batch
+from text.dataset import EVAL_STREAM, Dataset, batch, is_prepared
+from text.tokenizer import GPT2Tokenizer
 from tp_model import Read, TensorParallelGPT, held
 
 GPT2_VOCAB = 50304  # nanoGPT's table for GPT-2's 50257 tokens
@@ -224,13 +226,13 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
     return Run(world, options, dataset, model, wrapped, optimizer, layout, progress, out_dir, dtype, replace(progress))
 
 
-def make_config(options: TrainOptions, dataset: Dataset, source: Source | None) -> GPTConfig:
-    """The model's sizes: the source's, or those of the options for a fresh one."""
+def make_config(options: TrainOptions, dataset: Dataset | None, source: Described | None) -> GPTConfig:
+    """The model's sizes: the source's, or those of the options for a fresh one, with GPT-2's vocabulary where no dataset is."""
     if source is None:
-        n_vocab = dataset.tokenizer.n_vocab
+        tokenizer = dataset.tokenizer if dataset else GPT2Tokenizer()
         return GPTConfig(
             block_size=options.block_size,
-            vocab_size=GPT2_VOCAB if dataset.tokenizer.kind == "gpt2" else n_vocab,
+            vocab_size=GPT2_VOCAB if tokenizer.kind == "gpt2" else tokenizer.n_vocab,
             n_layer=options.n_layer,
             n_head=options.n_head,
             n_embd=options.n_embd,
@@ -240,6 +242,24 @@ def make_config(options: TrainOptions, dataset: Dataset, source: Source | None) 
     # a shorter context is a part of the position table; a longer one does not exist
     block_size = min(options.block_size, source.config.block_size)
     return replace(source.config, dropout=options.dropout, block_size=block_size)
+
+
+def plan(options: TrainOptions) -> int:
+    """A dry run: print what the run would take of a rank's memory. Returns the exit status. Weights and tokens stay unread."""
+    source: Described | None = None
+    if options.init_from == "resume":
+        source = open_sizes(str(training.read_state(Path(options.out_dir))[0]))
+    elif options.init_from != "scratch":
+        source = open_sizes(options.init_from)
+    place = Path(options.data_dir) / options.dataset
+    config = make_config(options, Dataset(place) if is_prepared(place) else None, source)
+
+    def schedule(tp: int) -> Schedule:
+        if source and tp > 1:
+            return schedule_of(source, options.sync, tp)
+        return Schedule.parse(options.sync or "all", config.n_layer) if tp > 1 else Schedule.plain(config.n_layer)
+
+    return dry_run.show(options, config, schedule, lambda dp: Layout.of(options, 0, dp))
 
 
 def check_tokenizer(source: Source, dataset: Dataset) -> None:
@@ -269,7 +289,7 @@ def report_changes(before: dict[str, Any], options: TrainOptions) -> None:
     now = as_dict(options)
     for key in sorted(before.keys() & now.keys() & SHAPES_THE_CURVE):
         if before[key] != now[key]:
-            print(f"resume: {key} is now {now[key]!r}, it was {before[key]!r}", file=sys.stderr)
+            print(f"resume: {key} is now {now[key]!r}, it was {shown(before[key])}", file=sys.stderr)
 
 
 def start_directory(out_dir: Path, iter_num: int, options: TrainOptions) -> None:
@@ -279,9 +299,18 @@ def start_directory(out_dir: Path, iter_num: int, options: TrainOptions) -> None
         training.delete_checkpoints(out_dir)
     training.sweep(out_dir)
     metrics = out_dir / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() and iter_num else []
-    kept = [line for line in lines if json.loads(line)["iter"] < iter_num]
+    lines = metrics.read_text(errors="replace").splitlines() if metrics.is_file() and iter_num else []
+    kept = [line for line in lines if 0 <= iteration_of(line) < iter_num]
     metrics.write_text("".join(line + "\n" for line in kept))
+
+
+def iteration_of(line: str) -> int:
+    """Of a line of metrics.jsonl; -1 for one that is none, such as a kill leaves half written."""
+    try:
+        number = json.loads(line)["iter"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return -1
+    return number if type(number) is int else -1
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
@@ -325,7 +354,7 @@ def train(run: Run) -> None:
                 if options.eval_only:
                     break
                 better = losses["val"] < progress.best_val_loss
-                progress.best_val_loss = min(losses["val"], progress.best_val_loss)
+                progress.best_val_loss = losses["val"] if better else progress.best_val_loss  # never what is not a number
                 if iter_num > run.first.iter_num and (better or options.always_save_checkpoint):
                     log.saved(save(run, saver))
             elif options.save_interval and iter_num % options.save_interval == 0 and iter_num > run.first.iter_num:
@@ -584,5 +613,13 @@ def all_reduces_per_layer(account: Account, run: Run) -> dict[str, float]:
     return {direction: total(inside, direction=direction).calls / passes for direction in ("forward", "backward")}
 
 
+def command() -> tuple[entry.Main, TrainOptions]:
+    """What the command line asks for. A dry run is done and ends here, before there is a world."""
+    options = parse(TrainOptions, sys.argv[1:], "train_tp.py")
+    if options.dry_run:
+        raise SystemExit(plan(options))
+    return main, options
+
+
 if __name__ == "__main__":
-    entry.run(TrainOptions, main, "train_tp.py")
+    entry.run_parsed(command, "train_tp.py")

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import reprlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,16 +23,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, printable, shown
 from model import GPTConfig
 from parallel.partition import Partition, Rule, Run
 from parallel.processes import is_running
 from parallel.schedule import Schedule
+from text.files import json_of, own_file, read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "shards.json"
 MAX_TP = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_HEADER = 1 << 24  # bytes of a safetensors file's header: that of a model of 10,000 layers is as long
 CHUNK = 1 << 20  # bytes written at a time: still in the processor's cache when they are hashed
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # safetensors' names
 
@@ -100,37 +101,13 @@ class Manifest:
 def read_manifest(directory: Path) -> Manifest:
     """The checked manifest of a shard directory. UserError names the file and the fault."""
     path = directory / MANIFEST
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UserError(f"{directory} is not a shard directory: it has no {MANIFEST}.")
     raw = read_json(path)
     try:
         return _parse(raw)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. UserError unless it is a file of sensible size and valid JSON that names no key twice."""
-    try:
-        # a pipe would be waited for, and no real manifest comes near 256 MB
-        _require(path.is_file() and path.stat().st_size < 2**28, f"{path} is not a file that could hold JSON.")
-        return json.loads(path.read_bytes(), object_pairs_hook=_object)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({str(error)[:80]}).") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return made
-
-
-def shown(value: Any) -> str:
-    """A wrong value as a message quotes it: on one line, and neither long nor deep."""
-    return " ".join(reprlib.repr(value).split())
 
 
 def _require(condition: bool, message: str) -> None:
@@ -153,22 +130,28 @@ def _parse(raw: Any) -> Manifest:
     _require(_is_count(tp) and 1 <= tp <= MAX_TP, f"tp={shown(tp)} is not a number of ranks.")
     _require(isinstance(dtype, str) and dtype in DTYPES, f"dtype {shown(dtype)} is not one of {', '.join(DTYPES)}.")
     _require(isinstance(source, str), f"source {shown(source)} is not text.")
-    source = "".join(char if char.isprintable() else "?" for char in source[:500])
     model = config_from(raw["model"], "model.{}".format)
     _require(isinstance(raw["tensors"], dict), "`tensors` is not an object.")
     tensors = {name: _parse_tensor(name, entry, tp) for name, entry in raw["tensors"].items()}
-    return Manifest(model, tp, dtype, source, _parse_files(raw["files"], tp), tensors, _parse_sync(raw, model))
+    return Manifest(model, tp, dtype, printable(source, 500), _parse_files(raw["files"], tp), tensors, _parse_sync(raw, model))
 
 
 def _parse_sync(raw: dict[str, Any], model: GPTConfig) -> Sync | None:
     if "sync" not in raw:
         return None
     text, tp, evidence = raw["sync"], raw.get("sync_tp", 0), raw.get("evidence", {})
-    _require(isinstance(text, str) and len(text) < 100_000, f"sync={shown(text)} is not a schedule.")
+    good = isinstance(text, str) and re.fullmatch("[a-z0-9:, ]{1,100000}", text)
+    _require(bool(good), f"sync={shown(text)} is not a schedule.")
     _require(_is_count(tp) and 1 <= tp <= MAX_TP, f"sync_tp={shown(tp)} is not a number of ranks.")
     _require(isinstance(evidence, dict), "`evidence` is not an object.")
+    _require(_is_shallow(evidence, 20), "`evidence` is nested too deep.")  # to be written again, for one
     Schedule.parse(text, model.n_layer)  # says what is wrong with it
     return Sync(text, tp, evidence)
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_is_shallow(part, levels - 1) for part in parts)
 
 
 def config_from(raw: Any, label: Callable[[str], str]) -> GPTConfig:
@@ -245,6 +228,20 @@ def _check_cover(what: str, runs: tuple[tuple[Run, ...], ...], size: int) -> Non
 # --- reading shards -------------------------------------------------------------------------------------------------
 
 
+def open_tensors(path: Path) -> Any:
+    """A safetensors file as safe_open opens it, tensors mapped and not read. UserError where it is not one, or a name stands
+    in it twice: of two tensors of one name each reader may take another."""
+    try:
+        with open(own_file(path), "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > MAX_HEADER:
+                raise ValueError(f"a header of {size:,} bytes")
+            json_of(file.read(size))
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError, ValueError, RecursionError, MemoryError) as error:  # memory: a file too large to map
+        raise UserError(f"{path} is not a readable safetensors file ({printable(str(error))}).") from None
+
+
 class ShardDirectory:
     """The tensors of a shard directory, read lazily and only where asked; a source of weights at any tp.
 
@@ -260,7 +257,10 @@ class ShardDirectory:
 
     def check_model(self) -> None:
         """UserError unless the tensors are those of the manifest's model, neither more nor fewer."""
-        expected = Partition.of(self.config, 1).shapes()
+        self.check_tensors(Partition.of(self.config, 1).shapes())
+
+    def check_tensors(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """UserError unless the manifest's tensors have these names and shapes."""
         for name in sorted(expected.keys() ^ self.manifest.tensors.keys()):
             fault = "is missing" if name in expected else "does not belong to the model"
             raise UserError(f"{self.directory / MANIFEST}: tensor {name} {fault}.")
@@ -296,10 +296,7 @@ class ShardDirectory:
     def _file(self, rank: int) -> Any:
         if rank not in self._open:
             path = self._check_size(rank)
-            try:
-                file = safe_open(str(path), framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is not a readable safetensors file ({str(error)[:100]}).") from None
+            file = open_tensors(path)
             self._check_header(rank, path, file)
             self._open[rank] = file
         return self._open[rank]

@@ -1,48 +1,68 @@
 """Where weights are read from: the hub, a Hugging Face directory, a nanoGPT ckpt.pt, a shard or training directory.
 
 Every source gives any part of any full tensor in nanoGPT's names and orientation, so a rank reads only what it owns,
-at whatever tp. Nothing here executes what a file says: safetensors, JSON, and torch.load with weights_only.
+at whatever tp. Nothing here executes what a file says: safetensors, JSON, and torch.load with weights_only of an archive
+that has been looked through.
 """
 
 import difflib
 import functools
 import hashlib
 import os
-import pickle
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from checkpoints.shards import CODES, DTYPES, MANIFEST, ShardDirectory, Sync, config_from, read_json, shown
-from errors import UserError
+from checkpoints.archives import check_archive
+from checkpoints.shards import CODES, DTYPES, MANIFEST, ShardDirectory, Sync, config_from, open_tensors
+from errors import UserError, printable, shown
 from model import GPTConfig
 from parallel.partition import Partition, Rule, Run
 from parallel.schedule import Schedule
 from text.dataset import Dataset, is_prepared
+from text.files import inside, own_file, read_json, read_small
+from text.pickles import Refused
 from text.tokenizer import TOKENIZER_FILE, GPT2Tokenizer, IdsTokenizer, Tokenizer, read_tokenizer, tokenizer_from_json
 from tp_model import Read
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+# what their config.json says: layers, heads, width
+HUB_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 LATEST = "latest"  # the file of a training directory that names its newest whole checkpoint
 GPT2_TOKENS = 50257
 
 
-class Source(Protocol):
-    """config: the model's. dtype: of the stored weights. description: for people.
-    tokenizer: what tokenizer.json should say, or None where the source does not tell; dataset: nanoGPT's hint for it.
-    sync: the schedule of sync points that the weights were made for, None where they were for none in particular."""
+class Described(Protocol):
+    """config: the model's. description: for people. sync: the schedule of sync points that the weights were made for, None
+    where they were for none in particular."""
 
     config: GPTConfig
-    dtype: torch.dtype
     description: str
+    sync: Sync | None
+
+
+@dataclass
+class Sizes:
+    """A model of which no more is known."""
+
+    config: GPTConfig
+    description: str
+    sync: Sync | None = None
+
+
+class Source(Described, Protocol):
+    """dtype: of the stored weights. tokenizer: what tokenizer.json should say, or None where the source does not tell;
+    dataset: nanoGPT's hint for it."""
+
+    dtype: torch.dtype
     tokenizer: dict[str, Any] | None
     dataset: str | None
-    sync: Sync | None
 
     def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
         """Runs of a full tensor along dim, one after the other; the whole where dim is None. May be a view of a file."""
@@ -80,7 +100,7 @@ def tokenizer_of(source: Source, choice: str = "", data_dir: str = "data") -> To
     return tokenizer
 
 
-def schedule_of(source: Source, text: str, tp: int) -> Schedule:
+def schedule_of(source: Described, text: str, tp: int) -> Schedule:
     """The schedule that --sync=`text` asks for; where it is "", the one that the weights were made for, or plain Megatron's.
 
     UserError where that is for another tp: what a rank sees between two sync points, and what was repaired, depends on it.
@@ -109,15 +129,15 @@ def open_source(spec: str, verify: tuple[int, int] | None = None) -> Source:
         return HuggingFaceDirectory(_from_hub(spec), description=spec)
     path = Path(os.path.expanduser(spec))  # Path.expanduser fails where there is no such user
     if path.is_file():
-        return NanoGPTCheckpoint(path)
-    if (path / LATEST).is_file():
+        return NanoGPTCheckpoint(path, verify)
+    if os.path.lexists(path / LATEST):  # whatever stands there: what is wrong with it is said when it is read
         path = latest_checkpoint(path)
-    if (path / MANIFEST).is_file():
+    if os.path.lexists(path / MANIFEST):
         return ShardSource(path, verify)
-    if (path / "config.json").is_file():
+    if os.path.lexists(path / "config.json"):
         return HuggingFaceDirectory(path)
-    if (path / "ckpt.pt").is_file():
-        return NanoGPTCheckpoint(path / "ckpt.pt")
+    if os.path.lexists(path / "ckpt.pt"):
+        return NanoGPTCheckpoint(own_file(path / "ckpt.pt"), verify)
     if path.is_dir():
         raise UserError(
             f"--init_from={spec} is a directory without weights: no {MANIFEST} (shards), config.json (Hugging Face), "
@@ -147,24 +167,35 @@ def identity(source: Source) -> str:
     return f"{source.description} ({digest.hexdigest()[:12]})"
 
 
+def open_sizes(spec: str) -> Described:
+    """What an `--init_from` names, as far as it can be known without its weights: of a hub's model no file is read."""
+    if spec in HUB_SIZES:
+        n_layer, n_head, n_embd = HUB_SIZES[spec]
+        return Sizes(GPTConfig(1024, GPT2_TOKENS, n_layer, n_head, n_embd, activation="gelu_tanh"), spec)
+    return open_source(spec)
+
+
 def latest_checkpoint(directory: Path) -> Path:
     """The newest whole checkpoint of a training directory."""
-    name = (directory / LATEST).read_text(errors="replace").strip()
-    if not re.fullmatch(r"\w[\w.-]{0,100}", name) or not (directory / name / MANIFEST).is_file():
+    name = read_small(directory / LATEST, 1000).decode(errors="replace").strip()
+    if not re.fullmatch(r"\w[\w.-]{0,100}", name) or not os.path.lexists(directory / name / MANIFEST):
         raise UserError(f"{directory / LATEST} names {shown(name)}, which is not a checkpoint in {directory}.")
-    return directory / name
+    return inside(directory / name)
 
 
 class ShardSource(ShardDirectory):
     """A shard directory as a source. Its files are checked byte by byte as they are opened for a run, each by one rank."""
 
     dataset: str | None = None
+    tokenizer: dict[str, Any] | None
 
     def __init__(self, directory: Path, verify: tuple[int, int] | None = None):
         super().__init__(directory)
         self.check_model()
         path = directory / "tokenizer.json"
-        self.tokenizer = read_json(path) if path.is_file() else None
+        self.tokenizer = None
+        if os.path.lexists(path):
+            self.tokenizer = read_tokenizer(path).to_json()
         self.sync = self.manifest.sync
         if verify is not None:
             rank, size = verify
@@ -233,31 +264,29 @@ class HuggingFaceDirectory:
     def _locate(self) -> dict[str, tuple[Path, str]]:
         """nanoGPT's name -> (file, its name in that file)."""
         index, single = self.directory / "model.safetensors.index.json", self.directory / "model.safetensors"
-        if single.is_file():
-            keys = dict.fromkeys(self._open(single).keys(), single)
-        elif index.is_file():
+        if os.path.lexists(single):
+            pairs = [(key, single) for key in list(self._open(single).keys())]
+        elif os.path.lexists(index):
             weight_map = read_json(index)
             weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
             if not isinstance(weight_map, dict):
                 raise UserError(f"{index} has no weight_map.")
             for name in weight_map.values():
-                if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,200}\.safetensors", name):
                     raise UserError(f"{index}: {shown(name)} is not a safetensors file of this directory.")
-            keys = {key: self.directory / name for key, name in weight_map.items()}
+            pairs = [(key, self.directory / name) for key, name in weight_map.items()]
         else:
             hint = " Save the model again with save_pretrained(...)." if list(self.directory.glob("*.bin")) else ""
             raise UserError(f"{self.directory} has config.json but no model.safetensors.{hint}")
         # GPT2Model saves without the prefix that GPT2LMHeadModel saves with
-        return {"transformer." + key.removeprefix("transformer."): (file, key) for key, file in keys.items()}
+        found = {"transformer." + key.removeprefix("transformer."): (file, key) for key, file in pairs}
+        if len(found) < len(pairs):
+            raise UserError(f"{self.directory}: a tensor stands there with and without the prefix `transformer.`.")
+        return found
 
     def _open(self, path: Path) -> Any:
         if path not in self._files:
-            try:
-                self._files[path] = safe_open(str(path), framework="pt")
-            except FileNotFoundError:
-                raise UserError(f"{path} is missing, though the index names it.") from None
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is not a readable safetensors file ({str(error)[:100]}).") from None
+            self._files[path] = open_tensors(path)
         return self._files[path]
 
     def _slice(self, name: str) -> Any:
@@ -268,8 +297,11 @@ class HuggingFaceDirectory:
             raise UserError(f"{file}: tensor {key} is missing, though the index names it.") from None
 
     def _check(self) -> torch.dtype:
-        dtypes = {}
-        for name, shape in Partition.of(self.config, 1).shapes().items():
+        dtypes, shapes = {}, Partition.of(self.config, 1).shapes()
+        head = "transformer.lm_head.weight"  # as `_locate` names it
+        if head in self._where:
+            shapes[head] = shapes["transformer.wte.weight"]
+        for name, shape in shapes.items():
             if name not in self._where:
                 fault = "is missing: these are not the weights of config.json's GPT-2"
                 raise UserError(f"{self.directory}: tensor {name} {fault}.")
@@ -279,10 +311,10 @@ class HuggingFaceDirectory:
                 fault = f"has shape {part.get_shape()}, config.json says {list(expected)}"
                 raise UserError(f"{self._where[name][0]}: tensor {name} {fault}.")
             dtypes[name] = _DTYPE_OF_CODE.get(part.get_dtype(), part.get_dtype())
-        head = "transformer.lm_head.weight"  # as `_locate` names it
+        dtype = _common_dtype(dtypes, str(self.directory))
         if head in self._where:
             _check_tied(self._slice(head)[:], self._slice("transformer.wte.weight")[:], str(self.directory))
-        return _common_dtype(dtypes, str(self.directory))
+        return dtype
 
     def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
         part = self._slice(name)
@@ -347,11 +379,14 @@ class NanoGPTCheckpoint:
 
     sync: Sync | None = None
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, verify: tuple[int, int] | None = None):
         self.path, self.description = path, str(path)
-        raw = self._load()
+        raw = self._load(verify)
         # a compiled model's names carry a prefix
-        state = {name.removeprefix("_orig_mod."): value for name, value in raw["model"].items() if isinstance(name, str)}
+        pairs = [(str(name).removeprefix("_orig_mod."), value) for name, value in raw["model"].items()]
+        state = dict(pairs)
+        if len(state) < len(pairs):
+            raise UserError(f"{path}: a tensor stands there with and without the prefix `_orig_mod.`.")
         settings = raw["config"] if isinstance(raw.get("config"), dict) else {}
         self.config = self._config(raw["model_args"], settings)
         self.tensors = self._check(state)
@@ -360,14 +395,15 @@ class NanoGPTCheckpoint:
         self.dataset = dataset if isinstance(dataset, str) and dataset.replace("_", "").replace("-", "").isalnum() else None
         self.tokenizer = {"kind": "gpt2"} if self.config.vocab_size >= GPT2_TOKENS else None
 
-    def _load(self) -> dict[str, Any]:
+    def _load(self, verify: tuple[int, int] | None) -> dict[str, Any]:
         try:
+            check_archive(self.path, verify)
             raw = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-        except pickle.UnpicklingError:
-            fault = "holds more than tensors, numbers and strings: refused, loading it could run code"
-            raise UserError(f"{self.path} {fault}.") from None
+        except Refused as error:
+            reads = "only tensors, numbers, strings and lists and dicts of them are read from a ckpt.pt"
+            raise UserError(f"{self.path} is refused: {error}; {reads}.") from None
         except Exception as error:  # torch.load raises a dozen kinds for a broken file
-            fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
+            fault = f"{type(error).__name__}: {printable((str(error).splitlines() or [''])[0], 80)}"
             raise UserError(f"{self.path} is not a readable ckpt.pt ({fault}).") from None
         if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict) or not isinstance(raw.get("model_args"), dict):
             raise UserError(f"{self.path} is not a nanoGPT checkpoint: it lacks `model` or `model_args`.")
@@ -394,7 +430,10 @@ class NanoGPTCheckpoint:
                 raise UserError(f"{self.path}: tensor {name} has shape {list(tensor.shape)}, model_args say {list(shape)}.")
         if head:
             _check_tied(state["lm_head.weight"], state["transformer.wte.weight"], str(self.path))
-        return {name: state[name] for name in shapes}
+        found = {name: state[name] for name in shapes}
+        if sum(tensor.nbytes for tensor in found.values()) > self.path.stat().st_size:  # one number can pose as many
+            raise UserError(f"{self.path}: its tensors claim more bytes than the file has.")
+        return found
 
     def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
         return _runs_of(self.tensors[name], dim, runs)

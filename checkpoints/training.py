@@ -11,11 +11,13 @@ Every rank writes what it owns; the directory gets its name when all have finish
 import collections
 import contextlib
 import itertools
+import math
 import os
+import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,14 +36,16 @@ from checkpoints.shards import (
     TensorFile,
     dtype_name,
     publish,
+    read_manifest,
     shard_name,
     sync_directory,
     write_json,
 )
-from checkpoints.sources import LATEST, latest_checkpoint, read_json
+from checkpoints.sources import LATEST, latest_checkpoint
 from errors import UserError
 from parallel.mesh import World
-from parallel.partition import Rule
+from parallel.partition import Partition, Rule
+from text.files import inside, read_json
 from text.tokenizer import TOKENIZER_FILE
 from tp_model import TensorParallelGPT
 
@@ -61,7 +65,7 @@ class Progress:
 
 
 def has_checkpoints(out_dir: Path) -> bool:
-    return (out_dir / LATEST).is_file()
+    return os.path.lexists(out_dir / LATEST)
 
 
 def steps(out_dir: Path) -> list[Path]:
@@ -116,7 +120,7 @@ class Saver:
         self._copies: dict[str, Tensor] = {}
         self._writing: Future[Files] | None = None
         self._publishing: Future[Path] | None = None
-        self._last: tuple[Path, Any] = Path(), None  # the scratch directory, and what publishes it
+        self._describe: Callable[[list[Files]], Path] | None = None  # the last part of the save that is under way
         self._began = self._stall = 0.0
 
     @property
@@ -124,6 +128,7 @@ class Saver:
         """Whether this rank is still writing; once no rank is, every rank's `poll` is told so."""
         return self._writing is not None and not self._writing.done()
 
+    @torch.no_grad()
     def save(
         self,
         model: TensorParallelGPT,
@@ -143,8 +148,7 @@ class Saver:
         self.world.barrier()
         # what the manifests say is of this moment, not of when they are written
         state = {"progress": dict(vars(progress)), "options": options}
-        made = partial(_finish, model, tokenizer, state, scratch, path, self.keep_last)
-        self._last = scratch, made
+        self._describe = partial(_finish, model, tokenizer, state, scratch, path, self.keep_last)
         tensors, shapes = _tensors(model, optimizer), _shapes(model)
         path_of_rank = scratch / shard_name(model.tp.rank, model.tp.size)
         if self.background:
@@ -194,10 +198,10 @@ class Saver:
 
     def _publish(self) -> None:
         """All ranks' files are there: rank 0 writes what describes them, and gives the directory its name."""
-        assert self._writing is not None
+        assert self._writing is not None and self._describe is not None
         files, self._writing = self.world.gather(self._writing.result()), None
         if self.world.is_main:
-            self._publishing = self._thread.submit(self._last[1], [pair for pair in files if pair])
+            self._publishing = self._thread.submit(self._describe, [pair for pair in files if pair])
 
     def _ended(self) -> list[Saved]:
         assert self._publishing is not None
@@ -328,12 +332,17 @@ def read_state(out_dir: Path) -> tuple[Path, Progress, dict[str, Any]]:
     """(checkpoint, where its run stood, its options) of the newest checkpoint. UserError where there is none."""
     if not has_checkpoints(out_dir):
         raise UserError(f"{out_dir} has no checkpoint to resume. Start with --init_from=scratch, or name its out_dir.")
+    for entry in out_dir.iterdir():  # what this run is about to write to; `latest` and its like lead nowhere else
+        ours = re.match(rf"metrics\.jsonl|\.?{LATEST}|\.?step-", entry.name)
+        if ours and not (inside(entry).is_file() or entry.is_dir()):
+            raise UserError(f"{entry} is neither a file nor a directory.")
     path = latest_checkpoint(out_dir)
     raw = read_json(path / STATE)
     try:
         progress = Progress(**raw["progress"])
         good = all(type(getattr(progress, name)) in (type(value), int) for name, value in vars(Progress()).items())
-        if not good or not isinstance(raw["options"], dict):
+        good = good and all(0 <= value < (2**53 if type(value) is int else math.inf) for value in vars(progress).values())
+        if not good or progress.loss_scale == 0 or not isinstance(raw["options"], dict):
             raise TypeError
     except (TypeError, KeyError):
         raise UserError(f"{path / STATE} is damaged or of another version.") from None
@@ -346,7 +355,9 @@ def load_optimizer(
     """Give the optimizer its moments back, at this run's tp, whatever tp wrote them."""
     if optimizer_steps == 0:
         return
-    shards = ShardDirectory(path / OPTIMIZER)
+    shards = ShardDirectory(inside(path / OPTIMIZER))
+    shapes = Partition.of(read_manifest(path).model, 1).shapes()
+    shards.check_tensors({f"{moment}.{name}": shape for moment in MOMENTS for name, shape in shapes.items()})
     for i in range(world.rank, shards.manifest.tp, world.size):
         shards.check_bytes(i)
     rules, names = model.split.rules(), {p: name for name, p in model.named_parameters()}
@@ -358,8 +369,6 @@ def load_optimizer(
             moments = {}
             for moment in MOMENTS:
                 full_name = f"{moment}.{name}"
-                if full_name not in shards.manifest.tensors:
-                    raise UserError(f"{path / OPTIMIZER / MANIFEST}: tensor {full_name} is missing.")
                 value = torch.zeros_like(p)
                 model.put(name, value, shards.read(full_name, rule.dim, rule.runs[model.tp.rank] if rule.runs else ()))
                 moments[moment] = value

@@ -5,6 +5,7 @@ What has been measured is kept in a file after each measurement, so a scan that 
 
 import hashlib
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints.shards import read_json, write_json
+from checkpoints.shards import write_json
 from errors import UserError
 from eval_tp import measure
 from parallel.mesh import World
 from parallel.schedule import KINDS, Schedule
+from text.files import read_json
 from tp_model import TensorParallelGPT
 
 Measure = Callable[[Schedule], float]  # the perplexity under a schedule
@@ -57,11 +59,11 @@ class Perplexities:
         self.bar = tqdm(desc="scan", unit="schedule", disable=not (world.is_main and sys.stderr.isatty()))
 
     def _read(self) -> dict[str, float]:
-        if self.path is None or not self.path.exists():
+        if self.path is None or not os.path.lexists(self.path):
             return {}
         raw = read_json(self.path)
         about, known = (raw.get("about"), raw.get("perplexity")) if isinstance(raw, dict) else (None, None)
-        if not isinstance(known, dict) or not all(isinstance(value, float) for value in known.values()):
+        if not isinstance(known, dict) or not all(isinstance(value, float) and value >= 1 for value in known.values()):
             raise UserError(f"{self.path} is not a scan's: name another file with --scan.")
         if about != self.about:
             raise UserError(f"{self.path} is of other weights, another text or another tp: name another file with --scan.")
@@ -72,7 +74,7 @@ class Perplexities:
         if name not in self.known:
             self.model.set_schedule(schedule)
             total, count = measure(self.model, self.tokens, self.model.config.block_size, self.batch_size)
-            self.known[name] = math.exp(min(total / count, 700))
+            self.known[name] = math.exp(min(700, total / count))  # in this order what is not a number counts as 700
             if self.world.is_main and self.path is not None:
                 scratch = self.path.with_name(self.path.name + ".tmp")
                 write_json(scratch, {"about": self.about, "perplexity": self.known})

@@ -19,7 +19,7 @@ from parallel.graphs import outside_graphs
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 
 
-def _chunk_rows(rows: int, width: int, kind: str) -> int:
+def chunk_rows(rows: int, width: int, kind: str) -> int:
     """Rows of a chunk: as few chunks as may be, and about equal ones. The same on all ranks, which go in step."""
     chunks = -(-rows * width // CHUNK_LOGITS.get(kind, CHUNK_LOGITS["cpu"]))
     return -(-rows // min(max(chunks, 1), max(rows, 1)))
@@ -63,7 +63,7 @@ class _HeadLoss(torch.autograd.Function):
             w = weight.to(dtype)
             dx, dw = (torch.empty_like(x), torch.zeros_like(weight, dtype=wide)) if learn else (None, None)
             loss = torch.zeros((), dtype=wide, device=x.device)
-            rows = _chunk_rows(len(x), len(w), kind)
+            rows = chunk_rows(len(x), len(w), kind)
             logits = torch.empty(rows, len(w), dtype=dtype, device=x.device)  # one piece of memory for all chunks
             for start in range(0, len(x), rows):
                 part = slice(start, start + rows)

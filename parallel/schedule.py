@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from errors import UserError
+from errors import UserError, shown
 
 SubBlock = tuple[int, str]  # (layer, "attention" or "mlp")
 KINDS = ("attention", "mlp")
@@ -42,7 +42,7 @@ class Schedule:
             return cls.plain(n_layer)
         if text == "mlp":
             text = "every:1"
-        if found := re.fullmatch(r"every:(\d+)", text):
+        if found := re.fullmatch(r"every:([0-9]{1,9})", text):
             k = int(found[1])
             if not 1 <= k <= n_layer:
                 raise UserError(f"--sync={text}: the model has {n_layer} layers, K is 1 to {n_layer}.")
@@ -72,21 +72,25 @@ class Schedule:
         n_layer = len(self.syncs) // 2
         if self.is_plain:
             return "all"
-        if self == Schedule.parse("mlp", n_layer):
-            return "mlp"
-        for k in range(2, n_layer + 1):
-            if self == Schedule.parse(f"every:{k}", n_layer):
-                return f"every:{k}"
+        k = self.syncs.index(True) // 2 + 1  # of the only every:K that has its first sync point there
+        if self == Schedule.parse(f"every:{k}", n_layer):
+            return "mlp" if k == 1 else f"every:{k}"
         return ",".join(f"{i // 2}{KINDS[i % 2][0]}" for i, sync in enumerate(self.syncs) if sync)
 
 
 def _number(word: str, text: str, n_layer: int) -> int:
-    found = re.fullmatch(r"(\d+)([am])", word)
+    found = re.fullmatch(r"([0-9]{1,9})([am])", word)
     if not found:
         raise UserError(
-            f"--sync={text}: {word!r} is no sub-block. Use all, mlp, every:K, or a list such as 0a,0m,1m "
+            f"--sync={_short(text)}: {shown(word)} is no sub-block. Use all, mlp, every:K, or a list such as 0a,0m,1m "
             f"(layer, then a for attention or m for MLP)."
         )
     if int(found[1]) >= n_layer:
-        raise UserError(f"--sync={text}: there is no sub-block {word}, the model has {n_layer} layers (0 to {n_layer - 1}).")
+        fault = f"there is no sub-block {word}, the model has {n_layer} layers (0 to {n_layer - 1})"
+        raise UserError(f"--sync={_short(text)}: {fault}.")
     return 2 * int(found[1]) + "am".index(found[2])
+
+
+def _short(text: str) -> str:
+    """The text as a message repeats it: a manifest may hold any."""
+    return text if len(text) <= 100 and text.isprintable() else shown(text)

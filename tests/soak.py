@@ -256,7 +256,7 @@ def compared(home: Path, told: dict[int, list[tuple[float, float]]], launcher: s
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     asked.add_argument("--kills", type=int, default=50)
     asked.add_argument("--seed", type=int, default=int(time.time()))
     asked.add_argument("--launcher", choices=("fork", "torchrun"), default="fork")

@@ -110,6 +110,16 @@ def test_training_and_the_reference_see_the_same_losses(monkeypatch: pytest.Monk
     assert len(ours) == len(theirs) == 2 and ours[0] == pytest.approx(theirs[0], rel=0.05)
 
 
+def test_saves_are_measured_in_front_and_in_the_background(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    words = [*TINY, "--block_size=8", "--tp=1", "--steps=2", f"--report={path}"]
+    said, nothing = run_ranks(2, _run, "save", words)
+    assert nothing == "" and "background over front" in said
+    made = json.loads(path.read_text())
+    assert made["bytes"] == 12 * (50304 * 24 + 8 * 24 + 2 * (12 * 24 * 24 + 13 * 24) + 2 * 24)
+    assert all(turn["background"]["iterations"] > 0 == turn["front"]["iterations"] for turn in made["rounds"])
+
+
 def test_allreduce_measures_every_transport(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     words = ["--device=cpu", "--repeats=1", "--sizes=4,4096", f"--report={path}"]

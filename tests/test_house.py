@@ -45,7 +45,7 @@ def test_the_model_knows_nothing_of_processes() -> None:
     assert not [
         name for name in imports(ROOT / "model.py") if name.split(".")[0] in ("parallel", "checkpoints", "text", "tp_model")
     ]
-    for name in ("partition.py", "ledger.py", "schedule.py"):
+    for name in ("partition.py", "ledger.py", "schedule.py", "memory.py"):
         assert not [module for module in imports(ROOT / "parallel" / name) if module.startswith("torch")]
 
 
@@ -53,7 +53,7 @@ def test_arrows_point_down() -> None:
     above = {"tp_model", "checkpoints", "text", "generation", "report", "options", "entry"}
     for path in [*ROOT.glob("native/*.py"), *ROOT.glob("parallel/*.py")]:
         assert not above & {name.split(".")[0] for name in imports(path)}, path
-    entries = {"sample_tp", "train_tp", "eval_tp", "drop_syncs", "shard_checkpoint", "entry"}
+    entries = {"sample_tp", "train_tp", "dry_run", "eval_tp", "drop_syncs", "shard_checkpoint", "entry"}
     for path in [*ROOT.glob("checkpoints/*.py"), *ROOT.glob("text/*.py"), ROOT / "tp_model.py", ROOT / "generation.py"]:
         assert not entries & {name.split(".")[0] for name in imports(path)}, path
 

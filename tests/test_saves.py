@@ -45,6 +45,26 @@ def test_a_save_in_the_background_writes_what_one_in_front_does(
     assert not list(tmp_path.glob("*/.step*"))
 
 
+def _copies(world: World, settings: TrainOptions) -> list[bool]:
+    savers = []
+    begin = training.Saver.__init__
+
+    def noted(self: training.Saver, *given: Any) -> None:
+        begin(self, *given)
+        savers.append(self)
+
+    training.Saver.__init__ = noted  # type: ignore[method-assign, assignment]
+    train_tp.main(world, settings)
+    return [copy.requires_grad for copy in savers[0]._copies.values()]
+
+
+def test_copies_hold_on_to_nothing(letters: Path, tmp_path: Path) -> None:  # noqa: F811
+    """A copy that autograd knew of would keep all that came before it."""
+    settings = options(letters, tmp_path, tp=1, max_iters=4, save_interval=2, async_save=True)
+    copies = run_ranks(1, _copies, settings)[0]
+    assert len(copies) > 50 and not any(copies)
+
+
 def _slowly(world: World, settings: TrainOptions, out: Path) -> list[tuple[int, str, bool]]:
     """What stood in out_dir at each iteration, of a run whose first rank writes slowly."""
     seen = []
@@ -61,7 +81,7 @@ def _slowly(world: World, settings: TrainOptions, out: Path) -> list[tuple[int, 
         time.sleep(0.01)
         return rate(given, iter_num)
 
-    TensorFile.write, train_tp.learning_rate = slow, look  # type: ignore[method-assign]
+    TensorFile.write, train_tp.learning_rate = slow, look  # type: ignore[method-assign, assignment]
     train_tp.main(world, settings)
     return seen
 
@@ -114,7 +134,7 @@ def _told(world: World, settings: TrainOptions, rank: int, at: int, numbers: lis
                 os.kill(os.getpid(), number)
         return rate(given, iter_num)
 
-    train_tp.learning_rate = tell
+    train_tp.learning_rate = tell  # type: ignore[assignment]
     try:
         train_tp.main(world, settings)
     except Stopped as stop:

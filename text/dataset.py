@@ -6,18 +6,18 @@ Beside them lies tokenizer.json, or nanoGPT's meta.pkl, or neither: then the ids
 from __future__ import annotations
 
 import contextlib
-import io
-import pickle
+import os
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from errors import UserError
-from text.files import replacing
+from text.files import inside, read_small, replacing
+from text.pickles import Refused, plain
 from text.tokenizer import (
     TOKENIZER_FILE,
     CharTokenizer,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 TOKEN_DTYPE = np.dtype("<u2")
 MAX_TOKEN_ID = 65535
 CHECKED_TOKENS = 1 << 27  # of a file, before a run: a quarter of a gigabyte, a tenth of a second
+MAX_META = 1 << 20  # bytes of a meta.pkl: one of 30,000 characters has 600 KB
 SCAN_TOKENS = 1 << 22  # ids looked at at once by Dataset.check: 8 MB
 
 # Batches of different streams share no random numbers: evaluating more often leaves the training data as it was.
@@ -49,7 +50,7 @@ class TokenFile:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
-            size = self.path.stat().st_size
+            size = inside(self.path).stat().st_size
             if size == 0:
                 raise UserError(f"{path} is empty: prepare the dataset again")
             if size % TOKEN_DTYPE.itemsize:
@@ -84,11 +85,15 @@ class Dataset:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        if (path := self.directory / TOKENIZER_FILE).exists():
-            return read_tokenizer(path)
-        if (path := self.directory / "meta.pkl").exists():
-            return _tokenizer_of_meta(path)
-        return GPT2Tokenizer()
+        if os.path.lexists(path := self.directory / TOKENIZER_FILE):
+            tokenizer = read_tokenizer(path)
+        elif os.path.lexists(path := self.directory / "meta.pkl"):
+            tokenizer = _tokenizer_of_meta(path)
+        else:
+            tokenizer = GPT2Tokenizer()
+        if tokenizer.n_vocab > MAX_TOKEN_ID + 1:  # a model would be made for so many
+            raise UserError(f"{path} has {tokenizer.n_vocab} tokens: a dataset's ids are uint16, at most {MAX_TOKEN_ID + 1}")
+        return tokenizer
 
     @cached_property
     def train(self) -> TokenFile:
@@ -255,20 +260,11 @@ def _known_beside(directory: Path) -> str:
     return ": make it, with train.bin and val.bin in it"
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Builds dicts, strings and numbers only: any class or function that a pickle names is refused, so none runs."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
 def _tokenizer_of_meta(path: Path) -> CharTokenizer:
     """The vocabulary of nanoGPT's meta.pkl: {"itos": {0: "\\n", 1: " ", ...}, ...}."""
     try:
-        meta = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # a broken pickle may raise anything
+        meta = plain(read_small(path, MAX_META))
+    except Refused as error:
         raise UserError(f"{path} is refused: {error}; only dict, str and int are read from a pickle") from None
     itos = meta.get("itos") if isinstance(meta, dict) else None
     if not isinstance(itos, dict) or set(itos) != set(range(len(itos))):

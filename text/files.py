@@ -1,14 +1,19 @@
-"""Reading text a user names, and writing files that are never seen half done."""
+"""Reading files that may come from anywhere, and writing files that are never seen half done."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from errors import UserError
+from errors import UserError, printable
+
+SMALL = 1 << 25  # bytes of the largest file that is read whole: a manifest of 100 ranks and 100 layers has 10 MB
+VALUES = 1 << 21  # in one JSON file: each may take a hundred bytes of memory where it took two of the file
 
 
 def read_text(path: str | Path) -> str:
@@ -28,6 +33,70 @@ def decode_text(raw: bytes, where: str) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 text (byte {error.start} cannot be decoded): convert it first") from None
+
+
+def inside(path: Path) -> Path:
+    """The path itself. UserError where it is a link that leads out of its directory, which who unpacked it need not know.
+
+    The hub's cache is made of links: from snapshots/COMMIT/ to the files in blobs/ beside `snapshots`.
+    """
+    if not path.is_symlink():
+        return path
+    home = path.parent.resolve()
+    homes = (home, home.parent.with_name("blobs")) if home.parent.name == "snapshots" else (home,)
+    with contextlib.suppress(OSError, RuntimeError):  # links that lead in a circle
+        if any(path.resolve().is_relative_to(place) for place in homes):
+            return path
+    raise UserError(f"{path} is a symbolic link that leads out of its directory: put what it stands for in its place.")
+
+
+def own_file(path: Path) -> Path:
+    """The path itself. UserError unless it is a file of its directory; a pipe, for one, would be waited for."""
+    if not inside(path).is_file():
+        raise UserError(f"{path} is {'not a file' if path.exists() else 'missing'}.")
+    return path
+
+
+def read_small(path: Path, most: int = SMALL) -> bytes:
+    """The content of a file of a directory that may come from anywhere. UserError names it and the fault, which may be that
+    it has more than `most` bytes."""
+    try:
+        size = own_file(path).stat().st_size
+        if size > most:
+            raise UserError(f"{path} has {size:,} bytes, more than the {most:,} that such a file may have.")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def read_json(path: Path, most: int = SMALL) -> Any:
+    """The content of a JSON file. UserError unless `read_small` takes it and it is JSON as the standard has it: no key twice
+    in an object, no NaN, no number beyond a float."""
+    try:
+        return json_of(read_small(path, most))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({printable(str(error), 80)}).") from None
+
+
+def json_of(raw: bytes) -> Any:
+    """The value that JSON stands for. ValueError or RecursionError where it is none, see `read_json`."""
+    if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > VALUES:
+        raise ValueError(f"more than {VALUES:,} values")
+    return json.loads(raw, object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return made
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no number")
+    return value
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from errors import UserError
-from text.files import replacing
+from errors import UserError, shown
+from text.files import read_json, read_small, replacing
 
 if TYPE_CHECKING:
     import tiktoken
@@ -125,7 +125,7 @@ class CharTokenizer:
             raise UserError("a character vocabulary needs at least one character")
         wrong = next((char for char in self.chars if not _is_character(char)), None)
         if wrong is not None:
-            raise UserError(f"a character vocabulary holds single characters, not {wrong!r}")
+            raise UserError(f"a character vocabulary holds single characters, not {shown(wrong)}")
         self._id_of = {char: i for i, char in enumerate(self.chars)}
         if len(self._id_of) < len(self.chars):
             twice = next(char for i, char in enumerate(self.chars) if self._id_of[char] != i)
@@ -228,7 +228,7 @@ def tokenizer_from_json(obj: object, where: str) -> Tokenizer:
     if kind == "gpt2":
         return GPT2Tokenizer()
     n_vocab = obj.get("n_vocab") if isinstance(obj, dict) else None
-    if kind == "ids" and type(n_vocab) is int and n_vocab > 0:
+    if kind == "ids" and type(n_vocab) is int and 0 < n_vocab < 2**31:
         return IdsTokenizer(n_vocab)
     chars = obj.get("chars") if isinstance(obj, dict) else None
     if kind != "char" or not isinstance(chars, list):
@@ -241,13 +241,7 @@ def tokenizer_from_json(obj: object, where: str) -> Tokenizer:
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json file. UserError if it cannot be read or understood."""
-    try:
-        obj = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): write it anew, or delete it") from None
-    return tokenizer_from_json(obj, str(path))
+    return tokenizer_from_json(read_json(Path(path)), str(path))
 
 
 def write_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
@@ -273,10 +267,9 @@ def _find_encoder_json(directory: str | Path | None) -> bytes:
     """encoder.json's content from the first place that has it with the right hash."""
     damaged = []
     for path in _encoder_json_places(directory):
-        try:
-            content = path.read_bytes()
-        except OSError:
+        if not path.is_file():
             continue
+        content = read_small(path)
         if hashlib.sha256(content).hexdigest() == ENCODER_SHA256:
             return content
         damaged.append(path)
