@@ -23,16 +23,7 @@ import entry
 import report
 from checkpoints import training
 from checkpoints.shards import DTYPES
-from checkpoints.sources import (
-    Described,
-    Source,
-    identity,
-    open_sizes,
-    open_source,
-    reader,
-    schedule_of,
-    tokenizer_of,
-)
+from checkpoints.sources import Described, Source, identity, open_sizes, open_source, reader, schedule_of, tokenizer_of
 from checkpoints.training import Progress, Saved, Saver
 from errors import Stopped, UserError, shown
 from model import GPTConfig
