@@ -447,7 +447,7 @@ def large(raw: dict[str, Any]) -> None:
 
 def nest(levels: int) -> bytes:
     """Operations that leave a tuple of 2^levels Nones, in a few bytes: to hash it or to print it takes for ever."""
-    return b"N" + b"".join(b"q%c0h%c\x86" % (i, i) for i in range(levels))
+    return b"N" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(levels))
 
 
 HEAD = b"\x80\x02"
@@ -467,10 +467,15 @@ def tensor(made_of: bytes, size: bytes = b"K\x14\x85", stride: bytes = b"K\x01\x
     return b"ctorch._utils\n_rebuild_tensor_v2\n(%s%stR" % (made_of, rest)
 
 
-def checkpoint(value: bytes) -> bytes:
-    """{"model": {"x": value}, "model_args": {}}"""
-    model = b"X\x05\x00\x00\x00model}X\x01\x00\x00\x00x%ss" % value
-    return HEAD + b"}(%sX\x0a\x00\x00\x00model_args}u." % model
+def with_more(raw: bytes, operations: bytes) -> bytes:
+    """The pickle of a dict, with one more entry: all else is as it should be."""
+    assert raw.endswith(b"u.")
+    return raw[:-2] + b"X\x01\x00\x00\x00x" + operations + b"u."
+
+
+def more_saved(operations: bytes) -> Damage:
+    """A ckpt.pt with one more entry."""
+    return archive(lambda records: records.update({"ckpt/data.pkl": with_more(records["ckpt/data.pkl"], operations)}))
 
 
 class Shape(tuple[int, ...]):
@@ -531,7 +536,7 @@ HOSTILE_PICKLES: dict[str, bytes] = {
     "a stop": b".",
     "no stop": HEAD + b"}",
     "a tower as a key": HEAD + b"}" + nest(60) + b"Ns.",
-    "a tower as a storage's key": checkpoint(tensor(storage(key=nest(60)))),
+    "a tower as a storage's key": HEAD + tensor(storage(key=nest(60))) + b".",
     "a tower as attributes": HEAD + b"ccollections\nOrderedDict\n)R" + nest(60) + b"b.",
     "a list as a key": HEAD + b"}]Ns.",
     "a method in the way": HEAD + b"ccollections\nOrderedDict\n)R}X\x05\x00\x00\x00itemsNsb.",
@@ -543,7 +548,7 @@ HOSTILE_PICKLES: dict[str, bytes] = {
     "a mark as a value": HEAD + b"(\x85.",
     "a mark remembered": HEAD + b"(q\x00h\x00.",
     "no mark": HEAD + b"}NNu.",
-    "a memo of nothing": HEAD + b"h\x07.",
+    "a memo of nothing": HEAD + b"j\xff\xff\xff\x7f.",
     "a call of a text": HEAD + b"X\x01\x00\x00\x00a)R.",
     "a call of a storage": HEAD + b"ctorch\nFloatStorage\nJ\xff\xff\xff\x7f\x85R.",
     "a new storage": HEAD + b"ctorch\nFloatStorage\nJ\xff\xff\xff\x7f\x85\x81.",
@@ -575,22 +580,21 @@ HOSTILE_PICKLES: dict[str, bytes] = {
     "too long": HEAD + b"]" * (MAX_PICKLE + 1),
 }
 STORAGES: dict[str, bytes] = {
-    "a storage beyond its record": checkpoint(tensor(storage(count=b"J\x00\x00\x01\x00"), b"J\x00\x00\x01\x00\x85")),
-    "a storage of 2^62": checkpoint(tensor(storage(count=b"\x8a\x08" + (2**62).to_bytes(8, "little")))),
-    "a storage of less than nothing": checkpoint(tensor(storage(count=b"J\xff\xff\xff\xff"))),
-    "a storage of a float": checkpoint(tensor(storage(count=b"G@\x14\x00\x00\x00\x00\x00\x00"))),
-    "a storage that is not there": checkpoint(tensor(storage(key=b"X\x02\x00\x00\x0099"))),
-    "a storage above": checkpoint(tensor(storage(key=b"X\x0b\x00\x00\x00../data.pkl"))),
-    "a storage of no kind": checkpoint(tensor(storage(kind=b"Untyped"))),
-    "a storage of quarters": checkpoint(tensor(storage(kind=b"QUInt4x2"))),
-    "a storage of five parts": checkpoint(b"(X\x07\x00\x00\x00storageNtQ"),
-    "a storage on no device": checkpoint(tensor(storage(device=b"nowhere"))),
-    "a tensor beyond its storage": checkpoint(tensor(storage(), b"J\x00\x00\x00\x10\x85")),
-    "a tensor of negative size": checkpoint(tensor(storage(), b"J\xff\xff\xff\xff\x85")),
-    "a tensor with negative strides": checkpoint(tensor(storage(), stride=b"J\xff\xff\xff\xff\x85")),
-    "a tensor with metadata": checkpoint(tensor(storage(), more=b"}X\x03\x00\x00\x00neg\x88s")),
-    "a tensor of a tensor": checkpoint(tensor(tensor(storage()))),
-    "a tensor of a number": checkpoint(tensor(b"K\x01")),
+    "a storage beyond its record": tensor(storage(count=b"J\x00\x00\x01\x00"), b"J\x00\x00\x01\x00\x85"),
+    "a storage of 2^62": tensor(storage(count=b"\x8a\x08" + (2**62).to_bytes(8, "little"))),
+    "a storage of less than nothing": tensor(storage(count=b"J\xff\xff\xff\xff")),
+    "a storage of a float": tensor(storage(count=b"G@\x14\x00\x00\x00\x00\x00\x00")),
+    "a storage that is not there": tensor(storage(key=b"X\x02\x00\x00\x0099")),
+    "a storage above": tensor(storage(key=b"X\x0b\x00\x00\x00../data.pkl")),
+    "a storage of no kind": tensor(storage(kind=b"Untyped")),
+    "a storage of quarters": tensor(storage(kind=b"QUInt4x2")),
+    "a storage of five parts": b"(X\x07\x00\x00\x00storageNtQ",
+    "a tensor beyond its storage": tensor(storage(), b"J\x00\x00\x00\x10\x85"),
+    "a tensor of negative size": tensor(storage(), b"J\xff\xff\xff\xff\x85"),
+    "a tensor with negative strides": tensor(storage(), stride=b"J\xff\xff\xff\xff\x85"),
+    "a tensor with metadata": tensor(storage(), more=b"}X\x03\x00\x00\x00neg\x88s"),
+    "a tensor of a tensor": tensor(tensor(storage())),
+    "a tensor of a number": tensor(b"K\x01"),
 }
 ZIPS: dict[str, Damage] = {
     "half of it": changed("ckpt.pt", lambda raw: raw[: len(raw) // 2]),
@@ -624,6 +628,7 @@ ZIPS: dict[str, Damage] = {
     "a record cut short": archive(lambda records: records.update({"ckpt/data/3": records["ckpt/data/3"][:-4]})),
     "an empty record": archive(lambda records: records.update({"ckpt/data/0": b""})),
     "two folders": archive(lambda records: records.update({"other/data.pkl": records["ckpt/data.pkl"]})),
+    "two records in one place": lambda d: overlay(d),
     "two cases": archive(lambda records: records.update({"ckpt/DATA.PKL": HEAD + b"N."})),
     "no folder": archive(lambda records: [records.update({name[5:]: records.pop(name)}) for name in list(records)]),
     "a name of control characters": archive(lambda records: records.update({"ckpt/a\x1b[2Jb": b""})),
@@ -642,6 +647,18 @@ def save_script(path: Path) -> None:
     with warnings.catch_warnings():  # it is going out of use
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+
+
+def overlay(place: Path) -> None:
+    """One LayerNorm's weights for another's: as long, and of no checksum."""
+    with zipfile.ZipFile(place / "ckpt.pt") as packed:
+        start, infos = packed.start_dir, packed.infolist()
+    same = [info for info in infos if info.file_size == 80][:2]
+    raw = bytearray((place / "ckpt.pt").read_bytes())
+    entry = raw.index(same[1].filename.encode(), start) - 46
+    raw[entry + 16 : entry + 20] = bytes(4)
+    raw[entry + 42 : entry + 46] = same[0].header_offset.to_bytes(4, "little")
+    (place / "ckpt.pt").write_bytes(raw)
 
 
 def another_place(place: Path) -> None:
@@ -753,6 +770,9 @@ def with_head(place: Path, head: torch.Tensor) -> None:
     save_file(tensors | {"lm_head.weight": head}, place / "model.safetensors")
 
 
+META = HEAD + b"}(X\x04\x00\x00\x00itos}K\x00X\x01\x00\x00\x00asu."
+
+
 def meta(value: Any, protocol: int = 4) -> Damage:
     return content("meta.pkl", pickle.dumps(value, protocol))
 
@@ -761,6 +781,7 @@ SHARD_CASES: dict[str, Damage] = {
     "evidence too deep": manifest(lambda m: m.update(sync="mlp", sync_tp=2, evidence={"a": json.loads("[" * 300 + "]" * 300)})),
     "a schedule of 2^400": manifest(lambda m: m.update(sync="9" * 400 + "m", sync_tp=2)),
     "a schedule of 5000 digits": manifest(lambda m: m.update(sync="every:" + "9" * 5000, sync_tp=2)),
+    "a sub-block of 5000 digits": manifest(lambda m: m.update(sync="9" * 5000 + "m", sync_tp=2)),
     "a schedule of Arabic digits": manifest(lambda m: m.update(sync="\u0661m", sync_tp=2)),
     "a schedule with a line end": manifest(lambda m: m.update(sync="0a,\n\x1b[2J", sync_tp=2)),
     "a long schedule": manifest(lambda m: m.update(sync="x," * 40_000, sync_tp=2)),
@@ -931,15 +952,19 @@ def cases() -> Iterator[tuple[str, Case]]:
             yield f"{kind}: {what}", (kind, damage, file)
     for what, damage in ZIPS.items():
         yield f"ckpt.pt: {what}", ("nanogpt", damage, "ckpt.pt")
-    for what, raw in (HOSTILE_PICKLES | STORAGES).items():
+    for what, raw in HOSTILE_PICKLES.items():
         yield f"ckpt.pt: {what}", ("nanogpt", pickled(raw), "ckpt.pt")
+        yield f"meta.pkl: {what}", ("meta", content("meta.pkl", raw), "meta.pkl")
+        if raw.startswith(HEAD) and raw.endswith(b"."):
+            inner = raw[2:-1]
+            yield f"ckpt.pt: {what}, beside what is right", ("nanogpt", more_saved(inner), "ckpt.pt")
+            yield f"meta.pkl: {what}, beside what is right", ("meta", content("meta.pkl", with_more(META, inner)), "meta.pkl")
+    for what, raw in STORAGES.items():
+        yield f"ckpt.pt: {what}", ("nanogpt", more_saved(raw), "ckpt.pt")
     for what in CALLS:
         for where in ("top", "config", "model", "optimizer"):
             yield f"ckpt.pt: {what}, {where}", ("nanogpt", called(what, where), "ckpt.pt")
         yield f"ckpt.pt: {what}, in protocol 4", ("nanogpt", called(what, "config", pickle_protocol=4), "ckpt.pt")
-    for what, raw in HOSTILE_PICKLES.items():
-        if what != "a memo beyond all":
-            yield f"meta.pkl: {what}", ("meta", content("meta.pkl", raw), "meta.pkl")
     for what in CALLS:
         for protocol in (0, 2, 4):
             yield f"meta.pkl: {what}, protocol {protocol}", ("meta", called_in_meta(what, protocol), "meta.pkl")
