@@ -144,7 +144,9 @@ class Watch:
     def linger(self, said: bool) -> None:
         """Stay for as long as others need this process, at a run's bad end. said: this rank has said why."""
         if self.holds:
-            time.sleep(BEAT_S + GRACE_S + 0.5)  # others have its store to ask
+            end = time.monotonic() + BEAT_S + GRACE_S + ANSWER_S  # others have its store to ask
+            while time.monotonic() < end and len(self._ended()) < len(self.peers) - 1:
+                time.sleep(0.05)
         else:
             time.sleep(0.3 if said else 1)  # a launcher ends all with the first one: that is who has spoken
 
