@@ -276,7 +276,8 @@ class TensorParallelGPT(nn.Module):
     def owned(self, name: str, tensor: Tensor) -> Tensor:
         """What this tp rank owns of a parameter, or of optimizer state of its shape: all but the padding. Where it is sharded
         over dp all ranks of that axis call this, and get all of it."""
-        return whole(tensor)[: self._owned_rows(name, tensor)]
+        full = whole(tensor, self.sharding.dp) if self.sharding else tensor
+        return full[: self._owned_rows(name, tensor)]
 
     def _owned_rows(self, name: str, tensor: Tensor) -> int:
         rule = self.split.rules()[name]
@@ -457,9 +458,13 @@ def held(tensor: Any) -> tuple[Tensor, Run]:
     return tensor.to_local(), (lo, min(lo + most, n))
 
 
-def whole(tensor: Any) -> Tensor:
-    """All rows of a tensor; where it is sharded over dp one all-gather, which all ranks of that axis call."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def whole(tensor: Any, dp: Axis) -> Tensor:
+    """All rows of a tensor that is sharded over dp: one all-gather, which all ranks of that axis call."""
+    local, (lo, hi) = held(tensor)
+    longest = -(-tensor.shape[0] // dp.size)
+    part = F.pad(local.flatten(1), (0, 0, 0, longest - (hi - lo))) if local.dim() > 1 else F.pad(local, (0, longest - (hi - lo)))
+    rows = all_gather(part, dp.at("data_parallel"), "step").flatten(0, 1)
+    return rows[: tensor.shape[0]].view(tensor.shape)
 
 
 @contextmanager

@@ -102,6 +102,7 @@ class Watch:
         self._beat = 0
         self._since: dict[tuple[str, int], float] = {}  # the calls that are under way, and when each was first seen to be
         self._heard = threading.Event()  # that some rank has failed
+        self._mute = False  # the store has not answered, or is gone: who asks it again may wait for ever
         self._left: set[int] = set()  # ranks of this host that have come to their end
         self._stop = threading.Event()
         self._bell, self._rope = os.pipe()  # a signal rings it, whatever the main thread does
@@ -139,7 +140,10 @@ class Watch:
     def is_first(self) -> bool:
         """Whether this rank is the first to have found the run to have failed; all are told."""
         # where the store is gone its holder went without a word: the launcher, or rank 0
-        return not self._heard.is_set() and answer(lambda: first_to_say(self._asking), self.rank < 2, ANSWER_S)
+        by_place = self.rank < 2
+        if self._heard.is_set() or self._mute:
+            return by_place and not self._heard.is_set()
+        return answer(lambda: first_to_say(self._asking), by_place, ANSWER_S)
 
     def linger(self, said: bool) -> None:
         """Stay for as long as others need this process, at a run's bad end. said: this rank has said why."""
@@ -177,6 +181,8 @@ class Watch:
             self._look_at_calls(now)
 
     def _publish(self, left: bool = False) -> None:
+        if self._mute:
+            return
         calls = {}
         for track in self.ledger.tracks:
             if track.call is not None:
@@ -232,13 +238,17 @@ class Watch:
 
     def _others(self, store: Any) -> dict[int, Seen] | None:
         """What each rank has published last; None where the store does not answer."""
+        if self._mute:
+            return None
 
         def read() -> dict[int, Seen] | None:
             keys = {rank: f"seen/{rank}" for rank in range(len(self.peers))}
             there = [rank for rank, key in keys.items() if store.check([key])]
             return dict(zip(there, map(Seen.parse, store.multi_get([keys[rank] for rank in there])), strict=True))
 
-        return answer(read, None, ANSWER_S)
+        found = answer(read, None, ANSWER_S)
+        self._mute = found is None
+        return found
 
     def _ended(self) -> set[int]:
         return {rank for rank, peer in enumerate(self.peers) if peer.has_ended(self.peers[self.rank])}
