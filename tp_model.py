@@ -461,10 +461,9 @@ def held(tensor: Any) -> tuple[Tensor, Run]:
 def whole(tensor: Any, dp: Axis) -> Tensor:
     """All rows of a tensor that is sharded over dp: one all-gather, which all ranks of that axis call."""
     local, (lo, hi) = held(tensor)
-    longest = -(-tensor.shape[0] // dp.size)
-    part = F.pad(local.flatten(1), (0, 0, 0, longest - (hi - lo))) if local.dim() > 1 else F.pad(local, (0, longest - (hi - lo)))
-    rows = all_gather(part, dp.at("data_parallel"), "step").flatten(0, 1)
-    return rows[: tensor.shape[0]].view(tensor.shape)
+    part = local.new_zeros(-(-tensor.shape[0] // dp.size), *tensor.shape[1:])  # all bring as much as the first
+    part[: hi - lo] = local
+    return all_gather(part, dp.at("data_parallel"), "step").flatten(0, 1)[: tensor.shape[0]]
 
 
 @contextmanager
