@@ -155,7 +155,7 @@ def table(
     asked, base = found[0], found[0]["base"]
     unit, scale = ("GB", 1e9) if asked["peak"] >= 1e9 else ("MB", 1e6)
     precision = "half precision" if own.width == 2 else "float32"
-    peak = "the worst moment (activations go as gradients come)" if gpu else "the sum (a CPU rank keeps what it frees)"
+    peak = "the worst moment (activations go as gradients come)" if gpu else "the sum (what is freed is kept, unless sharded)"
     lines = [
         f"{own.split.count():,} parameters: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, vocabulary "
         f"{config.vocab_size:,}; {config.block_size} tokens a sequence; {'GPU' if gpu else 'CPU'}, products in {precision}",

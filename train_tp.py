@@ -73,14 +73,21 @@ def main(world: World, options: TrainOptions) -> None:
             report.write(options.report, made)
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed, for the next iteration: it would hand large tensors back to the kernel each time, and
-    take a tenth of a 124M model's iteration to have the pages mapped and cleared again. Other C libraries are left alone."""
+def set_up_heap(keep: bool) -> None:
+    """What glibc does with memory that is freed. Other C libraries are left alone.
+
+    keep: it stays, for the next iteration. glibc would hand large tensors back to the kernel each time, and take a tenth of a
+    124M model's iteration to have the pages mapped and cleared again. Else it goes, at once: sharded over dp whole
+    parameters come and go with every layer, and the holes that they leave among the rest fit little else.
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
+        if keep:
+            libc.mallopt(M_MMAP_MAX, 0)
+            libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        else:
+            libc.mallopt(M_MMAP_THRESHOLD, 2**18)
 
 
 # --- what a run is made of ------------------------------------------------------------------------------------------
@@ -173,7 +180,7 @@ def after_restart(world: World, options: TrainOptions) -> TrainOptions:
 def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
     """Everything before the first iteration: weights, optimizer, and where the run stands."""
     if world.device.type == "cpu":
-        keep_freed_memory()
+        set_up_heap(keep=not options.dp_shard)
     out_dir = Path(options.out_dir)
     progress, checkpoint, source = Progress(loss_scale=65536.0), None, None
     if options.init_from == "resume":

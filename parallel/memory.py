@@ -9,9 +9,10 @@ layer keeps half-precision copies of its weights as well.
 
 How much of that is there at once decides the peak: activations go as gradients come. `Training.moments` has an
 iteration's candidates, written down from what the passes of tp_model.py, layers.py and loss.py hold; that is what a GPU's
-allocator counts. On a CPU a rank has glibc keep what is freed (`keep_freed_memory` in train_tp.py), and what one part of an
-iteration leaves is in pieces that the next one's tensors do not fit: there the peak is the sum of all parts. Not in either:
-the process itself, workspaces inside kernels, files mapped into memory.
+allocator counts, and a CPU where large tensors are given back at once, as they are when sharded over dp. Else a CPU rank has
+glibc keep what is freed (`set_up_heap` in train_tp.py), and what one part of an iteration leaves is in pieces that the next
+one's tensors do not fit: there the peak is the sum of all parts. Not in either: the process itself, workspaces inside
+kernels, files mapped into memory.
 """
 
 from dataclasses import dataclass
@@ -310,9 +311,10 @@ class Training:
 
     @property
     def peak(self) -> int:
-        """The most bytes that the rank takes, the process itself not counted: the largest moment, or on a CPU all parts."""
+        """The most bytes that the rank takes, the process itself not counted: the largest moment; where what is freed is kept,
+        all parts."""
         parts = self.parameters + self.gradients + self.optimizer + self.activations + self.temporary
-        return self.live()[0] if self.gpu else parts
+        return self.live()[0] if self.gpu or self.dp_shard else parts
 
     @property
     def kv_cache(self) -> int:

@@ -41,6 +41,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one-accumulated": (1, ["--batch_size=2", "--gradient_accumulation_steps=2"]),
     "dp2-accumulated": (2, ["--tp=1", "--batch_size=1", "--gradient_accumulation_steps=4"]),
     "tp2-dropout": (2, ["--tp=2", "--dropout=0.1"]),
+    "dp2-shard": (2, ["--tp=1", "--dp_shard=True"]),
+    "dp2-shard-accumulated": (2, ["--tp=1", "--dp_shard=True", "--batch_size=1", "--gradient_accumulation_steps=4"]),
     "tp4": (4, ["--tp=4"]),
 }
 COMMON = [
@@ -81,7 +83,7 @@ def measure(place: Path, ranks: int, words: list[str]) -> dict[str, Any]:
 def line(name: str, made: dict[str, Any]) -> str:
     plan = made["predicted"]
     figures = [plan[part] for part in PARTS] + [plan["peak"], made["measured_peak"]]
-    return f"{name:<16}" + "".join(f"{figure / 1e6:>12,.0f}" for figure in figures) + f"{made['ratio']:>8.3f}"
+    return f"{name:<22}" + "".join(f"{figure / 1e6:>12,.0f}" for figure in figures) + f"{made['ratio']:>8.3f}"
 
 
 def main() -> None:
@@ -98,7 +100,7 @@ def main() -> None:
     sizes = [f"--{name}={getattr(options, name)}" for name in ("n_layer", "n_embd", "n_head", "block_size")]
     found = {}
     heads = [*PARTS[:-1], "process", "predicted", "measured"]
-    print(f"{'MB':<16}" + "".join(f"{head:>12}" for head in heads) + f"{'ratio':>8}")
+    print(f"{'MB':<22}" + "".join(f"{head:>12}" for head in heads) + f"{'ratio':>8}")
     for name in options.only.split(","):
         ranks, words = LAYOUTS[name]
         with tempfile.TemporaryDirectory(prefix="measure-memory-", dir=options.dir) as scratch:

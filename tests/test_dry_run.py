@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
 
 import train_tp
@@ -23,7 +22,7 @@ from model import GPTConfig
 from native.library import Unavailable, load
 from options import TrainOptions, parse
 from parallel.collectives import Axis
-from parallel.data_parallel import last_only, replicate
+from parallel.data_parallel import Sharding, last_only, replicate
 from parallel.loss import chunk_rows
 from parallel.memory import FLOAT, Training
 from parallel.mesh import World, make_axis
@@ -131,25 +130,21 @@ MODELS["dropout"] = replace(MODELS["wide"], dropout=0.1)
 
 
 def _live(world: World, config: GPTConfig, plan: Training, half: bool) -> int:
-    """The most bytes that torch's allocator has handed out at a time in a third iteration, above those before it began."""
+    """The most bytes that torch's allocator has handed out at a time in an iteration, above those before it began.
+
+    The profiler does not see what gloo's threads free: such an iteration seems to end with more than it began with, and is
+    made again.
+    """
     tp = make_axis("tp", world.mesh, "shm", world.ledger) if world.tp.size > 1 and world.mesh else world.tp
-    how = {name: getattr(plan, name) for name in ("activation_checkpointing", "sequence_parallel")}
-    model = TensorParallelGPT(config, tp, **how)
-    wrapped: Any = model
-    if plan.dp_shard:
-        assert world.mesh is not None
-        for unit in (*model.transformer.h, model):
-            wrapped = fully_shard(unit, mesh=world.mesh["dp"])
-    else:
-        wrapped = replicate(model, world.dp)
+    how: dict[str, Any] = {name: getattr(plan, name) for name in ("activation_checkpointing", "sequence_parallel")}
+    model = TensorParallelGPT(config, tp, sharding=Sharding(world.dp, world.device) if plan.dp_shard else None, **how)
+    wrapped = model if plan.dp_shard else replicate(model, world.dp)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     tokens = torch.zeros(plan.rows, config.block_size, dtype=torch.int64)
 
     def iterate() -> None:
         for step in range(plan.micro_steps):
             last = step == plan.micro_steps - 1
-            if plan.dp_shard:
-                wrapped.set_requires_gradient_sync(last)
             with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
                 _, loss = last_only(wrapped, last)(tokens.clone(), tokens.clone())
             loss.backward()
@@ -158,11 +153,14 @@ def _live(world: World, config: GPTConfig, plan: Training, half: bool) -> int:
 
     iterate()
     iterate()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        iterate()
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return int(np.cumsum(sizes).max())
+    for _ in range(30):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            iterate()
+        events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+        if world.gather(abs(held[-1]) < 0.001 * held.max())[0]:
+            break
+    return int(held.max())
 
 
 @pytest.mark.parametrize(
@@ -218,7 +216,8 @@ def test_a_run_that_fits_and_one_that_does_not(capsys: pytest.CaptureFixture[str
     assert len(made["layouts"]) == 8 == said.count(" x ") - 1  # of each tp four, a line each, below the header
     assert made["model"]["vocab_size"] == 50304  # no dataset was named, nothing was opened
     parts = ("base", "parameters", "gradients", "optimizer", "activations", "temporary")
-    assert all(line["peak"] == sum(line[part] for part in parts) for line in made["layouts"])
+    for line in made["layouts"]:  # sharded, what is freed is given back
+        assert line["peak"] == (line["base"] + line["live"] if line["dp_shard"] else sum(line[part] for part in parts))
 
     assert dry("--ranks=2", "--memory=100MB") == 1
     assert "does not fit 100MB, nor does another layout" in capsys.readouterr().out

@@ -297,11 +297,36 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 def test_freed_memory_is_used_again() -> None:
     faults = []
-    for keep in ("", "train_tp.keep_freed_memory()"):
+    for keep in ("", "train_tp.set_up_heap(keep=True)"):
         script = PAGES.format(root=str(Path(train_tp.__file__).parent), keep=keep)
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         faults.append(int(done.stdout))
     assert faults[0] > 4 * 5000 and faults[1] < faults[0] / 10, faults
+
+
+HOLES = """
+import sys
+sys.path.insert(0, {root!r})
+import torch, train_tp
+train_tp.set_up_heap(keep={keep})
+def resident():
+    return int(open("/proc/self/statm").read().split()[1])
+torch.ones(4)
+before = resident()
+tensors = [torch.ones(2**20) for _ in range(40)]  # 4 MB each
+del tensors[::2]
+print((resident() - before) * 4096 / 2**22)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_freed_memory_is_given_back_where_a_run_is_sharded() -> None:
+    held = []
+    for keep in (True, False):
+        script = HOLES.format(root=str(Path(train_tp.__file__).parent), keep=keep)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        held.append(float(done.stdout))
+    assert held == pytest.approx([40, 20], abs=2)
 
 
 def _evaluation(world: World, settings: TrainOptions) -> dict[str, float]:
