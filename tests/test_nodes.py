@@ -97,7 +97,8 @@ def test_two_hosts(letters: Path, tmp_path: Path) -> None:  # noqa: F811
 
 def test_a_tp_group_across_hosts_works_and_is_warned_of(letters: Path, tmp_path: Path) -> None:  # noqa: F811
     with hosts(tmp_path) as before:
-        asked = words(letters, tmp_path / "two", tp=4)
+        asked = words(letters, tmp_path / "two", tp=4, max_iters=5)
         said = two_agents(before, f"{ADDRESSES[0]}:29678", ADDRESSES, [f"{name}0" for name in NAMES], *asked)
     assert "world 4 = dp 1 x tp 4, gloo, cpu, float32" in said
-    np.testing.assert_allclose(figures(tmp_path / "two"), trained(letters, tmp_path / "one", 1, 1), rtol=1e-4)
+    assert f"tp group 0 (ranks 0-3) spans hosts {', '.join(NAMES)}: every all-reduce" in said
+    np.testing.assert_allclose(figures(tmp_path / "two"), trained(letters, tmp_path / "one", 1, 1, max_iters=5), rtol=1e-4)

@@ -142,13 +142,12 @@ def _told(world: World, settings: TrainOptions, rank: int, at: int, numbers: lis
     return "not stopped"
 
 
-@pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("size, tp, rank, signals, status", [
-    (1, 1, 0, [signal.SIGTERM], 143), (2, 2, 1, [signal.SIGTERM], 143), (2, 1, 1, [signal.SIGINT, signal.SIGINT], 130),
-    (4, 2, 3, [signal.SIGTERM, signal.SIGINT], 143),
+@pytest.mark.parametrize("size, tp, rank, signals, status, background", [
+    (1, 1, 0, [signal.SIGTERM], 143, True), (2, 2, 1, [signal.SIGTERM], 143, False), (2, 2, 1, [signal.SIGTERM], 143, True),
+    (2, 1, 1, [signal.SIGINT, signal.SIGINT], 130, False), (4, 2, 3, [signal.SIGTERM, signal.SIGINT], 143, True),
 ])  # fmt: skip
 def test_a_run_that_is_told_to_stop_saves_first(
-    letters: Path, tmp_path: Path, background: bool, size: int, tp: int, rank: int, signals: list[int], status: int  # noqa: F811
+    letters: Path, tmp_path: Path, size: int, tp: int, rank: int, signals: list[int], status: int, background: bool  # noqa: F811
 ) -> None:
     """One rank is told, all stop after the same iteration; going on gives the curve of a run that never stopped."""
     whole, cut = (options(letters, tmp_path / name, tp=tp, async_save=background) for name in ("whole", "cut"))
@@ -202,6 +201,6 @@ def test_steps_are_in_order_beyond_a_million(tmp_path: Path) -> None:
 
 def test_nothing_is_lost_when_ranks_are_killed(tmp_path: Path) -> None:
     """The quick part of tests/soak.py, whose whole is a command."""
-    made = soak.soak(tmp_path, kills=4, seed=7, launcher="fork", stops=0.0)
-    assert [(event["lost"], event["hang"]) for event in made["events"]] == [(False, False)] * 4
-    assert made["compared"] > 8 and made["largest_relative_difference"] < 1e-5
+    made = soak.soak(tmp_path, kills=2, seed=7, launcher="fork", stops=0.0)
+    assert [(event["lost"], event["hang"]) for event in made["events"]] == [(False, False)] * 2
+    assert made["compared"] > 4 and made["largest_relative_difference"] < 1e-5
