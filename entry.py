@@ -10,7 +10,8 @@ from typing import Any
 import torch.distributed as dist
 
 from errors import Stopped, UserError
-from options import RunOptions, as_dict, parse, parse_command
+from grammar import parse, parse_command
+from options import RunOptions, as_dict
 from parallel import mesh
 from parallel.collectives import CollectiveError
 from parallel.replicas import DriftError

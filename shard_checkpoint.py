@@ -36,8 +36,9 @@ from checkpoints.shards import (
 )
 from checkpoints.sources import LATEST, ShardSource, Source, is_conv1d, latest_checkpoint, open_source, tokenizer_of
 from errors import UserError
+from grammar import parse_command
 from model import GPTConfig
-from options import EntryOptions, InspectOptions, MergeOptions, SplitOptions, VerifyOptions, parse_command
+from options import EntryOptions, InspectOptions, MergeOptions, SplitOptions, VerifyOptions
 from parallel.partition import Partition, Rule
 from parallel.schedule import Schedule
 from text.tokenizer import TOKENIZER_FILE

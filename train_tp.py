@@ -26,8 +26,9 @@ from checkpoints.shards import DTYPES
 from checkpoints.sources import Described, Source, identity, open_sizes, open_source, reader, schedule_of, tokenizer_of
 from checkpoints.training import Progress, Saved, Saver
 from errors import Stopped, UserError, shown
+from grammar import parse
 from model import GPTConfig
-from options import TrainOptions, as_dict, parse
+from options import TrainOptions, as_dict
 from parallel.collectives import all_reduce
 from parallel.data_parallel import Sharding, last_only, replicate, rest
 from parallel.ledger import Account, total

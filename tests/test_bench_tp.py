@@ -15,7 +15,7 @@ import bench_tp
 from benchmarks.contestants import Contestant
 from benchmarks.rounds import Bench, compare, ring_bytes
 from errors import UserError
-from options import parse, parse_command
+from grammar import parse, parse_command
 from parallel.mesh import World
 
 TINY = ["--device=cpu", "--n_layer=2", "--n_head=3", "--n_embd=24", "--repeats=2"]

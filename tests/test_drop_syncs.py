@@ -24,8 +24,8 @@ from fewer_syncs.curve import draw
 from fewer_syncs.distillation import Lessons, repair_run, repair_whole
 from fewer_syncs.grouping import Regrouped, damages, deal, group, partitions
 from fewer_syncs.scan import Measured, parse_budget, within
+from grammar import parse
 from model import GPT, GPTConfig
-from options import parse
 from parallel.loss import vocab_parallel_divergence
 from parallel.mesh import World
 from parallel.partition import Partition, spans

@@ -18,9 +18,10 @@ import train_tp
 from benchmarks.strategies import kept_bytes
 from dry_run import amount
 from errors import UserError
+from grammar import parse
 from model import GPTConfig
 from native.library import Unavailable, load
-from options import TrainOptions, parse
+from options import TrainOptions
 from parallel.collectives import Axis
 from parallel.data_parallel import Sharding, last_only, replicate
 from parallel.loss import chunk_rows

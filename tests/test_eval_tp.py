@@ -18,7 +18,8 @@ import eval_tp
 from checkpoints.sources import open_source, reader
 from errors import UserError
 from eval_tp import measure, windows
-from options import EvalOptions, parse
+from grammar import parse
+from options import EvalOptions
 from parallel.mesh import World
 from text.dataset import write_tokens
 from tp_model import TensorParallelGPT

@@ -1,4 +1,4 @@
-"""options.py: nanoGPT's grammar, its config files, and every message word for word."""
+"""options.py and grammar.py: nanoGPT's grammar, its config files, and every message word for word."""
 
 import dataclasses
 import json
@@ -11,6 +11,7 @@ import pytest
 
 import options
 from errors import UserError
+from grammar import help_text, parse, parse_command
 from options import (
     EntryOptions,
     EvalOptions,
@@ -22,10 +23,7 @@ from options import (
     TrainOptions,
     VerifyOptions,
     as_dict,
-    help_text,
     option,
-    parse,
-    parse_command,
 )
 
 ROOT = Path(options.__file__).parent
@@ -525,10 +523,10 @@ def test_run_entries_share_the_common_options():
 
 
 def test_options_needs_nothing_but_the_standard_library():
-    code = ("import sys; import options; "
+    code = ("import sys; import grammar; "
             "print(sorted({m.partition('.')[0] for m in sys.modules} - sys.stdlib_module_names - {'__main__'}))")
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "['errors', 'options']", done.stderr
+    assert done.stdout.strip() == "['errors', 'grammar', 'options']", done.stderr
 
 
 def test_start_has_a_second_name_that_torchrun_does_not_take_for_its_own():

@@ -20,8 +20,9 @@ import eval_tp
 import sample_tp
 from errors import UserError
 from generation import Sampling, generate
+from grammar import parse
 from model import GPT, GPTConfig
-from options import EvalOptions, SampleOptions, TrainOptions, parse
+from options import EvalOptions, SampleOptions, TrainOptions
 from parallel.layers import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import World
 from parallel.partition import spans

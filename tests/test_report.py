@@ -13,8 +13,9 @@ import report
 import sample_tp
 from errors import UserError
 from generation import Sampling, generate
+from grammar import parse
 from model import GPTConfig
-from options import SampleOptions, parse
+from options import SampleOptions
 from parallel.mesh import World
 from tp_model import TensorParallelGPT
 

@@ -15,7 +15,8 @@ from ranks import run_ranks
 
 import sample_tp
 from errors import UserError
-from options import SampleOptions, parse
+from grammar import parse
+from options import SampleOptions
 from parallel.collectives import Axis
 from parallel.ledger import Ledger
 from parallel.mesh import World
