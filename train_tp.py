@@ -180,8 +180,9 @@ def after_restart(world: World, options: TrainOptions) -> TrainOptions:
 
 def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
     """Everything before the first iteration: weights, optimizer, and where the run stands."""
+    shard = options.dp_shard and world.dp.size > 1
     if world.device.type == "cpu":
-        set_up_heap(keep=not options.dp_shard)
+        set_up_heap(keep=not shard)
     out_dir = Path(options.out_dir)
     progress, checkpoint, source = Progress(loss_scale=65536.0), None, None
     if options.init_from == "resume":
@@ -218,7 +219,7 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
         activation_checkpointing=options.activation_checkpointing,
         schedule=schedule_of(source, options.sync, world.tp.size) if source else Schedule.parse(asked, config.n_layer),
         sequence_parallel=options.sequence_parallel,
-        sharding=Sharding(world.dp, world.device, reduce_dtype) if options.dp_shard and world.dp.size > 1 else None,
+        sharding=Sharding(world.dp, world.device, reduce_dtype) if shard else None,
     )
     if options.compile:
         model.compile_blocks()
@@ -351,16 +352,19 @@ def train(run: Run) -> None:
     """Iterate until max_iters, evaluating and saving in between. Every rank does all of it; rank 0 prints and writes."""
     options, progress, world = run.options, run.progress, run.world
     log, saver = Log(run), Saver(world, run.out_dir, options.keep_last, options.async_save)
+    if options.eval_only:  # there is nothing to save: Ctrl-C ends it at once
+        with world.ledger.during(f"step {progress.iter_num}, evaluation"):
+            log.evaluation(progress.iter_num, evaluate(run))
+        log.close()
+        return
     with Signals() as signals:
         while True:
             iter_num = progress.iter_num
             last = iter_num >= options.max_iters
-            if iter_num % options.eval_interval == 0 or last or options.eval_only:
+            if iter_num % options.eval_interval == 0 or last:
                 with world.ledger.during(f"step {iter_num}, evaluation"):
                     losses = evaluate(run)
                 log.evaluation(iter_num, losses)
-                if options.eval_only:
-                    break
                 better = losses["val"] < progress.best_val_loss
                 progress.best_val_loss = losses["val"] if better else progress.best_val_loss  # never what is not a number
                 if iter_num > run.first.iter_num and (better or options.always_save_checkpoint):
@@ -372,7 +376,8 @@ def train(run: Run) -> None:
             before, started = world.ledger.snapshot(), time.perf_counter()
             lr = learning_rate(options, iter_num)
             with world.ledger.during(f"step {iter_num}"):
-                loss, grad_norm, (asked, busy) = iterate(run, lr, (signals.asked, saver.busy))
+                loss, grad_norm = iterate(run, lr)
+                asked, busy = agree(world, (signals.asked, saver.busy))
             seconds = time.perf_counter() - started
             check_finite(run, loss)
             progress.iter_num += 1
@@ -391,9 +396,8 @@ def train(run: Run) -> None:
     log.close()
 
 
-def iterate(run: Run, lr: float, said: tuple[int, ...] = ()) -> tuple[float, float, list[int]]:
-    """One AdamW step over the iteration's rows. Returns (mean loss, norm of the full gradient, the largest that any rank `said`
-    of each), equal on all ranks."""
+def iterate(run: Run, lr: float) -> tuple[float, float]:
+    """One AdamW step over the iteration's rows. Returns (mean loss, norm of the full gradient), equal on all ranks."""
     options, world, progress = run.options, run.world, run.progress
     check, batches = replicas_are_due(run), list[Tensor]()
     for group in run.optimizer.param_groups:
@@ -419,7 +423,7 @@ def iterate(run: Run, lr: float, said: tuple[int, ...] = ()) -> tuple[float, flo
     if check:
         check_replicas(run, torch.stack(batches))
     take_step(run, grad_norm, scale)
-    return total.item(), grad_norm, agree(world, said)
+    return total.item(), grad_norm
 
 
 def replicas_are_due(run: Run) -> bool:

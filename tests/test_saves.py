@@ -162,6 +162,7 @@ def test_a_run_that_is_told_to_stop_saves_first(
 
 
 def test_who_insists_on_ctrl_c_is_obeyed_at_once() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
     with train_tp.Signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # torchrun's, a moment later
