@@ -1,4 +1,4 @@
-"""The decode step: local logits of one more token for every row whose past is in a KV cache.
+"""The decode step: local logits of one more token, or of a few, for every row whose past is in a KV cache.
 
 `TorchDecoder` runs the model. `GraphDecoder` lets a GPU repeat one run of it, which spares the host launching a few hundred
 kernels a token. `NativeDecoder` runs the same step on one CPU core through native/decode.c, for the few rows at which a step
@@ -19,7 +19,7 @@ from parallel.collectives import Axis, all_reduce
 from parallel.ledger import Told
 from tp_model import TensorParallelGPT
 
-MOST_ROWS = 6  # with more, a matrix product that works in blocks is faster than a pass over the weights
+MOST_TOKENS = 6  # with more, a matrix product that works in blocks is faster than a pass over the weights
 
 
 class Decoder(Protocol):
@@ -28,10 +28,10 @@ class Decoder(Protocol):
     name: str
     why: str
 
-    def logits(self, tokens: list[int], cache: KVCache) -> Tensor:
-        """tokens: the newest of each row of the cache, which holds all before it. Local logits [rows, v] after them,
+    def logits(self, tokens: list[list[int]], cache: KVCache) -> Tensor:
+        """tokens: the T newest of each row of the cache, which holds all before them. Local logits [rows, T, v] after each,
         which the next call may overwrite; the tokens' keys and values are in the cache then, and `cache.advance` is the
-        caller's. ValueError where the cache is full."""
+        caller's. ValueError where they do not fit the cache."""
         ...
 
 
@@ -43,9 +43,8 @@ class TorchDecoder:
     def __init__(self, model: TensorParallelGPT, why: str = ""):
         self.model, self.why = model, why
 
-    def logits(self, tokens: list[int], cache: KVCache) -> Tensor:
-        idx = torch.tensor(tokens, device=self.model.device).unsqueeze(1)
-        return self.model.local_logits(self.model.hidden(idx, cache)[:, -1])
+    def logits(self, tokens: list[list[int]], cache: KVCache) -> Tensor:
+        return self.model.local_logits(self.model.hidden(torch.tensor(tokens, device=self.model.device), cache))
 
 
 def decoder_for(model: TensorParallelGPT) -> Decoder:
@@ -64,9 +63,9 @@ def decoder_for(model: TensorParallelGPT) -> Decoder:
         return TorchDecoder(model, why=str(error))
 
 
-def _check_room(cache: KVCache) -> None:
-    if max(cache.lengths) >= cache.size:
-        raise ValueError(f"{max(cache.lengths)} tokens are in the cache, one more does not fit its {cache.size}")
+def _check_room(cache: KVCache, T: int) -> None:
+    if max(cache.lengths) + T > cache.size:
+        raise ValueError(f"{max(cache.lengths)} tokens are in the cache, {T} more do not fit its {cache.size}")
 
 
 # --- CUDA graphs ----------------------------------------------------------------------------------------------------
@@ -93,24 +92,25 @@ class FixedCache(KVCache):
 
 
 class FixedStep:
-    """A decode step as a function of nothing: its tokens and lengths are in device memory, where `fill` puts them.
+    """A decode step of T tokens a row as a function of nothing: its tokens and lengths are in device memory, where `fill`
+    puts them.
 
     Running it tells the ledger aside; told: what it said the last time.
     """
 
     told: Told
 
-    def __init__(self, model: TensorParallelGPT, cache: KVCache):
+    def __init__(self, model: TensorParallelGPT, cache: KVCache, T: int):
         self.model = model
-        self.inputs = torch.empty(2, len(cache.lengths), dtype=torch.int64, device=model.device)
-        self.cache = FixedCache(cache, self.inputs[1])
+        self.inputs = torch.empty(1 + T, len(cache.lengths), dtype=torch.int64, device=model.device)
+        self.cache = FixedCache(cache, self.inputs[0])
 
-    def fill(self, tokens: list[int], lengths: list[int]) -> None:
-        self.inputs.copy_(torch.tensor([tokens, lengths]))  # one message to the device
+    def fill(self, tokens: list[list[int]], lengths: list[int]) -> None:
+        self.inputs.copy_(torch.tensor([lengths, *zip(*tokens, strict=True)]))  # one message to the device
 
     def __call__(self) -> Tensor:
         with self.model.tp.ledger.aside() as self.told:
-            return self.model.local_logits(self.model.hidden(self.inputs[0].unsqueeze(1), self.cache)[:, -1])
+            return self.model.local_logits(self.model.hidden(self.inputs[1:].T, self.cache))
 
 
 def cuda_graph(step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
@@ -133,8 +133,8 @@ class GraphDecoder:
     """The model's step, captured once for each cache as a CUDA graph and replayed for every token.
 
     A cache stands for its number of rows and the memory they are in: rows that leave make a new one (KVCache.rows), which
-    is captured anew. A graph is gone with its cache (at the end nccl would wait for one that is not). capture: how it is made,
-    for tests without a GPU.
+    is captured anew, as is a step of another number of tokens. A graph is gone with its cache (at the end nccl would wait for
+    one that is not). capture: how it is made, for tests without a GPU.
     The account counts every replay's calls, bytes and forward pass, and neither the run before the capture nor the capture;
     the seconds of collectives inside a graph are not known, and 0 in it. Ranks capture and replay alike, as they step alike.
     """
@@ -143,16 +143,18 @@ class GraphDecoder:
 
     def __init__(self, model: TensorParallelGPT, capture: Capture = cuda_graph):
         self.model, self.capture = model, capture
-        self._steps: weakref.WeakKeyDictionary[KVCache, tuple[FixedStep, Callable[[], object], Tensor]]
+        self._steps: weakref.WeakKeyDictionary[KVCache, dict[int, tuple[FixedStep, Callable[[], object], Tensor]]]
         self._steps = weakref.WeakKeyDictionary()
 
-    def logits(self, tokens: list[int], cache: KVCache) -> Tensor:
-        _check_room(cache)
-        if cache not in self._steps:
-            step = FixedStep(self.model, cache)
+    def logits(self, tokens: list[list[int]], cache: KVCache) -> Tensor:
+        T = len(tokens[0])
+        _check_room(cache, T)
+        steps = self._steps.setdefault(cache, {})
+        if T not in steps:
+            step = FixedStep(self.model, cache, T)
             step.fill(tokens, cache.lengths)  # what runs for the capture writes the cache where the replay will
-            self._steps[cache] = step, *self.capture(step)
-        step, replay, out = self._steps[cache]
+            steps[T] = step, *self.capture(step)
+        step, replay, out = steps[T]
         step.fill(tokens, cache.lengths)
         replay()
         self.model.tp.ledger.repeat(step.told)
@@ -189,6 +191,7 @@ class _State(ctypes.Structure):
         ("h", _int),
         ("D", _int),
         ("rows", _int),
+        ("T", _int),
         ("size", _int),
         ("activation", _int),
         ("x", _pointer),
@@ -221,9 +224,9 @@ def _norm(layer: LayerNorm) -> _Norm:
 
 
 class _Rows:
-    """What a step of so many rows works in."""
+    """What a step of so many rows of the stream works in: T tokens of each row of a cache that has room for `size`."""
 
-    def __init__(self, model: TensorParallelGPT, rows: int, size: int):
+    def __init__(self, model: TensorParallelGPT, rows: int, T: int, size: int):
         split, rank = model.split, model.tp.rank
         C, D = model.config.n_embd, split.head_dim
         h, m = (hi - lo for lo, hi in (split.heads(rank), split.columns(rank)))
@@ -235,7 +238,7 @@ class _Rows:
         self.work = torch.empty(rows * (C + max(4 * h * D, m)) + size)
         activation = ("gelu", "gelu_tanh").index(model.config.activation)
         places = *map(_address, (self.x, self.here, self.partial, self.work)), ctypes.addressof(self.lengths)
-        self.state = _State(C, h, D, rows, size, activation, *places)
+        self.state = _State(C, h, D, rows, T, size, activation, *places)
 
 
 class _Point(NamedTuple):
@@ -249,7 +252,8 @@ class _Point(NamedTuple):
 
 
 class NativeDecoder:
-    """native/decode.c on this rank's float32 or int8 weights, which it reads in place. More than MOST_ROWS rows go to torch."""
+    """native/decode.c on this rank's float32 or int8 weights, which it reads in place. A step of more than MOST_TOKENS tokens
+    goes to torch."""
 
     name, why = "native", ""
 
@@ -303,14 +307,17 @@ class NativeDecoder:
         rows.arrived = all_reduce(rows.out, point.axis, "forward")
         return rows.arrived.data_ptr(), point.bias
 
-    def logits(self, tokens: list[int], cache: KVCache) -> Tensor:
-        if len(tokens) > MOST_ROWS:
+    def logits(self, tokens: list[list[int]], cache: KVCache) -> Tensor:
+        T = len(tokens[0])
+        n = len(tokens) * T
+        if n > MOST_TOKENS:
             return self.torch.logits(tokens, cache)
-        _check_room(cache)
+        _check_room(cache, T)
         model, rows = self.model, self._rows
-        if rows is None or (rows.state.rows, rows.state.size) != (len(tokens), cache.size):
-            rows = self._rows = _Rows(model, len(tokens), cache.size)
-        rows.ids[:], rows.lengths[:] = tokens, cache.lengths
+        if rows is None or (rows.state.rows, rows.state.T, rows.state.size) != (n, T, cache.size):
+            rows = self._rows = _Rows(model, n, T, cache.size)
+        rows.ids[:] = [token for row in tokens for token in row]
+        rows.lengths[:] = [length + t for length in cache.lengths for t in range(T)]
         model.tp.ledger.forward_passes += 1
         state, out_at = ctypes.addressof(rows.state), rows.out.data_ptr()
         embedding, *table = self._embedding
@@ -324,7 +331,7 @@ class NativeDecoder:
             came = self._after(after_mlp, rows)
         ln_f, head = ctypes.addressof(self._ln_f), ctypes.addressof(self._head_table)
         self._head(state, ln_f, head, *came, rows.logits.data_ptr())
-        return rows.logits
+        return rows.logits.view(len(tokens), T, -1)
 
 
 def _function(function: Any, *is_pointer: int) -> Callable[..., None]:

@@ -2,6 +2,10 @@
 
 Rows are the sequences being written: each prompt, as often as num_samples says. Every rank runs every forward pass and
 every collective here; rank 0 of the tp axis alone chooses tokens and decides which rows end, and tells the others.
+
+A draft may guess what comes next (speculative decoding: Leviathan, Kalman, Matias, arXiv 2211.17192). A step then reads a
+row's newest token and the guesses behind it at once, and gives the row every guess that is what would have been chosen
+anyway, and the token after them: the same text in fewer passes.
 """
 
 import time
@@ -10,37 +14,15 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from decoding import Decoder, decoder_for
 from errors import UserError
 from model import KVCache
 from parallel.collectives import all_gather, broadcast
+from sampling import Sampling, candidates, choose
 from text.tokenizer import StreamDecoder, Tokenizer
 from tp_model import TensorParallelGPT
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen and when a row ends. n_tokens: ids the tokenizer knows; what lies beyond is never chosen.
-
-    temperature 0 is greedy. top_k 0 keeps all. top_p keeps the likeliest tokens that together reach that probability.
-    overflow, at block_size tokens: slide (the last block_size count), stop (the row ends), error.
-    batch_size: rows written at a time, which bounds the memory; the tokens do not depend on it.
-    """
-
-    n_tokens: int
-    temperature: float = 0.8
-    top_k: int = 200
-    top_p: float = 1.0
-    max_new_tokens: int = 200
-    num_samples: int = 1
-    seed: int = 1337
-    overflow: str = "slide"
-    kv_cache: bool = True
-    batch_size: int = 32
 
 
 @dataclass
@@ -63,7 +45,7 @@ class Audience(Protocol):
     """Who follows the rows as they are written; called on rank 0 of the tp axis only."""
 
     def hear(self, row: Row, token: int) -> bool:
-        """The row's next token, not yet in it. True: the row ends with it."""
+        """The row's next token; row.tokens may be behind. True: the row ends with it."""
         ...
 
     def end(self, row: Row) -> None:
@@ -71,9 +53,21 @@ class Audience(Protocol):
         ...
 
 
+class Draft(Protocol):
+    """Who guesses. Every rank asks its own; what two ranks guess differently is not used."""
+
+    def propose(self, rows: list[Row], room: list[int]) -> list[list[int]]:
+        """For each row at most room[i] tokens that may follow those it has. On all ranks as many."""
+        ...
+
+    def learn(self, row: Row, proposed: int, accepted: int) -> None:
+        """So many of the row's last guesses were right; they are in it, and the token that came after them."""
+        ...
+
+
 @dataclass
 class Timing:
-    """Seconds, over all groups of rows. A decode step adds one token to every unfinished row of a group."""
+    """Seconds, over all groups of rows. A decode step adds a token, or with a draft several, to every unfinished row."""
 
     prefill_s: float = 0.0
     time_to_first_token_s: float = 0.0  # from the start of the first prefill
@@ -119,8 +113,10 @@ def generate(
     sampling: Sampling,
     audience: Audience | None = None,
     decoder: Decoder | None = None,
+    draft: Draft | None = None,
 ) -> Generation:
-    """Continue every prompt num_samples times. The tokens are the same at every tp, and in any company of prompts.
+    """Continue every prompt num_samples times. The tokens are the same at every tp, in any company of prompts, and with any
+    draft or none.
 
     Rows are written in groups of batch_size, one group after the other. decoder: how steps are computed, the fastest way
     unless given. UserError for a prompt as `check_prompts` says, and for logits that are no numbers.
@@ -131,26 +127,37 @@ def generate(
     rows = [Row(i * n + j, i, j, list(prompt), len(prompt)) for i, prompt in enumerate(prompts) for j in range(n)]
     result = Generation(rows)
     for first in range(0, len(rows), sampling.batch_size):
-        _write(model, decoder, rows[first : first + sampling.batch_size], sampling, audience, result.timing)
+        _write(model, decoder, rows[first : first + sampling.batch_size], sampling, audience, draft, result.timing)
     return result
 
 
 def _write(
-    model: TensorParallelGPT, decoder: Decoder, rows: list[Row], sampling: Sampling, audience: Audience | None, timing: Timing
+    model: TensorParallelGPT,
+    decoder: Decoder,
+    rows: list[Row],
+    sampling: Sampling,
+    audience: Audience | None,
+    draft: Draft | None,
+    timing: Timing,
 ) -> None:
     """Write the rows of one group until each has ended."""
     size = model.config.block_size
     started = _clock(model.device)
     logits, held = _prefill(model, rows, sampling)
     prefilled = _clock(model.device)
-    _extend(model, logits, rows, sampling, audience)
+    _extend(model, logits, rows, [[] for _ in rows], sampling, audience)
     first_token = time.perf_counter()
     while active := [row for row in rows if not row.ended]:
         held.release(size)
         timing.slid = timing.slid or any(len(row.tokens) > size for row in active)
-        active, logits = _step(model, decoder, active, held)
-        _extend(model, logits, active, sampling, audience)
-        timing.decode_tokens += len(active)
+        active = held.rows + [row for row in active if row not in held]
+        guesses = [[] for _ in active] if draft is None else draft.propose(active, _room(active, held, sampling, size))
+        logits = _step(model, decoder, active, guesses, held)
+        counts = _extend(model, logits, active, guesses, sampling, audience)
+        timing.decode_tokens += sum(counts)
+        for row, guess, count in zip(active, guesses, counts, strict=True):
+            if draft is not None:
+                draft.learn(row, len(guess), min(count - 1, len(guess)))
     timing.prefill_s += prefilled - started
     timing.time_to_first_token_s = timing.time_to_first_token_s or first_token - started
     timing.decode_s += time.perf_counter() - first_token
@@ -175,12 +182,24 @@ class _Held:
         self.cache, self.rows = cache, rows if cache is not None else []
         self.nbytes = cache.nbytes if cache is not None else 0
 
+    def __contains__(self, row: Row) -> bool:
+        return any(row is mine for mine in self.rows)
+
     def release(self, block_size: int) -> None:
         """Let go of the rows that have left, before a decode step."""
         stay = [i for i, row in enumerate(self.rows) if not row.ended and len(row.tokens) <= block_size]
         if self.cache is not None and len(stay) < len(self.rows):
             self.rows = [self.rows[i] for i in stay]
             self.cache = self.cache.rows(stay) if stay else None
+
+
+def _room(rows: list[Row], held: _Held, sampling: Sampling, size: int) -> list[int]:
+    """For each row the most tokens that a draft may propose: with the one after them they must fit max_new_tokens and the
+    context, and in the cache every row takes as much room as the one with the most guesses."""
+    full = size - 1 if sampling.overflow == "stop" else size
+    most = held.cache.size - max(len(row.tokens) for row in held.rows) if held.cache is not None else size
+    limits = [(sampling.max_new_tokens - row.new - 1, full - len(row.tokens), most if row in held else size) for row in rows]
+    return [max(0, min(limit)) for limit in limits]
 
 
 def _prefill(model: TensorParallelGPT, rows: list[Row], sampling: Sampling) -> tuple[Tensor, _Held]:
@@ -198,7 +217,7 @@ def _prefill(model: TensorParallelGPT, rows: list[Row], sampling: Sampling) -> t
     if sampling.kv_cache:
         # a row stops using the cache when it slides, so block_size is enough
         cache = model.new_cache(len(windows), min(size, max(lengths) + sampling.max_new_tokens))
-    logits = _last_logits(model, windows, cache)
+    logits = _last_logits(model, windows, [1] * len(windows), cache)
     source = [place[row.prompt] for row in rows]
     if cache is not None:
         cache.advance(lengths)
@@ -207,129 +226,100 @@ def _prefill(model: TensorParallelGPT, rows: list[Row], sampling: Sampling) -> t
     return logits[torch.tensor(source, device=logits.device)], _Held(cache, rows)
 
 
-def _last_logits(model: TensorParallelGPT, windows: list[list[int]], cache: KVCache | None) -> Tensor:
-    """Local logits [n, v] after the last token of each window; only those positions go through the head."""
+def _last_logits(model: TensorParallelGPT, windows: list[list[int]], counts: list[int], cache: KVCache | None) -> Tensor:
+    """Local logits [n, v] after the last counts[i] tokens of each window; only those positions go through the head."""
     device = model.device
     longest = max(len(window) for window in windows)
     idx = torch.tensor([window + [0] * (longest - len(window)) for window in windows], device=device)
-    last = torch.tensor([len(window) - 1 for window in windows], device=device)
-    hidden = model.hidden(idx, cache)  # [n, longest, C]
-    return model.local_logits(hidden[torch.arange(len(windows), device=device), last])
+    places = [
+        (i, at)
+        for i, (window, count) in enumerate(zip(windows, counts, strict=True))
+        for at in range(len(window) - count, len(window))
+    ]
+    hidden = model.hidden(idx, cache)  # [windows, longest, C]
+    return model.local_logits(hidden[torch.tensor(places, device=device).unbind(1)])
 
 
-def _step(model: TensorParallelGPT, decoder: Decoder, rows: list[Row], held: _Held) -> tuple[list[Row], Tensor]:
-    """The rows in the order of their local logits, and those [rows, v]: one forward pass for the rows whose past is
-    cached, one for the others."""
-    size = model.config.block_size
+def _step(model: TensorParallelGPT, decoder: Decoder, rows: list[Row], guesses: list[list[int]], held: _Held) -> Tensor:
+    """Local logits [positions, v] after each row's newest token and after each of its guesses, row by row: one forward pass
+    for the rows whose past is cached, which come first, one for the others."""
+    size, n = model.config.block_size, len(held.rows)
     parts = []
     if held.cache is not None:
-        parts.append(decoder.logits([row.tokens[-1] for row in held.rows], held.cache))
-        held.cache.advance([len(row.tokens) for row in held.rows])
-    cached = {row.number for row in held.rows}
-    others = [row for row in rows if row.number not in cached]
-    if others:
-        parts.append(_last_logits(model, [row.tokens[-size:] for row in others], None))
-    return held.rows + others, torch.cat(parts) if len(parts) > 1 else parts[0]
+        longest = max(map(len, guesses[:n]))
+        held.cache.advance([len(row.tokens) - 1 for row in held.rows])  # wrong guesses are overwritten
+        news = [[row.tokens[-1], *guess] for row, guess in zip(held.rows, guesses, strict=False)]
+        logits = decoder.logits([new + [0] * (1 + longest - len(new)) for new in news], held.cache)  # [n, 1 + longest, v]
+        used = [i * (1 + longest) + j for i, new in enumerate(news) for j in range(len(new))]
+        logits = logits.flatten(0, 1)
+        parts.append(logits if len(used) == len(logits) else logits[torch.tensor(used, device=logits.device)])
+    if n < len(rows):
+        others = list(zip(rows[n:], guesses[n:], strict=True))
+        windows = [(row.tokens + guess)[-size:] for row, guess in others]
+        parts.append(_last_logits(model, windows, [1 + len(guess) for _, guess in others], None))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _extend(model: TensorParallelGPT, logits: Tensor, rows: list[Row], sampling: Sampling, audience: Audience | None) -> None:
-    """Give each row its next token, and end those that are complete; alike on all ranks."""
+def _extend(
+    model: TensorParallelGPT,
+    logits: Tensor,
+    rows: list[Row],
+    guesses: list[list[int]],
+    sampling: Sampling,
+    audience: Audience | None,
+) -> list[int]:
+    """Give each row its next tokens, and end those that are complete; alike on all ranks. Returns how many each got."""
     full = model.config.block_size if sampling.overflow == "stop" else None
-    tokens, ended = _agree(model, logits, rows, sampling, audience)
-    for row, token, end in zip(rows, tokens, ended, strict=True):
-        row.tokens.append(token)
-        row.ended = bool(end) or row.new == sampling.max_new_tokens or len(row.tokens) == full
+    verdict = _agree(model, logits, rows, guesses, sampling, audience)
+    for row, (count, *tokens) in zip(rows, verdict, strict=True):
+        row.tokens += tokens[: abs(count)]
+        row.ended = count < 0 or row.new == sampling.max_new_tokens or len(row.tokens) == full
         if row.ended and audience is not None and model.tp.rank == 0:
             audience.end(row)
+    return [abs(count) for count, *_ in verdict]
 
 
 def _agree(
-    model: TensorParallelGPT, logits: Tensor, rows: list[Row], sampling: Sampling, audience: Audience | None
-) -> tuple[list[int], list[int]]:
-    """One token for each row, and whether it ends the row: chosen by rank 0, told to all. Two small collectives.
+    model: TensorParallelGPT,
+    logits: Tensor,
+    rows: list[Row],
+    guesses: list[list[int]],
+    sampling: Sampling,
+    audience: Audience | None,
+) -> list[list[int]]:
+    """For each row how many tokens it gets, less than 0 where it ends with them, and the tokens: chosen by rank 0, told to all.
+    Two small collectives.
 
-    Ranks exchange their best candidates only; nothing depends on two ranks computing the same number.
+    Ranks exchange their best candidates, and what they guessed; nothing depends on two ranks computing the same number. As
+    far as all guessed alike, the logits are those of one text on all of them.
     """
     axis = model.tp.at("sampling")
-    everyone = all_gather(candidates(logits, model.vocab_lo, model.config.vocab_size, sampling, axis.size), axis, "step")
-    verdict = np.zeros((2, len(rows)), np.int64)
+    best = candidates(logits, model.vocab_lo, model.config.vocab_size, sampling, axis.size)  # [2, positions, k]
+    guessed = torch.tensor([token for guess in guesses for token in guess], dtype=torch.int32)
+    everyone = all_gather(torch.cat([best.flatten(), guessed]), axis, "step").numpy()
+    verdict = np.zeros((len(rows), 2 + max(map(len, guesses))), np.int64)
     if axis.rank == 0:
-        # [tp, 2, rows, k] -> each row's candidates from all ranks, [rows, tp * k]
-        bits, ids = everyone.numpy().transpose(1, 2, 0, 3).reshape(2, len(rows), -1)
+        # [tp, 2, positions, k] -> each position's candidates from all ranks, [positions, tp * k]
+        contenders = everyone[:, : best.numel()].reshape(axis.size, *best.shape)
+        bits, ids = contenders.transpose(1, 2, 0, 3).reshape(2, len(logits), -1)
         values = bits.view(np.float32)
         if not np.isfinite(values.max(axis=1)).all():
             raise UserError(
                 "the model's logits are not finite numbers: its weights are damaged, or too large for this precision "
                 "(try --dtype=float32)."
             )
-        for i, row in enumerate(rows):
-            u = uniform(sampling.seed, row.sample, row.new) if sampling.temperature else 0.0
-            verdict[0, i] = token = choose(values[i], ids[i], u, sampling)
-            verdict[1, i] = audience is not None and audience.hear(row, token)
-    tokens, ended = broadcast(torch.from_numpy(verdict), axis, "step").tolist()
-    return tokens, ended
-
-
-def candidates(logits: Tensor, lo: int, vocab_size: int, sampling: Sampling, tp: int) -> Tensor:
-    """This rank's contenders, [2, rows, k] int32 on the CPU: the bits of their float32 logits, and their ids. k is alike on
-    all ranks.
-
-    Among the global best k every one is among the best k of its rank. Where fewer are left (a rank may hold nothing but
-    ids the tokenizer does not know) the rest is -inf.
-    """
-    width = -(-vocab_size // tp)
-    k = 1 if sampling.temperature == 0 else min(sampling.top_k or width, width)
-    known = logits[:, : max(0, sampling.n_tokens - lo)].float()
-    if known.shape[1] < k:
-        known = F.pad(known, (0, k - known.shape[1]), value=float("-inf"))
-    every = known.shape[1] == k  # then there is no need to rank them
-    ids = torch.arange(k, device=known.device).expand_as(known) if every else likeliest(known, k)
-    return torch.stack([known.gather(1, ids).view(torch.int32), (ids + lo).int()]).cpu()
-
-
-def likeliest(logits: Tensor, k: int) -> Tensor:
-    """Ids [rows, k] of the k largest of float32 logits [rows, n]; among equal ones the lower ids.
-
-    torch.topk takes any of several equal logits, of which half precision makes many: which one would depend on how the
-    vocabulary is split. So it gets whole numbers that are never equal: the float's bits, arranged to order as floats do,
-    above the id.
-    """
-    if k == 1 and logits.is_cuda:
-        return logits.argmax(dim=-1, keepdim=True)  # the first of equal ones
-    if k == 1:
-        return torch.from_numpy(logits.numpy().argmax(axis=1, keepdims=True))  # so is this, in a third of the time
-    bits = (logits + 0.0).view(torch.int32)  # + 0.0: there is one zero
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    keys = (ordered.long() << 32) - torch.arange(logits.shape[1], device=logits.device)
-    return keys.topk(k, dim=-1).indices
-
-
-def uniform(seed: int, sample: int, position: int) -> float:
-    """The number in [0, 1) that chooses a sample's token at a position: a counter-based draw, so that a row's text does
-    not depend on which other rows are generated with it."""
-    return float(np.random.Generator(np.random.Philox(key=[seed, 0x5A3], counter=[0, position, sample, 0])).random())
-
-
-def choose(values: NDArray[np.float32], ids: NDArray[np.int32], u: float, sampling: Sampling) -> int:
-    """The token that u in [0, 1) picks from logits `values` of tokens `ids`, both [n], in float64.
-
-    Ties are ranked by id, and the kept tokens are laid out by id, so the order in which ranks brought them is no matter.
-    """
-    order = np.lexsort((ids, -values))  # likeliest first
-    if sampling.temperature == 0:
-        return int(ids[order[0]])
-    if sampling.top_k:
-        order = order[: sampling.top_k]
-    z = values[order].astype(np.float64)
-    p = np.exp((z - z[0]) / sampling.temperature)
-    p /= p.sum()
-    if sampling.top_p < 1.0:
-        keep = int(np.searchsorted(np.cumsum(p), sampling.top_p)) + 1
-        order, p = order[:keep], p[:keep]
-    by_id = np.argsort(ids[order], kind="stable")
-    cumulative = np.cumsum(p[by_id])
-    pick = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
-    return int(ids[order[by_id[min(pick, len(by_id) - 1)]]])
+        alike = (everyone[:, best.numel() :] == everyone[0, best.numel() :]).all(axis=0)
+        at = guessed_at = 0  # the row's first position, and its first guess
+        for row, guess, line in zip(rows, guesses, verdict, strict=True):
+            for j in range(1 + len(guess)):
+                token = choose(values[at + j], ids[at + j], sampling, row.sample, row.new + j)
+                ends = audience is not None and audience.hear(row, token)
+                line[0], line[1 + j] = -(j + 1) if ends else j + 1, token
+                if ends or j == len(guess) or token != guess[j] or not alike[guessed_at + j]:
+                    break
+            at, guessed_at = at + 1 + len(guess), guessed_at + len(guess)
+    told: list[list[int]] = broadcast(torch.from_numpy(verdict), axis, "step").tolist()
+    return told
 
 
 @dataclass

@@ -72,6 +72,8 @@ class SampleOptions(RunOptions):
     overflow: str = option("slide", "at block_size tokens: keep the last ones, end the sample, or refuse",
                            ("slide", "stop", "error"))
     kv_cache: bool = option(True, "keep keys and values of past tokens instead of computing them again")
+    draft: str = option("", "guess ahead, the same text in fewer passes: ngram, or a small model as in init_from")
+    draft_tokens: int = option(5, "tokens guessed ahead at most", low=1)
     quantize: str = option("", "int8: the matrices in 8 bits, for less memory and faster decoding", ("", "int8"))
     sync: str = option("", "sync points: all, mlp, every:K, or a list (0a,0m,1m); default: as the weights say")
     sequence_parallel: bool = option(False, "split the prompt's activations over the sequence, to save memory")

@@ -17,12 +17,16 @@ from checkpoints.sources import Source, identity, open_source, reader, schedule_
 from decoding import Decoder, decoder_for
 from entry import run
 from errors import UserError
-from generation import Generation, Listener, Row, Sampling, Timing, check_prompts, generate
+from generation import Generation, Listener, Row, Timing, check_prompts, generate
 from options import SampleOptions
+from parallel.collectives import Axis
+from parallel.ledger import Account
 from parallel.mesh import World, pick_dtype
 from parallel.partition import Partition
-from parallel.quantized import quantize
+from parallel.quantized import Gather, quantize
+from sampling import Sampling
 from shard_checkpoint import imbalance
+from speculation import Guesser, Ngrams, SmallModel, Speculation
 from text.files import read_text
 from text.tokenizer import Tokenizer
 from tp_model import TensorParallelGPT
@@ -42,6 +46,7 @@ def main(world: World, options: SampleOptions) -> None:
     sampling = how_to_sample(options, tokenizer)
     check_prompts(prompts, source.config.vocab_size, source.config.block_size, sampling)
     model = load(world, source, options)
+    draft = drafted(world, options, tokenizer, sampling)
     decoder = decoder_for(model)
     world.synchronize()
     load_s = time.perf_counter() - started
@@ -53,14 +58,14 @@ def main(world: World, options: SampleOptions) -> None:
         begun = time.perf_counter()
         try:
             with world.ledger.during("sampling"):
-                result = generate(model, prompts, sampling, stage, decoder)
+                result = generate(model, prompts, sampling, stage, decoder, draft)
         finally:
             stage.leave()
         seconds = time.perf_counter() - begun
     figures = {"load_s": load_s, **rates(result.timing)}
     samples = stage.samples(result) if world.is_main else []
     account, kv_cache_bytes = world.ledger.snapshot(), result.timing.kv_cache_bytes
-    more = {"decoder": decoder.name, "samples": samples}
+    more = {"decoder": decoder.name, **per_token(world.ledger.forward_passes, account, result, draft), "samples": samples}
     made = report.build("sample_tp", world, model, account, figures, seconds, kv_cache_bytes, **more)
     if world.is_main:
         finish(options, made, result.timing.slid)
@@ -92,12 +97,38 @@ def load(world: World, source: Source, options: Any) -> TensorParallelGPT:
         schedule=schedule_of(source, options.sync, world.tp.size),
         sequence_parallel=options.sequence_parallel,
     )
+    return finished(model, options, world.gather)
+
+
+def finished(model: TensorParallelGPT, options: Any, gather: Gather) -> TensorParallelGPT:
+    """Quantized and compiled, as the options say."""
     model.eval()
     if options.quantize:
-        quantize(model, world.gather)
+        quantize(model, gather)
     if options.compile:
         model.compile_blocks()
     return model
+
+
+def drafted(world: World, options: SampleOptions, tokenizer: Tokenizer, sampling: Sampling) -> Speculation | None:
+    """Who guesses ahead. A small model is whole on every rank, on an axis of its own, along which nothing is said. UserError
+    where its tokens are not those of the model."""
+    if not options.draft:
+        return None
+    guesser: Guesser = Ngrams()
+    if options.draft != "ngram":
+        source = open_source(options.draft, (world.rank, world.size))
+        world.agree("draft", identity(source))
+        theirs = tokenizer_of(source, options.tokenizer)
+        if theirs.to_json() != tokenizer.to_json() or source.config.vocab_size < tokenizer.n_vocab:
+            raise UserError(
+                f"--draft={options.draft} has another vocabulary: {theirs.kind} of {source.config.vocab_size} ids, the model "
+                f"{tokenizer.kind} of {tokenizer.n_vocab}. Use a draft with the model's tokenizer, or --draft=ngram."
+            )
+        dtype = pick_dtype(options.dtype, world.device)
+        model = TensorParallelGPT(source.config, Axis("tp"), reader(source, 0), device=world.device, dtype=dtype)
+        guesser = SmallModel(finished(model, options, lambda mine: [mine]), sampling)
+    return Speculation(guesser, options.draft_tokens)
 
 
 def read_prompts(start: list[str]) -> list[str]:
@@ -221,6 +252,23 @@ class Stage:
         ]
 
 
+def per_token(passes: int, account: Account, result: Generation, draft: Speculation | None) -> dict[str, Any]:
+    """The report's `per_token`: passes of the model and calls of each op on its behalf (not the small ones by which ranks
+    agree on tokens), over all tokens that were generated; and what became of a draft's guesses."""
+    tokens = sum(row.new for row in result.rows)
+    calls: dict[str, int] = {}
+    for entry, tally in account.items():
+        if entry.direction == "forward":
+            calls[entry.op] = calls.get(entry.op, 0) + tally.calls
+    figures = {"passes": passes} | calls
+    made: dict[str, Any] = {"per_token": {"tokens": tokens} | {name: round(n / tokens, 6) for name, n in figures.items()}}
+    if draft is not None:
+        proposed, accepted = draft.proposed, draft.accepted
+        rate = round(accepted / proposed, 6) if proposed else 0.0
+        made["speculation"] = {"proposed": proposed, "accepted": accepted, "acceptance_rate": rate}
+    return made
+
+
 def rates(timing: Timing) -> dict[str, float]:
     return {
         "time_to_first_token_s": timing.time_to_first_token_s,
@@ -244,8 +292,22 @@ def finish(options: SampleOptions, made: dict[str, Any], slid: bool) -> None:
         )
     speed = f"{timing['decode_tokens_per_s']:.1f} tokens/s after a " if timing["decode_tokens"] else ""
     print(f"{speed}prefill of {timing['prefill_s']:.3f} s; loaded in {timing['load_s']:.2f} s", file=sys.stderr)
+    print(said_per_token(options, made), file=sys.stderr)
     if options.report:
         report.write(options.report, made)
+
+
+def said_per_token(options: SampleOptions, made: dict[str, Any]) -> str:
+    """How often the model ran and its ranks summed for a token, and how the draft did."""
+    figures = made["per_token"]
+    said = f"{figures['passes']:.2f} passes a token"
+    for op in ("all_reduce", "all_gather", "reduce_scatter"):
+        said += f", {figures[op]:.2f} {op.replace('_', '-')}s" if op in figures else ""
+    if "speculation" in made:
+        draft = made["speculation"]
+        said += f"; draft {options.draft}: {draft['accepted']:,} of {draft['proposed']:,} guesses right"
+        said += f" ({draft['acceptance_rate']:.0%})" if draft["proposed"] else ""
+    return said
 
 
 if __name__ == "__main__":

@@ -124,10 +124,10 @@ def one_rank(job: dict[str, Any]) -> Round:
     import torch
 
     from checkpoints.sources import open_source, reader
-    from generation import Sampling
     from generation import generate as write
     from parallel.collectives import Axis
     from parallel.quantized import quantize
+    from sampling import Sampling
     from tp_model import TensorParallelGPT
 
     torch.set_num_threads(1)

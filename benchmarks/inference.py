@@ -19,7 +19,7 @@ from checkpoints.shards import write_json
 from checkpoints.sources import open_source
 from decoding import Decoder, decoder_for
 from errors import UserError
-from generation import Sampling, generate
+from generation import generate
 from model import GPTConfig, KVCache, initial_tensor
 from options import (
     BenchDecodeOptions,
@@ -36,6 +36,7 @@ from parallel.partition import Partition
 from parallel.quantized import weight_bytes
 from parallel.schedule import Schedule
 from sample_tp import load
+from sampling import Sampling
 from shard_checkpoint import split, write_hf
 from tp_model import TensorParallelGPT
 
@@ -131,7 +132,7 @@ class FromFirstStep:
         self.decoder, self.world, self.name, self.why = decoder, world, decoder.name, decoder.why
         self.before: Account | None = None
 
-    def logits(self, tokens: list[int], cache: KVCache) -> torch.Tensor:
+    def logits(self, tokens: list[list[int]], cache: KVCache) -> torch.Tensor:
         if self.before is None:
             self.before = self.world.ledger.snapshot()
         return self.decoder.logits(tokens, cache)

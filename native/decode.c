@@ -1,4 +1,4 @@
-/* One more token for each of a few rows, on one core: what a rank computes between two sync points of a decode step.
+/* One more token, or a few, for each of a few rows, on one core: what a rank computes between two sync points of a decode step.
 
    At batch 1 a step is reading the rank's weights once; these loops do it as fast as the core can load, where a matrix
    library's kernels, made for many rows, and a Python call for each small operation leave a third of the time unused.
@@ -6,8 +6,9 @@
    The residual stream x [rows, C] stands still while its update is on the way: a sub-block begins with x += arrived + bias,
    `arrived` being the sum over ranks of what was given as `out`. Where ranks do not synchronise nothing arrives (NULL), and
    the sub-block works on `here`: x, this rank's own outputs since the last sync point and the biases passed. All is float32;
-   weights are float32, or int8 with a factor for each output (weight = factor x number). Sizes: C width of the stream, h this
-   rank's heads, D their width, m this rank's MLP columns, v its vocabulary rows. */
+   weights are float32, or int8 with a factor for each output (weight = factor x number). A row of the stream is one token; T of
+   them, one after the other, belong to each row of the cache. Sizes: C width of the stream, h this rank's heads, D their width,
+   m this rank's MLP columns, v its vocabulary rows. */
 
 #include <math.h>
 #include <stdint.h>
@@ -35,10 +36,10 @@ typedef struct {
 } block;
 
 typedef struct {
-    int64_t C, h, D, rows, size, activation; /* size: tokens for which a row has room in the cache */
+    int64_t C, h, D, rows, T, size, activation; /* size: tokens for which a row has room in the cache */
     float *x, *here, *partial; /* [rows, C]; partial: the sum of this rank's outputs since the last sync point */
     float *work;               /* rows x (C + 4hD) + size or rows x (C + m), whichever is larger */
-    const int64_t *lengths;    /* [rows] tokens in the cache */
+    const int64_t *lengths;    /* [rows] tokens in the cache before this one */
 } state;
 
 /* halves are added to halves: the order of a sum is written down here, not left to the compiler */
@@ -179,7 +180,7 @@ void nanotp_embed(const state *s, const float *table, int64_t lo, int64_t hi, co
     }
 }
 
-/* the cache of this layer: k, v [rows, h, size, D]; out [rows, C]: this rank's part of the sum, without c_proj's bias */
+/* the cache of this layer: k, v [rows / T, h, size, D]; out [rows, C]: this rank's part of the sum, without c_proj's bias */
 void nanotp_attention(const state *s, const block *b, const float *arrived, const float *bias, float *k, float *v, float *out) {
     const int64_t h = s->h, D = s->D, width = h * D;
     float *normed = s->work, *qkv = normed + s->rows * s->C, *y = qkv + s->rows * 3 * width, *score = y + s->rows * width;
@@ -188,7 +189,8 @@ void nanotp_attention(const state *s, const block *b, const float *arrived, cons
     for (int64_t r = 0; r < s->rows; r++)
         for (int64_t i = 0; i < h; i++) {
             const float *q = qkv + r * 3 * width + i * D;
-            float *keys = k + (r * h + i) * s->size * D, *values = v + (r * h + i) * s->size * D;
+            const int64_t at = (r / s->T * h + i) * s->size * D;
+            float *keys = k + at, *values = v + at;
             memcpy(keys + s->lengths[r] * D, q + width, (size_t)D * 4);
             memcpy(values + s->lengths[r] * D, q + 2 * width, (size_t)D * 4);
             attend(q, keys, values, s->lengths[r] + 1, D, score, y + r * width + i * D);

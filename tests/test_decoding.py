@@ -15,13 +15,14 @@ from test_entry import launch, spoken
 from test_tp_model import deaf
 from torch import Tensor
 
-from decoding import MOST_ROWS, GraphDecoder, NativeDecoder, TorchDecoder, decoder_for
-from generation import Row, Sampling, generate
+from decoding import MOST_TOKENS, GraphDecoder, NativeDecoder, TorchDecoder, decoder_for
+from generation import Row, generate
 from model import GPT, GPTConfig
 from parallel import collectives
 from parallel.graphs import outside_graphs
 from parallel.mesh import World
 from parallel.quantized import quantize
+from sampling import Sampling
 from tp_model import TensorParallelGPT, take
 
 # widths that are no multiple of a vector's, heads that do not divide evenly
@@ -82,7 +83,7 @@ def steps(
         cache.advance([len(p) - STEPS for p in prompts])
         before, passes, logits = world.ledger.snapshot(), world.ledger.forward_passes, []
         for i in range(STEPS):
-            logits.append(decoder.logits([p[i - STEPS] for p in prompts], cache).clone())
+            logits.append(decoder.logits([[p[i - STEPS]] for p in prompts], cache)[:, -1].clone())
             cache.advance([n + 1 for n in cache.lengths])
     told = {(e.layer, e.block, e.direction, e.op): (t.calls, t.bytes) for e, t in world.ledger.since(before).items()}
     return logits, told, world.ledger.forward_passes - passes
@@ -140,7 +141,7 @@ def _deaf(world: World, block: str) -> Tensor:
         model.hidden(torch.tensor([[1, 2, 3]]), cache)
         cache.advance([3])
         deaf(block, "forward", "all_reduce")
-        return NativeDecoder(model).logits([4], cache).clone()
+        return NativeDecoder(model).logits([[4]], cache)[:, -1].clone()
 
 
 @pytest.mark.parametrize("block", ["embedding", "attention", "mlp"])
@@ -156,9 +157,9 @@ def test_more_rows_than_it_is_made_for_go_to_torch(monkeypatch: pytest.MonkeyPat
     decoder = NativeDecoder(model)
     seen: list[int] = []
     monkeypatch.setattr(decoder.torch, "logits", lambda tokens, cache: seen.append(len(tokens)))
-    for rows in (MOST_ROWS, MOST_ROWS + 1):
-        decoder.logits([1] * rows, model.new_cache(rows))
-    assert seen == [MOST_ROWS + 1]
+    for rows in (MOST_TOKENS, MOST_TOKENS + 1):
+        decoder.logits([[1]] * rows, model.new_cache(rows))
+    assert seen == [MOST_TOKENS + 1]
 
 
 def test_what_is_not_a_number_reaches_the_logits() -> None:
@@ -166,7 +167,7 @@ def test_what_is_not_a_number_reaches_the_logits() -> None:
         model = split(reference(ODD), alone())
         with torch.inference_mode():
             dict(model.named_parameters())[name].view(-1)[3] = float("nan")
-            assert NativeDecoder(model).logits([1], model.new_cache(1)).isnan().any()
+            assert NativeDecoder(model).logits([[1]], model.new_cache(1)).isnan().any()
 
 
 def test_large_numbers_stay_numbers() -> None:
@@ -181,17 +182,17 @@ def test_large_numbers_stay_numbers() -> None:
     with torch.inference_mode():
         here.hidden(torch.tensor([[9, 8]]), cache)
         cache.advance([2])
-        assert (NativeDecoder(here).logits([7], cache) - right).abs().max() < 1e-3 * right.abs().max()
+        assert (NativeDecoder(here).logits([[7]], cache)[:, -1] - right).abs().max() < 1e-3 * right.abs().max()
 
 
 def test_a_full_cache_is_refused() -> None:
     model = split(reference(ODD), alone())
     cache = model.new_cache(1, size=4)
     cache.advance([4])
-    with pytest.raises(ValueError, match="4 tokens are in the cache, one more does not fit its 4"):
-        NativeDecoder(model).logits([1], cache)
-    with pytest.raises(ValueError, match="4 tokens are in the cache, one more does not fit its 4"):
-        graphed(model).logits([1], cache)
+    with pytest.raises(ValueError, match="4 tokens are in the cache, 1 more do not fit its 4"):
+        NativeDecoder(model).logits([[1]], cache)
+    with pytest.raises(ValueError, match="4 tokens are in the cache, 1 more do not fit its 4"):
+        graphed(model).logits([[1]], cache)
 
 
 def test_where_torch_takes_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +226,7 @@ def test_a_fixed_steps_logits_are_torchs_bits_where_the_cache_is_as_long_as_the_
         with torch.inference_mode():
             model.hidden(torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), cache)
             cache.advance([4, 2])
-            logits.append(kind(model).logits([9, 8], cache))
+            logits.append(kind(model).logits([[9], [8]], cache))
         caches.append(torch.stack(cache.k + cache.v))
     assert torch.equal(*logits) and torch.equal(*caches)
 

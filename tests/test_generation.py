@@ -11,17 +11,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from ranks import alone, run_ranks
 
 import generation
 from checkpoints.sources import open_source, reader
 from decoding import TorchDecoder
 from errors import UserError
-from generation import Listener, Row, Sampling, candidates, check_prompts, choose, generate, likeliest, uniform
+from generation import Listener, Row, check_prompts, generate
 from model import GPT, GPTConfig, KVCache
 from parallel.collectives import Axis
 from parallel.mesh import World
 from parallel.partition import Rule, spans
+from sampling import Sampling, candidates, choose, likeliest, noise
 from text.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
 from tp_model import TensorParallelGPT, take
 
@@ -378,7 +380,8 @@ def draw(sampling: Sampling, coordinates: list[tuple[int, int, int]]) -> Any:
     ids = order.astype(np.int32)
     counts = np.zeros(12, dtype=np.int64)
     for where in coordinates:
-        counts[choose(LOGITS[order], ids, uniform(*where), sampling)] += 1
+        seed, sample, position = where
+        counts[choose(LOGITS[order], ids, replace(sampling, seed=seed), sample, position)] += 1
     return counts
 
 
@@ -412,24 +415,48 @@ def test_the_chi_square_test_sees_a_wrong_temperature() -> None:
 )
 def test_the_kept_tokens_are_transformers(temperature: float, top_k: int, top_p: float) -> None:
     sampling = Sampling(12, temperature=temperature, top_k=top_k, top_p=top_p)
-    seen = {choose(LOGITS, np.arange(12, dtype=np.int32), u, sampling) for u in np.random.default_rng(1).random(3000)}
+    seen = {choose(LOGITS, np.arange(12, dtype=np.int32), sampling, 0, position) for position in range(3000)}
     assert seen == set(np.flatnonzero(expected_shares(temperature, top_k, top_p)).tolist())
 
 
-def test_the_draw_goes_through_the_tokens_by_id() -> None:
-    """u walks along the cumulative probabilities: what a number picks can be said beforehand."""
-    values, ids = np.log(np.array([0.5, 0.25, 0.125, 0.125], dtype=np.float32)), np.array([9, 4, 7, 1], dtype=np.int32)
-    sampling = Sampling(10, temperature=1.0, top_k=0)
-    edges = {0.0: 1, 0.12: 1, 0.13: 4, 0.37: 4, 0.38: 7, 0.49: 7, 0.51: 9, 1 - 2**-53: 9}
-    assert {u: choose(values, ids, u, sampling) for u in edges} == edges
+def total_variation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    return float(np.abs(a - b).sum() / 2)
+
+
+def softmax(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    p = np.exp(values.astype(np.float64))
+    return p / p.sum()
+
+
+@pytest.mark.parametrize("apart", [0.1, 0.5, 1.5])
+def test_two_models_draw_alike_as_often_as_the_paper_says(apart: float) -> None:
+    """Daliri, Musco, Suresh: at least (1 - d) / (1 + d) of the time, and no two can more often than 1 - d."""
+    rng, ids, draws = np.random.default_rng(4), np.arange(50, dtype=np.int32), 4000
+    one = rng.normal(size=50).astype(np.float32) * 2
+    other = one + rng.normal(size=50).astype(np.float32) * apart
+    d = total_variation(softmax(one), softmax(other))
+    sampling = Sampling(50, temperature=1.0, top_k=0)
+    alike = sum(choose(one, ids, sampling, 0, i) == choose(other, ids, sampling, 0, i) for i in range(draws)) / draws
+    slack = 4 * (0.25 / draws) ** 0.5
+    assert (1 - d) / (1 + d) - slack < alike < 1 - d + slack
+    print(f"distance {d:.2f}: alike {alike:.2f}")
+
+
+def test_a_tokens_noise_depends_on_no_other_token() -> None:
+    ids = np.array([50256, 3, 0, 17], dtype=np.int32)
+    whole = noise(5, 2, 9, np.arange(50257, dtype=np.int32))
+    assert np.array_equal(noise(5, 2, 9, ids), whole[ids])
+    assert abs(whole.mean() - 0.5772156649) < 0.02 and abs(whole.var() - math.pi**2 / 6) < 0.05  # Gumbel's
+    for other in ((6, 2, 9), (5, 3, 9), (5, 2, 10)):
+        assert abs(np.corrcoef(whole, noise(*other, np.arange(50257, dtype=np.int32)))[0, 1]) < 0.02
 
 
 def test_minus_infinity_is_never_drawn() -> None:
     values = np.array([-np.inf, 0.0, -np.inf, -np.inf], dtype=np.float32)
-    for u in (0.0, 0.5, 1 - 2**-53):
+    for position in range(50):
         for temperature in (0.0, 1e-9, 1.0, 100.0):
             sampling = Sampling(4, temperature=temperature, top_k=3)
-            assert choose(values, np.arange(4, dtype=np.int32), u, sampling) == 1
+            assert choose(values, np.arange(4, dtype=np.int32), sampling, 0, position) == 1
 
 
 # --- candidates -----------------------------------------------------------------------------------------------------
@@ -445,9 +472,9 @@ def test_the_likeliest_are_those_of_a_stable_sort(levels: list[int], k: int, see
     assert torch.equal(likeliest(logits, k), order)
 
 
-@given(st.lists(st.integers(-4, 4), min_size=5, max_size=60), st.integers(0, 12), st.floats(0, 1, exclude_max=True))
+@given(st.lists(st.integers(-4, 4), min_size=5, max_size=60), st.integers(0, 12), st.integers(0, 2**32))
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_equal_logits_are_chosen_alike_at_every_tp(levels: list[int], top_k: int, u: float) -> None:
+def test_equal_logits_are_chosen_alike_at_every_tp(levels: list[int], top_k: int, at: int) -> None:
     """Half precision makes many equal logits: the split of the vocabulary must not decide between them."""
     logits = torch.tensor([levels], dtype=torch.bfloat16)
     n = len(levels)
@@ -457,7 +484,7 @@ def test_equal_logits_are_chosen_alike_at_every_tp(levels: list[int], top_k: int
         for tp in range(1, 6):
             parts = torch.stack([candidates(logits[:, lo:hi], lo, n, sampling, tp) for lo, hi in spans(n, tp)])
             bits, ids = parts[:, :, 0].transpose(0, 1).flatten(1).numpy()
-            picks.add(choose(bits.view(np.float32), ids, u, sampling))
+            picks.add(choose(bits.view(np.float32), ids, sampling, 0, at))
         assert len(picks) == 1
 
 
@@ -465,6 +492,7 @@ def test_equal_logits_are_chosen_alike_at_every_tp(levels: list[int], top_k: int
 
 
 def _nobody_hears(x: torch.Tensor, axis: Axis, direction: str, source: int = 0) -> torch.Tensor:
+    x[:, 0] = 1  # a token for each row, whichever
     return x
 
 

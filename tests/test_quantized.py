@@ -19,7 +19,7 @@ from torch import Tensor
 import eval_tp
 import sample_tp
 from errors import UserError
-from generation import Sampling, generate
+from generation import generate
 from grammar import parse
 from model import GPT, GPTConfig
 from options import EvalOptions, SampleOptions, TrainOptions
@@ -27,6 +27,7 @@ from parallel.layers import ColumnParallelLinear, RowParallelLinear
 from parallel.mesh import World
 from parallel.partition import spans
 from parallel.quantized import Int8Weight, quantize
+from sampling import Sampling
 from tp_model import TensorParallelGPT
 
 SMALL = GPTConfig(block_size=16, vocab_size=131, n_layer=2, n_head=5, n_embd=20)

@@ -12,11 +12,12 @@ from ranks import run_ranks
 import report
 import sample_tp
 from errors import UserError
-from generation import Sampling, generate
+from generation import generate
 from grammar import parse
 from model import GPTConfig
 from options import SampleOptions
 from parallel.mesh import World
+from sampling import Sampling
 from tp_model import TensorParallelGPT
 
 CONFIG = GPTConfig(block_size=16, vocab_size=101, n_layer=3, n_head=3, n_embd=24)
@@ -98,7 +99,7 @@ SHAPE: dict[str, Any] = {  # docs/formats.md
                "decode_tokens_per_s": float},
     "comm_account": {"forward_passes": int, "layers": list, "other": dict,
                      "total": {"calls": int, "bytes": int, "seconds": float, "fraction_of_time": float}},
-    "decoder": str, "samples": list,
+    "decoder": str, "per_token": {"tokens": int, "passes": float, "all_reduce": float}, "samples": list,
 }  # fmt: skip
 
 

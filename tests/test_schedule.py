@@ -265,7 +265,7 @@ def _stepped(world: World, config: GPTConfig, sync: str, kind: Any) -> list[Tens
         lengths, found = [len(text) - STEPS for text in texts], []
         for i in range(STEPS):
             cache.advance([n + i for n in lengths])
-            found.append(decoder.logits([text[n + i] for text, n in zip(texts, lengths, strict=True)], cache).clone())
+            found.append(decoder.logits([[text[n + i]] for text, n in zip(texts, lengths, strict=True)], cache)[:, -1].clone())
     return found
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.strategies import kept_bytes
 from errors import UserError
-from generation import Sampling, generate
+from generation import generate
 from model import GPTConfig
 from parallel.collectives import GroupTransport, Transport
 from parallel.ledger import total
@@ -23,6 +23,7 @@ from parallel.partition import spans
 from parallel.quantized import quantize
 from parallel.schedule import Schedule
 from parallel.shm import SLOT_BYTES
+from sampling import Sampling
 from tp_model import Stream, TensorParallelGPT, drop_own, take
 
 CONFIG = GPTConfig(block_size=11, vocab_size=67, n_layer=2, n_head=5, n_embd=20)  # 11 tokens and 5 heads over 2, 3, 4 ranks
