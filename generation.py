@@ -56,6 +56,10 @@ class Audience(Protocol):
 class Draft(Protocol):
     """Who guesses. Every rank asks its own; what two ranks guess differently is not used."""
 
+    def begin(self) -> None:
+        """A new group of rows begins; what is known of others is of no use."""
+        ...
+
     def propose(self, rows: list[Row], room: list[int]) -> list[list[int]]:
         """For each row at most room[i] tokens that may follow those it has. On all ranks as many."""
         ...
@@ -142,6 +146,8 @@ def _write(
 ) -> None:
     """Write the rows of one group until each has ended."""
     size = model.config.block_size
+    if draft is not None:
+        draft.begin()
     started = _clock(model.device)
     logits, held = _prefill(model, rows, sampling)
     prefilled = _clock(model.device)

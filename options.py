@@ -240,10 +240,13 @@ class BenchModelOptions(BenchOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchDecodeOptions(BenchModelOptions):
-    """Decode greedily after a prompt; --against=hf,ctranslate2,one_rank,all_syncs (the last two: nanoTP on one thread; with
-    the schedule all)."""
+    """Decode greedily after a prompt; --against=hf,ctranslate2,one_rank,all_syncs,no_draft (the last three: nanoTP on one
+    thread; with the schedule all; without the draft)."""
 
     new_tokens: int = option(128, "tokens generated in a round", low=2)
+    prompt: str = option("", "text to decode after, or FILE:path; default: prompt_tokens random ones")
+    draft: str = option("", "guess ahead, as in sample_tp.py")
+    draft_tokens: int = option(5, "tokens guessed ahead at most", low=1)
     ledger: bool = option(False, "measure what the account costs: every round once with it and once without")
 
 

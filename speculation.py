@@ -24,6 +24,10 @@ LONGEST_PAUSE = 8
 class Guesser(Protocol):
     """Of all ranks' guessers each guesses as many tokens."""
 
+    def begin(self) -> None:
+        """Forget the rows there were."""
+        ...
+
     def guess(self, rows: list[Row], room: list[int]) -> list[list[int]]:
         """For each row at most room[i] tokens that may follow. The rows are those of one group that are being written."""
         ...
@@ -62,6 +66,10 @@ class Speculation:
     accepted: int = 0
     _paces: dict[int, Pace] = field(default_factory=dict)
 
+    def begin(self) -> None:
+        self._paces.clear()
+        self.guesser.begin()
+
     def propose(self, rows: list[Row], room: list[int]) -> list[list[int]]:
         paces = [self._paces.setdefault(row.number, Pace(self.most)) for row in rows]
         return self.guesser.guess(rows, [min(pace.ask(), here) for pace, here in zip(paces, room, strict=True)])
@@ -90,6 +98,9 @@ class Ngrams:
     def __init__(self, longest: int = 5, shortest: int = 2):
         self.sizes = range(longest, shortest - 1, -1)
         self._indices: dict[int, _Index] = {}
+
+    def begin(self) -> None:
+        self._indices.clear()
 
     def guess(self, rows: list[Row], room: list[int]) -> list[list[int]]:
         return [self._continued(row, most) if most else [] for row, most in zip(rows, room, strict=True)]
@@ -146,6 +157,9 @@ class SmallModel:
 
     def __init__(self, model: TensorParallelGPT, sampling: Sampling):
         self.model, self.sampling, self.decoder = model, sampling, decoder_for(model)
+        self.begin()
+
+    def begin(self) -> None:
         self.readings: list[_Reading] = []
         self.cache: KVCache | None = None
 

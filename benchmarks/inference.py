@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from benchmarks.contestants import DECODERS, PREFILLERS, ROOT
 from benchmarks.rounds import Bench, compare, plot_bars, ring_bytes, shown, spread
 from checkpoints.shards import write_json
-from checkpoints.sources import open_source
+from checkpoints.sources import open_source, tokenizer_of
 from decoding import Decoder, decoder_for
 from errors import UserError
 from generation import generate
@@ -35,9 +35,10 @@ from parallel.mesh import World
 from parallel.partition import Partition
 from parallel.quantized import weight_bytes
 from parallel.schedule import Schedule
-from sample_tp import load
+from sample_tp import drafted, encode, load, read_prompts
 from sampling import Sampling
 from shard_checkpoint import split, write_hf
+from text.tokenizer import Tokenizer
 from tp_model import TensorParallelGPT
 
 READ_BYTES = 1 << 28  # a rank's buffer for the measurement of bandwidth: larger than any cache
@@ -60,6 +61,8 @@ class Subject:
     """What is measured, and what a contestant is told so that it does the same. n: new tokens."""
 
     model: TensorParallelGPT
+    options: SampleOptions
+    tokenizer: Tokenizer
     prompt: list[int]
     n: int
     job: dict[str, Any]
@@ -74,8 +77,9 @@ class Subject:
 
 
 @contextmanager
-def subject(world: World, options: BenchModelOptions, n: int) -> Iterator[Subject]:
-    """The model on these ranks, from weights that the contestants read too. UserError where the tokens do not fit it."""
+def subject(world: World, options: BenchModelOptions, n: int, text: str = "") -> Iterator[Subject]:
+    """The model on these ranks, from weights that the contestants read too. text: what the prompt says, or FILE:path; random
+    tokens unless given. UserError where the tokens do not fit it."""
     with tempfile.TemporaryDirectory() as scratch:
         weights = world.gather(options.init_from or str(Path(scratch) / "weights"))[0]
         if not options.init_from and world.is_main:
@@ -83,14 +87,17 @@ def subject(world: World, options: BenchModelOptions, n: int) -> Iterator[Subjec
         world.barrier()
         source = open_source(weights, (world.rank, world.size))
         size, vocab_size = source.config.block_size, source.config.vocab_size
-        if options.prompt_tokens + n > size:
-            raise UserError(f"prompt_tokens={options.prompt_tokens} and {n} new tokens do not fit block_size={size}.")
+        tokenizer = tokenizer_of(source)
         prompt = [(7 * i * i + 3) % (vocab_size - 1) for i in range(options.prompt_tokens)]
+        if text:
+            (prompt,) = encode(read_prompts([text]), tokenizer)
+        if len(prompt) + n > size:
+            raise UserError(f"a prompt of {len(prompt)} tokens and {n} new ones do not fit block_size={size}.")
         names = ("device", "dtype", "compile", "quantize", "sync", "sequence_parallel")
-        settings = {name: getattr(options, name) for name in names}
-        model = load(world, source, SampleOptions(**settings))
+        settings = SampleOptions(**{name: getattr(options, name) for name in names})
+        model = load(world, source, settings)
         job = {"weights": weights, "scratch": scratch, "prompt": prompt, "new_tokens": n, "quantize": options.quantize}
-        yield Subject(model, prompt, n, job)
+        yield Subject(model, settings, tokenizer, prompt, n, job)
 
 
 def same_tokens(rounds: list[dict[str, dict[str, Any]]]) -> list[str]:
@@ -139,9 +146,11 @@ class FromFirstStep:
 
 
 def decode(world: World, options: BenchDecodeOptions) -> None:
-    bench = Bench(world, options, DECODERS, ("all_syncs",))
-    with subject(world, options, options.new_tokens) as measured:
+    bench = Bench(world, options, DECODERS, ("all_syncs", "no_draft"))
+    with subject(world, options, options.new_tokens, options.prompt) as measured:
         model, n, schedule = measured.model, measured.n, measured.model.schedule
+        guess = replace(measured.options, draft=options.draft, draft_tokens=options.draft_tokens)
+        draft = drafted(world, guess, measured.tokenizer, measured.sampling)
         decoder = FromFirstStep(decoder_for(model), world)
         plain = None
         if "all_syncs" in bench.names:
@@ -150,10 +159,10 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
             model.set_schedule(schedule)
         read = sum(world.gather(weight_bytes(model) - table_bytes(model)))
 
-        def step(record: bool = True) -> dict[str, Any]:
+        def step(record: bool = True, guess: bool = True) -> dict[str, Any]:
             decoder.before = None
             world.ledger.on = record
-            result = generate(model, [measured.prompt], measured.sampling, decoder=decoder)
+            result = generate(model, [measured.prompt], measured.sampling, None, decoder, draft if guess else None)
             world.ledger.on = True
             timing, said = result.timing, total(world.ledger.since(decoder.before or {}))
             steps = timing.decode_tokens
@@ -171,9 +180,13 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
             seconds = result.timing.decode_s / result.timing.decode_tokens
             return {"seconds": seconds, "tokens": result.rows[0].tokens[-n:]}
 
+        def no_draft() -> dict[str, Any]:
+            return step(guess=False)
+
         step()
+        others = {"all_syncs": all_syncs, "no_draft": no_draft}
         with bench.contestants(measured.job) as contestants:
-            rounds = bench.rounds(once, contestants, **({"all_syncs": all_syncs} if plain else {}))
+            rounds = bench.rounds(once, contestants, **{name: others[name] for name in bench.own if name in bench.names})
         overhead = []
         for i in range(options.repeats if options.ledger else 0):  # each comes first every other time
             seconds = {record: step(record)["seconds"] for record in ((True, False) if i % 2 else (False, True))}
@@ -184,13 +197,18 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
     rates, bandwidths = [read / turn["seconds"] for turn in ours], [turn["bandwidth"] for turn in ours]
     used = [rate / most for rate, most in zip(rates, bandwidths, strict=True)]
     lines += [
-        f"decode of {n} tokens after {options.prompt_tokens}, batch 1, on {world.size} ranks of {torch.get_num_threads()} "
+        f"decode of {n} tokens after {len(measured.prompt)}, batch 1, on {world.size} ranks of {torch.get_num_threads()} "
         f"threads: {world.comm}, {decoder.name} step{', int8' if options.quantize else ''}; sync points: {schedule}",
         f"weights read: {shown([rate / 1e9 for rate in rates])} GB/s, {shown(used, '.0%')} of what all ranks together read "
         f"at the same time, {shown([most / 1e9 for most in bandwidths])} GB/s",
         f"in collectives (rank 0's clock): {shown(shares, '.1%')} of a step; {ours[0]['calls']:.1f} calls and "
         f"{ours[0]['bytes']:,.0f} bytes a token, {ring_bytes(ours[0]['bytes'], world.size):,.0f} sent by a ring",
     ]
+    if draft is not None:
+        lines.append(
+            f"draft {options.draft}, at most {options.draft_tokens} tokens: {draft.accepted / max(1, draft.proposed):.0%} of "
+            "its guesses right"
+        )
     lines += same_tokens(rounds)
     if overhead:
         lines.append(f"with the account a step takes {shown(overhead, '.3f')} times as long as without")
@@ -198,6 +216,10 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
         plot_bars(options.plot, f"GPT-2 {model.split.count() / 1e6:.0f}M, batch 1, {bench.threads} cores", "tokens/s", figures)
     more = {"read_bandwidth": spread(bandwidths), "weight_bytes_read": read, "share_of_bandwidth": spread(used)}
     more |= {"share_in_collectives": spread(shares)} | ({"ledger_ratio": spread(overhead)} if overhead else {})
+    more |= {"calls_per_token": {name: turn["calls"] for name, turn in rounds[0].items() if "calls" in turn}}
+    if draft is not None:
+        made = {"draft": options.draft, "draft_tokens": options.draft_tokens}
+        more["speculation"] = made | {"proposed": draft.proposed, "accepted": draft.accepted}
     bench.finish("decode", {**measured.describe(), "decoder": decoder.name, "parties": figures, **more}, lines)
 
 

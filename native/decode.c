@@ -13,8 +13,10 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
-enum { LANES = 64 };           /* sums kept apart: four registers of 16, so that no addition waits for the one before */
 enum { GELU, GELU_TANH };
 
 typedef struct {
@@ -42,38 +44,52 @@ typedef struct {
     const int64_t *lengths;    /* [rows] tokens in the cache before this one */
 } state;
 
-/* halves are added to halves: the order of a sum is written down here, not left to the compiler */
-static float total(float *acc) {
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) acc[i] += acc[i + half];
-    return acc[0];
+/* --- products. The order in which one is summed is written down here, and is the same however many are made at once: a
+   token's numbers do not depend, to the bit, on which others are read beside it ------------------------------------- */
+
+enum { LANES = 32 }; /* sums kept apart, so that no addition waits for the one before */
+
+/* WIDTH: of the processor's registers; so many rows of weights with so many rows of x at once: their sums fill the registers,
+   and what is read serves several */
+#if defined(__AVX512F__)
+enum { WIDTH = 16, OUTPUTS = 4, ROWS = 3 };
+#elif defined(__AVX2__)
+enum { WIDTH = 8, OUTPUTS = 1, ROWS = 3 };
+#else
+enum { WIDTH = 4, OUTPUTS = 1, ROWS = 3 };
+#endif
+enum { CHUNKS = LANES / WIDTH, QUADS = WIDTH / 4 };
+
+typedef float chunk __attribute__((vector_size(4 * WIDTH)));
+typedef float quad __attribute__((vector_size(16)));
+typedef int8_t narrow __attribute__((vector_size(WIDTH)));
+
+static inline chunk load_float(const float *from) {
+    chunk c;
+    memcpy(&c, from, sizeof c);
+    return c;
 }
 
-static float dot_float(const float *restrict w, const float *restrict x, int64_t n) {
-    float acc[LANES] = {0};
-    int64_t k = 0;
-    for (; k + LANES <= n; k += LANES)
-        for (int i = 0; i < LANES; i++) acc[i] += w[k + i] * x[k + i];
-    for (int i = 0; k < n; i++, k++) acc[i] += w[k] * x[k];
-    return total(acc);
+static inline chunk load_int8(const int8_t *from) {
+#if defined(__AVX512F__)
+    return (chunk)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+#elif defined(__AVX2__)
+    return (chunk)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
+#else
+    narrow c;
+    memcpy(&c, from, sizeof c);
+    return __builtin_convertvector(c, chunk);
+#endif
 }
 
-static float dot_int8(const int8_t *restrict w, const float *restrict x, int64_t n) {
-    float acc[LANES] = {0};
-    int64_t k = 0;
-    for (; k + LANES <= n; k += LANES)
-        for (int i = 0; i < LANES; i++) acc[i] += (float)w[k + i] * x[k + i];
-    for (int i = 0; k < n; i++, k++) acc[i] += (float)w[k] * x[k];
-    return total(acc);
-}
-
-static float sum_of(const float *x, int64_t n) {
-    float acc[LANES] = {0};
-    int64_t k = 0;
-    for (; k + LANES <= n; k += LANES)
-        for (int i = 0; i < LANES; i++) acc[i] += x[k + i];
-    for (int i = 0; k < n; i++, k++) acc[i] += x[k];
-    return total(acc);
+static inline float total(chunk *c) {
+    for (int n = CHUNKS / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) c[i] += c[i + n];
+    quad q[QUADS];
+    memcpy(q, c, sizeof q);
+    for (int n = QUADS / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) q[i] += q[i + n];
+    return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
 }
 
 /* The processor fetches ahead by itself, but only up to the end of a page: a touch now and then some pages ahead makes
@@ -82,21 +98,90 @@ static void ahead(const void *row, int64_t bytes) {
     for (int64_t k = 0; k < bytes; k += 1536) __builtin_prefetch((const char *)row + 24576 + k);
 }
 
+/* y[r * stride + j] = w's row j . x's row r for `outputs` rows of w and `rows` rows of x, all of n numbers. Both counts are
+   constants where this is called, so that the sums stay in registers. Where several rows of w are read side by side the
+   processor follows none of them well: each fetches the one that stands where it ends. */
+#define TILE(kind, type)                                                                                                     \
+    static inline __attribute__((always_inline)) void tile_##kind(const type *restrict w, const float *restrict x, int64_t n, \
+                                                                  float *restrict y, int64_t stride, int outputs, int rows) { \
+        chunk acc[OUTPUTS][ROWS][CHUNKS], here[ROWS];                                                                        \
+        for (int j = 0; j < outputs; j++)                                                                                    \
+            for (int r = 0; r < rows; r++)                                                                                   \
+                for (int i = 0; i < CHUNKS; i++) acc[j][r][i] = (chunk){0};                                                  \
+        for (int64_t k = 0; k + LANES <= n; k += LANES)                                                                      \
+            for (int i = 0; i < CHUNKS; i++) {                                                                               \
+                const int64_t at = k + i * WIDTH;                                                                            \
+                for (int r = 0; r < rows; r++) here[r] = load_float(x + r * n + at);                                         \
+                for (int j = 0; j < outputs; j++) {                                                                          \
+                    const chunk weight = load_##kind(w + j * n + at);                                                        \
+                    if (outputs > 1) __builtin_prefetch(w + (outputs + j) * n + at, 0, 2);                                   \
+                    for (int r = 0; r < rows; r++) acc[j][r][i] += weight * here[r];                                         \
+                }                                                                                                            \
+            }                                                                                                                \
+        const int64_t rest = n % LANES;                                                                                      \
+        for (int j = 0; j < outputs; j++)                                                                                    \
+            for (int r = 0; r < rows; r++) {                                                                                 \
+                if (rest) {                                                                                                  \
+                    type last_w[LANES] = {0};                                                                                \
+                    float last_x[LANES] = {0};                                                                               \
+                    memcpy(last_w, w + (j + 1) * n - rest, (size_t)rest * sizeof *w);                                        \
+                    memcpy(last_x, x + (r + 1) * n - rest, (size_t)rest * sizeof *x);                                        \
+                    for (int i = 0; i < CHUNKS; i++)                                                                         \
+                        acc[j][r][i] += load_##kind(last_w + i * WIDTH) * load_float(last_x + i * WIDTH);                    \
+                }                                                                                                            \
+                y[r * stride + j] = total(acc[j][r]);                                                                        \
+            }                                                                                                                \
+    }                                                                                                                        \
+                                                                                                                             \
+    static inline __attribute__((always_inline)) void tiles_##kind(const type *w, const float *x, int64_t n, float *y,       \
+                                                                   int64_t stride, int outputs, int64_t rows) {              \
+        for (; rows >= ROWS; rows -= ROWS, x += ROWS * n, y += ROWS * stride)                                                \
+            tile_##kind(w, x, n, y, stride, outputs, ROWS);                                                                  \
+        if (rows == 2) tile_##kind(w, x, n, y, stride, outputs, 2);                                                          \
+        if (rows == 1) tile_##kind(w, x, n, y, stride, outputs, 1);                                                          \
+    }                                                                                                                        \
+                                                                                                                             \
+    /* y [rows, outputs] = x [rows, n] W^T; one row takes its weights one after the other, as memory likes it best */        \
+    static void products_##kind(const type *w, const float *x, int64_t n, float *y, int64_t outputs, int64_t rows) {         \
+        int64_t j = 0;                                                                                                       \
+        for (; rows > 1 && j + OUTPUTS <= outputs; j += OUTPUTS) {                                                           \
+            ahead(w + j * n, OUTPUTS * n * (int64_t)sizeof *w);                                                              \
+            tiles_##kind(w + j * n, x, n, y + j, outputs, OUTPUTS, rows);                                                    \
+        }                                                                                                                    \
+        for (; j < outputs; j++) {                                                                                           \
+            ahead(w + j * n, n * (int64_t)sizeof *w);                                                                        \
+            tiles_##kind(w + j * n, x, n, y + j, outputs, 1, rows);                                                          \
+        }                                                                                                                    \
+    }
+
+TILE(float, float)
+TILE(int8, int8_t)
+
+static float dot(const float *a, const float *b, int64_t n) {
+    float y;
+    tile_float(a, b, n, &y, 1, 1, 1);
+    return y;
+}
+
+static float sum_of(const float *x, int64_t n) {
+    chunk acc[CHUNKS];
+    for (int i = 0; i < CHUNKS; i++) acc[i] = (chunk){0};
+    int64_t k = 0;
+    for (; k + LANES <= n; k += LANES)
+        for (int i = 0; i < CHUNKS; i++) acc[i] += load_float(x + k + i * WIDTH);
+    float sum = total(acc);
+    for (; k < n; k++) sum += x[k];
+    return sum;
+}
+
 /* y [rows, outputs] = x [rows, inputs] W^T + bias; a weight is fetched once, however many rows use it */
 static void apply(const linear *l, const float *x, float *y, int64_t rows) {
-    const int64_t n = l->inputs;
-    for (int64_t j = 0; j < l->outputs; j++) {
-        const float bias = l->bias ? l->bias[j] : 0;
-        if (l->factor) {
-            const int8_t *w = (const int8_t *)l->weight + j * n;
-            ahead(w, n);
-            for (int64_t r = 0; r < rows; r++) y[r * l->outputs + j] = l->factor[j] * dot_int8(w, x + r * n, n) + bias;
-        } else {
-            const float *w = (const float *)l->weight + j * n;
-            ahead(w, 4 * n);
-            for (int64_t r = 0; r < rows; r++) y[r * l->outputs + j] = dot_float(w, x + r * n, n) + bias;
-        }
-    }
+    const int64_t n = l->inputs, m = l->outputs;
+    if (l->factor) products_int8(l->weight, x, n, y, m, rows);
+    else products_float(l->weight, x, n, y, m, rows);
+    if (!l->factor && !l->bias) return;
+    for (int64_t r = 0; r < rows; r++, y += m)
+        for (int64_t j = 0; j < m; j++) y[j] = (l->factor ? l->factor[j] : 1) * y[j] + (l->bias ? l->bias[j] : 0);
 }
 
 /* e^x to 2 units in the last place; below -87 it is as good as 0, NaN stays NaN. Written so that it becomes vectors. */
@@ -150,7 +235,7 @@ static void normalize(const state *s, const float *stream, const norm *n, float 
         float *z = y + r * C;
         const float mean = sum_of(x, C) / (float)C;
         for (int64_t c = 0; c < C; c++) z[c] = x[c] - mean;
-        const float scale = 1.0f / sqrtf(dot_float(z, z, C) / (float)C + 1e-5f);
+        const float scale = 1.0f / sqrtf(dot(z, z, C) / (float)C + 1e-5f);
         for (int64_t c = 0; c < C; c++) z[c] = z[c] * scale * n->weight[c] + (n->bias ? n->bias[c] : 0);
     }
 }
@@ -160,7 +245,7 @@ static void attend(const float *q, const float *k, const float *v, int64_t n, in
     const float scale = 1.0f / sqrtf((float)D);
     float most = -INFINITY;
     for (int64_t t = 0; t < n; t++) {
-        score[t] = scale * dot_float(q, k + t * D, D);
+        score[t] = scale * dot(q, k + t * D, D);
         most = score[t] > most ? score[t] : most;
     }
     for (int64_t t = 0; t < n; t++) score[t] = exponential(score[t] - most);

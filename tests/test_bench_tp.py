@@ -134,7 +134,7 @@ def test_allreduce_measures_every_transport(tmp_path: Path) -> None:
     [
         ("decode", ["--against=vllm"], "--against=vllm is not one of hf, ctranslate2, one_rank, all_syncs."),
         ("train", ["--against=hf"], "--against=hf is not one of reference."),
-        ("decode", ["--new_tokens=1000", *TINY, "--vocab_size=131"], "prompt_tokens=128 and 1000 new tokens do not fit"),
+        ("decode", ["--new_tokens=1000", *TINY, "--vocab_size=131"], "a prompt of 128 tokens and 1000 new ones do not fit"),
         ("allreduce", [], "bench_tp.py allreduce needs ranks"),
         ("start", [*TINY, "--vocab_size=131", "--ranks=4"], "tp=4 is more than n_head=3"),
         ("prefill", ["--against=one_rank"], "--against=one_rank is not one of hf, ctranslate2."),
