@@ -19,7 +19,7 @@ from parallel.collectives import Axis, all_reduce
 from parallel.ledger import Told
 from tp_model import TensorParallelGPT
 
-MOST_TOKENS = 6  # with more, a matrix product that works in blocks is faster than a pass over the weights
+MOST_TOKENS = 16  # with more, a matrix product that works in blocks is faster than a pass over the weights
 
 
 class Decoder(Protocol):
