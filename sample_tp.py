@@ -117,7 +117,7 @@ def drafted(world: World, options: SampleOptions, tokenizer: Tokenizer, sampling
         return None
     guesser: Guesser = Ngrams()
     if options.draft != "ngram":
-        source = open_source(options.draft, (world.rank, world.size))
+        source = open_source(options.draft, (world.rank, world.size), "draft", also=("ngram",))
         world.agree("draft", identity(source))
         theirs = tokenizer_of(source, options.tokenizer)
         if theirs.to_json() != tokenizer.to_json() or source.config.vocab_size < tokenizer.n_vocab:

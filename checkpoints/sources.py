@@ -123,8 +123,13 @@ def reader(source: Source, rank: int) -> Read:
     return read
 
 
-def open_source(spec: str, verify: tuple[int, int] | None = None) -> Source:
-    """The source that an `--init_from` names. verify=(rank, size) checks this rank's share of a shard directory's bytes."""
+def open_source(
+    spec: str, verify: tuple[int, int] | None = None, option: str = "init_from", also: tuple[str, ...] = ()
+) -> Source:
+    """The source that an `--init_from` names. verify=(rank, size) checks this rank's share of a shard directory's bytes.
+
+    option: what the user wrote the name behind, and also: what else may stand there, for the UserError where it is no source.
+    """
     if spec in HUB:
         return HuggingFaceDirectory(_from_hub(spec), description=spec)
     path = Path(os.path.expanduser(spec))  # Path.expanduser fails where there is no such user
@@ -140,12 +145,13 @@ def open_source(spec: str, verify: tuple[int, int] | None = None) -> Source:
         return NanoGPTCheckpoint(own_file(path / "ckpt.pt"), verify)
     if path.is_dir():
         raise UserError(
-            f"--init_from={spec} is a directory without weights: no {MANIFEST} (shards), config.json (Hugging Face), "
+            f"--{option}={spec} is a directory without weights: no {MANIFEST} (shards), config.json (Hugging Face), "
             f"ckpt.pt (nanoGPT) or {LATEST} (training)."
         )
-    near = difflib.get_close_matches(spec, HUB, n=1)
+    names = [*HUB, *also]
+    near = difflib.get_close_matches(spec, names, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise UserError(f"--init_from={spec} is neither a file, a directory nor one of {', '.join(HUB)}.{hint}")
+    raise UserError(f"--{option}={spec} is neither a file, a directory nor one of {', '.join(names)}.{hint}")
 
 
 def open_sizes(spec: str) -> Described:

@@ -378,8 +378,9 @@ def test_a_draft_of_another_vocabulary_is_refused(weights: dict[str, Path], draf
 
 
 def test_a_draft_that_is_nowhere(weights: dict[str, Path]) -> None:
-    with pytest.raises(AssertionError, match="UserError"):
-        run_ranks(1, _sampled, [f"--init_from={weights['model']}", "--prompt=1 2 3", "--draft=no/such"])
+    message = r"--draft=ngramm is neither a file, a directory nor one of .* Did you mean ngram\?"
+    with pytest.raises(AssertionError, match=message):
+        run_ranks(1, _sampled, [f"--init_from={weights['model']}", "--prompt=1 2 3", "--draft=ngramm"])
 
 
 def test_guesses_never_outgrow_the_context(weights: dict[str, Path], tmp_path: Path) -> None:
