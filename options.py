@@ -298,6 +298,8 @@ class BenchBlockOptions(BenchOptions):
     ranks say, how long does it take, what does it hold."""
 
     part: str = option("layer", "what is measured", ("mlp", "attention", "layer"))
+    mistake: str = option("", "beside megatron, the same with a mistake: qkv cut in one piece, bias added on every rank,"
+                              " f or g left out", ("", "qkv", "bias", "no_f", "no_g"))
     tp: str = option("1,2,4,8", "tensor-parallel sizes; those that there are no ranks for are counted, not run")
     intermediate: int = option(0, "width of the MLP's hidden layer, 0 = 4 x n_embd", low=0)
     batch_size: int = option(1, "sequences", low=1)

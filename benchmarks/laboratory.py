@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.rounds import Bench, plot_bars, spread
-from benchmarks.strategies import Case, Piece, Said, Split, answers, formula, kept_bytes, summed, wire_bytes
+from benchmarks.strategies import MISTAKES, Case, Piece, Said, Split, answers, formula, kept_bytes, summed, wire_bytes
 from errors import UserError
 from model import GPTConfig
 from options import BenchBlockOptions
@@ -19,6 +19,7 @@ from parallel.mesh import World, first_ranks, pick_dtype
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear")
 WAYS = ("forward", "backward", "step")
+WRONG = 0.03  # a relative error that no rounding explains, in bfloat16 either
 
 
 def together(world: World, piece: Piece) -> None:
@@ -60,7 +61,7 @@ def line(case: Case, strategy: str, tp: int, said: Said, **measured: Any) -> dic
     calls = {way: sum(n for (direction, _), (n, _) in said.items() if direction == way) for way in WAYS}
     passes = {key: value for key, value in said.items() if key[0] != "step"}  # the sum of partial gradients stands apart
     return {
-        "strategy": strategy if tp > 1 else "one rank",
+        "strategy": strategy if tp > 1 or strategy in MISTAKES else "one rank",
         "tp": tp,
         "calls": calls,
         "told": [{"direction": key[0], "op": key[1], "calls": n, "bytes": size} for key, (n, size) in sorted(said.items())],
@@ -71,22 +72,27 @@ def line(case: Case, strategy: str, tp: int, said: Said, **measured: Any) -> dic
     }
 
 
-def measured(world: World, bench: Bench, case: Case, dense: dict[str, Tensor], tp: int) -> list[dict[str, Any]]:
-    """The lines of all strategies, run on the first tp ranks while the others wait; rank 0's are to be read."""
+def measured(
+    world: World, bench: Bench, case: Case, dense: dict[str, Tensor], tp: int, mistake: str
+) -> list[dict[str, Any]]:
+    """The lines of all strategies, or of megatron with and without a mistake, run on the first tp ranks while the others wait;
+    rank 0's are to be read."""
     axis = first_ranks(world, tp, bench.options.comm_timeout)
-    pieces = {} if axis is None else {name: Piece(case, name, axis, world.device) for name in case.strategies(tp)}
+    names = ("megatron", mistake) if mistake else case.strategies(tp)
+    pieces = {} if axis is None else {name: Piece(case, name, axis, world.device) for name in names}
     wanted = {name: answers(case, case.split(tp)) if name == "spd" else dense for name in pieces}
-    errors = [theirs for theirs in world.gather({name: p.worst(wanted[name]) for name, p in pieces.items()}) if theirs]
+    errors = [theirs for theirs in world.gather({name: p.errors(wanted[name]) for name, p in pieces.items()}) if theirs]
     turns = bench.rounds(lambda: {name: timed(world, piece) for name, piece in pieces.items()}, [])
     found = []
     for name, piece in pieces.items():
         rounds = [turn["nanotp"][name] for turn in turns]
-        error, where = max(theirs[name] for theirs in errors)
+        error, where = max((value, where) for theirs in errors for where, value in theirs[name].items())
         columns, rows = piece.linear_errors()
         seconds, share = products(world, piece)
         figures = {
             "error": error,
             "error_in": where,
+            "errors": {way: max(theirs[name][way] for theirs in errors) for way in ("output", "input gradient")},
             "seconds": spread([turn["seconds"] for turn in rounds]),
             "share_in_collectives": spread([turn["share"] for turn in rounds]),
             "product_seconds": seconds,
@@ -143,7 +149,14 @@ def words(case: Case, lines: list[dict[str, Any]]) -> list[str]:
                 f"{calls['backward']} backward" + ("" if "seconds" in row else " (counted)")
             )
     for row in lines:
-        if "seconds" in row and row["tp"] > 1:
+        if row["strategy"] in MISTAKES:
+            outside = [f"{way} {error:.1e}" for way, error in row["errors"].items()]
+            most = f"most in {row['error_in']}: {row['error']:.1e}"
+            verdict = "wrong" if row["error"] > WRONG else "right"
+            said.append(f"{row['strategy']} at tp={row['tp']} is {verdict}: {', '.join(outside)}, {most}")
+    said += [f"{name}: {MISTAKES[name]}" for name in dict.fromkeys(row["strategy"] for row in lines) if name in MISTAKES]
+    for row in lines:
+        if "seconds" in row and row["tp"] > 1 and row["strategy"] not in MISTAKES:
             share = row["share_in_collectives"]
             said.append(
                 f"communication at tp={row['tp']}, {row['strategy']}: {share['median']:.1%} of the time "
@@ -158,6 +171,8 @@ def block(world: World, options: BenchBlockOptions) -> None:
         sizes = sorted({int(word) for word in options.tp.split(",")})
     except ValueError:
         raise UserError(f"--tp={options.tp} are not sizes with commas between.") from None
+    if options.mistake == "qkv" and options.part == "mlp":
+        raise UserError("--mistake=qkv: an MLP has no heads. Use --part=attention or --part=layer.")
     config = GPTConfig(options.block_size, options.vocab_size, 1, options.n_head, options.n_embd)
     for tp in sizes:
         width = Split.sized(config, tp, options.intermediate).n_hidden  # or its UserError
@@ -171,9 +186,10 @@ def block(world: World, options: BenchBlockOptions) -> None:
     lines = []
     for tp in sizes:
         if tp <= world.size:
-            lines += measured(world, bench, case, dense, tp)
+            lines += measured(world, bench, case, dense, tp, options.mistake)
         else:
-            lines += [line(case, name, tp, formula(case, name, tp)) for name in case.strategies(tp)]
+            names = ("megatron",) if options.mistake else case.strategies(tp)
+            lines += [line(case, name, tp, formula(case, name, tp)) for name in names]
     about = {"n_embd": config.n_embd, "n_head": config.n_head, "intermediate": case.split(1).n_hidden}
     about |= {"batch_size": options.batch_size, "block_size": options.block_size}
     head = f"{options.part}: " + ", ".join(f"{name}={value}" for name, value in about.items())

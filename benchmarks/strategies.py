@@ -5,11 +5,14 @@
     sequence       megatron, with the tokens split outside of the two (+kept: what was gathered is kept for the backward pass)
     spd            megatron, without the all-reduce after the attention (a layer only): another function, approximately the same
 
+and under megatron with one of the mistakes that are easily made, to see what catches it (MISTAKES).
+
 Shapes: B batch, T tokens, t of them this rank's, C = n_embd, m = this rank's columns, M = all columns.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +24,18 @@ import model
 from benchmarks.rounds import ring_bytes
 from model import GPTConfig, attend, gelu
 from parallel.collectives import Axis, all_gather, all_reduce
-from parallel.layers import ColumnParallelLinear, RowParallelLinear, f
+from parallel.layers import ColumnParallelLinear, RowParallelLinear, f, g
 from parallel.ledger import Account, total
-from parallel.partition import Partition, Rule, spans
+from parallel.partition import Partition, Rule, Run, spans
 from tp_model import MLP, Block, CausalSelfAttention, Stream, default_dtype, sum_gradients, take
 
 STRATEGIES = ("naive", "megatron", "sequence", "sequence+kept", "spd")
+MISTAKES = {
+    "qkv": "rank r has the r-th stretch of c_attn's rows, not its heads' rows of q, of k and of v",
+    "bias": "every rank adds the row-parallel layer's bias, before the all-reduce",
+    "no_f": "x enters the column-parallel layer without f: no all-reduce of its gradient",
+    "no_g": "the row-parallel layer's addend leaves without g: no all-reduce of the output",
+}
 INSIDE = {"layer": "", "attention": "attn.", "mlp": "mlp."}  # where a part stands in a layer
 
 Said = dict[tuple[str, str], tuple[int, int]]  # (direction, op) -> (calls, bytes told to the ledger)
@@ -221,12 +230,34 @@ def naive(body: CausalSelfAttention | MLP, split: Split, x: Tensor) -> Tensor:
     return body.c_proj(y[..., lo:hi])
 
 
+def mistaken(body: CausalSelfAttention | MLP, x: Tensor, mistake: str) -> Tensor:
+    """A sub-block of x [B, T, C] as tp_model.py has it, but for one line (in qkv that line is in the table of rules)."""
+    column = body.c_attn if isinstance(body, CausalSelfAttention) else body.c_fc
+    row, axis = body.c_proj, column.axis
+    y = column.local(x if mistake == "no_f" else f(x, axis))
+    y = body.heads(y, None) if isinstance(body, CausalSelfAttention) else gelu(y, body.activation)
+    if mistake == "bias":
+        return g(F.linear(y, row.weight, row.bias), axis)
+    if mistake == "no_g":
+        return F.linear(y, row.weight, row.bias)
+    return row(y)
+
+
+def in_a_row(rule: Rule) -> Rule:
+    """As many rows for each rank as the rule gives it, one rank's after the other's."""
+    owned = [rule.owned(rank) for rank in range(len(rule.runs))]
+    edges: list[Run] = [(sum(owned[:rank]), sum(owned[: rank + 1])) for rank in range(len(owned))]
+    return replace(rule, runs=tuple((edge,) for edge in edges))
+
+
 class Piece:
-    """One rank's share of a case under one strategy."""
+    """One rank's share of a case under one strategy, or with one of the mistakes."""
 
     def __init__(self, case: Case, strategy: str, axis: Axis, device: torch.device | str = "cpu"):
         self.case, self.strategy, self.axis = case, strategy, axis
         self.split, self.rules = case.split(axis.size), case.rules(axis.size)
+        if strategy == "qkv":
+            self.rules |= {name: in_a_row(rule) for name, rule in self.rules.items() if "c_attn" in name}
         T = case.x.shape[1]
         self.tokens = T if strategy.startswith("sequence") and axis.size > 1 else 0
         self.own = slice(*spans(T, axis.size)[axis.rank]) if self.tokens else slice(None)  # its tokens
@@ -247,11 +278,13 @@ class Piece:
     def forward(self) -> Tensor:
         """The output [B, T, C], or of this rank's tokens [B, t, C]."""
         body, x = self.body, self.x
-        if self.strategy == "naive" and self.case.part == "layer":
-            x = x + naive(body.attn, self.split, body.ln_1(x))
-            return x + naive(body.mlp, self.split, body.ln_2(x))
-        if self.strategy == "naive":
-            return naive(body, self.split, x)
+        ways = {"naive": partial(naive, split=self.split)} | {name: partial(mistaken, mistake=name) for name in MISTAKES}
+        if self.strategy in ways:
+            way = ways[self.strategy]
+            if self.case.part != "layer":
+                return way(body, x=x)
+            x = x + way(body.attn, x=body.ln_1(x))
+            return x + way(body.mlp, x=body.ln_2(x))
         if self.case.part == "layer":
             return body(Stream(x), None, self.tokens).x
         return body(x, tokens=self.tokens)
@@ -269,8 +302,8 @@ class Piece:
         parameters = dict(self.body.named_parameters())
         sum_gradients([parameters[name] for name in names], self.axis.at("optimizer"))
 
-    def worst(self, expected: dict[str, Tensor]) -> tuple[float, str]:
-        """The largest relative error of output, input gradient and any weight's gradient, and where."""
+    def errors(self, expected: dict[str, Tensor]) -> dict[str, float]:
+        """The relative errors of the output, the input gradient and every weight's gradient."""
         y = self.run()
         self.sum_partial()
         assert self.x.grad is not None
@@ -280,6 +313,11 @@ class Piece:
             part = take(expected[name], self.rules[name], self.axis.rank)
             # a key's bias moves all scores of a query alike: its gradient is zero but for rounding
             errors[name] = relative(parameter.grad, part, expected[name] if name.endswith("c_attn.bias") else part)
+        return errors
+
+    def worst(self, expected: dict[str, Tensor]) -> tuple[float, str]:
+        """The largest of them, and where."""
+        errors = self.errors(expected)
         worst = max(errors, key=lambda name: errors[name])
         return errors[worst], worst
 

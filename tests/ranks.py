@@ -1,4 +1,4 @@
-"""run_ranks: a world of forked ranks over gloo, in a tenth of a second."""
+"""run_ranks: a world of forked ranks, in a tenth of a second."""
 
 import multiprocessing
 import os
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from native.library import Unavailable
 from parallel.collectives import Axis
 from parallel.ledger import Ledger
 from parallel.mesh import World, make_axis
@@ -21,15 +22,18 @@ from parallel.mesh import World, make_axis
 TIMEOUT = 90.0
 
 
-def run_ranks(size: int, body: Any, *args: Any, tp: int | None = None) -> list[Any]:
+def run_ranks(size: int, body: Any, *args: Any, tp: int | None = None, comm: str = "shm") -> list[Any]:
     """Run `body(world, *args)` on `size` ranks; returns what each returned, in rank order.
 
+    comm: the tp axis's transport: shm (gloo where that cannot be had), which the commands choose for ranks on CPU cores, or
+    gloo, whose messages torch.profiler sees, at 1 ms of the system's time each: for tests that are about those.
     The first rank to fail ends the others; its error is raised here, with its traceback. A failure that is only the
     echo of a lost peer gives way to the one that caused it.
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as scratch:
-        ranks = [context.Process(target=_rank, args=(rank, size, tp or size, scratch, body, args)) for rank in range(size)]
+        shape = size, tp or size, comm
+        ranks = [context.Process(target=_rank, args=(rank, *shape, scratch, body, args)) for rank in range(size)]
         for rank in ranks:
             rank.start()
         deadline = time.monotonic() + TIMEOUT
@@ -53,7 +57,7 @@ def run_ranks(size: int, body: Any, *args: Any, tp: int | None = None) -> list[A
         return [pickle.loads((Path(scratch) / f"result-{i}").read_bytes()) for i in range(size)]
 
 
-def _rank(rank: int, size: int, tp: int, scratch: str, body: Any, args: tuple[Any, ...]) -> None:
+def _rank(rank: int, size: int, tp: int, comm: str, scratch: str, body: Any, args: tuple[Any, ...]) -> None:
     try:
         torch.set_num_threads(1)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -62,8 +66,12 @@ def _rank(rank: int, size: int, tp: int, scratch: str, body: Any, args: tuple[An
             "gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=size, timeout=timedelta(seconds=20)
         )
         mesh = init_device_mesh("cpu", (size // tp, tp), mesh_dim_names=("dp", "tp"))
-        tp_axis, dp_axis = (make_axis(name, mesh, "gloo", ledger) for name in ("tp", "dp"))
-        world = World(rank, size, torch.device("cpu"), "gloo" if size > 1 else "none", tp_axis, dp_axis, ledger, mesh)
+        try:
+            tp_axis = make_axis("tp", mesh, comm, ledger)
+        except Unavailable:
+            tp_axis = make_axis("tp", mesh, "gloo", ledger)
+        said = tp_axis.transport.name if tp_axis.transport else "gloo" if size > 1 else "none"
+        world = World(rank, size, torch.device("cpu"), said, tp_axis, make_axis("dp", mesh, "gloo", ledger), ledger, mesh)
         result = body(world, *args)
         world.barrier()  # one that leaves while another is still connecting would be missed
         dist.destroy_process_group()

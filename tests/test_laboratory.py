@@ -13,7 +13,7 @@ from test_bench_tp import run as alone_run
 from test_sample_tp import alone
 from test_tp_model import deaf
 
-from benchmarks.strategies import STRATEGIES, Case, Piece, answers, formula, summed, wire_bytes
+from benchmarks.strategies import MISTAKES, STRATEGIES, Case, Piece, answers, formula, summed, wire_bytes
 from errors import UserError
 from model import GPTConfig
 from parallel.mesh import World
@@ -103,7 +103,7 @@ def _said(world: World) -> dict[tuple[str, str], Any]:
 
 @pytest.mark.parametrize("tp", [2, 3])
 def test_the_account_is_the_formulas_and_the_profilers(tp: int) -> None:
-    for (part, strategy), (said, expected, seen, _) in run_ranks(tp, _said)[0].items():
+    for (part, strategy), (said, expected, seen, _) in run_ranks(tp, _said, comm="gloo")[0].items():
         assert said == expected, (part, strategy)
         assert seen == sum(calls for calls, _ in said.values())
         ways = tuple(sum(n for (d, _), (n, _) in said.items() if d == way) for way in ("forward", "backward"))
@@ -142,6 +142,36 @@ def test_the_naive_gather_is_the_one_that_is_not() -> None:
         assert max(run_ranks(2, _dropped, "naive", (block, "forward", "all_gather"))) < 1e-9
 
 
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def _made(world: World, part: str, mistake: str) -> tuple[dict[str, float], Any, Any]:
+    one = piece(world, part, mistake, torch.float64)
+    before = world.ledger.snapshot()
+    one.run()
+    said = summed(world.ledger.since(before))
+    return one.errors(answers(one.case)), said, formula(one.case, "megatron", world.size)
+
+
+SEEN = {  # which of output and input gradient a mistake is seen in
+    "qkv": {"output", "input gradient"}, "bias": {"output"}, "no_f": {"input gradient"}, "no_g": {"output"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_every_mistake_is_caught_on_two_ranks_and_on_none_alone(mistake: str, tp: int) -> None:
+    parts = [part for part in ("attention", "mlp") if (part, mistake) != ("mlp", "qkv")]
+    for part in parts:
+        alone_errors = run_ranks(1, _made, part, mistake)[0][0]
+        assert max(alone_errors.values()) < 1e-9  # which is why a test on one rank shows nothing
+        for errors, said, right in run_ranks(tp, _made, part, mistake):
+            seen = {name for name in ("output", "input gradient") if errors[name] > 1e-2}
+            assert seen == SEEN[mistake] and all(errors[name] < 1e-9 for name in {"output", "input gradient"} - seen)
+            missing = {"no_f": ("backward", "all_reduce"), "no_g": ("forward", "all_reduce")}.get(mistake)
+            assert said == {key: value for key, value in right.items() if key != missing}
+
+
 # --- the command ----------------------------------------------------------------------------------------------------
 
 TINY = ["--device=cpu", "--n_head=5", "--n_embd=20", "--block_size=11", "--batch_size=2", "--repeats=2"]
@@ -170,9 +200,21 @@ def test_the_table_and_its_words(part: str, tmp_path: Path) -> None:
     assert half < whole and (not layer or whole == 4 * layer)
 
 
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named_beside_what_is_right(mistake: str, tmp_path: Path) -> None:
+    words = [*TINY, "--tp=1,2,4", f"--mistake={mistake}", f"--report={tmp_path / 'r.json'}"]
+    said = run_ranks(2, _run, "block", words)[0]
+    assert f"\n{mistake} at tp=1 is right: output " in said and f"\n{mistake} at tp=2 is wrong: output " in said
+    assert f"\n{mistake}: {MISTAKES[mistake]}\n" in said
+    made = json.loads((tmp_path / "r.json").read_text())["lines"]
+    ran = [(1, "one rank", True), (1, mistake, True), (2, "megatron", True), (2, mistake, True)]
+    assert [(row["tp"], row["strategy"], "seconds" in row) for row in made] == [*ran, (4, "megatron", False)]
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
+        (["--mistake=qkv", "--part=mlp"], "--mistake=qkv: an MLP has no heads. Use --part=attention or --part=layer."),
         (["--n_head=12", "--n_embd=4096"], "n_embd=4096 does not divide into n_head=12 heads. Use n_embd=4092 or 4104."),
         (["--tp=2,8"], "tp=8 is more than n_head=5: some ranks would hold no head. Use a tp between 1 and 5"),
         (["--block_size=2", "--tp=3"], "block_size=2 is shorter than tp=3: some ranks would have no token."),

@@ -63,7 +63,7 @@ CASES = {
 def test_the_account_is_the_formula_and_the_profilers_count(case: str, tp: int) -> None:
     prompts, sampling, passes, steps = CASES[case]
     expected = formula(passes, steps, tp, sampling.top_k)
-    for result in run_ranks(tp, _run, prompts, sampling):
+    for result in run_ranks(tp, _run, prompts, sampling, comm="gloo"):
         assert result["told"] == expected
         assert result["forward_passes"] == len(passes)
         calls = {op: sum(calls for (_, _, _, its), (calls, _) in expected.items() if its == op) for op in result["seen"]}
@@ -114,7 +114,7 @@ def has_shape(found: Any, shape: Any) -> None:
 
 def test_the_report_has_every_field_and_adds_up(weights: Path, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
-    run_ranks(2, _sampled, weights, path)
+    run_ranks(2, _sampled, weights, path, comm="gloo")
     made = json.loads(path.read_text())
     has_shape(made, SHAPE)
     assert (made["entry"], made["world_size"], made["tp"], made["dp"]) == ("sample_tp", 2, 2, 1)
@@ -152,7 +152,7 @@ def check_memory(made: dict[str, Any]) -> None:
 
 
 def test_the_table_has_every_line_of_the_account(weights: Path, tmp_path: Path) -> None:
-    run_ranks(2, _sampled, weights, tmp_path / "report.json")
+    run_ranks(2, _sampled, weights, tmp_path / "report.json", comm="gloo")
     made = json.loads((tmp_path / "report.json").read_text())
     table = report.account_table(made).splitlines()
     assert table[0] == "sample_tp: world 2 = dp 1 x tp 2, gloo, cpu, float32; 6 forward passes"

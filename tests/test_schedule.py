@@ -221,7 +221,7 @@ def _account(world: World, sync: str) -> tuple[dict[str, int], int]:
 def test_one_all_reduce_a_run_forward_and_backward() -> None:
     once = {"None embedding forward": 1, "None head backward": 1, "None loss forward": 1, "None optimizer step": 1}
     for sync, layers in (("mlp", [0, 1, 2, 3]), ("every:2", None)):
-        told, seen = run_ranks(2, _account, sync)[0]
+        told, seen = run_ranks(2, _account, sync, comm="gloo")[0]
         assert seen == sum(told.values())
         ends, begins = (layers, layers) if layers else ([1, 3], [0, 2])
         assert told == once | {f"{i} mlp forward": 1 for i in ends} | {f"{i} attention backward": 1 for i in begins}

@@ -67,12 +67,12 @@ def _moved(world: World, kind: str, dtype: torch.dtype) -> tuple[bool, float, bo
 ])  # fmt: skip
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_parts_have_the_bits_of_an_all_reduce(size: int, kind: str, dtype: torch.dtype) -> None:
-    assert run_ranks(size, _moved, kind, dtype) == [(True, 0.0, True)] * size
+    assert run_ranks(size, _moved, kind, dtype, comm="gloo") == [(True, 0.0, True)] * size
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_uneven_parts_are_padded_where_equal_ones_are_wanted(size: int) -> None:
-    for _, error, whole in run_ranks(size, _moved, "nccl", torch.float32):
+    for _, error, whole in run_ranks(size, _moved, "nccl", torch.float32, comm="gloo"):
         assert error < 1e-6 and whole
 
 
@@ -250,7 +250,7 @@ def _account(world: World, how: dict[str, Any]) -> tuple[dict[str, tuple[int, in
 def test_the_account_is_the_papers_and_the_profilers(tp: int) -> None:
     one = 3 * CONFIG.block_size * CONFIG.n_embd * 4  # B x T x C float32, whatever a rank's part of it
     for keep in (False, True):
-        told, seen, numel = run_ranks(tp, _account, {"keep_gathered": keep})[tp - 1]
+        told, seen, numel = run_ranks(tp, _account, {"keep_gathered": keep}, comm="gloo")[tp - 1]
         assert seen == sum(calls for calls, _ in told.values())
         expected: dict[str, tuple[int, int]] = {}
         for at in (f"{layer} {block}" for layer in (0, 1) for block in ("attention", "mlp")):
@@ -267,7 +267,8 @@ def test_the_account_is_the_papers_and_the_profilers(tp: int) -> None:
 
 
 def test_recomputed_messages_are_accounted_to_the_backward_pass() -> None:
-    (plain, *_), (again, seen, _) = (run_ranks(2, _account, {"activation_checkpointing": on})[0] for on in (False, True))
+    how = ({"activation_checkpointing": on} for on in (False, True))
+    (plain, *_), (again, seen, _) = (run_ranks(2, _account, each, comm="gloo")[0] for each in how)
     assert seen == sum(calls for calls, _ in again.values())
     assert again["0 attention forward all_gather"] == plain["0 attention forward all_gather"]
     assert again["0 attention backward all_gather"][0] == 3 and again["0 attention backward reduce_scatter"][0] == 2

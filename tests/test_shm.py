@@ -220,7 +220,7 @@ def _holdings(world: World) -> tuple[int, int]:
 
 def test_the_memory_is_held_by_its_mappings_alone() -> None:
     """So it is gone with the last process; mmap keeps a duplicate of the descriptor it was given, and nothing else does."""
-    assert run_ranks(2, _holdings) == [(1, 1), (1, 1)]
+    assert run_ranks(2, _holdings, comm="gloo") == [(1, 1), (1, 1)]
 
 
 # --- without it -----------------------------------------------------------------------------------------------------

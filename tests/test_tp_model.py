@@ -112,7 +112,7 @@ def worst_error(
 @pytest.mark.parametrize("tp", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("config", [SMALL, replace(SMALL, bias=False, activation="gelu_tanh")], ids=["bias", "plain"])
 def test_loss_norm_and_every_gradient(tp: int, config: GPTConfig) -> None:
-    assert max(run_ranks(tp, worst_error, config)) < 2e-5
+    assert max(run_ranks(tp, worst_error, config, comm="gloo")) < 2e-5
 
 
 def test_activation_checkpointing_changes_no_number() -> None:
@@ -152,7 +152,7 @@ def _account(world: World, checkpointing: bool) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.parametrize("tp", [2, 3])
 def test_the_account_is_megatrons_and_the_profilers(tp: int) -> None:
-    told = run_ranks(tp, _account, False)[tp - 1]
+    told = run_ranks(tp, _account, False, comm="gloo")[tp - 1]
     seen, counted = told.pop("profiler")
     assert seen == counted
     message = 3 * SMALL.block_size * SMALL.n_embd * 4  # B x T x C float32
@@ -169,7 +169,7 @@ def test_the_account_is_megatrons_and_the_profilers(tp: int) -> None:
 
 
 def test_recomputed_all_reduces_are_accounted_to_the_backward_pass() -> None:
-    plain, again = (run_ranks(2, _account, checkpointing)[0] for checkpointing in (False, True))
+    plain, again = (run_ranks(2, _account, checkpointing, comm="gloo")[0] for checkpointing in (False, True))
     assert again["profiler"][0] == again["profiler"][1] > plain["profiler"][0]
     for layer in (0, 1):
         assert again[f"{layer} attention forward"] == plain[f"{layer} attention forward"]
