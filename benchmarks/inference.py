@@ -133,15 +133,18 @@ def table_bytes(model: Any) -> int:
 
 
 class FromFirstStep:
-    """A decoder that notes where the account stood before its first step: reading the prompt is no part of decoding."""
+    """A decoder that counts its steps, and notes where the account stood before the first: reading the prompt is no part of
+    decoding."""
 
     def __init__(self, decoder: Decoder, world: World):
         self.decoder, self.world, self.name, self.why = decoder, world, decoder.name, decoder.why
         self.before: Account | None = None
+        self.steps = 0
 
     def logits(self, tokens: list[list[int]], cache: KVCache) -> torch.Tensor:
         if self.before is None:
             self.before = self.world.ledger.snapshot()
+        self.steps += 1
         return self.decoder.logits(tokens, cache)
 
 
@@ -160,14 +163,14 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
         read = sum(world.gather(weight_bytes(model) - table_bytes(model)))
 
         def step(record: bool = True, guess: bool = True) -> dict[str, Any]:
-            decoder.before = None
+            decoder.before, decoder.steps = None, 0
             world.ledger.on = record
             result = generate(model, [measured.prompt], measured.sampling, None, decoder, draft if guess else None)
             world.ledger.on = True
             timing, said = result.timing, total(world.ledger.since(decoder.before or {}))
-            steps = timing.decode_tokens
-            made = {"seconds": timing.decode_s / steps, "tokens": result.rows[0].tokens[-n:]}
-            return made | {"collectives": said.seconds / steps, "bytes": said.bytes / steps, "calls": said.calls / steps}
+            count = timing.decode_tokens
+            made = {"seconds": timing.decode_s / count, "tokens": result.rows[0].tokens[-n:], "steps": decoder.steps / count}
+            return made | {"collectives": said.seconds / count, "bytes": said.bytes / count, "calls": said.calls / count}
 
         def once() -> dict[str, Any]:
             made = step()
@@ -194,7 +197,7 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
     figures, lines = compare(rounds, "tokens/s", 1.0)
     ours = [turn["nanotp"] for turn in rounds]
     shares = [turn["collectives"] / turn["seconds"] for turn in ours]
-    rates, bandwidths = [read / turn["seconds"] for turn in ours], [turn["bandwidth"] for turn in ours]
+    rates, bandwidths = [read * turn["steps"] / turn["seconds"] for turn in ours], [turn["bandwidth"] for turn in ours]
     used = [rate / most for rate, most in zip(rates, bandwidths, strict=True)]
     lines += [
         f"decode of {n} tokens after {len(measured.prompt)}, batch 1, on {world.size} ranks of {torch.get_num_threads()} "
@@ -205,10 +208,8 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
         f"{ours[0]['bytes']:,.0f} bytes a token, {ring_bytes(ours[0]['bytes'], world.size):,.0f} sent by a ring",
     ]
     if draft is not None:
-        lines.append(
-            f"draft {options.draft}, at most {options.draft_tokens} tokens: {draft.accepted / max(1, draft.proposed):.0%} of "
-            "its guesses right"
-        )
+        right = draft.accepted / max(1, draft.proposed)
+        lines.append(f"draft {options.draft}: {right:.0%} of its guesses right, {ours[0]['steps']:.2f} steps a token")
     lines += same_tokens(rounds)
     if overhead:
         lines.append(f"with the account a step takes {shown(overhead, '.3f')} times as long as without")

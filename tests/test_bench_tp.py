@@ -75,6 +75,17 @@ def test_a_schedule_is_measured_beside_all_sync_points() -> None:
     assert f"5.0 calls and {3 * 24 * 4 + 8 + 16} bytes a token" in said  # 1 all-reduce a layer, and the embedding's
 
 
+def test_a_draft_is_measured_beside_none(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    words = [*TINY, "--vocab_size=131", "--prompt=5 6 5 6", "--new_tokens=30", f"--report={path}"]
+    said = run_ranks(2, _run, "decode", [*words, "--draft=ngram", "--draft_tokens=4", "--against=no_draft"])[0]
+    assert "no_draft: 30 of 30 tokens as ours" in said and "decode of 30 tokens after 4" in said
+    made = json.loads(path.read_text())
+    calls = made["calls_per_token"]
+    assert calls["no_draft"] == 7 and calls["nanotp"] < 3.5  # a fresh model says its last token again and again
+    assert made["speculation"]["accepted"] > 10
+
+
 @pytest.mark.slow
 def test_prefill_and_transformers_choose_the_same_token(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
@@ -132,7 +143,7 @@ def test_allreduce_measures_every_transport(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "command, words, message",
     [
-        ("decode", ["--against=vllm"], "--against=vllm is not one of hf, ctranslate2, one_rank, all_syncs."),
+        ("decode", ["--against=vllm"], "--against=vllm is not one of hf, ctranslate2, one_rank, all_syncs, no_draft."),
         ("train", ["--against=hf"], "--against=hf is not one of reference."),
         ("decode", ["--new_tokens=1000", *TINY, "--vocab_size=131"], "a prompt of 128 tokens and 1000 new ones do not fit"),
         ("allreduce", [], "bench_tp.py allreduce needs ranks"),
