@@ -48,7 +48,7 @@ class RunOptions(EntryOptions):
     oversubscribe: bool = option(False, "let several ranks share one GPU, over gloo")
     comm_timeout: float = option(120.0, "seconds to wait in a collective for the other ranks", above=0)
     start_timeout: float = option(30.0, "seconds to wait for all ranks at the start", above=0)
-    report: str = option("", "write the run's account as JSON to this file")
+    report: str = option("", "write the run's account: a page to FILE.html, else JSON")
 
 
 @dataclass(frozen=True, kw_only=True)
