@@ -28,6 +28,7 @@ from fewer_syncs.curve import draw
 from fewer_syncs.distillation import Lessons, repair_run, repair_whole, train_on
 from fewer_syncs.grouping import Groups, Regrouped, damages, group
 from fewer_syncs.scan import Measured, Perplexities, curve, parse_budget, sensitivities, within
+from fewer_syncs.speed import check_length, decode_times
 from model import GPT
 from options import CurveOptions, DropOptions, GroupOptions, RepairOptions, ScanOptions
 from parallel.mesh import World, pick_dtype
@@ -111,6 +112,7 @@ def scan(world: World, options: ScanOptions) -> None:
     budget = parse_budget(options.budget) if options.budget else math.inf
     source, dataset = opened(world, options)
     n_layer = source.config.n_layer
+    check_length(options.decode_tokens, source.config.block_size)
     named = [Schedule.parse(text.strip(), n_layer) for text in options.schedules.split(";") if text.strip()]
     if world.is_main:
         report.check_place(options.scan, "scan")
@@ -125,31 +127,43 @@ def scan(world: World, options: ScanOptions) -> None:
     others = [known.measured(schedule) for schedule in named]
     known.bar.close()
     chosen = within([*steps, *others, *(made for _, made in single)], budget) if options.budget else None
+    times: dict[str, dict[str, Any]] = {}
+    if options.decode_tokens:
+        timed = [made.schedule for made in (plain, *steps, *others, *([chosen] if chosen else []))]
+        times = decode_times(world, model, timed, tokens.tolist(), options.decode_tokens)
     if not world.is_main:
         return
     print(f"{source.description}, tp {world.tp.size}, {len(tokens):,} tokens: perplexity {plain.perplexity:.4f}")
     print("one sync point dropped: " + ", ".join(f"{name} {made.loss:+.2%}" for name, made in single))
-    print(table([plain, *steps, *others]))
+    print(table([plain, *steps, *others], times))
     if chosen is not None:
         print(f"within {options.budget}: --sync={chosen.schedule} ({chosen.schedule.points} sync points, {chosen.loss:+.3%})")
     if options.report:
+
+        def known_of(made: Measured) -> dict[str, Any]:
+            return made.as_json() | times.get(str(made.schedule), {})
+
         figures = {
-            "plain": plain.as_json(),
+            "plain": known_of(plain),
             "single": {name: made.as_json() for name, made in single},
-            "curve": [made.as_json() for made in steps],
-            "others": [made.as_json() for made in others],
-            "chosen": chosen and chosen.as_json(),
+            "curve": [known_of(made) for made in steps],
+            "others": [known_of(made) for made in others],
+            "chosen": chosen and known_of(chosen),
         }
         report.write(options.report, {"entry": "drop_syncs", "what": "scan", **about(world, source, tokens), **figures})
 
 
-def table(rows: list[Measured]) -> str:
-    lines = [f"{'sync points':>11} {'perplexity':>11} {'loss':>9}   schedule"]
-    return "\n".join(lines + [f"{r.schedule.points:>11} {r.perplexity:>11.4f} {r.loss:>+9.2%}   {r.schedule}" for r in rows])
+def table(rows: list[Measured], times: dict[str, dict[str, Any]]) -> str:
+    lines = [f"{'sync points':>11} {'perplexity':>11} {'loss':>9}{'  ms a token' if times else ''}   schedule"]
+    for r in rows:
+        ms = f"{times[str(r.schedule)]['ms_per_token']['median']:>12.3f}" if times else ""
+        lines.append(f"{r.schedule.points:>11} {r.perplexity:>11.4f} {r.loss:>+9.2%}{ms}   {r.schedule}")
+    return "\n".join(lines)
 
 
 def about(world: World, source: Source, tokens: Tensor) -> dict[str, Any]:
-    return {"source": source.description, "tp": world.tp.size, "tokens": len(tokens), "model": asdict(source.config)}
+    sizes = {"world_size": world.size, "tp": world.tp.size, "comm": world.comm, "device": world.device.type}
+    return {"source": source.description, **sizes, "tokens": len(tokens), "model": asdict(source.config)}
 
 
 # --- repair ---------------------------------------------------------------------------------------------------------

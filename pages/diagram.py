@@ -14,7 +14,7 @@ MOST = 3  # ranks that are drawn; of more the first two and the last
 WIDE, NOTES, PAGE = 43, 46, 80  # in a terminal: columns of the picture, where what is said of it begins, and all there are
 BOXES = {1: (17, 0), 2: (17, 9), 3: (13, 2), 4: (13, 1)}  # by how many stand side by side: columns of a box, and between two
 KINDS_OF_PART = {"column": "column-parallel", "middle": "own part only", "row": "row-parallel: a partial sum"}
-ASCII = str.maketrans("│─┌┐└┘┬┴┼━╌·•○–…×", "|-++++++++-.*o-.x")
+ASCII = str.maketrans("│─┌┐└┘┬┴┼━╌·•○–…×", "|-+++++++=-.*o-.x")
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,9 @@ def strip(made: Layer) -> list[str]:
 
 
 def fit(text: str, encoding: str | None) -> str:
-    """The text, in ASCII where the encoding of who will read it has no such lines."""
+    """The text, in ASCII where the encoding of who will read it (None: not known) has no such lines."""
     try:
-        text.encode(encoding or "ascii")
+        text.encode(encoding or "utf-8")
     except (UnicodeEncodeError, LookupError):
         return text.translate(ASCII).encode("ascii", "replace").decode()
     return text
@@ -154,10 +154,8 @@ def _row(picture: str, note: str) -> str:
 def _place(place: Alike | Message) -> list[str]:
     if isinstance(place, Alike):
         return [_row(place.name, place.note), _row("│", "")]
-    words = place.words
-    if place.sync and place.times:
-        words[0] += ", SYNC POINT"
-    first, *rest = (line for text in words for line in textwrap.wrap(text, PAGE - NOTES))
+    words = place.words + (["SYNC POINT"] if place.sync and place.times else [])
+    first, *rest = (line for text in words for line in textwrap.wrap(text, PAGE - NOTES, break_on_hyphens=False))
     rule = ("━" if place.times else "╌") * (WIDE // 2 - 3 - len(place.name) // 2)
     return [_row(f"{rule} {place.name} {rule}", first), *(_row("│", line) for line in rest or [""])]
 

@@ -224,12 +224,9 @@ def repair(report: Report) -> Content:
     rows = [(name, [("c0" if value <= dense else "c3", abs(value / dense - 1))], f"{value:.4f} ({value / dense - 1:+.2%})")
             for name, value in stages]  # fmt: skip
     parts = [[", ".join(run["run"]), f"{run['error'][0]:.3g}", f"{run['error'][1]:.3g}"] for run in made["runs"]]
-    return [
-        note(f"Perplexity of {report['tokens']:,} tokens on {report['tp']} ranks under --sync={report['sync']}; bars: its distance "
-             "from that with all sync points."),
-        bars(rows),
-        table(("run of sub-blocks", "mean squared error before", "after"), parts) if parts else None,
-    ]  # fmt: skip
+    said = f"Perplexity of {report['tokens']:,} tokens on {report['tp']} ranks under --sync={report['sync']}; the bars are its "
+    runs = table(("run of sub-blocks", "mean squared error before", "after"), parts) if parts else None
+    return [note(f"{said}distance from the one with all sync points."), bars(rows), runs]
 
 
 # --- measurements ---------------------------------------------------------------------------------------------------
