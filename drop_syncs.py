@@ -24,7 +24,7 @@ from checkpoints.training import export
 from entry import run_commands
 from errors import UserError
 from eval_tp import measure
-from fewer_syncs.curve import draw
+from fewer_syncs.curve import draw, read_reports
 from fewer_syncs.distillation import Lessons, repair_run, repair_whole, train_on
 from fewer_syncs.grouping import Groups, Regrouped, damages, group
 from fewer_syncs.scan import Measured, Perplexities, curve, parse_budget, sensitivities, within
@@ -91,17 +91,22 @@ def group_heads(world: World, options: GroupOptions) -> None:
     rows = max(1, min(options.tokens, len(dataset.train)) // config.block_size)
     ids = torch.from_numpy(dataset.train[: rows * config.block_size].astype("int64")).view(rows, -1)
     groups: Groups = {}
+    layers: list[dict[str, Any]] = []
     print(f"{'layer':>5} {'damage as it is':>16} {'grouped':>10}   heads of each rank")
     for layer, G in enumerate(damages(model, ids)):
         heads, neurons, damage, before = group(G, split)
         groups[layer] = heads, neurons
         shares = " | ".join(",".join(map(str, heads[slice(*split.heads(rank))])) for rank in range(split.tp))
+        layers.append({"layer": layer, "damage_as_it_is": before, "damage_grouped": damage, "heads_of_each_rank": shares})
         print(f"{layer:>5} {before:>16.4g} {damage / before if before else 1.0:>10.1%}   {shares}")
     grouped = Regrouped(source, groups)
     with new_directory(out, options.force, SHARD_FILES) as scratch:
         write_shards(grouped, split, source.dtype, scratch)
         write_json(scratch / TOKENIZER_FILE, tokenizer_of(source).to_json())
     print(f"{options.out}: {grouped.description} for tp={split.tp}. With all sync points it is the same model.")
+    if options.report:
+        figures = about(world, source, ids.flatten()) | {"ranks": split.tp, "layers": layers}
+        report.write(options.report, {"entry": "drop_syncs", "what": "group", **figures})
 
 
 # --- scan -----------------------------------------------------------------------------------------------------------
@@ -240,7 +245,13 @@ def repair(world: World, options: RepairOptions) -> None:
 def plot_curve(world: World, options: CurveOptions) -> None:
     if world.is_main:
         report.check_place(options.plot, "plot")
-        draw([Path(name.strip()) for name in options.reports.split(",") if name.strip()], Path(options.plot).expanduser())
+        report.check_place(options.report, "report")
+        names = [name.strip() for name in options.reports.split(",") if name.strip()]
+        made = read_reports([Path(name) for name in names])
+        draw(made, Path(options.plot).expanduser())
+        if options.report:
+            reports = [{"file": name, **found} for name, found in zip(names, made, strict=True)]
+            report.write(options.report, {"entry": "drop_syncs", "what": "curve", "reports": reports})
 
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[World, Any], None]]] = {

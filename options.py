@@ -316,6 +316,13 @@ class BenchDiagramOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchPageOptions(RunOptions):
+    """Write a report that was kept as a page: --kept=run.json --report=run.html (one process)."""
+
+    kept: str = option("", "the report: JSON, or a page, which carries its own", required=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SplitOptions(EntryOptions):
     """Split pretrained weights into a shard directory: one file for each of tp ranks, and a manifest."""
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from errors import UserError
+from errors import UserError, printable
 from pages.account import told
-from pages.page import page
+from pages.page import page, record
 from parallel.ledger import Account, as_json
 from parallel.mesh import World
 from parallel.quantized import quantization, weight_bytes
+from text.files import json_of, read_json, read_small
 from tp_model import TensorParallelGPT
 
 PAGES = (".html", ".htm")  # endings of the files that --report writes a page into
@@ -107,6 +108,16 @@ def write(path: str, report: dict[str, Any]) -> None:
         place.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--report={path} cannot be written: {error.strerror or error}.") from error
+
+
+def read(path: Path) -> Any:
+    """What was written there: JSON, or the record of a page. UserError where it is neither, see text/files.py."""
+    if path.suffix.lower() not in PAGES:
+        return read_json(path)
+    try:
+        return json_of(record(read_small(path).decode()).encode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no page of a report ({printable(str(error), 80)}).") from None
 
 
 def account_table(report: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from benchmarks.laboratory import line
 from benchmarks.strategies import Case, Said, Split, formula, of_part
 from errors import UserError
 from model import GPTConfig
-from options import BenchDiagramOptions
+from options import BenchDiagramOptions, BenchPageOptions
 from pages.diagram import fit, layer, lines
 from parallel.memory import Training
 from parallel.mesh import World, pick_dtype
@@ -87,6 +88,17 @@ def table(made: list[dict[str, Any]]) -> list[str]:
         "messages; wire: what it sends of them in rings; weights: of the rank with most;",
         "kept: for the backward pass; +1: one sum of partial gradients for all layers",
     ]
+
+
+def page(world: World, options: BenchPageOptions) -> None:
+    """A report that was kept, written anew."""
+    report.check_place(options.report, "report")
+    if not options.report:
+        raise UserError("--report=FILE.html is required: the page to write.")
+    kept_one = report.read(Path(options.kept).expanduser())
+    if not isinstance(kept_one, dict):
+        raise UserError(f"{options.kept} is no report: --report=FILE of any command writes one.")
+    report.write(options.report, kept_one)
 
 
 def diagram(world: World, options: BenchDiagramOptions) -> None:

@@ -5,7 +5,7 @@ Colours are classes of style.css, so that they follow the reader's choice of lig
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from xml.etree.ElementTree import Element
 
 from pages.diagram import Alike, Layer, Message, Own, Place, seen
@@ -168,7 +168,10 @@ class Scale:
 def chart(
     series: Sequence[Series], across: str, up: str, log: tuple[bool, bool] = (False, False), read: Read = number
 ) -> Element:
-    """Curves over one another. across, up: what the axes are; log: whether they are logarithmic; read: how x is written."""
+    """Curves over one another. across, up: what the axes are; log: whether they are logarithmic; read: how x is written.
+    Points that are no numbers are left out; ValueError where no other is."""
+    series = [replace(one, points=[p for p in one.points if math.isfinite(p[0] + p[1])]) for one in series]
+    series = [one for one in series if one.points]
     wide, high, left, right, top, bottom = 400, 270, 52, 12, 26, 44
     points = [point for one in series for point in one.points]
     xs = Scale.over([x for x, _, _ in points], log[0], left, wide - right)

@@ -3,8 +3,8 @@
 import html
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 from xml.etree.ElementTree import Element
 
 from errors import UserError
@@ -17,7 +17,7 @@ RECORD = '<pre id="report">'
 NOTHING_FROM_ELSEWHERE = "default-src 'none'; style-src 'unsafe-inline'"
 # what a report lacks, or has otherwise than this version writes it, a section stumbles over in one of these ways
 UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration, ArithmeticError, UserError)
-HEAD = ("entry", "what", "world_size", "tp", "dp", "comm", "device", "dtype", "quantize", "sync", "decoder", "source", "tokens")
+HEAD = ("entry", "what", "world_size", "tp", "dp", "comm", "device", "dtype", "quantize", "sync", "decoder", "source")
 
 
 def page(report: Report) -> str:
@@ -75,13 +75,14 @@ def _section(section: Section, report: Report) -> Element | None:
 
 
 def top(report: Report) -> Element:
+    said = headline(report)
     command = " ".join(str(report[key]) for key in ("entry", "what") if report.get(key))
     return E(
         "header",
         E("p", "nanoTP", E("span", command), class_="over"),
         E("h1", heading(report)),
         note(" · ".join(_about(report))),
-        facts(_safe(_headline, report)) if _safe(_headline, report) else None,
+        facts(said) if said else None,
     )
 
 
@@ -118,15 +119,16 @@ def _about(report: Report) -> Iterator[str]:
         yield f"sync points: {report['sync']}"
 
 
-def _safe(find: Any, report: Report) -> list[tuple[str, str]]:
-    try:
-        return list(find(report))
-    except UNREADABLE:
-        return []
+def headline(report: Report) -> list[tuple[str, str]]:
+    """The figures that a reader looks for first, each with its name; up to the first that the report has otherwise."""
+    found = []
+    with suppress(*UNREADABLE):
+        for named in _headline(report):
+            found.append(named)
+    return found
 
 
 def _headline(report: Report) -> Iterator[tuple[str, str]]:
-    """The figures that a reader looks for first."""
     said, timing = account.all_reduces_per_token(report), report.get("timing", {})
     if said is not None:
         yield "all-reduces a generated token", number(round(said, 3))

@@ -1,5 +1,6 @@
 """The parts of a page: each is a function of the report that gives elements, and names what of the report it has shown."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -170,7 +171,7 @@ def losses(report: Report) -> Content:
     train = [(x, y, f"iteration {x:,}: {y:.4f}") for x, y in zip(made["iter"], made["loss"], strict=True)]
     val = [(x, y, f"iteration {x:,}: {y:.4f}") for x, y in zip(made["val_iter"], made["val_loss"], strict=True)]
     series = [Series("a training batch", train, "c0"), Series("validation", val, "c3")]
-    return chart([one for one in series if one.points], "iteration", "loss", (False, False), lambda x: f"{x:,.0f}")
+    return chart(series, "iteration", "loss", read=lambda x: f"{x:,.0f}")
 
 
 # --- dropped sync points --------------------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ def scan(report: Report) -> Content:
         fewer, named, fit = ([point(row, across(row)) for row in group] for group in rows)
         labels = [row["sync"] if len(row["sync"]) < 9 else "" for row in rows[1]]
         made = [Series("ever fewer sync points", fewer, "c0"), Series("other schedules", named, "c3", False, labels)]
-        return [one for one in [*made, Series("within the budget", fit, "c2", False)] if one.points]
+        return [*made, Series("within the budget", fit, "c2", False)]
 
     rows = [[plain, *steps], others, [chosen] if chosen else []]
     drawn = [chart(curves(rows, messages), "all-reduces a token", "perplexity", (False, True))]
@@ -203,6 +204,21 @@ def scan(report: Report) -> Content:
     alone = [(name, [("c3", max(0.0, row["loss"]))], f"{row['loss']:+.2%}") for name, row in report["single"].items()]
     means = note("Perplexity lost where one sync point alone goes (a: after the layer's attention, m: after its MLP).")
     return [note(said), E("div", drawn, E("figure", means, bars(alone)), class_="charts"), table(head, cells)]
+
+
+def curves(report: Report) -> Content:
+    """Several scans and repairs: perplexity lost against all-reduces a token."""
+    series = []
+    for made, colour in zip(report["reports"], itertools.cycle(COLOURS), strict=False):
+        name = f"tp {made['tp']}{', grouped' if 'grouped' in made['source'] else ''}"
+        if made["what"] == "scan":
+            rows = [(messages(row), 100 * row["loss"], row["sync"]) for row in (made["plain"], *made["curve"])]
+            series.append(Series(f"{name}, zero-shot", rows, colour))
+        else:
+            after = 100 * made["evidence"]["loss"]
+            point = (made["points"] + 1.0, after, f"--sync={made['sync']} repaired")
+            series.append(Series(f"{name}, --sync={made['sync']} repaired", [point], colour, False, [f"{after:.2f} %"]))
+    return chart(series, "all-reduces a token", "perplexity lost, %")
 
 
 def messages(row: Report) -> float:
@@ -324,8 +340,9 @@ SCAN = ("plain", "curve", "single", "others")
 SECTIONS = (
     Section("One layer, as its ranks see it", ("model",), (), diagram),
     Section("Every strategy", ("lines",), ("lines",), strategies),
-    Section("Perplexity against all-reduces", SCAN, (*SCAN, "chosen"), scan),
-    Section("Repair", ("evidence", "points"), ("evidence", "points"), repair),
+    Section("Perplexity against all-reduces", SCAN, (*SCAN, "chosen", "tokens"), scan),
+    Section("Perplexity lost against all-reduces", ("reports",), ("reports",), curves),
+    Section("Repair", ("evidence", "points"), ("evidence", "points", "tokens"), repair),
     Section("Side by side", ("parties",), ("parties",), parties),
     Section("Messages", ("sizes",), ("sizes",), sizes),
     Section("What a rank's memory holds", ("layouts",), ("layouts",), layouts),
