@@ -53,10 +53,9 @@ def _alike(place: Alike, y: float) -> tuple[list[Element], float]:
     if place.stream:
         name = E("text", E("tspan", place.name, class_="strong"), f"   {place.note}", x=MIDDLE, y=y + 19, text_anchor="middle")
         return [box(MIDDLE - 105, y, 210, 28, "stream", 14), name], 28
-    drawn = [box(MIDDLE - 55, y, 110, 24, "alike"), text(MIDDLE, y + 16, place.name, "code")]
-    if place.note:
-        drawn.append(text(MIDDLE + 62, y + 16, place.note, "soft", "start"))
-    return drawn, 24
+    wide = 290 if place.note else 110
+    name = E("text", E("tspan", place.name, class_="code"), f"   {place.note}", x=MIDDLE, y=y + 16, text_anchor="middle")
+    return [box(MIDDLE - wide / 2, y, wide, 24, "alike"), name], 24
 
 
 def _message(place: Message, told: list[str], silent: bool, y: float) -> tuple[list[Element], float]:
