@@ -48,14 +48,17 @@ class Message:
     sync: bool = False
 
     @property
+    def ways(self) -> list[tuple[str, tuple[str, ...]]]:
+        """(pass, collectives) for each pass in which something is said."""
+        return [(way, ops) for way, ops in (("forward", self.forward), ("backward", self.backward)) if ops]
+
+    @property
     def words(self) -> list[str]:
-        """What is said here, in a line or two."""
-        said = [f"{way}: {', '.join(ops)}" for way, ops in (("forward", self.forward), ("backward", self.backward)) if ops]
+        """What is said here, a line for each pass; where it is left out, or not everywhere, that too."""
+        said = [f"{way}: {', '.join(ops)}" for way, ops in self.ways]
         if self.times == 0:
             return [f"left out ({said[0]})"]
-        if self.times < self.layers:
-            said.append(f"in {self.times} of {self.layers} layers")
-        return said
+        return said + ([f"in {self.times} of {self.layers} layers"] if self.times < self.layers else [])
 
 
 Place = Alike | Own | Message

@@ -4,6 +4,7 @@ Colours are classes of style.css, so that they follow the reader's choice of lig
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from xml.etree.ElementTree import Element
@@ -27,19 +28,25 @@ def box(x: float, y: float, wide: float, high: float, class_: str, round_: float
 # --- a layer --------------------------------------------------------------------------------------------------------
 
 
-def halves(made: Layer, told: Mapping[tuple[str, str], str], silent: bool = False) -> list[Element]:
-    """Attention and MLP, each a picture. told: for (block, pass) what is known of the messages there, in a few words; silent:
-    there was no backward pass."""
+Told = Mapping[tuple[str, str, str], str]
+
+
+def halves(made: Layer, told: Told, silent: bool = False) -> list[Element]:
+    """Attention and MLP, each a picture. told: for (block, pass, collective) what is known of these messages, in a few words;
+    silent: there was no backward pass."""
     return [_half(kind, places, made.split.tp, told, silent) for kind, places in made.halves.items()]
 
 
-def _half(kind: str, places: Iterable[Place], tp: int, told: Mapping[tuple[str, str], str], silent: bool) -> Element:
+def _half(kind: str, places: Sequence[Place], tp: int, told: Told, silent: bool) -> Element:
     y, drawn = 2.0, []
+    spoken = Counter((way, op) for one in places if isinstance(one, Message) for way, ops in one.ways for op in ops)
+    # what is said in two places is told of both together, and belongs to neither
+    alone = {(way, op): told.get((kind, way, op), "") for (way, op), n in spoken.items() if n == 1}
     for place in places:
         if isinstance(place, Own):
             parts, high = _own(place, tp, y)
         elif isinstance(place, Message):
-            parts, high = _message(place, [told.get((kind, way), "") for way in ("forward", "backward")], silent, y)
+            parts, high = _message(place, alone, silent, y)
         else:
             parts, high = _alike(place, y)
         drawn += parts
@@ -58,11 +65,14 @@ def _alike(place: Alike, y: float) -> tuple[list[Element], float]:
     return [box(MIDDLE - wide / 2, y, wide, 24, "alike"), name], 24
 
 
-def _message(place: Message, told: list[str], silent: bool, y: float) -> tuple[list[Element], float]:
+def _message(place: Message, told: Mapping[tuple[str, str], str], silent: bool, y: float) -> tuple[list[Element], float]:
     silent = silent and not place.forward
     rows = [(word, "soft" if silent else "") for word in place.words]
-    if place.times:
-        rows += [(said, "soft") for said, ops in zip(told, (place.forward, place.backward), strict=True) if ops and said]
+    for way, ops in place.ways if place.times else ():
+        for op in ops:
+            if said := told.get((way, op)):
+                at = [row[0].startswith(way) for row in rows].index(True) + 1
+                rows.insert(at, (f"{op}: {said}" if len(ops) > 1 else said, "soft"))
     high = 10 + 16 * len(rows)
     way = "left-out" if not place.times else "silent" if silent else "forward" if place.forward else "backward"
     drawn = [box(0.5, y, WIDE - 1, high, f"message {way}"), text(14, y + 18, place.name, "code strong", "start")]
@@ -105,6 +115,7 @@ def _own(own: Own, tp: int, y: float) -> tuple[list[Element], float]:
 
 
 Read = Callable[[float], str]
+Bend = Callable[[float], float]
 
 
 @dataclass(frozen=True)
@@ -118,13 +129,13 @@ class Series:
     labels: Sequence[str] = ()
 
 
-def ticks(lo: float, hi: float, most: int = 6) -> list[float]:
-    """Round numbers from lo to hi."""
+def ticks(lo: float, hi: float, whole: bool = False) -> list[float]:
+    """About six round numbers from lo to hi; whole ones where the values are."""
     if not hi > lo:
         return [lo]
-    raw = (hi - lo) / most
+    raw = max((hi - lo) / 6, 1.0 if whole else 0.0)
     power = 10.0 ** math.floor(math.log10(raw))
-    step = power * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
+    step = power * next(factor for factor in ((1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)) if factor * power >= raw * 0.999)
     return [i * step for i in range(math.ceil(lo / step - 1e-9), math.floor(hi / step + 1e-9) + 1)]
 
 
@@ -137,44 +148,51 @@ def log_ticks(lo: float, hi: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Scale:
-    """Where a value lies between two ends of an axis."""
+    """Where a value lies between two ends of an axis, which is linear, log or asinh (linear near 0, logarithmic far from it).
+    lo, hi: the ends, bent as the axis is; whole: whether values are whole numbers."""
 
+    kind: str
     lo: float
     hi: float
-    log: bool
+    whole: bool
     start: float
     end: float
 
     @classmethod
-    def over(cls, values: Sequence[float], log: bool, start: float, end: float) -> "Scale":
+    def over(cls, values: Sequence[float], kind: str, start: float, end: float) -> "Scale":
         """With a little room on both sides."""
-        lo, hi = min(values), max(values)
-        if log and lo > 0:
-            room = (hi / lo) ** 0.06 if hi > lo else 1.5
-            return cls(lo / room, hi * room, True, start, end)
+        kind = "linear" if kind == "log" and min(values) <= 0 else kind
+        bend = BENDS[kind][0]
+        lo, hi = bend(min(values)), bend(max(values))
         room = 0.06 * (hi - lo) or abs(hi) * 0.1 or 1.0
-        return cls(lo - room, hi + room, False, start, end)
+        return cls(kind, lo - room, hi + room, all(float(value).is_integer() for value in values), start, end)
 
     def __call__(self, value: float) -> float:
-        bend: Callable[[float], float] = math.log if self.log else float
-        return self.start + (bend(value) - bend(self.lo)) / (bend(self.hi) - bend(self.lo)) * (self.end - self.start)
+        return self.start + (BENDS[self.kind][0](value) - self.lo) / (self.hi - self.lo) * (self.end - self.start)
 
     @property
     def ticks(self) -> list[float]:
-        return log_ticks(self.lo, self.hi) if self.log else ticks(self.lo, self.hi)
+        lo, hi = (BENDS[self.kind][1](end) for end in (self.lo, self.hi))
+        if self.kind == "asinh":
+            return [sign * tick for sign in (-1, 1) for tick in FAR if lo <= sign * tick <= hi and (tick or sign > 0)]
+        return log_ticks(lo, hi) if self.kind == "log" else ticks(lo, hi, self.whole)
+
+
+BENDS: dict[str, tuple[Bend, Bend]] = {"linear": (float, float), "log": (math.log, math.exp), "asinh": (math.asinh, math.sinh)}
+FAR = (0, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 def chart(
-    series: Sequence[Series], across: str, up: str, log: tuple[bool, bool] = (False, False), read: Read = number
+    series: Sequence[Series], across: str, up: str, kinds: tuple[str, str] = ("linear", "linear"), read: Read = number
 ) -> Element:
-    """Curves over one another. across, up: what the axes are; log: whether they are logarithmic; read: how x is written.
+    """Curves over one another. across, up: what the axes are; kinds: see Scale; read: how x is written.
     Points that are no numbers are left out; ValueError where no other is."""
     series = [replace(one, points=[p for p in one.points if math.isfinite(p[0] + p[1])]) for one in series]
     series = [one for one in series if one.points]
     wide, high, left, right, top, bottom = 400, 270, 52, 12, 26, 44
     points = [point for one in series for point in one.points]
-    xs = Scale.over([x for x, _, _ in points], log[0], left, wide - right)
-    ys = Scale.over([y for _, y, _ in points], log[1], high - bottom, top)
+    xs = Scale.over([x for x, _, _ in points], kinds[0], left, wide - right)
+    ys = Scale.over([y for _, y, _ in points], kinds[1], high - bottom, top)
     drawn = [E("path", d=f"M{left} {ys(t):.1f}H{wide - right}", class_="grid") for t in ys.ticks]
     drawn += [text(left - 7, round(ys(t) + 4, 1), number(t), "soft", "end") for t in ys.ticks]
     drawn += [text(round(xs(t), 1), high - bottom + 18, read(t), "soft") for t in xs.ticks]
@@ -188,7 +206,7 @@ def chart(
                 dot = E("circle", E("title", said), cx=f"{x:.1f}", cy=f"{y:.1f}", r=4, class_=f"dot {one.class_}")
                 drawn.append(dot)
         for (x, y), said in zip(places, one.labels, strict=False):
-            drawn.append(text(round(x + 8, 1), round(y + 4, 1), said, "soft", "start"))
+            drawn.append(text(round(x + 7, 1), round(y - 6, 1), said, "soft", "start"))
     svg = E("svg", E("title", f"{up} against {across}"), drawn, viewBox=f"0 0 {wide} {high}", role="img", class_="chart")
     names = legend([(one.name, one.class_) for one in series]) if len(series) > 1 else None
     return E("figure", svg, names)

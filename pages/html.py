@@ -102,6 +102,12 @@ def facts(cells: Iterable[tuple[str, Content]], class_: str = "facts") -> Elemen
     return E("dl", [E("div", E("dt", name), E("dd", said)) for name, said in cells], class_=class_)
 
 
+def is_short(value: Any) -> bool:
+    """Whether a value is said in a few words."""
+    return is_spread(value) or not isinstance(value, Mapping | list) or isinstance(value, list) and 0 < len(value) <= 8 and all(
+        _is_number(inner) for inner in value)
+
+
 def is_spread(value: Any) -> bool:
     return isinstance(value, Mapping) and set(value) == {"median", "min", "max"} and all(map(_is_number, value.values()))
 
@@ -118,8 +124,8 @@ def plain(value: Any, depth: int = 0) -> Content:
     """Any value of JSON: mappings and lists of mappings as tables, long lists by their beginning."""
     if is_spread(value):
         return spread(value)
-    if isinstance(value, Mapping) and value and not depth and not any(isinstance(v, Mapping | list) for v in value.values()):
-        return facts(((words(key), _one(inner)) for key, inner in value.items()), "facts small")
+    if isinstance(value, Mapping) and value and not depth and all(map(is_short, value.values())):
+        return facts(((words(key), plain(inner, 1)) for key, inner in value.items()), "facts small")
     if isinstance(value, Mapping) and value and depth < DEEP:
         return table(("", ""), [(words(key), plain(inner, depth + 1)) for key, inner in value.items()])
     if isinstance(value, list) and value and depth < DEEP and all(isinstance(inner, Mapping) for inner in value):

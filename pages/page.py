@@ -9,7 +9,7 @@ from xml.etree.ElementTree import Element
 
 from errors import UserError
 from pages import account
-from pages.html import E, count, facts, nbytes, number, plain, plural, share, words, written
+from pages.html import Content, E, count, facts, is_short, nbytes, number, plain, plural, share, words, written
 from pages.sections import SECTIONS, Report, Section, note, unit_of
 
 STYLE = Path(__file__).with_name("style.css")
@@ -17,7 +17,17 @@ RECORD = '<pre id="report">'
 NOTHING_FROM_ELSEWHERE = "default-src 'none'; style-src 'unsafe-inline'"
 # what a report lacks, or has otherwise than this version writes it, a section stumbles over in one of these ways
 UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration, ArithmeticError, UserError)
-HEAD = ("entry", "what", "world_size", "tp", "dp", "comm", "device", "dtype", "quantize", "sync", "decoder", "source")
+HEAD = ("entry", "what", "world_size", "tp", "dp", "comm", "device", "dtype", "quantize", "sync", "decoder", "source",
+        "best_val_loss")  # fmt: skip
+
+
+HEADINGS = {  # of what has no model
+    "block": "A layer under every strategy",
+    "allreduce": "All-reduces of many sizes",
+    "start": "From torchrun to the first token",
+    "save": "What a checkpoint costs",
+    "curve": "Schedules, and what repair gives back",
+}
 
 
 def page(report: Report) -> str:
@@ -32,9 +42,10 @@ def page(report: Report) -> str:
     for key in HEAD:
         left.pop(key, None)
     if left:
-        rows = [(words(key), plain(report[key])) for key in left]
-        tables = [E("div", E("h3", name), E("p", said) if isinstance(said, str) else said) for name, said in rows]
-        body.append(E("section", E("h2", "Further figures"), E("div", tables, class_="rest")))
+        rest = {key: " ".join(map(str, report[key])) if is_command(key, report[key]) else report[key] for key in left}
+        short = {key: value for key, value in rest.items() if is_short(value)}
+        tables = [E("div", E("h3", words(key)), paragraph(plain(rest[key]))) for key in rest if key not in short]
+        body.append(E("section", E("h2", "Further figures"), plain(short) if short else None, E("div", tables, class_="rest")))
     record = json.dumps(report, indent=1)
     whole = E("details", E("summary", "The report itself, as JSON"), E("pre", record, id="report"))
     title = f"{heading(report)} – nanoTP"
@@ -49,6 +60,14 @@ def page(report: Report) -> str:
     )
     main = E("main", top(report), body, E("section", whole, class_="record"))
     return "<!DOCTYPE html>\n" + written(E("html", head, E("body", main), lang="en")) + "\n"
+
+
+def is_command(key: str, value: object) -> bool:
+    return key == "command" and isinstance(value, list)
+
+
+def paragraph(said: Content) -> Content:
+    return E("p", said) if isinstance(said, str) else said
 
 
 def record(text: str) -> str:
@@ -97,7 +116,8 @@ def heading(report: Report) -> str:
     layers = model.get("n_layer") if isinstance(model, dict) else None
     if isinstance(layers, int):
         return f"GPT of {plural(layers, 'layer')}{where}"
-    return f"{words(report.get('what') or report.get('entry') or 'Report')}{where}"
+    what = str(report.get("what") or report.get("entry") or "report")
+    return f"{HEADINGS.get(what, words(what).capitalize())}{where}"
 
 
 def _about(report: Report) -> Iterator[str]:

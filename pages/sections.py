@@ -9,7 +9,6 @@ from xml.etree.ElementTree import Element
 from pages import account
 from pages.drawing import Series, chart, halves, legend
 from pages.html import Content, E, facts, nbytes, number, plural, seconds, share, spread, table, words
-from parallel.schedule import KINDS
 
 Report = dict[str, Any]
 WAYS = ("forward", "backward", "step")
@@ -48,14 +47,12 @@ def bars(rows: Sequence[tuple[str, Sequence[tuple[str, float]], str]], most: flo
 
 def diagram(report: Report) -> Content:
     made = account.picture(report)
-    told: dict[tuple[str, str], str] = {}
+    told: dict[tuple[str, str, str], str] = {}
     found = list(account.told(report["comm_account"])) if "comm_account" in report and made.split.tp > 1 else []
-    for kind in KINDS:
-        for way in ("forward", "backward"):
-            mine = [line for line in found if (line.block, line.direction) == (kind, way)]
-            if mine:
-                calls, size = sum(line.calls for line in mine), sum(line.bytes for line in mine)
-                told[kind, way] = f"{calls:,} calls, {nbytes(size)}, {seconds(sum(line.seconds for line in mine))}"
+    for kind, way, op in {(line.block, line.direction, line.op) for line in found}:
+        mine = [line for line in found if (line.block, line.direction, line.op) == (kind, way, op)]
+        calls, size, took = (sum(figures) for figures in zip(*((x.calls, x.bytes, x.seconds) for x in mine), strict=True))
+        told[kind, way, op.replace("_", "-")] = f"{calls:,} calls, {nbytes(size)}, {seconds(took)}"
     kinds = [("column-parallel", "column"), ("row-parallel", "row")]
     kinds += [("communication, forward", "forward"), ("backward", "backward")] if made.split.tp > 1 else []
     said = f"{made.title[0].upper()}{made.title[1:]}."
@@ -131,7 +128,7 @@ def shares(report: Report) -> Content:
 def measured_shares(report: Report) -> Content:
     found = report["share_in_collectives"]
     middle = found["median"]
-    said = f"{share(middle)} of the time was spent in collectives, in one round {share(found['min'])} to {share(found['max'])}."
+    said = f"{share(middle)} of the time was spent in collectives, {share(found['min'])} to {share(found['max'])} by round."
     colours = [("compute", "compute"), ("collectives", "forward")]
     parts = [("compute", 1 - middle), ("forward", middle)]
     return [note(f"{said} (Rank 0's clock.)"), E("div", bar(parts, 1.0), class_="whole"), legend(colours)]
@@ -191,10 +188,10 @@ def scan(report: Report) -> Content:
         return [*made, Series("within the budget", fit, "c2", False)]
 
     rows = [[plain, *steps], others, [chosen] if chosen else []]
-    drawn = [chart(curves(rows, messages), "all-reduces a token", "perplexity", (False, True))]
+    drawn = [chart(curves(rows, messages), "all-reduces a token", "perplexity", ("linear", "log"))]
     timed = [[row for row in group if "ms_per_token" in row] for group in rows]
     if any(timed):
-        drawn.append(chart(curves(timed, milliseconds), "ms a token, measured", "perplexity", (False, True)))
+        drawn.append(chart(curves(timed, milliseconds), "ms a token, measured", "perplexity", ("linear", "log")))
     listed = list({row["sync"]: row for row in [plain, *steps, *others, *rows[2]]}.values())
     head = ["--sync=", "sync points", "all-reduces a token", "perplexity", "lost"] + ["ms a token"] * any(timed)
     cells = [[r["sync"], str(r["points"]), number(messages(r)), f"{r['perplexity']:.4f}", f"{r['loss']:+.2%}"]
@@ -218,7 +215,7 @@ def curves(report: Report) -> Content:
             after = 100 * made["evidence"]["loss"]
             point = (made["points"] + 1.0, after, f"--sync={made['sync']} repaired")
             series.append(Series(f"{name}, --sync={made['sync']} repaired", [point], colour, False, [f"{after:.2f} %"]))
-    return chart(series, "all-reduces a token", "perplexity lost, %")
+    return chart(series, "all-reduces a token", "perplexity lost, %", ("linear", "asinh"))
 
 
 def messages(row: Report) -> float:
@@ -277,7 +274,7 @@ def strategies(report: Report) -> Content:
     for row in rows:
         calls = row["calls"]
         kept = nbytes(row["kept_bytes"]) if "kept_bytes" in row else ""
-        step = " and one sum of gradients" if calls["step"] else ""
+        step = " + 1" if calls["step"] else ""
         cell = [str(row["tp"]), row["strategy"], number(calls["forward"]), f"{number(calls['backward'])}{step}"]
         cell += [nbytes(row["bytes_told"]), nbytes(row["bytes_on_the_wire"]), nbytes(row["weight_bytes"]), kept]
         if timed and "seconds" in row:
@@ -290,7 +287,8 @@ def strategies(report: Report) -> Content:
              for row in rows if row["tp"] > 1]  # fmt: skip
     return [
         note("Of a layer, a forward and a backward pass. Told: bytes of one rank's messages; on the wire: what a rank sends of "
-             "them in rings, drawn below; weights: of the rank with most; kept: for the backward pass, without weights."),
+             "them in rings, drawn below; weights: of the rank with most; kept: for the backward pass, without weights; + 1: "
+             "one sum of partial gradients for all layers."),
         bars(wires),
         table(head, cells, words=2),
     ]  # fmt: skip
@@ -306,7 +304,7 @@ def sizes(report: Report) -> Content:
         series.append(Series(name, points, colour))
     cells = [[nbytes(row["bytes"]), *(spread(row["us"][name]) for name in names)] for row in rows]
     head = ["message", *(f"{name}, µs" for name in names)]
-    return [chart(series, "bytes of a message", "microseconds of an all-reduce", (True, True), nbytes), table(head, cells)]
+    return [chart(series, "bytes of a message", "microseconds of an all-reduce", ("log", "log"), nbytes), table(head, cells)]
 
 
 def layouts(report: Report) -> Content:
