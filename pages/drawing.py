@@ -130,10 +130,10 @@ class Series:
 
 
 def ticks(lo: float, hi: float, whole: bool = False) -> list[float]:
-    """About six round numbers from lo to hi; whole ones where the values are."""
+    """Six round numbers or so from lo to hi; whole ones where the values are."""
     if not hi > lo:
         return [lo]
-    raw = max((hi - lo) / 6, 1.0 if whole else 0.0)
+    raw = max((hi - lo) / 7, 1.0 if whole else 0.0)
     power = 10.0 ** math.floor(math.log10(raw))
     step = power * next(factor for factor in ((1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)) if factor * power >= raw * 0.999)
     return [i * step for i in range(math.ceil(lo / step - 1e-9), math.floor(hi / step + 1e-9) + 1)]

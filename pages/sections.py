@@ -213,8 +213,8 @@ def curves(report: Report) -> Content:
             series.append(Series(f"{name}, zero-shot", rows, colour))
         else:
             after = 100 * made["evidence"]["loss"]
-            point = (made["points"] + 1.0, after, f"--sync={made['sync']} repaired")
-            series.append(Series(f"{name}, --sync={made['sync']} repaired", [point], colour, False, [f"{after:.2f} %"]))
+            named = f"{name}, --sync={made['sync']} repaired: {after:+.2f} %"
+            series.append(Series(named, [(made["points"] + 1, after, named)], colour, joined=False))
     return chart(series, "all-reduces a token", "perplexity lost, %", ("linear", "asinh"))
 
 
@@ -304,7 +304,8 @@ def sizes(report: Report) -> Content:
         series.append(Series(name, points, colour))
     cells = [[nbytes(row["bytes"]), *(spread(row["us"][name]) for name in names)] for row in rows]
     head = ["message", *(f"{name}, µs" for name in names)]
-    return [chart(series, "bytes of a message", "microseconds of an all-reduce", ("log", "log"), nbytes), table(head, cells)]
+    drawn = chart(series, "bytes of a message", "microseconds of an all-reduce", ("log", "log"), nbytes)
+    return E("div", drawn, table(head, cells), class_="charts")
 
 
 def layouts(report: Report) -> Content:
