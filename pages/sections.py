@@ -39,7 +39,9 @@ def bar(parts: Iterable[tuple[str, float]], most: float) -> Element:
 def bars(rows: Sequence[tuple[str, Sequence[tuple[str, float]], str]], most: float = 0.0) -> Element:
     """A bar a row: its name, its parts, what is said at its end."""
     most = most or max((sum(value for _, value in parts) for _, parts, _ in rows), default=0.0)
-    return E("div", [[E("b", name), bar(parts, most), E("span", said)] for name, parts, said in rows], class_="bars")
+    brief = max((len(said) for _, _, said in rows), default=0) <= 12  # room beside the bar on a telephone
+    made = [[E("b", name), bar(parts, most), E("span", said)] for name, parts, said in rows]
+    return E("div", made, class_="bars brief" if brief else "bars")
 
 
 # --- the picture ----------------------------------------------------------------------------------------------------
@@ -54,12 +56,14 @@ def diagram(report: Report) -> Content:
         calls, size, took = (sum(figures) for figures in zip(*((x.calls, x.bytes, x.seconds) for x in mine), strict=True))
         told[kind, way, op.replace("_", "-")] = f"{calls:,} calls, {nbytes(size)}, {seconds(took)}"
     kinds = [("column-parallel", "column"), ("row-parallel", "row")]
-    kinds += [("communication, forward", "forward"), ("backward", "backward")] if made.split.tp > 1 else []
+    silent = bool(found) and not any(line.direction == "backward" for line in found)
+    if made.split.tp > 1:
+        kinds += [("communication, forward", "forward")] + [("backward", "backward")] * (not silent)
     said = f"{made.title[0].upper()}{made.title[1:]}."
     if found:
         said += " Calls, bytes and seconds are those of all layers together."
-    pictures = halves(made, told, silent=bool(found) and not any(line.direction == "backward" for line in found))
-    return [note(said), E("div", pictures, class_="halves"), legend(kinds), strip(made.schedule.syncs, made.split.tp)]
+    pictures = E("div", halves(made, told, silent), class_="halves")
+    return [note(said), pictures, legend(kinds), strip(made.schedule.syncs, made.split.tp)]
 
 
 def strip(syncs: Sequence[bool], tp: int) -> Content:
