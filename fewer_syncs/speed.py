@@ -1,8 +1,8 @@
 """What a schedule's token costs in time: greedy decoding under several schedules, in turn."""
 
-import statistics
 from typing import Any
 
+from benchmarks.rounds import spread
 from decoding import decoder_for
 from errors import UserError
 from generation import Sampling, generate
@@ -43,5 +43,4 @@ def decode_times(
             counts[name] = total(world.ledger.since(before), op="all_reduce").calls / n
             if turn:
                 times.setdefault(name, []).append(1e3 * timing.decode_s / timing.decode_tokens)
-    spreads = {name: {"median": statistics.median(ms), "min": min(ms), "max": max(ms)} for name, ms in times.items()}
-    return {name: {"ms_per_token": ms, "all_reduces_per_token": counts[name]} for name, ms in spreads.items()}
+    return {name: {"ms_per_token": spread(ms), "all_reduces_per_token": counts[name]} for name, ms in times.items()}

@@ -185,26 +185,27 @@ def scan(report: Report) -> Content:
     def point(row: Report, x: float) -> tuple[float, float, str]:
         return x, row["perplexity"], f"--sync={row['sync']}: {row['perplexity']:.4f}, {row['loss']:+.2%}"
 
-    def curves(rows: Sequence[Sequence[Report]], across: Callable[[Report], float]) -> list[Series]:
+    def series(rows: Sequence[Sequence[Report]], across: Callable[[Report], float]) -> list[Series]:
         fewer, named, fit = ([point(row, across(row)) for row in group] for group in rows)
         labels = [row["sync"] if len(row["sync"]) < 9 else "" for row in rows[1]]
-        made = [Series("ever fewer sync points", fewer, "c0"), Series("other schedules", named, "c3", False, labels)]
-        return [*made, Series("within the budget", fit, "c2", False)]
+        fall = Series("ever fewer sync points", fewer, "c0", joined=across is messages)  # times go back and forth
+        return [fall, Series("other schedules", named, "c3", False, labels), Series("within the budget", fit, "c2", False)]
 
     rows = [[plain, *steps], others, [chosen] if chosen else []]
-    drawn = [chart(curves(rows, messages), "all-reduces a token", "perplexity", ("linear", "log"))]
+    drawn = [chart(series(rows, messages), "all-reduces a token", "perplexity", ("linear", "log"))]
     timed = [[row for row in group if "ms_per_token" in row] for group in rows]
     if any(timed):
-        drawn.append(chart(curves(timed, milliseconds), "ms a token, measured", "perplexity", ("linear", "log")))
+        drawn.append(chart(series(timed, milliseconds), "ms a token, measured", "perplexity", ("linear", "log")))
     listed = list({row["sync"]: row for row in [plain, *steps, *others, *rows[2]]}.values())
-    head = ["--sync=", "sync points", "all-reduces a token", "perplexity", "lost"] + ["ms a token"] * any(timed)
-    cells = [[r["sync"], str(r["points"]), number(messages(r)), f"{r['perplexity']:.4f}", f"{r['loss']:+.2%}"]
-             + ([spread(r["ms_per_token"]) if "ms_per_token" in r else ""] if any(timed) else []) for r in listed]  # fmt: skip
+    head = ["sync points", "all-reduces a token", "perplexity", "lost", *["ms a token"] * any(timed), "--sync="]
+    cells = [[str(r["points"]), number(messages(r)), f"{r['perplexity']:.4f}", f"{r['loss']:+.2%}",
+              *[spread(r["ms_per_token"]) if "ms_per_token" in r else ""] * any(timed), r["sync"]] for r in listed]  # fmt: skip
     said = f"Perplexity of {report['tokens']:,} tokens on {report['tp']} ranks. "
     said += "Fewer all-reduces a token are to the left; the embedding's is counted."
     alone = [(name, [("c3", max(0.0, row["loss"]))], f"{row['loss']:+.2%}") for name, row in report["single"].items()]
     means = note("Perplexity lost where one sync point alone goes (a: after the layer's attention, m: after its MLP).")
-    return [note(said), E("div", drawn, E("figure", means, bars(alone)), class_="charts"), table(head, cells)]
+    listing = E("div", table(head, cells, words=0), class_="named-last")
+    return [note(said), E("div", drawn, E("figure", means, bars(alone)), class_="charts"), listing]
 
 
 def curves(report: Report) -> Content:

@@ -78,7 +78,7 @@ class Browser:
     def open(self, path: Path, wide: int, dark: bool = False) -> None:
         """Show a file in a window of so many pixels, until it has loaded."""
         self.events.clear()
-        self.call("Emulation.setDeviceMetricsOverride", width=wide, height=900, deviceScaleFactor=1, mobile=wide < 600)
+        self.call("Emulation.setDeviceMetricsOverride", width=wide, height=900, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=path.as_uri())

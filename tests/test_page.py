@@ -184,15 +184,19 @@ def test_the_figures_are_the_reports(made: dict[str, Path]) -> None:
         report = json.loads(made[name].read_text())
         found = check(page(report))
         rows = cells(page(report))
-        lines = list(account.told(report["comm_account"]))
-        for x in lines:
-            assert [x.layer, x.block, x.direction, x.op, f"{x.calls:,}", f"{x.bytes:,}", f"{x.seconds:.6f}"] in rows
+        made_of = report["comm_account"]
+        blocks = [(str(i), kind, layer[kind]) for i, layer in enumerate(made_of["layers"]) for kind in ("attention", "mlp")]
+        blocks += [("-", kind, passes) for kind, passes in made_of["other"].items()]
+        lines = [(i, kind, way, op, x) for i, kind, passes in blocks for way, ops in passes.items() for op, x in ops.items()]
+        for *where, x in lines:
+            assert [*where, f"{x['calls']:,}", f"{x['bytes']:,}", f"{x['seconds']:.6f}"] in rows
+        assert len([row for row in rows if row[3:4] and row[3] in {line[3] for line in lines}]) == len(lines)
         total = report["comm_account"]["total"]
         assert ["", "sum", "", "", f"{total['calls']:,}", f"{total['bytes']:,}", f"{total['seconds']:.6f}"] in rows
         for kind in ("attention", "mlp"):  # in the picture
             op = "reduce_scatter" if name == "train_sequence" else "all_reduce"
-            mine = [x for x in lines if (x.block, x.direction, x.op) == (kind, "forward", op)]
-            calls, size, took = (sum(getattr(x, key) for x in mine) for key in ("calls", "bytes", "seconds"))
+            mine = [x for _, *where, x in lines if where == [kind, "forward", op]]
+            calls, size, took = (sum(x[key] for x in mine) for key in ("calls", "bytes", "seconds"))
             assert not mine or f"{calls:,} calls, {nbytes(size)}, {seconds(took)}" in found.words["text"]
         for rank, size in enumerate(report["memory"]["weight_bytes_per_rank"]):
             assert f"rank {rank}" in found.words["b"] and any(f"weights {nbytes(size)}" in said for said in found.words["span"])
@@ -313,7 +317,6 @@ def test_what_is_no_page(tmp_path: Path) -> None:
 
 # --- said before the run --------------------------------------------------------------------------------------------
 
-REQUIRED = {"init_from": "/nowhere", "out": "/nowhere/out", "sync": "mlp", "reports": "/nowhere.json", "kept": "/nowhere.json"}
 NEEDS_RANKS = ("drop_syncs.py scan", "drop_syncs.py repair")
 
 
@@ -321,10 +324,10 @@ NEEDS_RANKS = ("drop_syncs.py scan", "drop_syncs.py repair")
 def test_a_report_that_cannot_be_written_is_said_first(entry: str, tmp_path: Path) -> None:
     """Before anything that is asked for is looked at: there are no weights, no data and no reports here."""
     cls, _ = ENTRIES[entry]
-    fields = set(cls.__dataclass_fields__)
-    out = {"out": str(tmp_path / "out"), "plot": str(tmp_path / "plot.png")}
-    words = [f"--{name}={value}" for name, value in (REQUIRED | out).items() if name in fields]
-    words += ["--dataset=none"] if "dataset" in fields else []
+    fields = cls.__dataclass_fields__
+    given = {name: "/nowhere" for name, field in fields.items() if field.metadata["required"]}
+    given |= {"init_from": "/nowhere", "dataset": "none", "out": str(tmp_path / "out"), "plot": str(tmp_path / "plot.png")}
+    words = [f"--{name}={value}" for name, value in given.items() if name in fields]
     for place, message in ((tmp_path, "is a directory"), (tmp_path / "no" / "r.html", "does not exist")):
         with pytest.raises((UserError, AssertionError)) as caught:
             if entry in NEEDS_RANKS:
