@@ -210,6 +210,8 @@ def test_the_fewest_points_win() -> None:
         (["--max_tokens=12"], "the text has 12 tokens; a scan needs at least block_size + 1 = 13"),
         (["--schedules=9m"], "there is no sub-block 9m"),
         (["--dataset="], "--dataset is required"),
+        (["--decode_tokens=5"], "--decode_tokens=5: with a prompt of 8 tokens use 2 to 4, or 0 for none."),
+        (["--decode_tokens=1"], "--decode_tokens=1: with a prompt"),
     ],
 )
 def test_mistakes(home: Path, words: list[str], message: str) -> None:
