@@ -8,11 +8,14 @@ with what a user would pick instead.
     torchrun --standalone --nproc_per_node=2 bench_tp.py allreduce
     torchrun --standalone --nproc_per_node=2 bench_tp.py block --part=layer --n_embd=768 --n_head=12 --tp=1,2,4,8
     python bench_tp.py start --ranks=2
+    python bench_tp.py diagram --tp=2,4,8
+    python bench_tp.py page --kept=run.json --report=run.html
 """
 
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.diagram import diagram, page
 from benchmarks.inference import decode, prefill, start
 from benchmarks.laboratory import block
 from benchmarks.messages import allreduce
@@ -22,6 +25,8 @@ from options import (
     BenchAllreduceOptions,
     BenchBlockOptions,
     BenchDecodeOptions,
+    BenchDiagramOptions,
+    BenchPageOptions,
     BenchPrefillOptions,
     BenchSaveOptions,
     BenchStartOptions,
@@ -37,6 +42,8 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[World, Any], None]]] = {
     "allreduce": (BenchAllreduceOptions, allreduce),
     "block": (BenchBlockOptions, block),
     "start": (BenchStartOptions, start),
+    "diagram": (BenchDiagramOptions, diagram),
+    "page": (BenchPageOptions, page),
 }
 
 if __name__ == "__main__":

@@ -24,10 +24,11 @@ from checkpoints.training import export
 from entry import run_commands
 from errors import UserError
 from eval_tp import measure
-from fewer_syncs.curve import draw
+from fewer_syncs.curve import draw, read_reports
 from fewer_syncs.distillation import Lessons, repair_run, repair_whole, train_on
 from fewer_syncs.grouping import Groups, Regrouped, damages, group
 from fewer_syncs.scan import Measured, Perplexities, curve, parse_budget, sensitivities, within
+from fewer_syncs.speed import check_length, decode_times
 from model import GPT
 from options import CurveOptions, DropOptions, GroupOptions, RepairOptions, ScanOptions
 from parallel.mesh import World, pick_dtype
@@ -90,17 +91,22 @@ def group_heads(world: World, options: GroupOptions) -> None:
     rows = max(1, min(options.tokens, len(dataset.train)) // config.block_size)
     ids = torch.from_numpy(dataset.train[: rows * config.block_size].astype("int64")).view(rows, -1)
     groups: Groups = {}
+    layers: list[dict[str, Any]] = []
     print(f"{'layer':>5} {'damage as it is':>16} {'grouped':>10}   heads of each rank")
     for layer, G in enumerate(damages(model, ids)):
         heads, neurons, damage, before = group(G, split)
         groups[layer] = heads, neurons
         shares = " | ".join(",".join(map(str, heads[slice(*split.heads(rank))])) for rank in range(split.tp))
+        layers.append({"layer": layer, "damage_as_it_is": before, "damage_grouped": damage, "heads_of_each_rank": shares})
         print(f"{layer:>5} {before:>16.4g} {damage / before if before else 1.0:>10.1%}   {shares}")
     grouped = Regrouped(source, groups)
     with new_directory(out, options.force, SHARD_FILES) as scratch:
         write_shards(grouped, split, source.dtype, scratch)
         write_json(scratch / TOKENIZER_FILE, tokenizer_of(source).to_json())
     print(f"{options.out}: {grouped.description} for tp={split.tp}. With all sync points it is the same model.")
+    if options.report:
+        figures = about(world, source, ids.flatten()) | {"ranks": split.tp, "layers": layers}
+        report.write(options.report, {"entry": "drop_syncs", "what": "group", **figures})
 
 
 # --- scan -----------------------------------------------------------------------------------------------------------
@@ -111,6 +117,7 @@ def scan(world: World, options: ScanOptions) -> None:
     budget = parse_budget(options.budget) if options.budget else math.inf
     source, dataset = opened(world, options)
     n_layer = source.config.n_layer
+    check_length(options.decode_tokens, source.config.block_size)
     named = [Schedule.parse(text.strip(), n_layer) for text in options.schedules.split(";") if text.strip()]
     if world.is_main:
         report.check_place(options.scan, "scan")
@@ -125,31 +132,43 @@ def scan(world: World, options: ScanOptions) -> None:
     others = [known.measured(schedule) for schedule in named]
     known.bar.close()
     chosen = within([*steps, *others, *(made for _, made in single)], budget) if options.budget else None
+    times: dict[str, dict[str, Any]] = {}
+    if options.decode_tokens:
+        timed = [made.schedule for made in (plain, *steps, *others, *([chosen] if chosen else []))]
+        times = decode_times(world, model, timed, tokens.tolist(), options.decode_tokens)
     if not world.is_main:
         return
     print(f"{source.description}, tp {world.tp.size}, {len(tokens):,} tokens: perplexity {plain.perplexity:.4f}")
     print("one sync point dropped: " + ", ".join(f"{name} {made.loss:+.2%}" for name, made in single))
-    print(table([plain, *steps, *others]))
+    print(table([plain, *steps, *others], times))
     if chosen is not None:
         print(f"within {options.budget}: --sync={chosen.schedule} ({chosen.schedule.points} sync points, {chosen.loss:+.3%})")
     if options.report:
+
+        def known_of(made: Measured) -> dict[str, Any]:
+            return made.as_json() | times.get(str(made.schedule), {})
+
         figures = {
-            "plain": plain.as_json(),
+            "plain": known_of(plain),
             "single": {name: made.as_json() for name, made in single},
-            "curve": [made.as_json() for made in steps],
-            "others": [made.as_json() for made in others],
-            "chosen": chosen and chosen.as_json(),
+            "curve": [known_of(made) for made in steps],
+            "others": [known_of(made) for made in others],
+            "chosen": chosen and known_of(chosen),
         }
         report.write(options.report, {"entry": "drop_syncs", "what": "scan", **about(world, source, tokens), **figures})
 
 
-def table(rows: list[Measured]) -> str:
-    lines = [f"{'sync points':>11} {'perplexity':>11} {'loss':>9}   schedule"]
-    return "\n".join(lines + [f"{r.schedule.points:>11} {r.perplexity:>11.4f} {r.loss:>+9.2%}   {r.schedule}" for r in rows])
+def table(rows: list[Measured], times: dict[str, dict[str, Any]]) -> str:
+    lines = [f"{'sync points':>11} {'perplexity':>11} {'loss':>9}{'  ms a token' if times else ''}   schedule"]
+    for r in rows:
+        ms = f"{times[str(r.schedule)]['ms_per_token']['median']:>12.3f}" if times else ""
+        lines.append(f"{r.schedule.points:>11} {r.perplexity:>11.4f} {r.loss:>+9.2%}{ms}   {r.schedule}")
+    return "\n".join(lines)
 
 
 def about(world: World, source: Source, tokens: Tensor) -> dict[str, Any]:
-    return {"source": source.description, "tp": world.tp.size, "tokens": len(tokens), "model": asdict(source.config)}
+    sizes = {"world_size": world.size, "tp": world.tp.size, "comm": world.comm, "device": world.device.type}
+    return {"source": source.description, **sizes, "tokens": len(tokens), "model": asdict(source.config)}
 
 
 # --- repair ---------------------------------------------------------------------------------------------------------
@@ -226,7 +245,13 @@ def repair(world: World, options: RepairOptions) -> None:
 def plot_curve(world: World, options: CurveOptions) -> None:
     if world.is_main:
         report.check_place(options.plot, "plot")
-        draw([Path(name.strip()) for name in options.reports.split(",") if name.strip()], Path(options.plot).expanduser())
+        report.check_place(options.report, "report")
+        names = [name.strip() for name in options.reports.split(",") if name.strip()]
+        made = read_reports([Path(name) for name in names])
+        draw(made, Path(options.plot).expanduser())
+        if options.report:
+            reports = [{"file": name, **found} for name, found in zip(names, made, strict=True)]
+            report.write(options.report, {"entry": "drop_syncs", "what": "curve", "reports": reports})
 
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[World, Any], None]]] = {

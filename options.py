@@ -48,7 +48,7 @@ class RunOptions(EntryOptions):
     oversubscribe: bool = option(False, "let several ranks share one GPU, over gloo")
     comm_timeout: float = option(120.0, "seconds to wait in a collective for the other ranks", above=0)
     start_timeout: float = option(30.0, "seconds to wait for all ranks at the start", above=0)
-    report: str = option("", "write the run's account as JSON to this file")
+    report: str = option("", "write the run's account: a page to FILE.html, else JSON")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +190,7 @@ class ScanOptions(DropOptions):
     search: str = option("greedy", "drop the cheapest of all that are left each time, or in the order of a first scan",
                          ("greedy", "order"))
     schedules: str = option("mlp;every:2", "schedules to measure besides, with semicolons between")
+    decode_tokens: int = option(0, "measure ms a token of these schedules too, over this many new tokens; 0 = no", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,6 +305,28 @@ class BenchBlockOptions(BenchOptions):
     intermediate: int = option(0, "width of the MLP's hidden layer, 0 = 4 x n_embd", low=0)
     batch_size: int = option(1, "sequences", low=1)
     block_size: int = option(128, "tokens in a sequence", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchDiagramOptions(RunOptions):
+    """Draw a layer as its ranks see it, and compare the strategies by formula (one process, nothing runs)."""
+
+    n_layer: int = option(12, "layers", low=1)
+    n_head: int = option(12, "attention heads a layer", low=1)
+    n_embd: int = option(768, "width of the residual stream", low=1)
+    vocab_size: int = option(50257, "the size of the vocabulary", low=2)
+    tp: str = option("2", "tensor-parallel sizes with commas between: the first is drawn, the table has all")
+    sync: str = option("all", "sync points, as in sample_tp.py")
+    sequence_parallel: bool = option(False, "draw it with activations split over the sequence")
+    batch_size: int = option(1, "sequences", low=1)
+    block_size: int = option(128, "tokens in a sequence", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchPageOptions(RunOptions):
+    """Write a report that was kept as a page: --kept=run.json --report=run.html (one process)."""
+
+    kept: str = option("", "the report: JSON, or a page, which carries its own", required=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The account and the figures of a run, as JSON and as a table."""
+"""The account and the figures of a run, as JSON, as a page and as a table."""
 
 import json
 import os
@@ -10,11 +10,16 @@ from typing import Any
 
 import torch
 
-from errors import UserError
+from errors import UserError, printable
+from pages.account import told
+from pages.page import page, record
 from parallel.ledger import Account, as_json
 from parallel.mesh import World
 from parallel.quantized import quantization, weight_bytes
+from text.files import json_of, read_json, read_small
 from tp_model import TensorParallelGPT
+
+PAGES = (".html", ".htm")  # endings of the files that --report writes a page into
 
 
 def check_place(path: str, option: str) -> None:
@@ -96,34 +101,43 @@ def build(
 
 
 def write(path: str, report: dict[str, Any]) -> None:
+    """Into a file: a page where its name ends in .html, else JSON."""
+    place = Path(path).expanduser()
     try:
-        Path(path).expanduser().write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        text = page(report) if place.suffix.lower() in PAGES else json.dumps(report, indent=1) + "\n"
+        place.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--report={path} cannot be written: {error.strerror or error}.") from error
 
 
+def read(path: Path) -> Any:
+    """What was written there: JSON, or the record of a page. UserError where it is neither, see text/files.py."""
+    if path.suffix.lower() not in PAGES:
+        return read_json(path)
+    try:
+        return json_of(record(read_small(path).decode()).encode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no page of a report ({printable(str(error), 80)}).") from None
+
+
 def account_table(report: dict[str, Any]) -> str:
     """The account as a table: a line for each layer's attention and MLP, then the rest, then the sum."""
-    account = report["comm_account"]
-    blocks = [(str(layer["layer"]), block, layer[block]) for layer in account["layers"] for block in ("attention", "mlp")]
-    blocks += [("-", block, passes) for block, passes in account["other"].items()]
-    wide = max([11, *(len(op) for _, _, passes in blocks for ops in passes.values() for op in ops)])
+    found = list(told(report["comm_account"]))
+    wide = max([11, *(len(line.op) for line in found)])
     precision = f"{report['dtype']}, {report['quantize']} weights" if report["quantize"] else report["dtype"]
     sync = "" if report["sync"] == "all" else f"; sync points: {report['sync']}"
     lines = [
         f"{report['entry']}: world {report['world_size']} = dp {report['dp']} x tp {report['tp']}, {report['comm']}, "
-        f"{report['device']}, {precision}; {account['forward_passes']} forward passes{sync}",
+        f"{report['device']}, {precision}; {report['comm_account']['forward_passes']} forward passes{sync}",
         f"{'layer':>5}  {'block':<13} {'pass':<9} {'collective':<{wide}} {'calls':>8} {'bytes':>14} {'seconds':>9}",
     ]
     if report["tp"] * report["dp"] == 1:
         return lines[0] + "\none rank: nothing is communicated"
 
-    for layer, block, passes in blocks:
-        for direction, ops in passes.items():
-            for op, tally in ops.items():
-                figures = f"{tally['calls']:>8,} {tally['bytes']:>14,} {tally['seconds']:>9.3f}"
-                lines.append(f"{layer:>5}  {block:<13} {direction:<9} {op:<{wide}} {figures}")
-    total = account["total"]
+    for line in found:
+        figures = f"{line.calls:>8,} {line.bytes:>14,} {line.seconds:>9.3f}"
+        lines.append(f"{line.layer:>5}  {line.block:<13} {line.direction:<9} {line.op:<{wide}} {figures}")
+    total = report["comm_account"]["total"]
     lines.append(f"{'sum':>5}  {'':<{24 + wide}} {total['calls']:>8,} {total['bytes']:>14,} {total['seconds']:>9.3f}")
     lines.append(f"{total['fraction_of_time']:.1%} of the time was spent in collectives (rank 0's clock)")
     return "\n".join(lines)

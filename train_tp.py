@@ -41,6 +41,8 @@ from text.tokenizer import GPT2Tokenizer
 from tp_model import Read, TensorParallelGPT, held
 
 GPT2_VOCAB = 50304  # nanoGPT's table for GPT-2's 50257 tokens
+METRICS = "metrics.jsonl"
+CURVE_POINTS = 200  # iterations of which a report has the loss, at most
 BEGUN = "begun"  # the file of out_dir that says which run it belongs to: torchrun's name for it
 # options whose change on resume a user should hear of
 SHAPES_THE_CURVE = {
@@ -65,9 +67,10 @@ def main(world: World, options: TrainOptions) -> None:
     seconds = time.perf_counter() - begun
     done = run.progress.tokens_seen - run.first.tokens_seen
     timing = {"train_s": seconds, "tokens": done, "tokens_per_s": done / seconds}
-    made = report.build(
-        "train_tp", world, run.model, world.ledger.snapshot(), timing, seconds, best_val_loss=run.progress.best_val_loss
-    )
+    more: dict[str, Any] = {"best_val_loss": run.progress.best_val_loss}
+    if world.is_main and not options.eval_only:
+        more["loss_curve"] = loss_curve(run.out_dir / METRICS)
+    made = report.build("train_tp", world, run.model, world.ledger.snapshot(), timing, seconds, **more)
     if world.is_main:
         print(report.account_table(made))
         if options.report:
@@ -307,7 +310,7 @@ def start_directory(out_dir: Path, iter_num: int, options: TrainOptions) -> None
     if options.init_from != "resume":
         training.delete_checkpoints(out_dir)
     training.sweep(out_dir)
-    metrics = out_dir / "metrics.jsonl"
+    metrics = out_dir / METRICS
     lines = metrics.read_text(errors="replace").splitlines() if metrics.is_file() and iter_num else []
     kept = [line for line in lines if 0 <= iteration_of(line) < iter_num]
     metrics.write_text("".join(line + "\n" for line in kept))
@@ -320,6 +323,21 @@ def iteration_of(line: str) -> int:
     except (ValueError, TypeError, KeyError, RecursionError):
         return -1
     return number if type(number) is int else -1
+
+
+def loss_curve(metrics: Path) -> dict[str, list[Any]]:
+    """What a report has of metrics.jsonl: the loss at CURVE_POINTS iterations or fewer, spread evenly, and all evaluations'."""
+    lines = metrics.read_text(errors="replace").splitlines() if metrics.is_file() else []
+    read = [json.loads(line) for line in lines if iteration_of(line) >= 0]
+    trained = [line for line in read if "loss" in line]
+    trained = trained[:: max(1, -(-len(trained) // CURVE_POINTS))]
+    measured = [line for line in read if "val_loss" in line]
+    return {
+        "iter": [line["iter"] for line in trained],
+        "loss": [line["loss"] for line in trained],
+        "val_iter": [line["iter"] for line in measured],
+        "val_loss": [line["val_loss"] for line in measured],
+    }
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
@@ -549,7 +567,7 @@ class Log:
         self.bar = tqdm(total=self.options.max_iters, initial=run.progress.iter_num, desc="train", unit="it", disable=not show)
         self.losses: dict[str, float] = {}
         self.wandb: Any = None
-        self.path = run.out_dir / "metrics.jsonl" if self.on and not self.options.eval_only else None
+        self.path = run.out_dir / METRICS if self.on and not self.options.eval_only else None
         if self.on and self.options.wandb_log:
             import wandb
 

@@ -98,7 +98,8 @@ class Bench:
             return
         print("\n".join(lines))
         if self.options.report:
-            world = {"world_size": self.world.size, "comm": self.world.comm, "device": self.world.device.type}
+            sizes = {"world_size": self.world.size, "tp": self.world.tp.size, "dp": self.world.dp.size}
+            world = {**sizes, "comm": self.world.comm, "device": self.world.device.type}
             made = {"entry": "bench_tp", "what": what, **world, "machine": machine(), "command": sys.argv, **figures}
             report.write(self.options.report, made)
 

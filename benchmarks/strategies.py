@@ -272,7 +272,7 @@ class Piece:
         with torch.no_grad():
             for name, parameter in self.body.named_parameters():
                 parameter.copy_(take(case.weights[name], self.rules[name], axis.rank))
-        self.x = case.x[:, self.own].to(device).requires_grad_()
+        self.x = case.x[:, self.own].to(device).clone().requires_grad_()  # a part that is kept would hold the whole
         self.dy = case.dy[:, self.own].to(device)
 
     def forward(self) -> Tensor:

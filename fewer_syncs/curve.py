@@ -4,18 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import report
-from checkpoints.shards import read_json
 from errors import UserError
 
 COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
 
 
-def draw(reports: list[Path], path: Path) -> None:
+def read_reports(paths: list[Path]) -> list[dict[str, Any]]:
+    """Reports of scan and repair, JSON or pages. UserError for a file that is none."""
+    return [_opened(path) for path in paths]
+
+
+def draw(made: list[dict[str, Any]], path: Path) -> None:
     """A line for each report of a scan, and for each of a repair an arrow from the loss before it to the loss after.
 
-    One colour for each number of ranks; weights that were grouped are dashed. UserError for a file that is no such report.
+    One colour for each number of ranks; weights that were grouped are dashed.
     """
-    made = [_opened(path) for path in reports]
     plt = report.pyplot()
     ranks = sorted({found["tp"] for found in made})
     colours = {tp: COLOURS[i % len(COLOURS)] for i, tp in enumerate(ranks)}
@@ -46,7 +49,7 @@ def draw(reports: list[Path], path: Path) -> None:
 
 
 def _opened(path: Path) -> dict[str, Any]:
-    found = read_json(path)
+    found = report.read(path)
     if not isinstance(found, dict) or found.get("entry") != "drop_syncs" or found.get("what") not in ("scan", "repair"):
         raise UserError(f"{path} is no report of drop_syncs.py scan or repair (--report=FILE writes one).")
     return found

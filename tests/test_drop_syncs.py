@@ -20,7 +20,7 @@ from torch import Tensor
 import drop_syncs
 from checkpoints.shards import ShardDirectory, read_manifest
 from errors import UserError
-from fewer_syncs.curve import draw
+from fewer_syncs.curve import draw, read_reports
 from fewer_syncs.distillation import Lessons, repair_run, repair_whole
 from fewer_syncs.grouping import Regrouped, damages, deal, group, partitions
 from fewer_syncs.scan import Measured, parse_budget, within
@@ -210,6 +210,8 @@ def test_the_fewest_points_win() -> None:
         (["--max_tokens=12"], "the text has 12 tokens; a scan needs at least block_size + 1 = 13"),
         (["--schedules=9m"], "there is no sub-block 9m"),
         (["--dataset="], "--dataset is required"),
+        (["--decode_tokens=5"], "--decode_tokens=5: with a prompt of 8 tokens use 2 to 4, or 0 for none."),
+        (["--decode_tokens=1"], "--decode_tokens=1: with a prompt"),
     ],
 )
 def test_mistakes(home: Path, words: list[str], message: str) -> None:
@@ -321,11 +323,11 @@ def test_scans_and_repairs_are_drawn_in_one_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     known = sorted(RESULTS.glob("*_tp[23]*.json"))
     assert len(known) > 4
-    draw(known, tmp_path / "curve.png")
+    draw(read_reports(known), tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_curve_is_of_scans_and_repairs_only(tmp_path: Path) -> None:
     other = RESULTS / "allreduce.json"
     with pytest.raises(UserError, match=f"{other} is no report of drop_syncs.py scan or repair"):
-        draw([other], tmp_path / "curve.png")
+        read_reports([other])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("benchmarks", "fewer_syncs", "native", "parallel", "checkpoints", "text")
+ROOMS = ("benchmarks", "fewer_syncs", "native", "pages", "parallel", "checkpoints", "text")
 SOURCES = [
     path for pattern in ("*.py", *(f"{room}/*.py" for room in ROOMS)) for path in sorted(ROOT.glob(pattern))
 ]
