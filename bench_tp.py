@@ -8,6 +8,8 @@ with what a user would pick instead.
     torchrun --standalone --nproc_per_node=2 bench_tp.py allreduce
     torchrun --standalone --nproc_per_node=2 bench_tp.py block --part=layer --n_embd=768 --n_head=12 --tp=1,2,4,8
     python bench_tp.py start --ranks=2
+    torchrun --standalone --nproc_per_node=2 bench_tp.py predict
+    python bench_tp.py predict --hardware=all
 """
 
 from collections.abc import Callable
@@ -16,12 +18,14 @@ from typing import Any
 from benchmarks.inference import decode, prefill, start
 from benchmarks.laboratory import block
 from benchmarks.messages import allreduce
+from benchmarks.prediction import predict
 from benchmarks.training import save, train
 from entry import run_commands
 from options import (
     BenchAllreduceOptions,
     BenchBlockOptions,
     BenchDecodeOptions,
+    BenchPredictOptions,
     BenchPrefillOptions,
     BenchSaveOptions,
     BenchStartOptions,
@@ -37,6 +41,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[World, Any], None]]] = {
     "allreduce": (BenchAllreduceOptions, allreduce),
     "block": (BenchBlockOptions, block),
     "start": (BenchStartOptions, start),
+    "predict": (BenchPredictOptions, predict),
 }
 
 if __name__ == "__main__":
