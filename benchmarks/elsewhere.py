@@ -6,6 +6,7 @@ these numbers is held against others of them in tests/test_cost.py (gpt-fast's L
 """
 
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -59,6 +60,7 @@ PROFILES = {
         gpu("h100-ethernet", 3350, 989, 80, ETHERNET),
     )
 }
+MOST_RANKS = 8
 CUSTOM = "custom"
 # What a custom one needs, and what may be said of another in its profile's place.
 NEEDED = ("alpha_us", "link_GBps", "memory_GBps", "peak_tflops", "memory_GB")
@@ -199,20 +201,27 @@ def pays_from(hardware: Hardware, tp: int, mode: str, options: BenchPredictOptio
     return None
 
 
-def too_large(name: str, found: list[Way], hardware: Hardware) -> UserError:
-    """What to say of a model that fits in no layout that was asked about."""
+def too_large(name: str, found: list[Way], hardware: Hardware, options: BenchPredictOptions) -> UserError:
+    """What to say of a model that fits in no layout that was asked about: what the least of them takes, and what would do."""
     least = min(found, key=lambda way: way.step.capacity)
+    every = ways(config_of(name, options), list(range(1, MOST_RANKS + 1)), hardware, least.step.mode, options)
+    would = next((f"--tp={way.tp}" for way in every if way.fits), "")
+    if not would:
+        smallest = min(way.step.capacity for way in every)
+        would = f"--memory_GB={math.ceil(smallest / 1e9)} at tp={every[-1].tp}"
     return UserError(
-        f"--model={name} does not fit {hardware.name} ({hardware.capacity / 1e9:.0f} GB): its smallest layout asked about, "
-        f"tp={least.tp}, {least.strategy}, takes {least.step.capacity / 1e9:.1f} GB a rank. Use a larger --tp or --memory_GB."
+        f"--model={name} does not fit {hardware.name} ({hardware.capacity / 1e9:.0f} GB): the layout that takes least, "
+        f"tp={least.tp}, {least.strategy}, takes {least.step.capacity / 1e9:.1f} GB a rank. What would do: {would}."
     )
 
 
 def verdict(name: str, found: list[Way], hardware: Hardware) -> dict[str, Any]:
-    """A line of the report: every layout, the best exact one, what fewer sync points would add, and break-even."""
+    """A line of the report: every layout, the best exact one, what fewer sync points would add, and break-even. Where none
+    fits, what the one that takes least takes."""
     fitting = exact(found)
     if not fitting:
-        raise too_large(name, found, hardware)
+        least = min(way.step.capacity for way in found)
+        return {"model": name, "parameters": found[0].step.split.count(), "ways": [], "least_bytes": least}
     base, best = fitting[0], min(fitting, key=lambda way: way.seconds.total)
     fewer = [way for way in found if way.fits and way.strategy in WITHOUT]
     line: dict[str, Any] = {
@@ -255,12 +264,18 @@ def ask(world: World, options: BenchPredictOptions) -> None:
         sizes = sorted({int(word) for word in options.tp.split(",")})
     except ValueError:
         raise UserError(f"--tp={options.tp} are not sizes with commas between.") from None
+    if not 1 <= sizes[0] <= sizes[-1] <= MOST_RANKS:
+        raise UserError(f"--tp={options.tp}: sizes are 1 to {MOST_RANKS}, as many ranks as the links are known for.")
     figures, said = [], []
     for mode in modes:
+        found = {(name, machine): ways(config_of(name, options), sizes, machine, mode, options)
+                 for name in models for machine in machines}  # fmt: skip
+        for name in models:
+            if not any(way.fits for machine in machines for way in found[name, machine]):
+                largest = max(machines, key=lambda machine: machine.capacity)
+                raise too_large(name, found[name, largest], largest, options)
         for machine in machines:
-            if sizes[-1] > machine.ranks:
-                raise UserError(f"--tp={sizes[-1]}: the links of {machine.name} are known for up to {machine.ranks} ranks.")
-            lines = [verdict(name, ways(config_of(name, options), sizes, machine, mode, options), machine) for name in models]
+            lines = [verdict(name, found[name, machine], machine) for name in models]
             smallest = {tp: pays_from(machine, tp, mode, options) for tp in sizes if tp > 1}
             figures.append({"hardware": asdict(machine), "mode": mode, "lines": lines, "pays_from": pays_json(smallest)})
             said += table(machine, mode, lines, sizes, smallest, options)
@@ -297,6 +312,10 @@ def table(
         + f"{'best':>15}{'fewer syncs':>20}{'alpha limit':>13}",
     ]  # fmt: skip
     for line in lines:
+        if not line["ways"]:
+            size = f"no room: at least {line['least_bytes'] / 1e9:,.1f} GB a rank"
+            said.append(f"{line['model']:<12}{line['parameters'] / 1e6:>10,.0f}M   {size}")
+            continue
         best, cells = line["best"], ""
         first = next(way for way in line["ways"] if way["fits"] and way["tp"] == line["base_tp"])
         for tp in sizes[1:]:
@@ -330,6 +349,8 @@ def plot(path: str, figures: list[dict[str, Any]]) -> None:
     for found in figures:
         for column, line in enumerate(found["lines"]):
             plane = planes[modes.index(found["mode"])][column]
+            if not line["ways"]:
+                continue
             best: dict[int, float] = {}
             for way in line["ways"]:
                 if way["fits"] and way["strategy"] not in WITHOUT:

@@ -57,13 +57,15 @@ class Job:
 
 
 DECODED = 24  # tokens of a measurement
-TINY, WIDE, GPT2, SMALL = (24, 64, 2, 512), (4, 1024, 16, 16384), (12, 768, 12, 50257), (8, 640, 10, 20000)
-# The constants of the decode step come from these; those of messages and products from messages and products by themselves.
+GPT2, SMALL = (12, 768, 12, 50257), (8, 640, 10, 20000)
+TINY, WIDE, WIDER = (24, 64, 2, 512), (5, 896, 14, 20000), (3, 1152, 18, 20000)
+# The constants of the decode step come from these; those of messages and arithmetic from messages and kernels by themselves.
 FITTED = {
-    "overhead": Job("decode", TINY, ALONE),  # there is hardly anything to read
-    "memory alone": Job("decode", WIDE, ALONE),
-    "memory": Job("decode", WIDE),
-    "widening": Job("decode", WIDE, int8=True),
+    "overhead": (Job("decode", TINY, ALONE),),  # there is hardly anything to read
+    # two, as decode.c reads rows of some widths faster than of others
+    "memory alone": (Job("decode", WIDE, ALONE), Job("decode", WIDER, ALONE)),
+    "memory": (Job("decode", WIDE), Job("decode", WIDER)),
+    "widening": (Job("decode", WIDE, int8=True),),
 }
 # They are held against these.
 CHECKED = (
@@ -187,12 +189,12 @@ def typical(samples: list[float]) -> float:
 def message_times(world: World, axis: Axis, calls: int = 24) -> list[tuple[int, float]]:
     """(bytes, seconds) of all-reduces that stand between pieces of work, as they do in a step: what a call adds to the work,
     the wait for the later rank and the waking of one that slept included. Means over the ranks."""
-    work, found = torch.ones(1 << 20), []
+    work, found = torch.ones(8, 1 << 21), []  # a piece is 8 MB, a sub-block's weights, and not in a cache
     for nbytes in SIZES:
         message, seconds = torch.randn(nbytes // 4), []
         world.barrier()
-        for _ in range(calls):
-            work.sum()
+        for i in range(calls):
+            work[i % 8].sum()
             started = time.perf_counter()
             all_reduce(message, axis, "forward")
             seconds.append(time.perf_counter() - started)
@@ -200,62 +202,89 @@ def message_times(world: World, axis: Axis, calls: int = 24) -> list[tuple[int, 
     return found
 
 
-def peak(calls: int = 24) -> float:
-    """Flop a second of products as layers have them: each with weights of its own, which come from memory."""
-    x, weights, seconds = torch.randn(256, 768), torch.randn(calls, 1536, 768), []
-    for weight in weights:
-        started = time.perf_counter()
-        F.linear(x, weight)
-        seconds.append(time.perf_counter() - started)
-    return 2 * x.shape[0] * weights[0].numel() / typical(seconds)
+def kernels(calls: int = 24) -> dict[str, float]:
+    """What this rank's arithmetic does by itself: peak and attend, flop a second, of products as layers have them, each with
+    weights of its own that come from memory, and of causal attention; touch, the seconds for a number in GELU and in a sum."""
+    x, weights, hidden = torch.randn(256, 768), torch.randn(calls, 1536, 768), torch.randn(256, 1536)
+    q = torch.randn(1, 6, 256, 64)
+
+    def timed(call: Callable[[int], Any]) -> float:
+        seconds = []
+        for i in range(calls):
+            started = time.perf_counter()
+            call(i)
+            seconds.append(time.perf_counter() - started)
+        return typical(seconds)
+
+    product = timed(lambda i: F.linear(x, weights[i]))
+    attention = timed(lambda i: F.scaled_dot_product_attention(q, q, q, is_causal=True))
+    touched = timed(lambda i: F.gelu(hidden, approximate="tanh")) + timed(lambda i: hidden + hidden)
+    flops = 4 * (q.shape[2] + 1) / 2 * q.numel()
+    return {
+        "peak": 2 * x.shape[0] * weights[0].numel() / product,
+        "attend": flops / attention,
+        "touch": touched / (2 * hidden.numel()),
+    }
 
 
 @dataclass(frozen=True)
 class Constants:
-    """This machine, as one round finds it: bytes and flop a second of a rank while one computes and while all do."""
+    """This machine, as one round finds it: what a rank does while it is alone and while all compute."""
 
     overhead: float
     widening: float
     memory: dict[bool, float]  # whether the rank is alone
-    peak: dict[bool, float]
+    kernels: dict[bool, dict[str, float]]  # see `kernels`
     links: dict[str, Link]
 
     def hardware(self, comm: str) -> Hardware:
         alone = comm == ALONE
         link = Link(0.0, 0.0) if alone else self.links[comm]
-        return Hardware(comm, self.memory[alone], self.peak[alone], self.overhead, link, self.widening)
+        rates = self.kernels[alone]
+        return Hardware(
+            comm, self.memory[alone], rates["peak"], self.overhead, link, rates["attend"], rates["touch"], self.widening
+        )  # fmt: skip
 
     def as_json(self) -> dict[str, float]:
         found = {"overhead_us": 1e6 * self.overhead, "widening_G": self.widening / 1e9}
         for alone, word in ((True, "alone"), (False, "all")):
-            found |= {f"memory_GBps_{word}": self.memory[alone] / 1e9, f"peak_gflops_{word}": self.peak[alone] / 1e9}
+            rates = self.kernels[alone]
+            found |= {f"memory_GBps_{word}": self.memory[alone] / 1e9, f"touch_ns_{word}": 1e9 * rates["touch"]}
+            found |= {f"{name}_gflops_{word}": rates[name] / 1e9 for name in ("peak", "attend")}
         for comm, link in self.links.items():
             found |= {f"{comm}_alpha_us": 1e6 * link.alpha, f"{comm}_GBps": 1e-9 / link.beta if link.beta else 0.0}
         return found
 
 
-def solve(took: dict[str, float], steps: dict[str, Step], peaks: dict[bool, float], links: dict[str, Link]) -> Constants:
-    """The constants under which the fitted jobs take what they took, one after the other, each from a job of its own.
+def solve(
+    took: dict[str, list[float]],
+    steps: dict[str, list[Step]],
+    rates: dict[bool, dict[str, float]],
+    links: dict[str, Link],
+) -> Constants:
+    """The constants under which the fitted jobs take what they took, one after the other, each from jobs of its own.
 
     took: seconds of a step, steps: what it does, both by FITTED's names.
     """
-    overhead = took["overhead"] / len(steps["overhead"].entries)
+    overhead = took["overhead"][0] / len(steps["overhead"][0].entries)
 
     def rest(name: str, memory: float, link: Link) -> tuple[Seconds, float]:
-        """(the step at so many bytes a second, what it took beyond its messages and overhead). Nothing in it waits for
+        """(the steps at so many bytes a second, what they took beyond their messages and overhead). Nothing in them waits for
         arithmetic: one row at a time is read, not multiplied."""
-        reckoned = steps[name].seconds(Hardware(name, memory, float("inf"), overhead, link))
-        return reckoned, took[name] - reckoned.communication - reckoned.overhead
+        machine = Hardware(name, memory, float("inf"), overhead, link)
+        reckoned = sum((step.seconds(machine) for step in steps[name]), start=Seconds())
+        return reckoned, sum(took[name]) - reckoned.communication - reckoned.overhead
 
     memory = {}
     for alone, name, link in ((True, "memory alone", Link(0.0, 0.0)), (False, "memory", links["shm"])):
         reckoned, seconds = rest(name, 1.0, link)
         memory[alone] = (reckoned.weights + reckoned.attention) / seconds
     reckoned, seconds = rest("widening", memory[False], links["shm"])
-    return Constants(overhead, sum(steps["widening"].entries) / (seconds - reckoned.attention), memory, peaks, links)
+    widened = sum(entries for step in steps["widening"] for entries in step.entries)
+    return Constants(overhead, widened / (seconds - reckoned.attention), memory, rates, links)
 
 
-def one_round(workshop: Workshop, fitted: dict[str, Ready | None], checked: list[Ready | None]) -> dict[str, Any]:
+def one_round(workshop: Workshop, fitted: dict[str, list[Ready | None]], checked: list[Ready | None]) -> dict[str, Any]:
     """Constants and steps, measured in turn: {"constants", "pairs": [(reckoned, measured seconds), ...]} on rank 0."""
     world = workshop.world
 
@@ -265,15 +294,15 @@ def one_round(workshop: Workshop, fitted: dict[str, Ready | None], checked: list
 
     links = {comm: message_times(world, workshop.axis(comm)) for comm in ("shm", "gloo")}
     world.barrier()
-    both = peak()
+    rates = {False: kernels()}
     world.barrier()
-    peaks = {True: peak() if world.is_main else 0.0, False: both}
-    took = {name: seconds(ready) for name, ready in fitted.items()}
+    rates[True] = kernels() if world.is_main else {}
+    took = {name: [seconds(ready) for ready in jobs] for name, jobs in fitted.items()}
     measured = [seconds(ready) for ready in checked]
     if not world.is_main:
         return {}
-    steps = {name: ready.step for name, ready in fitted.items() if ready is not None}
-    constants = solve(took, steps, peaks, {comm: fit_link(times, comm == "shm") for comm, times in links.items()})
+    steps = {name: [ready.step for ready in jobs if ready is not None] for name, jobs in fitted.items()}
+    constants = solve(took, steps, rates, {comm: fit_link(times, comm == "shm") for comm, times in links.items()})
     reckoned = [ready.step.seconds(constants.hardware(ready.job.comm)) for ready in checked if ready is not None]
     return {"constants": constants.as_json(), "pairs": list(zip(reckoned, measured, strict=True))}
 
@@ -291,7 +320,7 @@ def check(world: World, options: BenchPredictOptions) -> None:
         )
     with ExitStack() as stack:
         workshop = Workshop(world, stack)
-        fitted = {name: workshop.ready(job) for name, job in FITTED.items()}
+        fitted = {name: [workshop.ready(job) for job in jobs] for name, jobs in FITTED.items()}
         checked = [workshop.ready(job) for job in CHECKED]
         one_round(workshop, fitted, checked)  # memory is taken, C compiled
         rounds = [turn["nanotp"] for turn in bench.rounds(lambda: one_round(workshop, fitted, checked), [])]
@@ -313,7 +342,8 @@ def check(world: World, options: BenchPredictOptions) -> None:
     said.append(f"{within} of {len(lines)} within {GOAL:.0%}; the farthest: {worst['job']}, {worst['ratio']['median']:.2f}")
     if options.plot:
         scatter(options.plot, lines)
-    figures = {"rounds": options.repeats, "constants": constants, "fitted": [job.name for job in FITTED.values()]}
+    fitted_on = {name: [job.name for job in jobs] for name, jobs in FITTED.items()}
+    figures = {"rounds": options.repeats, "constants": constants, "fitted": fitted_on}
     bench.finish("predict", {**figures, "lines": lines, "worst": worst["job"], "within": within}, said)
 
 

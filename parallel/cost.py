@@ -23,8 +23,10 @@ from parallel.schedule import Schedule
 
 MODES = ("decode", "prefill", "train")
 # Bytes that a step of AdamW reads and writes for each parameter: the gradient's norm and its clipping (12), then weight,
-# gradient and two moments read, weight and moments written (28).
-OPTIMIZER = 10 * FLOAT
+# gradient and two moments read, weight and moments written (28). The tied table has two gradients, cleared and added (20).
+OPTIMIZER, TIED = 10 * FLOAT, 5 * FLOAT
+BACKWARD = 2  # as many numbers and products in the backward pass as in the forward pass
+PASSES = 6  # over the logits of a chunk: largest, difference, exponential, sum, scaling, and the target's
 
 
 def ring_bytes(nbytes: float, size: int) -> float:
@@ -65,18 +67,20 @@ class Link:
 @dataclass(frozen=True)
 class Hardware:
     """What a rank runs on. memory: bytes a second that it reads while all ranks do; peak: flop a second of its matrix products;
-    overhead: seconds of a sub-block beyond its products and messages; widening: 8-bit weights a second that it can
-    multiply with, 0 where reading them takes longer. capacity: bytes of its memory, 0 where nobody asks; ranks: how many
-    the link joins at most."""
+    overhead: seconds of a sub-block beyond its products and messages. attend: flop a second of attention's kernel, 0 = peak;
+    touch: seconds for each number of what is done number by number, 0 = as long as reading and writing it; widening: 8-bit
+    weights a second that it can multiply with, 0 where reading them takes longer. capacity: bytes of its memory, 0 where
+    nobody asks."""
 
     name: str
     memory: float
     peak: float
     overhead: float
     link: Link
+    attend: float = 0.0
+    touch: float = 0.0
     widening: float = 0.0
     capacity: float = 0.0
-    ranks: int = 8
 
 
 # --- what a step does -----------------------------------------------------------------------------------------------
@@ -95,11 +99,12 @@ class Message(NamedTuple):
 @dataclass(frozen=True)
 class Seconds:
     """Where a step's time goes. weights: products that wait for the memory; compute: products that do not; attention: scores,
-    values and the cache; communication; overhead."""
+    values and the cache; elementwise: LayerNorm, GELU, biases, sums, the loss; communication; overhead."""
 
     weights: float = 0.0
     compute: float = 0.0
     attention: float = 0.0
+    elementwise: float = 0.0
     communication: float = 0.0
     overhead: float = 0.0
 
@@ -158,10 +163,16 @@ class Step:
             found.append(sum(prod(self.shapes[name]) for name in names))
         return found * self.split.n_layer + [prod(self.shapes["transformer.wte.weight"])]
 
+    @property
+    def channels(self) -> int:
+        """Width of this rank's heads, side by side."""
+        lo, hi = self.split.heads(0)
+        return (hi - lo) * self.split.head_dim
+
     def product(self, entries: int, rows: int, hardware: Hardware) -> Seconds:
         """Rows through a matrix of so many entries; in training with both gradients, each a product of the same size."""
         nbytes = entries * (1 if self.int8 else self.width)
-        times = 3 if self.trains else 1
+        times = 1 + BACKWARD * self.trains
         reading, arithmetic = nbytes / hardware.memory, 2 * rows * entries / hardware.peak
         if self.int8 and hardware.widening:
             reading = max(reading, rows * entries / hardware.widening)
@@ -170,24 +181,37 @@ class Step:
     def attention(self, hardware: Hardware) -> Seconds:
         """Scores and values of one layer: keys and values read, two products over what is before each token. Its backward pass
         makes the scores again, and four products of the same size."""
-        lo, hi = self.split.heads(0)
-        width = (hi - lo) * self.split.head_dim
         seen = self.past + (self.tokens + 1) / 2  # the mean of what a token looks at
-        flops = 4 * self.rows * self.tokens * seen * width * (3.5 if self.trains else 1)
-        nbytes = 2 * self.rows * (self.past + self.tokens) * width * self.width
-        return Seconds(attention=max(flops / hardware.peak, nbytes / hardware.memory))
+        flops = 4 * self.rows * self.tokens * seen * self.channels * (3.5 if self.trains else 1)
+        nbytes = 2 * self.rows * (self.past + self.tokens) * self.channels * self.width
+        return Seconds(attention=max(flops / (hardware.attend or hardware.peak), nbytes / hardware.memory))
+
+    def elementwise(self, hardware: Hardware) -> Seconds:
+        """What is done number by number to the tokens of a pass: two LayerNorms, two biases and two sums over the stream,
+        c_attn's bias, c_fc's and GELU. A decode step's single tokens never leave the caches: that is in the overhead."""
+        if self.mode == "decode":
+            return Seconds()
+        tokens = self.tokens / self.split.tp if self.split_tokens else self.tokens
+        lo, hi = self.split.columns(0)
+        layer = 6 * tokens * self.split.n_embd + self.tokens * (3 * self.channels + 2 * (hi - lo))
+        numbers = self.rows * layer * self.split.n_layer * (1 + BACKWARD * self.trains)
+        if self.trains:
+            numbers += PASSES * self.rows * self.tokens * self.split.local_vocab
+        return Seconds(elementwise=numbers * (hardware.touch or 2 * self.width / hardware.memory))
 
     def seconds(self, hardware: Hardware) -> Seconds:
         """The step on this hardware."""
         n = self.rows * self.tokens
-        found = Seconds(overhead=(len(self.entries) * hardware.overhead) * (3 if self.trains else 1))
+        found = Seconds(overhead=len(self.entries) * hardware.overhead * (1 + BACKWARD * self.trains))
+        found += self.elementwise(hardware)
         for entries in self.entries[:-1]:
             found += self.product(entries, n, hardware)
         found += self.product(self.entries[-1], n if self.trains else self.rows, hardware)
         for _ in range(self.split.n_layer):
             found += self.attention(hardware)
         if self.trains:
-            found += Seconds(weights=OPTIMIZER * sum(map(prod, self.shapes.values())) / hardware.memory)
+            nbytes = OPTIMIZER * sum(map(prod, self.shapes.values())) + TIED * self.entries[-1]
+            found += Seconds(weights=nbytes / hardware.memory)
         said = sum(hardware.link.seconds(message.op, message.whole, self.split.tp) for message in self.messages())
         return found + Seconds(communication=said)
 
@@ -261,8 +285,7 @@ class Step:
             sizes = self.split, self.schedule, 1, self.rows, 1, self.rows, self.width
             return Training(*sizes, False, True, self.logit_rows, self.split_tokens).peak
         entries = sum(map(prod, self.shapes.values()))
-        lo, hi = self.split.heads(0)
-        cache = 2 * self.split.n_layer * (hi - lo) * self.split.head_dim * self.rows * (self.past + self.tokens) * self.width
+        cache = 2 * self.split.n_layer * self.channels * self.rows * (self.past + self.tokens) * self.width
         if self.int8:  # the table is kept for looking up, too
             return entries + self.entries[-1] * self.width + cache
         return entries * self.width + cache
