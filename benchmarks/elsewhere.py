@@ -191,14 +191,17 @@ def break_even(step: Step, limit: float, hardware: Hardware) -> float | None:
 
 
 def pays_from(hardware: Hardware, tp: int, mode: str, options: BenchPredictOptions) -> GPTConfig | None:
-    """The smallest model in whose shape tp ranks beat one device: 64 channels a head, as many layers as heads (GPT-2's own
-    family), up to 256 heads; None where no such does."""
-    for heads in range(tp, 257):
-        config = GPTConfig(options.tokens + 1, GPT2_TOKENS, heads, heads, 64 * heads)
+    """The size from which on tp ranks beat one device, of models with 64 channels a head and as many layers as heads (GPT-2's
+    own family), tp to 256 heads, each a tenth larger than the one before; None where the largest does not."""
+    heads = sorted({min(256, round(tp * 1.1**k)) for k in range(60)})
+    found = None
+    for n in reversed(heads):
+        config = GPTConfig(options.tokens + 1, GPT2_TOKENS, n, n, 64 * n)
         one, many = (step_of(config, size, "all", mode, options).seconds(hardware).total for size in (1, tp))
-        if many < one:
-            return config
-    return None
+        if many >= one:
+            break
+        found = config
+    return found
 
 
 def too_large(name: str, found: list[Way], hardware: Hardware, options: BenchPredictOptions) -> UserError:

@@ -56,7 +56,7 @@ class Job:
         return " ".join(words).replace(" ,", ",")
 
 
-DECODED = 24  # tokens of a measurement
+DECODED, REPEATED = 24, 3  # steps of a measurement: tokens, and of those that are longer
 GPT2, SMALL = (12, 768, 12, 50257), (8, 640, 10, 20000)
 TINY, WIDE, WIDER = (24, 64, 2, 512), (5, 896, 14, 20000), (3, 1152, 18, 20000)
 # The constants of the decode step come from these; those of messages and arithmetic from messages and kernels by themselves.
@@ -85,6 +85,16 @@ CHECKED = (
     Job("train", (4, 512, 8, 0), ALONE, rows=2, tokens=128),
     Job("train", (6, 768, 12, 0), sync="mlp", rows=2, tokens=128),
 )
+
+
+def repeated(call: Callable[[], Any]) -> list[float]:
+    """Seconds of each of a few calls."""
+    seconds = []
+    for _ in range(REPEATED):
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return seconds
 
 
 class Clocked:
@@ -151,10 +161,11 @@ class Workshop:
 
         def measure() -> list[float]:
             model.set_schedule(schedule)
+            if job.mode == "prefill":
+                return repeated(lambda: generate(model, [prompt], sampling))
             decoder = Clocked(decoder_for(model))
-            started = time.perf_counter()
             generate(model, [prompt], sampling, decoder=decoder)
-            return decoder.steps() if job.mode == "decode" else [time.perf_counter() - started]
+            return decoder.steps()
 
         past, tokens = (job.past + DECODED // 2, 1) if job.mode == "decode" else (0, job.tokens)
         asked_of = schedule if model.tp.size > 1 else Schedule.plain(n_layer)
@@ -167,15 +178,14 @@ class Workshop:
         options = BenchTrainOptions(device="cpu", dtype="float32", tp=world.tp.size, **asked)
         run, _ = self.stack.enter_context(prepared(world, options, sync=job.sync))
 
-        def measure() -> list[float]:
-            started = time.perf_counter()
+        def iterate() -> None:
             train_tp.iterate(run, 1e-4)
             run.progress.iter_num += 1
-            return [time.perf_counter() - started]
 
         model, n = run.model, job.rows * job.tokens
         rows = chunk_rows(n, model.split.local_vocab, "cpu")
-        return Ready(job, Step(model.split, model.schedule, job.mode, job.rows, job.tokens, logit_rows=rows), measure)
+        step = Step(model.split, model.schedule, job.mode, job.rows, job.tokens, logit_rows=rows)
+        return Ready(job, step, lambda: repeated(iterate))
 
 
 # --- constants ------------------------------------------------------------------------------------------------------

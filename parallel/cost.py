@@ -12,7 +12,7 @@ longest run of heads, columns and vocabulary rows.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import prod
 from typing import NamedTuple
@@ -117,6 +117,9 @@ class Seconds:
         """The part of it in communication."""
         return self.communication / self.total
 
+    def scaled(self, times: int) -> "Seconds":
+        return Seconds(*(times * getattr(self, field.name) for field in fields(self)))
+
     def __add__(self, other: "Seconds") -> "Seconds":
         return Seconds(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
@@ -151,8 +154,17 @@ class Step:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every parameter on the first rank."""
-        return self.split.local_shapes(0)
+        """Of the parameters on the first rank, those of the first layer for all of them: they are alike."""
+        return replace(self.split, n_layer=1).local_shapes(0)
+
+    def times(self, name: str) -> int:
+        """How many parameters of the model such a one of `shapes` stands for."""
+        return self.split.n_layer if ".h." in name else 1
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in this rank's parameters, padding rows included."""
+        return sum(prod(shape) * self.times(name) for name, shape in self.shapes.items())
 
     @cached_property
     def entries(self) -> list[int]:
@@ -204,13 +216,12 @@ class Step:
         n = self.rows * self.tokens
         found = Seconds(overhead=len(self.entries) * hardware.overhead * (1 + BACKWARD * self.trains))
         found += self.elementwise(hardware)
-        for entries in self.entries[:-1]:
-            found += self.product(entries, n, hardware)
-        found += self.product(self.entries[-1], n if self.trains else self.rows, hardware)
-        for _ in range(self.split.n_layer):
-            found += self.attention(hardware)
+        layer = self.attention(hardware)
+        for entries in self.entries[:2]:
+            layer += self.product(entries, n, hardware)
+        found += layer.scaled(self.split.n_layer) + self.product(self.entries[-1], n if self.trains else self.rows, hardware)
         if self.trains:
-            nbytes = OPTIMIZER * sum(map(prod, self.shapes.values())) + TIED * self.entries[-1]
+            nbytes = OPTIMIZER * self.numbers + TIED * self.entries[-1]
             found += Seconds(weights=nbytes / hardware.memory)
         said = sum(hardware.link.seconds(message.op, message.whole, self.split.tp) for message in self.messages())
         return found + Seconds(communication=said)
@@ -270,8 +281,8 @@ class Step:
         """Numbers in the gradients of which a rank has a part only, see TensorParallelGPT.partial_gradients."""
         C, vectors = self.split.n_embd, 2 if self.split.bias else 1
         if self.split_tokens:
-            rules = self.split.rules()
-            return sum(prod(shape) for name, shape in self.split.shapes().items() if rules[name].dim is None)
+            rules = replace(self.split, n_layer=1).rules()
+            return sum(prod(shape) * self.times(name) for name, shape in self.shapes.items() if rules[name].dim is None)
         runs = [run for run in self.schedule.runs() if len(run) > 1]
         return sum(len(run) * vectors * C + (len(run) - 1) * C * self.split.bias for run in runs)
 
@@ -284,11 +295,10 @@ class Step:
         if self.trains:
             sizes = self.split, self.schedule, 1, self.rows, 1, self.rows, self.width
             return Training(*sizes, False, True, self.logit_rows, self.split_tokens).peak
-        entries = sum(map(prod, self.shapes.values()))
         cache = 2 * self.split.n_layer * self.channels * self.rows * (self.past + self.tokens) * self.width
         if self.int8:  # the table is kept for looking up, too
-            return entries + self.entries[-1] * self.width + cache
-        return entries * self.width + cache
+            return self.numbers + self.entries[-1] * self.width + cache
+        return self.numbers * self.width + cache
 
 
 # --- fitting --------------------------------------------------------------------------------------------------------
