@@ -349,6 +349,7 @@ def plot(path: str, figures: list[dict[str, Any]]) -> None:
     figure, planes = plt.subplots(
         len(modes), len(models), figsize=(2.9 * len(models) + 0.6, 2.9 * len(modes) + 0.9), squeeze=False, sharey="row"
     )
+    names = list(dict.fromkeys(figure["hardware"]["name"] for figure in figures))
     for found in figures:
         for column, line in enumerate(found["lines"]):
             plane = planes[modes.index(found["mode"])][column]
@@ -358,19 +359,19 @@ def plot(path: str, figures: list[dict[str, Any]]) -> None:
             for way in line["ways"]:
                 if way["fits"] and way["strategy"] not in WITHOUT:
                     best[way["tp"]] = max(best.get(way["tp"], 0.0), way["speedup"])
-            plane.plot(list(best), list(best.values()), marker="o", markersize=4, label=found["hardware"]["name"])
+            colour = f"C{names.index(found['hardware']['name'])}"
+            plane.plot(list(best), list(best.values()), marker="o", markersize=4, color=colour)
             ticks = sorted({way["tp"] for way in line["ways"]})
             plane.set_xscale("log", base=2)
             plane.set_xticks(ticks, [str(tp) for tp in ticks])
             plane.axhline(1, color="#888888", linewidth=0.8)
-            base = "" if line["base_tp"] == 1 else f", over tp {line['base_tp']}"
-            plane.set_title(f"{line['model']}, {found['mode']}{base}", fontsize=9)
+            plane.set_title(f"{line['model']}, {found['mode']}", fontsize=9)
             plane.grid(alpha=0.25)
     for row in planes:
-        row[0].set_ylabel("times as fast (predicted)")
+        row[0].set_ylabel("times as fast (predicted)")  # as the smallest layout that fits
     for plane in planes[-1]:
         plane.set_xlabel("tp")
-    handles, labels = planes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, ncol=min(6, len(labels)), loc="lower center", fontsize=9, frameon=False)
+    handles = [plt.Line2D([], [], color=f"C{i}", marker="o", markersize=4, label=name) for i, name in enumerate(names)]
+    figure.legend(handles=handles, ncol=min(6, len(names)), loc="lower center", fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, 0.07 if len(modes) == 1 else 0.04, 1, 1))
     figure.savefig(Path(path).expanduser(), dpi=120)

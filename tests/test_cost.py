@@ -12,8 +12,9 @@ from ranks import run_ranks
 from test_bench_tp import run
 from test_sample_tp import alone
 
+from benchmarks import prediction
 from benchmarks.elsewhere import PROFILES, SHAPES, pays_from
-from benchmarks.prediction import FITTED, Constants, solve
+from benchmarks.prediction import FITTED, Constants, Job, solve
 from benchmarks.strategies import Case, formula
 from errors import UserError
 from generation import Sampling, generate
@@ -22,7 +23,7 @@ from options import BenchPredictOptions
 from parallel.cost import OPTIMIZER, TIED, Hardware, Link, Seconds, Step, fit_link, ring_bytes
 from parallel.ledger import Account
 from parallel.loss import chunk_rows
-from parallel.mesh import World
+from parallel.mesh import World, make_axis
 from parallel.partition import Partition
 from parallel.schedule import Schedule
 from tp_model import TensorParallelGPT
@@ -215,6 +216,40 @@ def test_constants_are_found_again_from_what_they_make_jobs_take() -> None:
     found = solve(took, steps, rates, links)
     assert found.overhead == overhead and found.widening == pytest.approx(8e9, rel=0.1)
     assert found.memory[True] == pytest.approx(25e9, rel=0.02) and found.memory[False] == pytest.approx(18e9, rel=0.05)
+
+
+def _checked(world: World, words: list[str]) -> str:
+    """The whole command on small models; rank 0's words."""
+    assert world.mesh is not None
+    small = (2, 24, 3, 131)
+    fitted = {"overhead": "one rank", "memory alone": "one rank", "memory": "shm", "widening": "shm"}
+    jobs = {name: (Job("decode", small, comm, int8=name == "widening"),) for name, comm in fitted.items()}
+    checked = (
+        Job("decode", small, "gloo", "mlp"),
+        Job("prefill", small, tokens=16),
+        Job("train", small, "one rank", rows=2, tokens=16),
+    )
+    shm = replace(world, comm="shm", tp=make_axis("tp", world.mesh, "shm", world.ledger))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prediction, "FITTED", jobs)
+        patch.setattr(prediction, "CHECKED", checked)
+        return run(shm, "predict", *words)
+
+
+@pytest.mark.slow
+def test_the_check_measures_what_it_predicts(tmp_path: Path) -> None:
+    path, picture = tmp_path / "r.json", tmp_path / "p.png"
+    first, second = run_ranks(2, _checked, ["--repeats=1", f"--report={path}", f"--plot={picture}"])
+    made = json.loads(path.read_text())
+    assert second == "" and "of 3 within 20%" in first and picture.stat().st_size > 5_000
+    assert [line["mode"] for line in made["lines"]] == ["decode", "prefill", "train"]
+    assert [line["comm"] for line in made["lines"]] == ["gloo", "shm", "one rank"]
+    for line in made["lines"]:
+        assert line["measured"]["median"] > 0 and line["ratio"]["min"] <= line["ratio"]["median"] <= line["ratio"]["max"]
+        assert (line["predicted"]["communication"] > 0) == (line["comm"] != "one rank")
+    # over gloo a decode step of 4 all-reduces and two smaller messages costs more than all else of so small a model
+    gloo = made["lines"][0]["predicted"]
+    assert gloo["communication"] > 0.5 * sum(gloo.values()) and made["constants"]["gloo_alpha_us"]["median"] > 1
 
 
 # --- elsewhere ------------------------------------------------------------------------------------------------------
