@@ -191,12 +191,12 @@ def break_even(step: Step, limit: float, hardware: Hardware) -> float | None:
 
 
 def pays_from(hardware: Hardware, tp: int, mode: str, options: BenchPredictOptions) -> GPTConfig | None:
-    """The size from which on tp ranks beat one device, of models with 64 channels a head and as many layers as heads (GPT-2's
-    own family), tp to 256 heads, each a tenth larger than the one before; None where the largest does not."""
-    heads = sorted({min(256, round(tp * 1.1**k)) for k in range(60)})
+    """The size from which on tp ranks beat one device, of models with 128 channels a head and as many layers as heads (as those
+    of 7 and 13 billion have), tp to 160 heads, each a tenth more than the one before; None where the largest does not."""
+    heads = sorted({min(160, round(tp * 1.1**k)) for k in range(60)})
     found = None
     for n in reversed(heads):
-        config = GPTConfig(options.tokens + 1, GPT2_TOKENS, n, n, 64 * n)
+        config = GPTConfig(options.tokens + 1, GPT2_TOKENS, n, n, 128 * n)
         one, many = (step_of(config, size, "all", mode, options).seconds(hardware).total for size in (1, tp))
         if many >= one:
             break
@@ -338,7 +338,7 @@ def table(
     for tp, config in smallest.items():
         size = "at no size" if config is None else f"from {Partition.of(config, 1).count() / 1e6:,.0f}M parameters on"
         pays.append(f"tp {tp} {size}")
-    return said + [f"faster than one device: {'; '.join(pays)} (64 channels a head, as many layers as heads)", ""]
+    return said + [f"faster than one device: {'; '.join(pays)} (128 channels a head, as many layers as heads)", ""]
 
 
 def plot(path: str, figures: list[dict[str, Any]]) -> None:

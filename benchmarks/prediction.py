@@ -343,9 +343,9 @@ def check(world: World, options: BenchPredictOptions) -> None:
         pairs = [turn["pairs"][i] for turn in rounds]
         middle = statistics.median_low([reckoned.total for reckoned, _ in pairs])
         parts = next(reckoned for reckoned, _ in pairs if reckoned.total == middle)
-        ratio = spread([reckoned.total / measured for reckoned, measured in pairs])
-        measured = spread([seconds for _, seconds in pairs])
-        lines.append({"job": job.name, **asdict(job), "predicted": asdict(parts), "measured": measured, "ratio": ratio})
+        ratios = [reckoned.total / seconds for reckoned, seconds in pairs]
+        figures = {"predicted": asdict(parts), "measured": spread([seconds for _, seconds in pairs]), "ratio": spread(ratios)}
+        lines.append({"job": job.name, **asdict(job), **figures, "ratios": ratios})
     worst = max(lines, key=lambda line: abs(line["ratio"]["median"] - 1))
     within = sum(abs(line["ratio"]["median"] - 1) <= GOAL for line in lines)
     said = table(lines, constants)
@@ -353,8 +353,8 @@ def check(world: World, options: BenchPredictOptions) -> None:
     if options.plot:
         scatter(options.plot, lines)
     fitted_on = {name: [job.name for job in jobs] for name, jobs in FITTED.items()}
-    figures = {"rounds": options.repeats, "constants": constants, "fitted": fitted_on}
-    bench.finish("predict", {**figures, "lines": lines, "worst": worst["job"], "within": within}, said)
+    found = {"constants": constants, "rounds": [turn["constants"] for turn in rounds], "fitted": fitted_on}
+    bench.finish("predict", {**found, "lines": lines, "worst": worst["job"], "within": within}, said)
 
 
 def table(lines: list[dict[str, Any]], constants: dict[str, dict[str, float]]) -> list[str]:

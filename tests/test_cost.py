@@ -160,6 +160,7 @@ def test_a_prompt_waits_for_arithmetic_and_a_step_for_the_memory() -> None:
     """The ridge of the roofline: 2 n flop a weight of 4 bytes, 100 flop a byte."""
     few, many = (step("prefill", 1, tokens=n).product(1000, n, MACHINE) for n in (199, 201))
     assert few.compute == 0 < few.weights and many.weights == 0 < many.compute
+    assert step("train", 1).product(1000, 199, MACHINE).weights == pytest.approx(3 * few.weights)
     assert few.weights == pytest.approx(4000 / 1e9) and many.compute == pytest.approx(2 * 201 * 1000 / 1e11)
 
 
@@ -172,6 +173,18 @@ def test_training_is_three_products_and_the_optimizer() -> None:
     split = Partition.of(config, 1)
     numbers = sum(torch.Size(shape).numel() for shape in split.local_shapes(0).values())
     assert training.weights == pytest.approx((OPTIMIZER * numbers + TIED * 192 * 96) / 1e9)
+
+
+def test_attention_multiplies_or_reads_what_is_before_a_token() -> None:
+    """4 flop for each pair of tokens and channel; in training 3.5 times: the scores again, and four products more."""
+    reading = step("prefill", 1, tokens=9, past=40).attention(MACHINE)
+    assert reading.attention == pytest.approx(2 * 49 * 24 * 4 / 1e9)  # 49 keys and values
+    quick = replace(MACHINE, memory=1e15)
+    flops = 4 * 9 * (40 + 5) * 24
+    assert step("prefill", 1, tokens=9, past=40).attention(quick).attention == pytest.approx(flops / 1e11)
+    assert step("train", 1, tokens=9, past=40).attention(quick).attention == pytest.approx(3.5 * flops / 1e11)
+    slow = step("prefill", 1, tokens=9, past=40).attention(replace(quick, attend=1e10))
+    assert slow.attention == pytest.approx(flops / 1e10)
 
 
 def test_int8_reads_a_quarter_until_widening_is_slower() -> None:
