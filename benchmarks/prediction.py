@@ -295,24 +295,42 @@ def solve(
 
 
 def one_round(workshop: Workshop, fitted: dict[str, list[Ready | None]], checked: list[Ready | None]) -> dict[str, Any]:
-    """Constants and steps, measured in turn: {"constants", "pairs": [(reckoned, measured seconds), ...]} on rank 0."""
+    """Constants and steps, measured in turn: {"constants", "pairs": [(reckoned, measured seconds), ...]} on rank 0.
+
+    What constants come from is measured before and after the steps that they are held against, and the mean taken: a shared
+    machine's speed changes within a round.
+    """
     world = workshop.world
 
     def seconds(ready: Ready | None) -> float:
         world.barrier()  # gloo's: those who wait there sleep
         return typical(ready.measure()) if ready is not None else 0.0
 
+    def rates() -> list[dict[str, float]]:
+        world.barrier()
+        both = kernels()
+        world.barrier()
+        return [both, kernels() if world.is_main else both]
+
+    def around(of: Callable[[], Any], decoding: bool) -> list[Any]:
+        """Before and after the steps of one kind."""
+        before = of()
+        for i, ready in enumerate(checked):
+            if (CHECKED[i].mode == "decode") == decoding:
+                measured[i] = seconds(ready)
+        return [before, of()]
+
+    measured = [0.0] * len(checked)
     links = {comm: message_times(world, workshop.axis(comm)) for comm in ("shm", "gloo")}
-    world.barrier()
-    rates = {False: kernels()}
-    world.barrier()
-    rates[True] = kernels() if world.is_main else {}
-    took = {name: [seconds(ready) for ready in jobs] for name, jobs in fitted.items()}
-    measured = [seconds(ready) for ready in checked]
+    twice = around(lambda: {name: [seconds(ready) for ready in jobs] for name, jobs in fitted.items()}, True)
+    first, last = around(rates, False)
     if not world.is_main:
         return {}
+    took = {name: [statistics.mean(pair) for pair in zip(*(turn[name] for turn in twice), strict=True)] for name in fitted}
+    both, alone = ({name: (x[name] + y[name]) / 2 for name in x} for x, y in zip(first, last, strict=True))
     steps = {name: [ready.step for ready in jobs if ready is not None] for name, jobs in fitted.items()}
-    constants = solve(took, steps, rates, {comm: fit_link(times, comm == "shm") for comm, times in links.items()})
+    found = {comm: fit_link(times, comm == "shm") for comm, times in links.items()}
+    constants = solve(took, steps, {True: alone, False: both}, found)
     reckoned = [ready.step.seconds(constants.hardware(ready.job.comm)) for ready in checked if ready is not None]
     return {"constants": constants.as_json(), "pairs": list(zip(reckoned, measured, strict=True))}
 
