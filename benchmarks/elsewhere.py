@@ -62,8 +62,6 @@ PROFILES = {
 }
 MOST_RANKS = 8
 CUSTOM = "custom"
-# What a custom one needs, and what may be said of another in its profile's place.
-NEEDED = ("alpha_us", "link_GBps", "memory_GBps", "peak_tflops", "memory_GB")
 
 # n_layer, n_head, n_embd: GPT-2s of the sizes of well-known models (Llama's first three, and GPT-3)
 LARGER = {"7b-like": (32, 32, 4096), "13b-like": (40, 40, 5120), "65b-like": (80, 64, 8192), "175b-like": (96, 96, 12288)}
@@ -99,22 +97,28 @@ def chosen(text: str, known: Iterable[str], option: str) -> list[str]:
 
 def hardware_of(name: str, options: BenchPredictOptions) -> Hardware:
     """A profile, with what the options say in its place. UserError where a custom one lacks something."""
-    said = {key: getattr(options, key) for key in NEEDED if getattr(options, key)}
-    missing = [f"--{key}" for key in NEEDED if key not in said]
+    said = {
+        "alpha_us": options.alpha_us,
+        "link_GBps": options.link_GBps,
+        "memory_GBps": options.memory_GBps,
+        "peak_tflops": options.peak_tflops,
+        "memory_GB": options.memory_GB,
+    }
+    missing = [f"--{key}" for key, value in said.items() if not value]
     if name == CUSTOM and missing:
         raise UserError(f"--hardware=custom needs {', '.join(missing)} as well.")
     found = PROFILES.get(name) or Hardware(CUSTOM, 0.0, 0.0, OVERHEAD, Link(0.0, 0.0))
     link = replace(
         found.link,
-        alpha=1e-6 * said["alpha_us"] if "alpha_us" in said else found.link.alpha,
-        beta=1e-9 / said["link_GBps"] if "link_GBps" in said else found.link.beta,
+        alpha=1e-6 * options.alpha_us or found.link.alpha,
+        beta=1e-9 / options.link_GBps if options.link_GBps else found.link.beta,
     )
     return replace(
         found,
         link=link,
-        memory=1e9 * said.get("memory_GBps", 0.0) or found.memory,
-        peak=1e12 * said.get("peak_tflops", 0.0) or found.peak,
-        capacity=1e9 * said.get("memory_GB", 0.0) or found.capacity,
+        memory=1e9 * options.memory_GBps or found.memory,
+        peak=1e12 * options.peak_tflops or found.peak,
+        capacity=1e9 * options.memory_GB or found.capacity,
         overhead=1e-6 * options.overhead_us if options.overhead_us >= 0 else found.overhead,
     )
 
