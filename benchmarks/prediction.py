@@ -58,13 +58,13 @@ class Job:
 
 DECODED, REPEATED = 24, 3  # steps of a measurement: tokens, and of those that are longer
 GPT2, SMALL = (12, 768, 12, 50257), (8, 640, 10, 20000)
-TINY, WIDE, WIDER = (24, 64, 2, 512), (5, 896, 14, 20000), (3, 1152, 18, 20000)
+TINY, WIDE, NARROW = (24, 64, 2, 512), (5, 896, 14, 20000), (6, 768, 12, 20000)
 # The constants of the decode step come from these; those of messages and arithmetic from messages and kernels by themselves.
 FITTED = {
     "overhead": (Job("decode", TINY, ALONE),),  # there is hardly anything to read
     # two, as decode.c reads rows of some widths faster than of others
-    "memory alone": (Job("decode", WIDE, ALONE), Job("decode", WIDER, ALONE)),
-    "memory": (Job("decode", WIDE), Job("decode", WIDER)),
+    "memory alone": (Job("decode", WIDE, ALONE), Job("decode", NARROW, ALONE)),
+    "memory": (Job("decode", WIDE), Job("decode", NARROW)),
     "widening": (Job("decode", WIDE, int8=True),),
 }
 # They are held against these.
