@@ -10,6 +10,8 @@ with what a user would pick instead.
     python bench_tp.py start --ranks=2
     python bench_tp.py diagram --tp=2,4,8
     python bench_tp.py page --kept=run.json --report=run.html
+    torchrun --standalone --nproc_per_node=2 bench_tp.py predict
+    python bench_tp.py predict --hardware=all
 """
 
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from benchmarks.diagram import diagram, page
 from benchmarks.inference import decode, prefill, start
 from benchmarks.laboratory import block
 from benchmarks.messages import allreduce
+from benchmarks.prediction import predict
 from benchmarks.training import save, train
 from entry import run_commands
 from options import (
@@ -27,6 +30,7 @@ from options import (
     BenchDecodeOptions,
     BenchDiagramOptions,
     BenchPageOptions,
+    BenchPredictOptions,
     BenchPrefillOptions,
     BenchSaveOptions,
     BenchStartOptions,
@@ -44,6 +48,7 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[World, Any], None]]] = {
     "start": (BenchStartOptions, start),
     "diagram": (BenchDiagramOptions, diagram),
     "page": (BenchPageOptions, page),
+    "predict": (BenchPredictOptions, predict),
 }
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import math
 import numbers
 import operator
 import os
+import re
 import traceback
 import types
 import typing
@@ -321,8 +322,13 @@ def help_text(cls: type[EntryOptions], prog: str) -> str:
 def _commands_text(commands: Mapping[str, type[EntryOptions]], prog: str) -> str:
     width = max(map(len, commands))
     usage = f"usage: {_launcher(commands.values())} {prog} {'|'.join(commands)} [config.py ...] [--key=value ...]"
-    lines = [f"  {name:<{width}}  {(inspect.getdoc(cls) or '').splitlines()[0]}" for name, cls in commands.items()]
+    lines = [f"  {name:<{width}}  {_in_short(cls)}" for name, cls in commands.items()]
     return "\n".join([usage, "", *lines, "", f"{prog} COMMAND --help lists a command's options."])
+
+
+def _in_short(cls: type[EntryOptions]) -> str:
+    """What a command does, up to the first stop of its description."""
+    return re.split(r"[.;:(]", " ".join((inspect.getdoc(cls) or "").split()))[0].strip()
 
 
 def _launcher(classes: Iterable[type[EntryOptions]]) -> str:

@@ -330,6 +330,27 @@ class BenchPageOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchPredictOptions(BenchOptions):
+    """What a step takes, reckoned: on this machine, held against what it does take (2 ranks, a few minutes); or, with
+    --hardware, elsewhere: which tp and which sync points, and when one device is faster."""
+
+    hardware: str = option("", "profiles with commas between, all, or custom; default: this machine, measured")
+    model: str = option("gpt2,gpt2-medium,gpt2-large,gpt2-xl,7b-like,13b-like",
+                        "shapes with commas between, all, or custom: that of --n_layer, --n_head, --n_embd and --vocab_size")
+    tp: str = option("1,2,4,8", "tensor-parallel sizes with commas between")
+    mode: str = option("decode", "decode, prefill and train with commas between, or all")
+    batch_size: int = option(1, "sequences", low=1)
+    tokens: int = option(512, "tokens in the cache (decode), or of a sequence that is read", low=1)
+    quantize: str = option("", "int8: weights of 8 bits", ("", "int8"))
+    alpha_us: float = option(0.0, "instead of the profile's: microseconds of a message between two ranks", low=0)
+    link_GBps: float = option(0.0, "instead of the profile's: GB/s of the link", low=0)
+    memory_GBps: float = option(0.0, "instead of the profile's: GB/s that a rank reads from its memory", low=0)
+    peak_tflops: float = option(0.0, "instead of the profile's: TFLOP/s of its products", low=0)
+    memory_GB: float = option(0.0, "instead of the profile's: GB of its memory", low=0)
+    overhead_us: float = option(-1.0, "microseconds of a sub-block beyond reading and products, -1 = the profile's", low=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SplitOptions(EntryOptions):
     """Split pretrained weights into a shard directory: one file for each of tp ranks, and a manifest."""
 

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.contestants import DECODERS, PREFILLERS, ROOT
-from benchmarks.rounds import Bench, compare, plot_bars, ring_bytes, shown, spread
+from benchmarks.rounds import Bench, compare, plot_bars, shown, spread
 from checkpoints.shards import write_json
 from checkpoints.sources import open_source, tokenizer_of
 from decoding import Decoder, decoder_for
@@ -30,6 +30,7 @@ from options import (
     SampleOptions,
     SplitOptions,
 )
+from parallel.cost import ring_bytes
 from parallel.ledger import Account, total
 from parallel.mesh import World
 from parallel.partition import Partition

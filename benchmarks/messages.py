@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 import report
-from benchmarks.rounds import Bench, ring_bytes, spread
+from benchmarks.rounds import Bench, spread
 from errors import UserError
 from native.library import Unavailable
 from options import BenchAllreduceOptions
 from parallel.collectives import all_reduce
+from parallel.cost import ring_bytes
 from parallel.mesh import World, make_axis
 
 

@@ -32,11 +32,6 @@ def shown(values: list[float], form: str = ",.1f") -> str:
     return f"{s['median']:{form}} ({s['min']:{form}} to {s['max']:{form}})"
 
 
-def ring_bytes(nbytes: float, size: int) -> float:
-    """What each rank sends in a ring all-reduce of a message of nbytes over `size` ranks: 2 (N - 1) / N of it."""
-    return 2 * (size - 1) / size * nbytes
-
-
 def machine() -> dict[str, Any]:
     name = platform.processor()
     info = Path("/proc/cpuinfo")

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import model
-from benchmarks.rounds import ring_bytes
 from model import GPTConfig, attend, gelu
 from parallel.collectives import Axis, all_gather, all_reduce
+from parallel.cost import ring_bytes
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, f, g
 from parallel.ledger import Account, total
 from parallel.partition import Partition, Rule, Run, spans

@@ -13,9 +13,10 @@ from test_sample_tp import alone
 
 import bench_tp
 from benchmarks.contestants import Contestant
-from benchmarks.rounds import Bench, compare, ring_bytes
+from benchmarks.rounds import Bench, compare
 from errors import UserError
 from grammar import parse, parse_command
+from parallel.cost import ring_bytes
 from parallel.mesh import World
 
 TINY = ["--device=cpu", "--n_layer=2", "--n_head=3", "--n_embd=24", "--repeats=2"]

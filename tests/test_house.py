@@ -45,7 +45,7 @@ def test_the_model_knows_nothing_of_processes() -> None:
     assert not [
         name for name in imports(ROOT / "model.py") if name.split(".")[0] in ("parallel", "checkpoints", "text", "tp_model")
     ]
-    for name in ("partition.py", "ledger.py", "schedule.py", "memory.py"):
+    for name in ("partition.py", "ledger.py", "schedule.py", "memory.py", "cost.py"):
         assert not [module for module in imports(ROOT / "parallel" / name) if module.startswith("torch")]
 
 
