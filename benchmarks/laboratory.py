@@ -196,5 +196,7 @@ def block(world: World, options: BenchBlockOptions) -> None:
     head += f"; {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads a rank, {world.comm}"
     if world.is_main and options.plot:
         ran = {f"{row['strategy']}, tp={row['tp']}": row["seconds"] for row in lines if "seconds" in row}
-        plot_bars(options.plot, head, "ms", {name: {"ms": {k: 1e3 * v for k, v in s.items()}} for name, s in ran.items()})
+        tokens = f"{options.batch_size} x {options.block_size} tokens"
+        title = f"{options.part}, {config.n_embd} wide, {tokens}: forward and backward"
+        plot_bars(options.plot, title, "ms", {name: {"ms": {k: 1e3 * v for k, v in s.items()}} for name, s in ran.items()})
     bench.finish("block", {"part": options.part, **about, "lines": lines}, [head, *table(lines), *words(case, lines)])

@@ -3,6 +3,7 @@
 # $ torchrun --standalone --nproc_per_node=2 train_tp.py configs/walk.py --device=cpu
 
 out_dir = "out/walk"
+overwrite = True
 eval_interval = 3
 eval_iters = 1
 

@@ -69,7 +69,7 @@ class Command:
 
     @property
     def title(self) -> str:
-        return self.words[0] + (" ..." if len(self.words) > 1 else "")
+        return self.words[0].removesuffix("\\") + ("..." if len(self.words) > 1 else "")
 
 
 def blocks(lines: list[str], language: str) -> Iterator[Quote]:
@@ -99,7 +99,7 @@ def comment(line: str) -> dict[str, str]:
 
 
 def commands(lines: list[str]) -> list[Command]:
-    """The commands of a block; one goes on over lines for as long as a quotation mark is open."""
+    """The commands of a block; one goes on over lines for as long as a quotation mark is open or a line ends in a backslash."""
     found: list[Command] = []
     for line in lines:
         if found and is_open(found[-1].text):
@@ -114,6 +114,7 @@ def commands(lines: list[str]) -> list[Command]:
 
 
 def is_open(text: str) -> bool:
+    """Whether a shell would wait for another line."""
     try:
         shlex.split(text)
     except ValueError:

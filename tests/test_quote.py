@@ -53,8 +53,8 @@ def test_what_a_command_says_is_written_and_then_found(tmp_path: Path) -> None:
 
 
 def test_commands_stand_in_one_place_and_may_have_many_lines(tmp_path: Path) -> None:
-    lines = ["```console", '$ python -c "', "print('a')", "print('b')\" > kept", "$ cat kept", "$ cat kept", "old", "```"]
-    expected = [*lines[:4], "$ cat kept", "a", "b", "$ cat kept", "a", "b", "```"]
+    lines = ["```console", "$ python -c \"", "print('a')", "print('b')\" > kept", "$ cat \\", "    kept", "$ cat kept", "```"]
+    expected = [*lines[:6], "a", "b", "$ cat kept", "a", "b", "```"]
     assert quote.outputs(lines, False, tmp_path) == expected
 
 
@@ -171,7 +171,8 @@ def test_a_pages_commands_are_in_the_grammar() -> None:
     known: dict[str, Any] = {"bench_tp.py": bench_tp.COMMANDS, "shard_checkpoint.py": shard_checkpoint.COMMANDS}
     found = 0
     for text in commands("tensor_parallelism.md"):
-        words = [word for word in shlex.split(text.partition(" > ")[0]) if not word.startswith(("--standalone", "--nproc"))]
+        words = shlex.split(text.replace("\\\n", " ").partition(" > ")[0])
+        words = [word for word in words if not word.startswith(("--standalone", "--nproc"))]
         if words[0] in ("python", "torchrun") and words[1] in known:
             table = {name: cls for name, (cls, _) in known[words[1]].items()}
             parse_command(table, words[2:], words[1])
