@@ -1,11 +1,12 @@
 # make demo   a small GPT trained, split and sampled on 2 ranks, offline
 # make test   lint, types, tests
+# make docs   the walk-through: its commands run again, its quotations and figures rewritten (wants matplotlib)
 PYTHON ?= python3
 BIN = .venv/bin
 NPROC ?= 2
 RANKS = OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC)
 
-.PHONY: demo test check lint types clean
+.PHONY: demo test docs check lint types clean
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -20,6 +21,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+docs: .venv/ready
+	$(BIN)/python docs/quote.py docs/tensor_parallelism.md
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -151,9 +151,9 @@ def words(case: Case, lines: list[dict[str, Any]]) -> list[str]:
     for row in lines:
         if row["strategy"] in MISTAKES:
             outside = [f"{way} {error:.1e}" for way, error in row["errors"].items()]
-            most = f"most in {row['error_in']}: {row['error']:.1e}"
-            verdict = "wrong" if row["error"] > WRONG else "right"
-            said.append(f"{row['strategy']} at tp={row['tp']} is {verdict}: {', '.join(outside)}, {most}")
+            wrong = row["error"] > WRONG
+            verdict, most = ("wrong", f"most in {row['error_in']}") if wrong else ("right", "at most")
+            said.append(f"{row['strategy']} at tp={row['tp']} is {verdict}: {', '.join(outside)}, {most} {row['error']:.1e}")
     said += [f"{name}: {MISTAKES[name]}" for name in dict.fromkeys(row["strategy"] for row in lines) if name in MISTAKES]
     for row in lines:
         if "seconds" in row and row["tp"] > 1 and row["strategy"] not in MISTAKES:
@@ -196,5 +196,7 @@ def block(world: World, options: BenchBlockOptions) -> None:
     head += f"; {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads a rank, {world.comm}"
     if world.is_main and options.plot:
         ran = {f"{row['strategy']}, tp={row['tp']}": row["seconds"] for row in lines if "seconds" in row}
-        plot_bars(options.plot, head, "ms", {name: {"ms": {k: 1e3 * v for k, v in s.items()}} for name, s in ran.items()})
+        tokens = f"{options.batch_size} x {options.block_size} tokens"
+        title = f"{options.part}, {config.n_embd} wide, {tokens}: forward and backward"
+        plot_bars(options.plot, title, "ms", {name: {"ms": {k: 1e3 * v for k, v in s.items()}} for name, s in ran.items()})
     bench.finish("block", {"part": options.part, **about, "lines": lines}, [head, *table(lines), *words(case, lines)])
