@@ -510,7 +510,7 @@ def test_help_of_commands(capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("usage: python shard_checkpoint.py split|merge|verify|inspect [config.py ...]")
     for name, cls in COMMANDS.items():
-        sentence = re.split("[:.]", cls.__doc__)[0]  # no more of it than a line holds
+        sentence = re.split("[:.]", cls.__doc__ or "")[0]  # no more of it than a line holds
         assert f"  {name:<7}  {sentence}\n" in printed
     with pytest.raises(SystemExit):
         parse_command(COMMANDS, ["split", "--help"], "shard_checkpoint.py")
