@@ -196,18 +196,22 @@ def typical(samples: list[float]) -> float:
     return sorted(samples)[len(samples) // 4]
 
 
-def message_times(world: World, axis: Axis, calls: int = 24) -> list[tuple[int, float]]:
+def message_times(world: World, axis: Axis, runs: int = 8, calls: int = 12) -> list[tuple[int, float]]:
     """(bytes, seconds) of all-reduces that stand between pieces of work, as they do in a step: what a call adds to the work,
-    the wait for the later rank and the waking of one that slept included. Means over the ranks."""
+    the wait for the later rank and the waking of one that slept included. Means over the ranks and over the calls of a run: a
+    step has many messages, and its time all of theirs, the late ones too."""
     work, found = torch.ones(8, 1 << 21), []  # a piece is 8 MB, a sub-block's weights, and not in a cache
     for nbytes in SIZES:
         message, seconds = torch.randn(nbytes // 4), []
         world.barrier()
-        for i in range(calls):
-            work[i % 8].sum()
-            started = time.perf_counter()
-            all_reduce(message, axis, "forward")
-            seconds.append(time.perf_counter() - started)
+        for _ in range(runs):
+            spent = 0.0
+            for i in range(calls):
+                work[i % 8].sum()
+                started = time.perf_counter()
+                all_reduce(message, axis, "forward")
+                spent += time.perf_counter() - started
+            seconds.append(spent / calls)
         found.append((nbytes, statistics.mean(world.gather(typical(seconds)))))
     return found
 
