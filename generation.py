@@ -187,15 +187,17 @@ class _Held:
     def __init__(self, cache: KVCache | None, rows: list[Row]):
         self.cache, self.rows = cache, rows if cache is not None else []
         self.nbytes = cache.nbytes if cache is not None else 0
+        self._numbers = {row.number for row in self.rows}
 
     def __contains__(self, row: Row) -> bool:
-        return any(row is mine for mine in self.rows)
+        return row.number in self._numbers
 
     def release(self, block_size: int) -> None:
         """Let go of the rows that have left, before a decode step."""
         stay = [i for i, row in enumerate(self.rows) if not row.ended and len(row.tokens) <= block_size]
         if self.cache is not None and len(stay) < len(self.rows):
             self.rows = [self.rows[i] for i in stay]
+            self._numbers = {row.number for row in self.rows}
             self.cache = self.cache.rows(stay) if stay else None
 
 

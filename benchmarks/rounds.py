@@ -51,11 +51,11 @@ class Bench:
         for name in self.names:
             if name not in known + own:
                 raise UserError(f"--against={name} is not one of {', '.join(known + own)}.")
-        if options.plot and world.is_main:
-            report.check_place(options.plot, "plot")
-            report.pyplot()
         if world.is_main:
             report.check_place(options.report, "report")
+            report.check_place(options.plot, "plot")
+        if options.plot and world.is_main:
+            report.pyplot()
         self.threads = world.size * torch.get_num_threads()
 
     @contextmanager

@@ -14,11 +14,13 @@ import torch
 import train_tp
 from benchmarks.contestants import TRAINERS
 from benchmarks.rounds import Bench, compare, plot_bars, shown, spread
+from checkpoints.sources import GPT2_TOKENS
 from checkpoints.training import Saver
 from options import BenchSaveOptions, BenchTrainOptions, TrainOptions
 from parallel.ledger import total
 from parallel.mesh import World
 from text.dataset import Dataset, write_tokens
+from text.tokenizer import IdsTokenizer, write_tokenizer
 
 
 @contextmanager
@@ -31,6 +33,8 @@ def prepared(world: World, options: BenchTrainOptions | BenchSaveOptions, **more
             ids = np.random.default_rng(options.seed).integers(options.vocab_size, size=200_000)
             for split in ("train", "val"):
                 write_tokens(place / "random" / f"{split}.bin", ids, options.vocab_size)
+            if options.vocab_size != GPT2_TOKENS:  # else the table has nanoGPT's 50304 rows
+                write_tokenizer(IdsTokenizer(options.vocab_size), place / "random")
         world.barrier()
         names = ("device", "dtype", "compile", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "tp")
         settings = {name: getattr(options, name) for name in names} | more

@@ -153,7 +153,7 @@ def _headline(report: Report) -> Iterator[tuple[str, str]]:
     if said is not None:
         yield "all-reduces a generated token", number(round(said, 3))
     if accepted := report.get("speculation", {}).get("acceptance_rate"):
-        yield "of the draft accepted", share(accepted)
+        yield "of the draft's guesses right", share(accepted)
     for key in ("decode_tokens_per_s", "tokens_per_s"):
         if timing.get(key):
             yield "tokens/s", number(timing[key])

@@ -107,7 +107,7 @@ def test_start_is_measured_beside_a_bare_group(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_training_and_the_reference_see_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_and_the_reference_see_the_same_losses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[dict[str, dict[str, Any]]] = []
     rounds = Bench.rounds
 
@@ -116,8 +116,10 @@ def test_training_and_the_reference_see_the_same_losses(monkeypatch: pytest.Monk
         return seen
 
     monkeypatch.setattr(Bench, "rounds", noted)
+    path = tmp_path / "r.json"
     words = [*TINY, "--vocab_size=257", "--batch_size=2", "--block_size=8", "--steps=2", "--against=reference"]
-    run(alone(), "train", *words)
+    run(alone(), "train", *words, f"--report={path}")
+    assert json.loads(path.read_text())["model"]["vocab_size"] == 257
     ours, theirs = seen[0]["nanotp"]["losses"], seen[0]["reference"]["losses"]
     assert len(ours) == len(theirs) == 2 and ours[0] == pytest.approx(theirs[0], rel=0.05)
 

@@ -1,5 +1,6 @@
 """The cost model: against closed formulas, in its limits, and what it says is said against the account of real ranks."""
 
+import importlib.util
 import json
 from collections import Counter
 from dataclasses import replace
@@ -249,12 +250,21 @@ def _checked(world: World, words: list[str]) -> str:
         return run(shm, "predict", *words)
 
 
+def drawn(picture: Path) -> list[str]:
+    """What has it drawn, where something draws: matplotlib is not among the requirements."""
+    return [f"--plot={picture}"] if importlib.util.find_spec("matplotlib") else []
+
+
+def is_drawn(picture: Path) -> bool:
+    return picture.stat().st_size > 5_000 if importlib.util.find_spec("matplotlib") else not picture.exists()
+
+
 @pytest.mark.slow
 def test_the_check_measures_what_it_predicts(tmp_path: Path) -> None:
     path, picture = tmp_path / "r.json", tmp_path / "p.png"
-    first, second = run_ranks(2, _checked, ["--repeats=1", f"--report={path}", f"--plot={picture}"])
+    first, second = run_ranks(2, _checked, ["--repeats=1", f"--report={path}", *drawn(picture)])
     made = json.loads(path.read_text())
-    assert second == "" and "of 3 within 20%" in first and picture.stat().st_size > 5_000
+    assert second == "" and "of 3 within 20%" in first and is_drawn(picture)
     assert [line["mode"] for line in made["lines"]] == ["decode", "prefill", "train"]
     assert [line["comm"] for line in made["lines"]] == ["gloo", "shm", "one rank"]
     for line in made["lines"]:
@@ -285,8 +295,8 @@ def ask(*words: str) -> str:
 def test_the_answer_for_gpus(tmp_path: Path) -> None:
     path, picture = tmp_path / "r.json", tmp_path / "p.png"
     words = ["--hardware=h100-nvlink,h100-ethernet", "--model=gpt2,13b-like", "--mode=decode,train", f"--report={path}"]
-    said = ask(*words, "--tp=1,2,8", f"--plot={picture}")
-    assert "predictions: nothing was measured" in said and picture.stat().st_size > 10_000
+    said = ask(*words, "--tp=1,2,8", *drawn(picture))
+    assert "predictions: nothing was measured" in said and is_drawn(picture)
     made = json.loads(path.read_text())["predictions"]
     fast, slow = ({line["model"]: line for line in found["lines"]} for found in made[:2])
     assert fast["gpt2"]["best"]["tp"] == 1 and fast["13b-like"]["best"]["tp"] == 8  # small models are faster on one device

@@ -212,7 +212,7 @@ def test_the_headline(made: dict[str, Path]) -> None:
     said = dict(headline(report))
     # 1 layer: 2 all-reduces and the embedding's, 6 passes for 2 rows of 6 tokens each
     assert said["all-reduces a generated token"] == "1.5"
-    assert dict(headline(report | {"speculation": {"acceptance_rate": 0.7}}))["of the draft accepted"] == "70.0 %"
+    assert dict(headline(report | {"speculation": {"acceptance_rate": 0.7}}))["of the draft's guesses right"] == "70.0 %"
     assert said["of the time in collectives"] == f"{100 * report['comm_account']['total']['fraction_of_time']:.1f} %"
     one = dict(headline(json.loads(made["sample_one"].read_text())))
     assert one["all-reduces a generated token"] == "0" and "of the time in collectives" not in one
