@@ -27,7 +27,7 @@ from parallel.schedule import Schedule
 from sampling import Sampling
 from shard_checkpoint import split as split_source
 from speculation import Guesser, Ngrams, Pace, SmallModel, Speculation
-from tp_model import TensorParallelGPT
+from tp_model import TensorParallelGPT, take
 
 CONFIG = replace(SMALL, block_size=64)
 TINY = GPTConfig(block_size=24, vocab_size=523, n_layer=1, n_head=2, n_embd=16)  # a draft that cannot hold the whole text
@@ -55,7 +55,8 @@ def drafts(model: GPT, sampling: Sampling) -> dict[str, Speculation | None]:
 def written(
     model: TensorParallelGPT, draft: Any, sampling: Sampling, prompts: list[list[int]], audience: Any = None
 ) -> list[list[int]]:
-    rows = generate(model, prompts, sampling, audience, None, draft).rows
+    decoder = TorchDecoder(model) if model.sequence_parallel else None  # the native step does not split a pass
+    rows = generate(model, prompts, sampling, audience, decoder, draft).rows
     return [row.tokens[row.prompt_tokens :] for row in rows]
 
 
@@ -65,6 +66,11 @@ def _both(world: World, sampling: Sampling, change: str, count: int) -> tuple[di
     here = split(model, world.tp)
     if change == "int8":
         quantize(here, world.gather)
+    elif change == "sequence":
+        full = dict(model.named_parameters())
+        here = TensorParallelGPT(
+            CONFIG, world.tp, lambda name, rule: take(full[name].detach(), rule, world.tp.rank), sequence_parallel=True
+        ).eval()
     elif change:
         here.set_schedule(Schedule.parse(change, CONFIG.n_layer))
     texts, right, passes = {}, {}, {}
@@ -91,6 +97,7 @@ WAYS = {
     "int8": (SHORTER, "int8", 8),
     "int8, drawn": (replace(DRAWN, max_new_tokens=14), "int8", 8),
     "once a layer": (SHORTER, "mlp", 8),
+    "the sequence split": (SHORTER, "sequence", 6),
     "once in two layers, drawn": (replace(DRAWN, max_new_tokens=14), "every:2", 8),
 }
 
