@@ -92,6 +92,8 @@ def table(made: list[dict[str, Any]]) -> list[str]:
 
 def page(world: World, options: BenchPageOptions) -> None:
     """A report that was kept, written anew."""
+    if world.size > 1:
+        raise UserError("bench_tp.py page is one process: start it with plain python.")
     report.check_place(options.report, "report")
     if not options.report:
         raise UserError("--report=FILE.html is required: the page to write.")
