@@ -158,10 +158,11 @@ def test_mistakes(words: list[str], message: str) -> None:
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def _two(world: World) -> None:
-    run(world, "diagram")
+def _two(world: World, command: str, words: list[str]) -> None:
+    run(world, command, *words)
 
 
-def test_one_process_draws() -> None:
-    with pytest.raises(AssertionError, match="bench_tp.py diagram is one process"):
-        run_ranks(2, _two)
+@pytest.mark.parametrize("command, words", [("diagram", []), ("page", ["--kept=r.json", "--report=r.html"])])
+def test_one_process_draws(command: str, words: list[str]) -> None:
+    with pytest.raises(AssertionError, match=f"bench_tp.py {command} is one process"):
+        run_ranks(2, _two, command, words)
