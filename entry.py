@@ -7,9 +7,10 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from errors import Stopped, UserError
+from errors import Stopped, UserError, is_out_of_memory
 from grammar import parse, parse_command
 from options import RunOptions, as_dict
 from parallel import mesh
@@ -69,12 +70,20 @@ def run_parsed(parsed: Callable[[], tuple[Main, Any]], prog: str) -> None:
 def _describe(prog: str, error: Exception, world: mesh.World | None, debug: bool) -> tuple[str, bool]:
     """The message for an error that is not the user's, and whether its traceback helps."""
     rank = os.environ.get("RANK", "0")
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return f"{prog}: rank {rank} is out of memory: {_first_line(error)}. Use a smaller batch or a larger tp.", debug
+    if is_out_of_memory(error):
+        need = " ".join(getattr(error, "__notes__", ["Use a smaller batch or a larger tp."]))
+        return f"{prog}: rank {rank} is out of memory: {_first_line(error).rstrip('.')}. {need}", debug
     if isinstance(error, OSError) and error.filename is not None:
         return f"{prog}: rank {rank}: {error.strerror}: {error.filename}", debug
     if isinstance(error, DriftError):
         return f"{prog}: {error}", debug
+    cause = error.__cause__ if isinstance(error, CollectiveError) else error
+    if isinstance(cause, torch.AcceleratorError):
+        where = f" in {_first_line(error)}" if cause is not error else f": {_first_line(error)}"
+        return (
+            f"{prog}: rank {rank}: its GPU failed{where}. Look at nvidia-smi and the kernel's log; "
+            f"train_tp.py goes on from its last checkpoint with --init_from=resume."
+        ), debug
     if _is_lost_peer(error):
         time.sleep(0.1)  # a peer's sockets close a moment before its process is gone
         gone = ", ".join(f"rank {r} is gone" for r in (world.gone() if world else ())) or "no rank of this host is gone"

@@ -1,6 +1,8 @@
 """The exceptions that are no fault of the program's, and how a message quotes a value that is wrong."""
 
 import reprlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -17,6 +19,22 @@ class Stopped(Exception):
     def __init__(self, message: str, status: int):
         super().__init__(message)
         self.status = status
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch has a class of its own for a GPU's memory, and for the host's a message only."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+
+
+@contextmanager
+def explaining_memory(need: Callable[[], str]) -> Iterator[None]:
+    """Within, an error for want of memory is told with what the run needs."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            error.add_note(need())
+        raise
 
 
 def shown(value: Any) -> str:

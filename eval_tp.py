@@ -16,11 +16,12 @@ from tqdm import tqdm
 import report
 from checkpoints.sources import Source, identity, open_source, tokenizer_of
 from entry import run
-from errors import UserError
+from errors import UserError, explaining_memory
 from options import EvalOptions
+from parallel import peaks
 from parallel.loss import vocab_parallel_cross_entropy
 from parallel.mesh import World
-from sample_tp import load
+from sample_tp import load, need
 from text.dataset import Dataset
 from text.files import read_text
 from tp_model import TensorParallelGPT
@@ -40,20 +41,23 @@ def main(world: World, options: EvalOptions) -> None:
     stride = options.stride or source.config.block_size
     if stride > source.config.block_size:
         raise UserError(f"--stride={stride} is more than block_size={source.config.block_size}: tokens would be left out.")
-    model = load(world, source, options)
+    with explaining_memory(lambda: need(world, source, options)):
+        model = load(world, source, options)
     world.synchronize()
     load_s = time.perf_counter() - started
     started = time.perf_counter()
-    with world.ledger.during("evaluation"):
+    with world.ledger.during("evaluation"), explaining_memory(lambda: need(world, source, options)):
         total, count = measure(model, tokens, stride, options.batch_size, show=world.is_main and sys.stderr.isatty())
     seconds = time.perf_counter() - started
     timing = {"load_s": load_s, "eval_s": seconds, "tokens_per_s": count / seconds}
     evaluation = figures(total, count, stride, n_bytes)
     made = report.build("eval_tp", world, model, world.ledger.snapshot(), timing, seconds, evaluation=evaluation)
+    made["utilisation"] = used(model, len(tokens), stride, seconds).figures(world)
     if world.is_main:
         print(report.account_table(made), file=sys.stderr)
         shown = (f"{key} {value:,.6g}" if isinstance(value, float) else f"{key} {value:,}" for key, value in evaluation.items())
         print(", ".join(shown))
+        print(peaks.text(made["utilisation"], "evaluation", made["dtype"]), file=sys.stderr)
         if options.report:
             report.write(options.report, made)
 
@@ -92,6 +96,13 @@ def figures(total: float, count: int, stride: int, n_bytes: int) -> dict[str, fl
         )
     evaluation = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": count, "stride": stride}
     return evaluation | ({"bits_per_byte": total / math.log(2) / n_bytes} if n_bytes else {})
+
+
+def used(model: TensorParallelGPT, n: int, stride: int, seconds: float) -> peaks.Use:
+    """What forward passes over n tokens asked of the machine."""
+    lengths = [stop - start for start, stop, _ in windows(n, model.config.block_size, stride)]
+    operations = sum(length * peaks.operations(model.split, length, False) for length in lengths)
+    return peaks.Use(operations / seconds, next(model.parameters()).dtype)
 
 
 def windows(n: int, block_size: int, stride: int) -> Iterator[tuple[int, int, int]]:

@@ -73,6 +73,8 @@ def build(
     ranks = world.gather((weight_bytes(model), kv_cache_bytes, peak_bytes(world.device)))
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     comm = as_json(account, model.config.n_layer)
+    if world.ledger.repeated.calls:
+        comm["in_graphs"] = world.ledger.repeated.as_json()
     comm["total"]["fraction_of_time"] = round(comm["total"]["seconds"] / seconds, 6) if seconds else 0.0
     return {
         "entry": entry,
@@ -140,4 +142,9 @@ def account_table(report: dict[str, Any]) -> str:
     total = report["comm_account"]["total"]
     lines.append(f"{'sum':>5}  {'':<{24 + wide}} {total['calls']:>8,} {total['bytes']:>14,} {total['seconds']:>9.3f}")
     lines.append(f"{total['fraction_of_time']:.1%} of the time was spent in collectives (rank 0's clock)")
+    if graphs := report["comm_account"].get("in_graphs"):
+        lines.append(
+            f"{graphs['calls']:,} of the calls were in CUDA graphs, where no clock runs: their {graphs['seconds']:.3f} s are "
+            "those of the same messages alone, timed once"
+        )
     return "\n".join(lines)

@@ -12,18 +12,21 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 import report
 from checkpoints.sources import Source, identity, open_source, reader, schedule_of, tokenizer_of
 from decoding import Decoder, decoder_for
 from entry import run
-from errors import UserError
+from errors import UserError, explaining_memory
 from generation import Generation, Listener, Row, Timing, check_prompts, generate
 from options import SampleOptions
+from parallel import peaks
 from parallel.collectives import Axis
 from parallel.ledger import Account
 from parallel.mesh import World, pick_dtype
 from parallel.partition import Partition
-from parallel.quantized import Gather, quantize
+from parallel.quantized import Gather, quantize, read_bytes
 from sampling import Sampling
 from shard_checkpoint import imbalance
 from speculation import Guesser, Ngrams, SmallModel, Speculation
@@ -45,8 +48,9 @@ def main(world: World, options: SampleOptions) -> None:
     prompts = encode(texts, tokenizer)
     sampling = how_to_sample(options, tokenizer)
     check_prompts(prompts, source.config.vocab_size, source.config.block_size, sampling)
-    model = load(world, source, options)
-    draft = drafted(world, options, tokenizer, sampling)
+    with explaining_memory(lambda: need(world, source, options)):
+        model = load(world, source, options)
+        draft = drafted(world, options, tokenizer, sampling)
     decoder = decoder_for(model)
     world.synchronize()
     load_s = time.perf_counter() - started
@@ -57,7 +61,9 @@ def main(world: World, options: SampleOptions) -> None:
         stage = Stage(texts, tokenizer, options, out)
         begun = time.perf_counter()
         try:
-            with world.ledger.during("sampling"):
+            rows = min(options.batch_size, len(texts) * options.num_samples)
+            why = explaining_memory(lambda: need(world, source, options, rows))
+            with world.ledger.during("sampling"), why:
                 result = generate(model, prompts, sampling, stage, decoder, draft)
         finally:
             stage.leave()
@@ -67,8 +73,26 @@ def main(world: World, options: SampleOptions) -> None:
     account, kv_cache_bytes = world.ledger.snapshot(), result.timing.kv_cache_bytes
     more = {"decoder": decoder.name, **per_token(world.ledger.forward_passes, account, result, draft), "samples": samples}
     made = report.build("sample_tp", world, model, account, figures, seconds, kv_cache_bytes, **more)
+    made["utilisation"] = used(world, model, result, decoder).figures(world)
     if world.is_main:
         finish(options, made, result.timing.slid)
+
+
+def need(world: World, source: Source, options: Any, rows: int = 0) -> str:
+    """For a run that has no memory left: what the weights take, and the keys and values of the rows."""
+    split, dtype = Partition.of(source.config, world.tp.size), pick_dtype(options.dtype, world.device)
+    weights = split.count(0) * (1 if options.quantize else dtype.itemsize)
+    if options.quantize:  # tokens are looked up in a float table
+        weights += split.local_vocab * split.n_embd * dtype.itemsize
+    lo, hi = split.heads(0)
+    cache = 2 * rows * split.n_layer * (hi - lo) * split.head_dim * split.block_size * dtype.itemsize
+    takes = f"The weights take {weights / 1e9:.2f} GB on rank 0"
+    if cache:
+        takes += f", keys and values of {rows} rows at most {cache / 1e9:.2f} GB"
+    if world.device.type == "cuda":
+        has = torch.cuda.get_device_properties(world.device).total_memory
+        takes += f"; its GPU has {has / 1e9:.2f} GB"
+    return f"{takes}. Use more ranks, --quantize=int8 or a smaller --batch_size."
 
 
 def how_to_sample(options: SampleOptions, tokenizer: Tokenizer) -> Sampling:
@@ -269,6 +293,21 @@ def per_token(passes: int, account: Account, result: Generation, draft: Speculat
     return made
 
 
+def used(world: World, model: TensorParallelGPT, result: Generation, decoder: Decoder) -> peaks.Use:
+    """What decoding asked of the machine; reading the prompts, where each row got one token."""
+    timing, rows, size = result.timing, result.rows, model.config.block_size
+    dtype = next(model.parameters()).dtype
+    if not timing.decode_steps:
+        length = sum(row.prompt_tokens for row in rows) / len(rows)
+        count = len({row.prompt for row in rows}) * length
+        return peaks.Use(count * peaks.operations(model.split, length, False) / timing.prefill_s, dtype)
+    seconds = timing.decode_s - decoder.capture_s
+    length = sum(min(size, len(row.tokens) - row.new / 2) for row in rows) / len(rows)
+    operations = timing.decode_tokens * peaks.operations(model.split, length, False) / seconds
+    read = sum(world.gather(read_bytes(model))) * timing.decode_steps / seconds
+    return peaks.Use(operations, dtype, read)
+
+
 def rates(timing: Timing) -> dict[str, float]:
     return {
         "time_to_first_token_s": timing.time_to_first_token_s,
@@ -293,6 +332,8 @@ def finish(options: SampleOptions, made: dict[str, Any], slid: bool) -> None:
     speed = f"{timing['decode_tokens_per_s']:.1f} tokens/s after a " if timing["decode_tokens"] else ""
     print(f"{speed}prefill of {timing['prefill_s']:.3f} s; loaded in {timing['load_s']:.2f} s", file=sys.stderr)
     print(said_per_token(options, made), file=sys.stderr)
+    what = "decoding" if timing["decode_tokens"] else "reading the prompts"
+    print(peaks.text(made["utilisation"], what, made["dtype"]), file=sys.stderr)
     if options.report:
         report.write(options.report, made)
 

@@ -10,8 +10,9 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,10 +26,11 @@ from checkpoints import training
 from checkpoints.shards import DTYPES
 from checkpoints.sources import Described, Source, identity, open_sizes, open_source, reader, schedule_of, tokenizer_of
 from checkpoints.training import Progress, Saved, Saver
-from errors import Stopped, UserError, shown
+from errors import Stopped, UserError, explaining_memory, shown
 from grammar import parse
 from model import GPTConfig
 from options import TrainOptions, as_dict
+from parallel import peaks
 from parallel.collectives import all_reduce
 from parallel.data_parallel import Sharding, last_only, replicate, rest
 from parallel.ledger import Account, total
@@ -56,14 +58,15 @@ def main(world: World, options: TrainOptions) -> None:
         report.check_place(options.report, "report")
     dataset = Dataset(Path(options.data_dir) / options.dataset)
     options = after_restart(world, options)
-    run = prepare(world, options, dataset)
-    if world.is_main:
-        if not options.eval_only:
-            (run.out_dir / BEGUN).write_text(world.launch.run)
-        print(run.describe(), flush=True)
-    begun = time.perf_counter()
-    train(run)
-    world.synchronize()
+    with explaining_memory(lambda: dry_run.need(plans(options), world.size)):
+        run = prepare(world, options, dataset)
+        if world.is_main:
+            if not options.eval_only:
+                (run.out_dir / BEGUN).write_text(world.launch.run)
+            print(run.describe(), flush=True)
+        begun = time.perf_counter()
+        train(run)
+        world.synchronize()
     seconds = time.perf_counter() - begun
     done = run.progress.tokens_seen - run.first.tokens_seen
     timing = {"train_s": seconds, "tokens": done, "tokens_per_s": done / seconds}
@@ -71,8 +74,11 @@ def main(world: World, options: TrainOptions) -> None:
     if world.is_main and not options.eval_only:
         more["loss_curve"] = loss_curve(run.out_dir / METRICS)
     made = report.build("train_tp", world, run.model, world.ledger.snapshot(), timing, seconds, **more)
+    made["utilisation"] = used(run, seconds).figures(world)
     if world.is_main:
         print(report.account_table(made))
+        what = "evaluation" if options.eval_only else "training"
+        print(peaks.text(made["utilisation"], what, str(run.dtype)[6:]))
         if options.report:
             report.write(options.report, made)
 
@@ -140,6 +146,7 @@ class Run:
     out_dir: Path
     dtype: torch.dtype
     first: Progress  # where this process began
+    seconds: list[float] = field(default_factory=list)  # of each iteration
 
     @property
     def tokens_per_iter(self) -> int:
@@ -256,8 +263,8 @@ def make_config(options: TrainOptions, dataset: Dataset | None, source: Describe
     return replace(source.config, dropout=options.dropout, block_size=block_size)
 
 
-def plan(options: TrainOptions) -> int:
-    """A dry run: print what the run would take of a rank's memory. Returns the exit status. Weights and tokens stay unread."""
+def plans(options: TrainOptions) -> dry_run.Plans:
+    """What the run would take of a rank's memory. Weights and tokens stay unread."""
     source: Described | None = None
     if options.init_from == "resume":
         source = open_sizes(str(training.read_state(Path(options.out_dir))[0]))
@@ -271,7 +278,7 @@ def plan(options: TrainOptions) -> int:
             return schedule_of(source, options.sync, tp)
         return Schedule.parse(options.sync or "all", config.n_layer) if tp > 1 else Schedule.plain(config.n_layer)
 
-    return dry_run.show(options, config, schedule, lambda dp: Layout.of(options, 0, dp))
+    return dry_run.Plans(options, config, schedule, lambda dp: Layout.of(options, 0, dp))
 
 
 def check_tokenizer(source: Source, dataset: Dataset) -> None:
@@ -397,6 +404,7 @@ def train(run: Run) -> None:
                 loss, grad_norm = iterate(run, lr)
                 asked, busy = agree(world, (signals.asked, saver.busy))
             seconds = time.perf_counter() - started
+            run.seconds.append(seconds)
             check_finite(run, loss)
             progress.iter_num += 1
             progress.tokens_seen += run.tokens_per_iter
@@ -557,6 +565,17 @@ def save(run: Run, saver: Saver) -> list[Saved]:
 # --- what a run says ------------------------------------------------------------------------------------------------
 
 
+def used(run: Run, seconds: float) -> peaks.Use:
+    """What the median iteration asked of the machine; the evaluation that took `seconds`, where there is
+    no other."""
+    options, size = run.options, run.model.config.block_size
+    if run.seconds:
+        rate = run.tokens_per_iter / median(run.seconds)
+    else:
+        rate = 2 * options.eval_iters * options.batch_size * size / seconds
+    return peaks.Use(rate * peaks.operations(run.model.split, size, bool(run.seconds)), run.dtype)
+
+
 class Log:
     """metrics.jsonl, the terminal and, if asked, wandb: the same numbers. Silent on every rank but 0."""
 
@@ -647,7 +666,7 @@ def command() -> tuple[entry.Main, TrainOptions]:
     """What the command line asks for. A dry run is done and ends here, before there is a world."""
     options = parse(TrainOptions, sys.argv[1:], "train_tp.py")
     if options.dry_run:
-        raise SystemExit(plan(options))
+        raise SystemExit(dry_run.show(plans(options)))
     return main, options
 
 

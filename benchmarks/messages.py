@@ -19,7 +19,7 @@ from parallel.mesh import World, make_axis
 
 def allreduce(world: World, options: BenchAllreduceOptions) -> None:
     bench = Bench(world, options, ())
-    if world.mesh is None:
+    if world.size == 1:
         raise UserError("bench_tp.py allreduce needs ranks: torchrun --standalone --nproc_per_node=2 bench_tp.py allreduce")
     try:
         sizes = [int(word) for word in options.sizes.split(",")]
@@ -28,7 +28,7 @@ def allreduce(world: World, options: BenchAllreduceOptions) -> None:
     axes = {}
     for comm in ("nccl",) if world.device.type == "cuda" else ("shm", "gloo"):
         try:
-            axes[comm] = make_axis("tp", world.mesh, comm, world.ledger)
+            axes[comm] = make_axis("tp", world.groups.get("tp"), comm, world.ledger)
         except Unavailable as error:
             print(f"{comm}: {error}", file=sys.stderr)
     found: list[dict[str, Any]] = []

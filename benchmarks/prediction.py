@@ -102,6 +102,7 @@ class Clocked:
 
     def __init__(self, decoder: Decoder):
         self.decoder, self.name, self.why = decoder, decoder.name, decoder.why
+        self.capture_s = 0.0
         self.began: list[float] = []
 
     def logits(self, tokens: list[list[int]], cache: KVCache) -> torch.Tensor:
@@ -125,9 +126,8 @@ class Workshop:
     """The worlds that jobs run in, and models that several jobs share, for as long as the stack holds. world: over shm."""
 
     def __init__(self, world: World, stack: ExitStack):
-        assert world.mesh is not None
         self.world, self.stack = world, stack
-        gloo = replace(world, comm="gloo", tp=make_axis("tp", world.mesh, "gloo", world.ledger))
+        gloo = replace(world, comm="gloo", tp=make_axis("tp", world.groups.get("tp"), "gloo", world.ledger))
         self.worlds: dict[str, World | None] = {"shm": world, "gloo": gloo, ALONE: None}
         if world.is_main:
             axes = Axis("tp", ledger=world.ledger), Axis("dp", ledger=world.ledger)
