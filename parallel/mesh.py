@@ -29,7 +29,7 @@ from parallel.watch import ANSWER_S, Peer, Watch, first_to_say
 
 # torch's transports give up this much later than the watchdog, which knows more and says it
 LATER_S = 30.0
-# with --compile a rank may be this much later than the others at its first calls: it compiles
+# the watchdog waits for a rank that compiles; with --compile torch's transports wait this much longer
 COMPILING_S = 480.0
 
 
@@ -461,7 +461,7 @@ def start(options: Any, tp: int, prog: str, promise: dict[str, Any]) -> Iterator
     except BaseException:
         watch.stop()  # it is this rank's own fault, and told as one
         raise
-    watch.limit = options.comm_timeout + (COMPILING_S if options.compile else 0)
+    watch.limit = options.comm_timeout
     yield world
     watch.stop()
     dist.destroy_process_group()

@@ -101,9 +101,17 @@ def text(figures: dict[str, Any], what: str, precision: str) -> str:
     words = []
     if figures.get("mbu"):
         most = figures["bandwidth_bytes_per_s"] / 1e9
-        words.append(f"MBU {figures['mbu']:.1%} of {most:,.1f} GB/s (weights read, of what memory gives)")
+        words.append(
+            f"MBU {figures['mbu']:.1%} of {most:,.1f} GB/s (weights read, of what memory gives)"
+        )
     if figures.get("mfu"):
         most = figures["peak_operations_per_s"] / 1e9
         unit, most = ("TFLOP/s", most / 1e3) if most >= 1e4 else ("GFLOP/s", most)
-        words.append(f"MFU {figures['mfu']:.1%} of {most:,.1f} {unit} (a large {precision} product)")
-    return f"{what}: {', '.join(words)}" if words else f"{what}: no memory was left to measure the peak"
+        words.append(
+            f"MFU {figures['mfu']:.1%} of {most:,.1f} {unit} (a large {precision} product)"
+        )
+    return (
+        f"{what}: {', '.join(words)}"
+        if words
+        else f"{what}: no memory was left to measure the peak"
+    )

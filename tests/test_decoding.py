@@ -388,7 +388,7 @@ def test_where_a_cuda_graph_takes_the_steps(
     assert (decoder.name, decoder.why) == (name, why)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu(1)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_replays_on_every_gpu(rows: int, compiled: bool) -> None:
@@ -419,7 +419,7 @@ def _replayed(world: World, options: Any) -> None:
     print("replayed", file=sys.stderr, flush=True)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.gpu(2)
 def test_replays_over_all_gpus(tmp_path: Path) -> None:
     ranks = min(torch.cuda.device_count(), WIDE.n_head)
     said = spoken(launch(ranks, _replayed, tmp_path, ["--device=cuda", "--comm=nccl"], seconds=120, start="spawn"))

@@ -167,15 +167,6 @@ def test_compile_without_a_compiler(device: str, missing: str, monkeypatch: pyte
     mesh.check_compiler(torch.device("cpu"))
 
 
-def test_ranks_that_compile_are_given_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def limits(world: World, options: Any) -> None:
-        print(world.watch and world.watch.limit, file=sys.stderr, flush=True)
-
-    for words, limit in (([], "7.0"), (["--compile=True"], str(7 + mesh.COMPILING_S))):
-        ends = launch(2, limits, tmp_path, ["--device=cpu", "--comm_timeout=7", *words])
-        assert [text for _, text in ends] == [f"{limit}\n"] * 2
-
-
 def _killed(world: World, options: Any) -> None:
     for i in range(1000):
         if world.rank == 1 and i == 20:

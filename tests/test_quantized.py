@@ -32,7 +32,7 @@ from sampling import Sampling
 from tp_model import TensorParallelGPT
 
 SMALL = GPTConfig(block_size=16, vocab_size=131, n_layer=2, n_head=5, n_embd=20)
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(1))]
 
 
 def rounded(w: Tensor) -> Tensor:

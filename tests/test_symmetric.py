@@ -197,7 +197,7 @@ def _sums(world: World, options: Any) -> None:
     print(getattr(transport, "why", "") or "symmetric", file=sys.stderr, flush=True)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.gpu(2)
 def test_sums_on_gpus(tmp_path: Path) -> None:
     ranks = torch.cuda.device_count()
     ends = launch(ranks, _sums, tmp_path, ["--device=cuda", "--comm=nccl"], seconds=120, start="spawn")

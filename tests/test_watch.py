@@ -270,6 +270,27 @@ def test_who_computes_is_not_late(tmp_path: Path) -> None:
     assert launch(2, _slow, tmp_path, ["--device=cpu", "--comm_timeout=1"], seconds=20) == [(0, "")] * 2
 
 
+def _compiles(world: World, options: Any) -> None:
+    if world.rank == 1:
+
+        def backend(graph: Any, inputs: Any) -> Any:  # what torch.compile calls, in the middle of compiling
+            time.sleep(6)
+            return graph
+
+        torch.compile(torch.neg, backend=backend)(torch.ones(1))
+    all_reduce(torch.ones(1), world.tp.at("mlp", 3), "forward")
+    if world.rank == 1:
+        time.sleep(60)
+    all_reduce(torch.ones(1), world.tp.at("mlp", 3), "forward")
+
+
+def test_who_compiles_is_waited_for_and_no_longer(tmp_path: Path) -> None:
+    words = ["--device=cpu", "--compile=True", "--comm=gloo", "--comm_timeout=1"]
+    ends = launch(2, _compiles, tmp_path, words, seconds=40)
+    assert "waited 1 s in all_reduce #2 (layer 3, mlp, forward, 4 B)" in spoken(ends)
+    assert "Look at rank 1 first: it is in no collective.\n" in spoken(ends)
+
+
 def _in_a_gather(world: World, options: Any) -> None:
     with world.ledger.during("step 8, save"):
         if world.rank == 1:
