@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoints.huggingface import is_conv1d
 from checkpoints.shards import (
     DTYPES,
     MANIFEST,
@@ -34,7 +35,7 @@ from checkpoints.shards import (
     shard_name,
     write_json,
 )
-from checkpoints.sources import LATEST, ShardSource, Source, is_conv1d, latest_checkpoint, open_source, tokenizer_of
+from checkpoints.sources import LATEST, ShardSource, Source, latest_checkpoint, open_source, tokenizer_of
 from errors import UserError
 from grammar import parse_command
 from model import GPTConfig

@@ -1,5 +1,6 @@
 """Where weights come from: what transformers and nanoGPT save themselves, the hub's cache, and what is refused."""
 
+import gzip
 import json
 import os
 import pickle
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
+from checkpoints import nanogpt as nanogpt_module
 from checkpoints.shards import TensorFile
 from checkpoints.sources import HUB, HuggingFaceDirectory, NanoGPTCheckpoint, ShardSource, open_source, tokenizer_of
 from errors import UserError
@@ -381,7 +384,8 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path) -> None:
         with open(path, "rb") as file:
             assert b"touch" in file.read()
         reads = "only tensors, numbers, strings and lists and dicts of them are read from a ckpt.pt"
-        assert refused(path) == f"{path} is refused: it names {os.system.__module__}.system; {reads}."
+        names = f"{path} is refused: it names {os.system.__module__}.system; {reads}."
+        assert refused(path) == f"{names} {nanogpt_module.WITHOUT}"
         torch.save(raw, path, _use_new_zipfile_serialization=False)
         assert refused(path).startswith(f"{path} ")
         path.write_bytes(pickle.dumps(raw))
@@ -401,7 +405,7 @@ LN = "transformer.ln_f.weight"
 CHECKPOINTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no model": (lambda raw: raw.pop("model"), "it lacks `model` or `model_args`"),
     "no model_args": (lambda raw: raw.pop("model_args"), "it lacks `model` or `model_args`"),
-    "no bias": (lambda raw: raw["model_args"].pop("bias"), "model_args.bias is missing"),
+    "no n_head": (lambda raw: raw["model_args"].pop("n_head"), "model_args.n_head is missing"),
     "n_head true": (set_arg("n_head", True), "model_args.n_head=True is not of type int"),
     "n_head a tensor": (set_arg("n_head", torch.zeros(40, 40)), "is not of type int"),
     "n_head 3": (set_arg("n_head", 3), "n_embd=20 does not divide into n_head=3 heads"),
@@ -429,6 +433,139 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path, damage: Callable[[dict[str,
     torch.save(raw, tmp_path / "ckpt.pt")
     said = refused(tmp_path / "ckpt.pt")
     assert said.startswith(f"{tmp_path / 'ckpt.pt'}") and message in said
+
+
+NO_PLACE = "has no place in the GPT-2 that is described there"
+MORE: dict[str, tuple[str, tuple[int, ...]]] = {
+    "a bias of the head": ("lm_head.bias", (131,)),
+    "a norm of the queries": ("transformer.h.0.attn.q_norm.weight", (4,)),
+    "an adapter": ("transformer.h.1.attn.c_attn.lora_A.default.weight", (4, 20)),
+    "a layer more": ("transformer.h.2.ln_1.weight", (20,)),
+    "a mask of a layer more": ("transformer.h.2.attn.bias", (1, 1, 16, 16)),
+    "a bias under a mask's name": ("transformer.h.0.attn.bias", (20,)),
+    "a head for another task": ("score.weight", (2, 20)),
+}
+
+
+@pytest.mark.parametrize(("name", "shape"), MORE.values(), ids=MORE)
+def test_a_tensor_that_the_model_has_no_place_for(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    """In every source, and so for every command; shard directories: "does not belong to the model" in test_shards.py."""
+    raw, hf = nanogpt(), tmp_path / "hf"
+    raw["model"][name] = torch.zeros(shape)
+    torch.save(raw, tmp_path / "ckpt.pt")
+    known = name if name.startswith("transformer.") or "lm_head" in name else f"transformer.{name}"
+    assert refused(tmp_path / "ckpt.pt").startswith(f"{tmp_path / 'ckpt.pt'}: tensor {known} {NO_PLACE}.")
+    for part in ({}, {"max_shard_size": "10KB"}):
+        gpt2().save_pretrained(hf, **part)
+        file = next(hf.glob("model*.safetensors"))
+        save_file(load_file(file) | {name: torch.zeros(shape)}, file)
+        index = hf / "model.safetensors.index.json"
+        if part:
+            assert f"{file}: tensor {name} is not in the index" in refused(hf)
+            said = json.loads(index.read_text())
+            said["weight_map"][name] = file.name
+            index.write_text(json.dumps(said))
+        assert refused(hf).startswith(f"{hf}: tensor {known} {NO_PLACE}.")
+        shutil.rmtree(hf)
+    raw["model"]["x"] = 3
+    torch.save(raw, tmp_path / "ckpt.pt")
+    assert f"{NO_PLACE}, nor have 1 others." in refused(tmp_path / "ckpt.pt")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: name.replace("h.1.", "h.1._orig_mod."),
+        lambda name: f"_fsdp_wrapped_module.{name.replace('h.0.', 'h.0._checkpoint_wrapped_module.')}",
+    ],
+)
+def test_names_that_wrappers_have_changed(tmp_path: Path, wrap: Callable[[str], str]) -> None:
+    raw = nanogpt()
+    expected = {name: tensor for name, tensor in raw["model"].items() if "lm_head" not in name}
+    torch.save(raw | {"model": {wrap(name): tensor for name, tensor in raw["model"].items()}}, tmp_path / "ckpt.pt")
+    check_source(open_source(str(tmp_path)), expected)
+    hf = tmp_path / "hf"
+    gpt2().save_pretrained(hf)
+    save_file({wrap(name): tensor for name, tensor in load_file(hf / "model.safetensors").items()}, hf / "model.safetensors")
+    check_source(open_source(str(hf)), state_of(gpt2()))
+
+
+@pytest.mark.parametrize("cls", [GPT2LMHeadModel, GPT2Model])
+def test_what_save_model_writes(saved: Path, tmp_path: Path, cls: Any) -> None:
+    """Of the table and the head it keeps the head."""
+    path = Path(shutil.copytree(saved, tmp_path / "hf"))
+    model = gpt2(cls=cls)
+    save_model(model, str(path / "model.safetensors"))
+    assert ("lm_head.weight" in load_file(path / "model.safetensors")) == (cls is GPT2LMHeadModel)
+    check_source(open_source(str(path)), state_of(model))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_checkpoint_from_before_nanogpt_had_the_option_bias(tmp_path: Path, bias: bool) -> None:
+    raw = nanogpt(replace(CONFIG, bias=bias))
+    raw["model_args"].pop("bias")
+    torch.save(raw, tmp_path / "ckpt.pt")
+    assert open_source(str(tmp_path)).config == replace(CONFIG, bias=bias)
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 548118077\n"
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "hf/model.safetensors", "hf/config.json", "shards/rank-01-of-02.safetensors",
+                                  "shards/shards.json", "shards/tokenizer.json"])  # fmt: skip
+def test_a_pointer_of_git_lfs(saved: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(saved, tmp_path / "hf")
+    assert main(["split", f"--init_from={saved}", "--tp=2", f"--out={tmp_path / 'shards'}"]) == 0
+    (tmp_path / name).write_text(POINTER)
+    place = (tmp_path / name).parent
+    with pytest.raises(UserError) as error:
+        tokenizer_of(open_source(str(place), verify=(0, 1)))
+    assert str(error.value).startswith(f"{tmp_path / name} is a git-lfs pointer, not the file that it stands for")
+
+
+FORMATS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "old": (lambda path: torch.save(nanogpt(), path, _use_new_zipfile_serialization=False),
+            "torch's format from before version 1.6: load it with torch, save it again"),
+    "pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "a pickle that torch.save did not write"),
+    "safetensors": (lambda path: save_file({"a": torch.zeros(3)}, path), "a safetensors file: --init_from takes the directory"),
+    "GGUF": (lambda path: path.write_bytes(b"GGUF\3" + bytes(40)), "a GGUF file, which is not read"),
+    "gzip": (lambda path: path.write_bytes(gzip.compress(bytes(400))), "packed by gzip: unpack it first"),
+    "a page": (lambda path: path.write_text("<!DOCTYPE html><html>Sign in</html>"), "a web page: its address"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("write", "what"), FORMATS.values(), ids=FORMATS)
+def test_another_format_under_the_name_ckpt_pt(tmp_path: Path, write: Callable[[Path], Any], what: str) -> None:
+    write(tmp_path / "ckpt.pt")
+    assert refused(tmp_path).startswith(f"{tmp_path / 'ckpt.pt'} is not a readable ckpt.pt ({what}")
+
+
+def test_tensors_alone_under_the_name_ckpt_pt(tmp_path: Path) -> None:
+    path = tmp_path / "ckpt.pt"
+    for raw in (gpt2().state_dict(), nanogpt()["model"], {"state_dict": nanogpt()["model"], "epoch": 3}):
+        torch.save(raw, path)
+        assert refused(path).endswith(f"it lacks `model` or `model_args`. {nanogpt_module.BARE}")
+
+
+class Settings:
+    """What a fork of nanoGPT may keep beside the weights."""
+
+
+@pytest.mark.parametrize(
+    "more", [np.float32(1.47), np.arange(3), Settings(), Path("out"), {1, 2}, b"bytes"], ids=lambda value: type(value).__name__
+)
+def test_more_than_data_beside_the_weights(tmp_path: Path, more: Any) -> None:
+    """The message says how to do without, and what it says works."""
+    torch.save(nanogpt(more=more), tmp_path / "ckpt.pt")
+    said = refused(tmp_path)
+    assert said.endswith(nanogpt_module.WITHOUT)
+    checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=False)
+    lines = nanogpt_module.WITHOUT.partition("alone: ")[2].rstrip(".").replace("'ckpt.pt'", repr(str(tmp_path / "ckpt.pt")))
+    exec(lines, {"torch": torch, "checkpoint": checkpoint})
+    assert open_source(str(tmp_path)).config == CONFIG
 
 
 def test_damaged_checkpoints(tmp_path: Path) -> None:

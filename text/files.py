@@ -54,7 +54,21 @@ def own_file(path: Path) -> Path:
     """The path itself. UserError unless it is a file of its directory; a pipe, for one, would be waited for."""
     if not inside(path).is_file():
         raise UserError(f"{path} is {'not a file' if path.exists() else 'missing'}.")
+    return fetched(path)
+
+
+def fetched(path: Path) -> Path:
+    """The path of a file itself. UserError where the file is the pointer that git-lfs leaves in its place."""
+    if beginning(path).startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{path} is a git-lfs pointer, not the file that it stands for: get that with `git lfs pull`."
+        )
     return path
+
+
+def beginning(path: Path, most: int = 64) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(most)
 
 
 def read_small(path: Path, most: int = SMALL) -> bytes:

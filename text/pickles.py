@@ -33,6 +33,10 @@ class Refused(ValueError):
     """What a pickle holds that is not read; the message goes on after its file's name."""
 
 
+class Foreign(Refused):
+    """A value of a kind that is not read: the rest of the pickle may be good."""
+
+
 @dataclass(frozen=True)
 class Name:
     """A class or function that a pickle names."""
@@ -106,7 +110,7 @@ class _Machine:
             for operation, argument, _ in pickletools.genops(raw):
                 do = self.operations.get(operation.name)
                 if do is None or type(argument) is bool:  # protocol 0 writes True as an INT
-                    raise Refused(self._why_not(operation.name, argument))
+                    raise self._why_not(operation.name, argument)
                 do(argument)
             return self._pop()
         except Refused:
@@ -114,12 +118,12 @@ class _Machine:
         except (ValueError, LookupError, TypeError) as error:  # cut short, a stack that is empty, a name that is unknown
             raise Refused(f"it is damaged ({type(error).__name__})") from None
 
-    def _why_not(self, operation: str, argument: Any) -> str:
+    def _why_not(self, operation: str, argument: Any) -> Foreign:
         if operation == "STACK_GLOBAL" and all(type(part) is str for part in self.stack[-2:]):
             argument = " ".join(self.stack[-2:])
         if operation in ("GLOBAL", "STACK_GLOBAL", "INST") and isinstance(argument, str):
             return _naming(argument)
-        return f"it has the operation {operation}"
+        return Foreign(f"it has the operation {operation}")
 
     def _pop(self) -> Any:
         self._top()
@@ -167,11 +171,11 @@ def _known(name: str) -> Name:
     storage = re.fullmatch(r"torch (\w+)Storage", name)
     if name in (ORDERED, PARAMETER, TENSOR) or storage is not None and storage[1] in BYTES:
         return Name(name)
-    raise Refused(_naming(name))
+    raise _naming(name)
 
 
-def _naming(name: str) -> str:
-    return f"it names {ascii(name.replace(' ', '.', 1))[1:-1][:80]}"
+def _naming(name: str) -> Foreign:
+    return Foreign(f"it names {ascii(name.replace(' ', '.', 1))[1:-1][:80]}")
 
 
 def _pairs(values: list[Any]) -> dict[Any, Any]:
