@@ -17,13 +17,12 @@ NUMBERS_AND_TEXT = (
     | {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
 )
 PLAIN = NUMBERS_AND_TEXT | (
-    {"MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS"}
+    {"BINFLOAT", "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_LIST", "APPEND", "APPENDS"}
+    | {"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
+    | {"MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS"}
     | {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET", "PROTO", "FRAME", "STOP"}
 )
-TORCHS = PLAIN | (
-    {"BINFLOAT", "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_LIST", "APPEND", "APPENDS"}
-    | {"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "GLOBAL", "REDUCE", "BUILD", "BINPERSID"}
-)
+TORCHS = PLAIN | {"GLOBAL", "REDUCE", "BUILD", "BINPERSID"}
 
 BYTES = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1}
 ORDERED, PARAMETER, TENSOR = "collections OrderedDict", "torch._utils _rebuild_parameter", "torch._utils _rebuild_tensor_v2"
@@ -56,7 +55,8 @@ class Mark:
 
 
 def plain(raw: bytes) -> Any:
-    """The dict, string or int that a pickle stands for; Refused where it holds anything else."""
+    """The value that a pickle stands for: dicts (keys are strings or ints), lists, tuples, numbers, strings, None. Refused
+    where it holds anything else."""
     return _Machine(PLAIN, {}).run(raw)
 
 
