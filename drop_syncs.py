@@ -248,7 +248,7 @@ def plot_curve(world: World, options: CurveOptions) -> None:
         report.check_place(options.report, "report")
         names = [name.strip() for name in options.reports.split(",") if name.strip()]
         made = read_reports([Path(name) for name in names])
-        draw(made, Path(options.plot).expanduser())
+        draw(made, Path(options.plot))
         if options.report:
             reports = [{"file": name, **found} for name, found in zip(names, made, strict=True)]
             report.write(options.report, {"entry": "drop_syncs", "what": "curve", "reports": reports})

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from errors import UserError
-from options import EntryOptions, RunOptions
+from options import PATHS, EntryOptions, RunOptions
 
 Options = TypeVar("Options", bound=EntryOptions)
 
@@ -285,7 +285,10 @@ def _is_finite(value: Any) -> bool:
 
 
 def _in_limits(key: _Key, value: Any, label: str) -> Any:
-    """The value itself. Raises UserError where it is none of the choices or out of range."""
+    """The value itself, the ~ of a path expanded. Raises UserError where it is none of the choices or out of range."""
+    if key.name in PATHS:
+        value = re.sub(f"({PATHS[key.name]})(~[^/,]*)",
+                       lambda found: found[1] + os.path.expanduser(found[2]), value)
     choices = key.limits.get("choices")
     if choices and value not in choices:
         raise UserError(f"{label} must be {_one_of(choices)}, got {_shown(value)}")

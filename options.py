@@ -25,6 +25,13 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None, low:
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# The options that hold a path, in every command that has them, and a regular expression of what stands before it.
+PATHS = {
+    **dict.fromkeys(("data_dir", "dataset", "draft", "init_from", "kept", "out", "out_dir", "plot"), "^"),
+    **dict.fromkeys(("report", "scan", "shards", "text", "tokenizer"), "^"),
+    **{"start": "^(?:FILE|PROMPTS):", "prompt": "^FILE:", "reports": "^|, *"},
+}
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What each entry can be told. Each class's docstring is the description that --help shows.
 

@@ -53,7 +53,7 @@ def main(world: World, options: SampleOptions) -> None:
     if world.is_main:
         for notice in notices(world, source, model, decoder):
             print(notice, file=sys.stderr)
-    with open(Path(options.out).expanduser(), "w", encoding="utf-8") if options.out and world.is_main else nullcontext() as out:
+    with open(options.out, "w", encoding="utf-8") if options.out and world.is_main else nullcontext() as out:
         stage = Stage(texts, tokenizer, options, out)
         begun = time.perf_counter()
         try:
@@ -136,9 +136,9 @@ def read_prompts(start: list[str]) -> list[str]:
     prompts: list[str] = []
     for spec in start:
         if spec.startswith("FILE:"):
-            prompts.append(read_text(Path(spec.removeprefix("FILE:")).expanduser()))
+            prompts.append(read_text(spec.removeprefix("FILE:")))
         elif spec.startswith("PROMPTS:"):
-            prompts += read_lines(Path(spec.removeprefix("PROMPTS:")).expanduser())
+            prompts += read_lines(Path(spec.removeprefix("PROMPTS:")))
         elif any("\ud800" <= char <= "\udfff" for char in spec):  # how Python passes on bytes that are not UTF-8
             raise UserError(f"--prompt={ascii(spec)[:60]} is not UTF-8 text.")
         else:

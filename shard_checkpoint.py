@@ -66,8 +66,8 @@ def split(options: SplitOptions) -> None:
 
 
 def place(path: str) -> Path:
-    """Where an --out points: through ~ and links, so that what is replaced is a directory and not the link to it."""
-    return Path(os.path.realpath(os.path.expanduser(path)))
+    """Where an --out points: through links, so that what is replaced is a directory and not the link to it."""
+    return Path(os.path.realpath(path))
 
 
 def imbalance(partition: Partition) -> str:
@@ -201,7 +201,7 @@ def write_nanogpt(shards: ShardDirectory, file: BinaryIO) -> None:
 
 def open_shards(directory: str) -> ShardSource:
     """The shard directory, or the newest checkpoint of a training directory."""
-    path = Path(os.path.expanduser(directory))
+    path = Path(directory)
     return ShardSource(latest_checkpoint(path) if (path / LATEST).is_file() else path)
 
 

@@ -77,7 +77,7 @@ def tokenizer_of(source: Source, choice: str = "", data_dir: str = "data") -> To
     if choice == "ids":
         return IdsTokenizer(source.config.vocab_size)
     if choice:
-        path = Path(choice).expanduser()
+        path = Path(choice)
         if (path / TOKENIZER_FILE).is_file():
             return read_tokenizer(path / TOKENIZER_FILE)
         if (path / "vocab.json").is_file() or (path / "encoder.json").is_file():
@@ -129,7 +129,7 @@ def open_source(
     """
     if spec in HUB:
         return HuggingFaceDirectory(from_hub(spec), description=spec)
-    path = Path(os.path.expanduser(spec))  # Path.expanduser fails where there is no such user
+    path = Path(spec)
     if path.is_file():
         return NanoGPTCheckpoint(path, verify)
     if os.path.lexists(path / LATEST):  # whatever stands there: what is wrong with it is said when it is read

@@ -533,3 +533,47 @@ def test_options_needs_nothing_but_the_standard_library():
 
 def test_start_has_a_second_name_that_torchrun_does_not_take_for_its_own():
     assert parse(SampleOptions, ["--prompt=a", "--start=b", "--prompt", "c"], "sample_tp.py").start == ["a", "b", "c"]
+
+
+# --- paths ------------------------------------------------------------------------------------------------------------
+
+def every_class():
+    return [cls for name, cls in vars(options).items() if name.endswith("Options")]
+
+
+def test_a_home_directory_is_expanded_wherever_an_option_is_a_path(monkeypatch):
+    """In every command, typed or in a config file, and nowhere else."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    for cls in every_class():
+        for field in dataclasses.fields(cls):
+            if field.type not in ("str", str) or field.metadata["choices"]:
+                continue
+            made = parse(cls, [*required(cls), f"--{field.name}=~/x"], "prog.py")
+            expected = "/home/ada/x" if options.PATHS.get(field.name, "").startswith("^") else "~/x"
+            expected = "~/x" if field.name == "prompt" else expected
+            assert getattr(made, field.name) == expected, (cls, field.name)
+
+
+def required(cls):
+    return [f"--{field.name}=x" for field in dataclasses.fields(cls) if field.metadata["required"]]
+
+
+def test_names_that_are_paths_are_options_and_what_looks_like_one_is_a_path():
+    fields = {field.name: field for cls in every_class() for field in dataclasses.fields(cls)}
+    assert options.PATHS.keys() <= fields.keys()
+    words = re.compile(r"director|\bfile\b|FILE|path|PNG|weights: hub|weights as in")
+    found = {name for name, field in fields.items() if words.search(field.metadata["help"])}
+    assert found - options.PATHS.keys() == set()
+
+
+def test_paths_within_a_prompt_and_a_list(monkeypatch, config):
+    monkeypatch.setenv("HOME", "/home/ada")
+    start = sample("--prompt=FILE:~/p.txt", "--prompt=PROMPTS:~/q.txt", "--prompt=~/r", "--prompt=a FILE:~").start
+    assert start == ["FILE:/home/ada/p.txt", "PROMPTS:/home/ada/q.txt", "~/r", "a FILE:~"]
+    words = ["--reports=~/a.json,b~.json, ~/c.json", "--plot=~"]
+    made = parse(options.CurveOptions, words, "drop_syncs.py curve")
+    assert (made.reports, made.plot) == ("/home/ada/a.json,b~.json, /home/ada/c.json", "/home/ada")
+    path = config('out_dir = "~/run"\ndata_dir = "~no_such_user/x"\nwandb_project = "~/x"\n')
+    made = train(path, "--report=x/~")
+    assert made.out_dir == "/home/ada/run" and made.data_dir == "~no_such_user/x"
+    assert (made.wandb_project, made.report) == ("~/x", "x/~")
