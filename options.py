@@ -84,7 +84,7 @@ class SampleOptions(RunOptions):
     quantize: str = option("", "int8: the matrices in 8 bits, for less memory and faster decoding", ("", "int8"))
     sync: str = option("", "sync points: all, mlp, every:K, or a list (0a,0m,1m); default: as the weights say")
     sequence_parallel: bool = option(False, "split the prompt's activations over the sequence, to save memory")
-    tokenizer: str = option("", "directory with tokenizer.json, or gpt2; default: what the checkpoint says")
+    tokenizer: str = option("", "directory with tokenizer.json or meta.pkl, gpt2 or ids; default: what the checkpoint says")
 
 
 # nanoGPT's options come first, in nanoGPT's order; the model and the schedule default to GPT-2 124M on OpenWebText as
@@ -164,7 +164,7 @@ class EvalOptions(RunOptions):
     quantize: str = option("", "int8: the matrices in 8 bits, for less memory and faster decoding", ("", "int8"))
     sync: str = option("", "sync points: all, mlp, every:K, or a list (0a,0m,1m); default: as the weights say")
     sequence_parallel: bool = option(False, "split activations over the sequence, to save memory")
-    tokenizer: str = option("", "directory with tokenizer.json, or gpt2; default: what the checkpoint says")
+    tokenizer: str = option("", "directory with tokenizer.json or meta.pkl, gpt2 or ids; default: what the checkpoint says")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,6 +366,7 @@ class SplitOptions(EntryOptions):
     out: str = option("", "shard directory to write", required=True)
     dtype: str = option("auto", "precision of the shards; auto keeps the source's",
                         ("auto", "float32", "bfloat16", "float16"))
+    tokenizer: str = option("", "directory with tokenizer.json or meta.pkl, gpt2 or ids; default: what the checkpoint says")
     force: bool = option(False, "replace the output where it exists")
 
 

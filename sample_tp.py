@@ -51,7 +51,7 @@ def main(world: World, options: SampleOptions) -> None:
     world.synchronize()
     load_s = time.perf_counter() - started
     if world.is_main:
-        for notice in notices(world, source, model, decoder):
+        for notice in notices(world, source, model, decoder, tokenizer):
             print(notice, file=sys.stderr)
     with open(options.out, "w", encoding="utf-8") if options.out and world.is_main else nullcontext() as out:
         stage = Stage(texts, tokenizer, options, out)
@@ -165,13 +165,16 @@ def encode(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
         if not prompts[-1] and tokenizer.kind == "ids":
             raise UserError(
                 f"prompt {i} is empty. The model's tokenizer is not known: give token ids, for example --prompt='5 17 3'."
+                f" {tokenizer.note}".rstrip()
             )
     return prompts
 
 
-def notices(world: World, source: Source, model: TensorParallelGPT, decoder: Decoder) -> list[str]:
+def notices(
+    world: World, source: Source, model: TensorParallelGPT, decoder: Decoder, tokenizer: Tokenizer
+) -> list[str]:
     """What a user would like to know before waiting: an uneven split, a reshard, a model that one device would hold."""
-    lines = [imbalance(Partition.of(source.config, world.tp.size))]
+    lines = [imbalance(Partition.of(source.config, world.tp.size)), tokenizer.note]
     written = getattr(getattr(source, "manifest", None), "tp", world.tp.size)
     if written != world.tp.size:
         lines.append(f"the checkpoint is tp={written}, this run tp={world.tp.size}: resharded on load, no file changed.")

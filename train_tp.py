@@ -23,7 +23,7 @@ import entry
 import report
 from checkpoints import training
 from checkpoints.shards import DTYPES
-from checkpoints.sources import Described, Source, identity, open_sizes, open_source, reader, schedule_of, tokenizer_of
+from checkpoints.sources import Described, Source, common_tokenizer, identity, open_sizes, open_source, reader, schedule_of
 from checkpoints.training import Progress, Saved, Saver
 from errors import Stopped, UserError, shown
 from grammar import parse
@@ -37,7 +37,7 @@ from parallel.partition import Rule
 from parallel.replicas import check_alike, checksum
 from parallel.schedule import Schedule
 from text.dataset import EVAL_STREAM, Dataset, batch, is_prepared
-from text.tokenizer import GPT2Tokenizer
+from text.tokenizer import GPT2Tokenizer, Tokenizer
 from tp_model import Read, TensorParallelGPT, held
 
 GPT2_VOCAB = 50304  # nanoGPT's table for GPT-2's 50257 tokens
@@ -140,6 +140,7 @@ class Run:
     out_dir: Path
     dtype: torch.dtype
     first: Progress  # where this process began
+    tokenizer: Tokenizer
 
     @property
     def tokens_per_iter(self) -> int:
@@ -203,8 +204,11 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
         source = open_source(options.init_from, (world.rank, world.size))
         world.agree("weights", identity(source))
     config = make_config(options, dataset, source)
-    if source is not None and options.init_from != "resume":
-        check_tokenizer(source, dataset)
+    tokenizer, notice = dataset.tokenizer, ""
+    if source is not None:
+        tokenizer, notice = common_tokenizer(source, dataset, options.data_dir)
+    if notice and world.is_main:
+        print(notice, file=sys.stderr)
     dataset.check(config.block_size, config.vocab_size)
     read = reader_for(source, world.tp.rank, config) if source else None
     if options.sequence_parallel and config.block_size < world.tp.size:
@@ -235,7 +239,8 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
     layout = Layout.of(options, world.dp.rank, world.dp.size)
     dtype = pick_dtype(options.dtype, world.device)
     wrapped = model if model.sharding else replicate(model, world.dp, reduce_dtype)
-    return Run(world, options, dataset, model, wrapped, optimizer, layout, progress, out_dir, dtype, replace(progress))
+    begun = replace(progress)
+    return Run(world, options, dataset, model, wrapped, optimizer, layout, progress, out_dir, dtype, begun, tokenizer)
 
 
 def make_config(options: TrainOptions, dataset: Dataset | None, source: Described | None) -> GPTConfig:
@@ -272,16 +277,6 @@ def plan(options: TrainOptions) -> int:
         return Schedule.parse(options.sync or "all", config.n_layer) if tp > 1 else Schedule.plain(config.n_layer)
 
     return dry_run.show(options, config, schedule, lambda dp: Layout.of(options, 0, dp))
-
-
-def check_tokenizer(source: Source, dataset: Dataset) -> None:
-    """UserError where the weights were trained on other tokens than the dataset has: the loss would only look wrong."""
-    known = source.tokenizer is not None or source.dataset is not None
-    if known and tokenizer_of(source).to_json() != dataset.tokenizer.to_json():
-        raise UserError(
-            f"{source.description} was trained on {tokenizer_of(source).kind} tokens, the dataset's tokenizer is another "
-            f"({dataset.tokenizer.kind}, {dataset.tokenizer.n_vocab} tokens). Prepare the dataset with the model's."
-        )
 
 
 def reader_for(source: Source, rank: int, config: GPTConfig) -> Read:
@@ -551,7 +546,7 @@ def evaluate(run: Run) -> dict[str, float]:
 
 def save(run: Run, saver: Saver) -> list[Saved]:
     with run.world.ledger.during(f"step {run.progress.iter_num}, save"):
-        return saver.save(run.model, run.optimizer, run.progress, run.dataset.tokenizer.to_json(), as_dict(run.options))
+        return saver.save(run.model, run.optimizer, run.progress, run.tokenizer.to_json(), as_dict(run.options))
 
 
 # --- what a run says ------------------------------------------------------------------------------------------------

@@ -56,9 +56,10 @@ class HuggingFaceDirectory:
         self.directory = directory
         self.description = description or str(directory)
         self._files: dict[Path, Any] = {}
-        self.config = config_from_hf(read_json(directory / "config.json"), directory / "config.json")
+        raw = read_json(directory / "config.json")
+        self.config = config_from_hf(raw, directory / "config.json")
         self._where = self._locate()
-        self.tokenizer = tokenizer_for(self.config.vocab_size)
+        self.tokenizer = tokenizer_for(self.config.vocab_size, raw)
         self.dtype = self._check()
 
     def _locate(self) -> dict[str, tuple[Path, str]]:

@@ -67,7 +67,7 @@ class NanoGPTCheckpoint:
         self.dtype = common_dtype({name: tensor.dtype for name, tensor in self.tensors.items()}, str(path))
         dataset = settings.get("dataset")
         self.dataset = dataset if isinstance(dataset, str) and dataset.replace("_", "").replace("-", "").isalnum() else None
-        self.tokenizer = tokenizer_for(self.config.vocab_size)
+        self.tokenizer = tokenizer_for(self.config.vocab_size, settings)
 
     def _load(self, verify: tuple[int, int] | None) -> dict[str, Any]:
         try:

@@ -72,29 +72,63 @@ def tokenizer_of(source: Source, choice: str = "", data_dir: str = "data") -> To
     A nanoGPT checkpoint names only its dataset, whose directory has the characters. Where nothing tells, text is token
     ids (ids), which is always true of the weights.
     """
-    if choice == "gpt2":
-        return GPT2Tokenizer()
     if choice == "ids":
         return IdsTokenizer(source.config.vocab_size)
     if choice:
-        path = Path(choice)
-        if (path / TOKENIZER_FILE).is_file():
-            return read_tokenizer(path / TOKENIZER_FILE)
-        if (path / "vocab.json").is_file() or (path / "encoder.json").is_file():
-            return GPT2Tokenizer(path)
-        raise UserError(f"--tokenizer={choice} is neither gpt2, ids, nor a directory with {TOKENIZER_FILE} or encoder.json.")
+        return _chosen_tokenizer(choice)
     if source.dataset and is_prepared(Path(data_dir) / source.dataset):
         tokenizer = Dataset(Path(data_dir) / source.dataset).tokenizer
     elif source.tokenizer is not None:
         tokenizer = tokenizer_from_json(source.tokenizer, source.description)
     else:
-        tokenizer = IdsTokenizer(source.config.vocab_size)
+        note = f"{_missed(source, data_dir)}: text is token ids. --tokenizer=DIR names its directory."
+        tokenizer = IdsTokenizer(source.config.vocab_size, note if source.dataset else "")
+    check_belongs(tokenizer, source)
+    return tokenizer
+
+
+def _chosen_tokenizer(choice: str) -> Tokenizer:
+    """That of a directory (ours, a dataset's, Hugging Face's, whose tokenizer.json is another format), or gpt2."""
+    path = Path(choice)
+    if choice == "gpt2":
+        return GPT2Tokenizer()
+    if (path / "vocab.json").is_file() or (path / "encoder.json").is_file():
+        return GPT2Tokenizer(path)
+    if (path / TOKENIZER_FILE).is_file():
+        return read_tokenizer(path / TOKENIZER_FILE)
+    if (path / "meta.pkl").is_file():
+        return Dataset(path).tokenizer
+    raise UserError(
+        f"--tokenizer={choice} is neither gpt2, ids, nor a directory with {TOKENIZER_FILE}, meta.pkl or encoder.json."
+    )
+
+
+def _missed(source: Source, data_dir: str) -> str:
+    return f"{source.description} was trained on the dataset {source.dataset}, which is not in {data_dir}"
+
+
+def check_belongs(tokenizer: Tokenizer, source: Source) -> None:
     if tokenizer.n_vocab > source.config.vocab_size:
         raise UserError(
             f"the tokenizer ({tokenizer.kind}) knows {tokenizer.n_vocab} ids, the model's vocab_size is "
             f"{source.config.vocab_size}: they do not belong together. Name the right one with --tokenizer."
         )
-    return tokenizer
+
+
+def common_tokenizer(source: Source, dataset: Dataset, data_dir: str) -> tuple[Tokenizer, str]:
+    """What the tokens of weights and of a dataset are, as far as either tells, and a notice where the weights' own dataset is
+    missed. UserError where they are known to be others: the loss would only look wrong."""
+    theirs, here = tokenizer_of(source, data_dir=data_dir), dataset.tokenizer
+    if theirs.kind == "ids":  # nobody knows
+        notice = f"{_missed(source, data_dir)}: its tokens are taken to be those of {dataset.directory}."
+        notice = notice if theirs.note else ""
+        return (here if here.n_vocab <= source.config.vocab_size else theirs), notice
+    if here.kind != "ids" and theirs.to_json() != here.to_json():
+        raise UserError(
+            f"{source.description} was trained on {theirs.kind} tokens, the dataset's tokenizer is another "
+            f"({here.kind}, {here.n_vocab} tokens). Prepare the dataset with the model's."
+        )
+    return theirs, ""
 
 
 def schedule_of(source: Described, text: str, tp: int) -> Schedule:

@@ -14,6 +14,7 @@ from parallel.partition import Run
 from text.tokenizer import GPT2Tokenizer
 
 Held = TypeVar("Held")
+CARRIED = "nanotp_tokenizer"  # what a merged checkpoint's settings have of ours: tokenizer.json's content
 HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"
 # what torch.compile, DistributedDataParallel, FSDP and activation checkpointing put into the names of what they wrap
 WRAPPERS = r"\b(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -51,9 +52,10 @@ def check_all_used(
         )
 
 
-def tokenizer_for(vocab_size: int) -> dict[str, Any] | None:
-    """What a vocabulary's size alone tells of the tokenizer."""
-    return {"kind": "gpt2"} if vocab_size >= GPT2Tokenizer.n_vocab else None
+def tokenizer_for(vocab_size: int, settings: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """The tokenizer that a merged checkpoint carries in its settings; else what a vocabulary's size alone tells."""
+    size_tells = {"kind": "gpt2"} if vocab_size >= GPT2Tokenizer.n_vocab else None
+    return (settings or {}).get(CARRIED, size_tells)
 
 
 def common_dtype(tensors: Mapping[str, torch.dtype], where: str) -> torch.dtype:

@@ -581,6 +581,28 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     assert refused(path).startswith(f"{path} is not a readable ckpt.pt (")
 
 
+def test_where_a_tokenizer_is_found(saved: Path, tmp_path: Path) -> None:
+    torch.save(nanogpt() | {"config": {"dataset": "poems"}}, tmp_path / "ckpt.pt")
+    source = open_source(str(tmp_path))
+    poems = tmp_path / "texts" / "poems"
+    poems.mkdir(parents=True)
+    meta = {"vocab_size": 3, "itos": {0: "a", 1: "b", 2: "c"}, "stoi": {"a": 0, "b": 1, "c": 2}}
+    (poems / "meta.pkl").write_bytes(pickle.dumps(meta))
+    known = {"kind": "char", "chars": ["a", "b", "c"]}
+    assert tokenizer_of(source, data_dir=str(tmp_path / "texts")).to_json() == known
+    assert tokenizer_of(source, str(poems)).to_json() == known
+    missed = tokenizer_of(source, data_dir=str(tmp_path))
+    note = f"{tmp_path / 'ckpt.pt'} was trained on the dataset poems, which is not in {tmp_path}: text is token ids. "
+    assert missed.kind == "ids" and missed.note == f"{note}--tokenizer=DIR names its directory."
+    with pytest.raises(UserError, match=r"token ids such as 5 17 3, not 'Once'\. .*ckpt.pt was trained on the dataset poems"):
+        missed.encode("Once upon a time")
+    (poems / "vocab.json").write_text("{}")  # beside it Hugging Face has a tokenizer.json, which is another format
+    (poems / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE"}}')
+    assert tokenizer_of(source, str(poems)).kind == "gpt2"
+    with pytest.raises(UserError, match="is neither gpt2, ids, nor a directory with tokenizer.json, meta.pkl or encoder.json"):
+        tokenizer_of(source, str(tmp_path))
+
+
 # --- a training directory -------------------------------------------------------------------------------------------
 
 

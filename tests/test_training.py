@@ -1,7 +1,9 @@
 """train_tp.main on forked ranks: the same curve at every layout, exact resume, and what ends a run."""
 
 import json
+import pickle
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -367,6 +369,48 @@ def test_foreign_tokens_are_refused(letters: Path, tmp_path: Path, one: Any) -> 
     (other / "tokenizer.json").write_text(json.dumps(CharTokenizer(list("nopqrstuvwxyz")).to_json()))
     with pytest.raises(AssertionError, match="was trained on char tokens, the dataset's tokenizer is another"):
         trained(other.parent, tmp_path / "out", 1, 1, init_from=str(one[0]))
+
+
+def save_nanogpt(path: Path, dataset: str, vocab_size: int = 13) -> None:
+    config = GPTConfig(block_size=8, vocab_size=vocab_size, n_layer=2, n_head=4, n_embd=16)
+    args = {key: value for key, value in vars(config).items() if key != "activation"}
+    raw = {"model": GPT(config).state_dict(), "model_args": args, "config": {"dataset": dataset}}
+    torch.save(raw, path)
+
+
+def test_the_dataset_that_a_checkpoint_names_is_looked_for_in_data_dir(
+    letters: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Fine-tuning on the very dataset; on another whose tokens are others; and where it is not there."""
+    save_nanogpt(tmp_path / "ckpt.pt", "letters")
+    trained(letters, tmp_path / "out", 1, 1, init_from=str(tmp_path / "ckpt.pt"), max_iters=1)
+    assert "was trained on" not in capfd.readouterr().err
+    shutil.copytree(letters, tmp_path / "data")
+    other = Path(shutil.copytree(letters / "letters", tmp_path / "data" / "other"))
+    (other / "tokenizer.json").write_text(json.dumps(CharTokenizer(list("nopqrstuvwxyz")).to_json()))
+    start = {"init_from": str(tmp_path / "ckpt.pt"), "dataset": "other", "max_iters": 1}
+    with pytest.raises(AssertionError, match="was trained on char tokens, the dataset's tokenizer is another"):
+        trained(tmp_path / "data", tmp_path / "none", 1, 1, **start)
+    shutil.rmtree(tmp_path / "data" / "letters")
+    trained(tmp_path / "data", tmp_path / "out2", 2, 2, **start)
+    said = f"{tmp_path / 'ckpt.pt'} was trained on the dataset letters, which is not in {tmp_path / 'data'}: its tokens are "
+    assert capfd.readouterr().err.count(f"{said}taken to be those of {other}.\n") == 1
+    found = json.loads((tmp_path / "out2" / "step-000001" / "tokenizer.json").read_text())
+    assert found == {"kind": "char", "chars": list("nopqrstuvwxyz")}
+
+
+def test_the_weights_tokenizer_is_kept_where_the_dataset_has_ids(letters: Path, tmp_path: Path, one: Any) -> None:
+    """Of a meta.pkl with vocab_size alone nobody knows what its ids are; on with a resumed run, too."""
+    ids = Path(shutil.copytree(letters / "letters", tmp_path / "data" / "letters"))
+    (ids / "tokenizer.json").unlink()
+    (ids / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 13, "split": [0.9, 0.1]}))
+    for init_from, iters in ((str(one[0]), 1), ("resume", 2)):
+        trained(ids.parent, tmp_path / "out", 1, 1, init_from=init_from, max_iters=iters)
+        known = json.loads((tmp_path / "out" / f"step-00000{iters}" / "tokenizer.json").read_text())
+        assert known == {"kind": "char", "chars": list("abcdefghijklm")}
+    trained(ids.parent, tmp_path / "scratch", 1, 1, max_iters=1)
+    known = json.loads((tmp_path / "scratch" / "step-000001" / "tokenizer.json").read_text())
+    assert known == {"kind": "ids", "n_vocab": 13}
 
 
 @pytest.mark.parametrize("rows, dp, expected", [
