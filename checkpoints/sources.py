@@ -145,10 +145,13 @@ def schedule_of(source: Described, text: str, tp: int) -> Schedule:
     return Schedule.parse(text or (made.schedule if made else "all"), source.config.n_layer)
 
 
-def reader(source: Source, rank: int) -> Read:
-    """How TensorParallelGPT reads its parameters from a source."""
+def reader(source: Source | ShardDirectory, rank: int, block_size: int = 0) -> Read:
+    """How TensorParallelGPT reads its parameters, or their moments, from a source. block_size: of the position table, where
+    the model has no more of it than that."""
 
     def read(name: str, rule: Rule) -> Tensor:
+        if block_size and name.endswith("transformer.wpe.weight"):
+            return source.read(name, 0, [(0, block_size)])
         return source.read(name, rule.dim, rule.runs[rank] if rule.runs else ())
 
     return read

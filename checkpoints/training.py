@@ -41,7 +41,7 @@ from checkpoints.shards import (
     sync_directory,
     write_json,
 )
-from checkpoints.sources import LATEST, latest_checkpoint
+from checkpoints.sources import LATEST, latest_checkpoint, reader
 from errors import UserError
 from parallel.mesh import World
 from parallel.partition import Partition, Rule
@@ -352,7 +352,7 @@ def read_state(out_dir: Path) -> tuple[Path, Progress, dict[str, Any]]:
 def load_optimizer(
     model: TensorParallelGPT, optimizer: torch.optim.Optimizer, path: Path, optimizer_steps: int, world: World
 ) -> None:
-    """Give the optimizer its moments back, at this run's tp, whatever tp wrote them."""
+    """Give the optimizer its moments back, at this run's tp and block_size, whatever the run that wrote them had."""
     if optimizer_steps == 0:
         return
     shards = ShardDirectory(inside(path / OPTIMIZER))
@@ -361,16 +361,15 @@ def load_optimizer(
     for i in range(world.rank, shards.manifest.tp, world.size):
         shards.check_bytes(i)
     rules, names = model.split.rules(), {p: name for name, p in model.named_parameters()}
+    read = reader(shards, model.tp.rank, model.config.block_size)
     state, index = {}, 0
     for group in optimizer.param_groups:
         for p in group["params"]:
             name = names[p]
-            rule = rules[name]
             moments = {}
             for moment in MOMENTS:
-                full_name = f"{moment}.{name}"
                 value = torch.zeros_like(p)
-                model.put(name, value, shards.read(full_name, rule.dim, rule.runs[model.tp.rank] if rule.runs else ()))
+                model.put(name, value, read(f"{moment}.{name}", rules[name]))
                 moments[moment] = value
             state[index] = {"step": torch.tensor(float(optimizer_steps)), **moments}
             index += 1

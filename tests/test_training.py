@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import train_tp
 from checkpoints import training
-from checkpoints.shards import read_manifest
+from checkpoints.shards import ShardDirectory, read_manifest
 from errors import UserError
 from model import GPT, GPTConfig
 from options import TrainOptions
@@ -348,6 +348,50 @@ def test_evaluation_is_the_reference_on_the_same_batches(letters: Path, tmp_path
 def test_eval_only_writes_nothing(letters: Path, tmp_path: Path) -> None:
     run_ranks(1, _train, options(letters, tmp_path / "none", eval_only=True))
     assert not (tmp_path / "none").exists()
+
+
+def test_a_run_goes_on_with_a_shorter_context(letters: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The position table and its moments are cut, alike at every layout; what is said is what is used."""
+    for name, size, tp, changes in (("one", 1, 1, {}), ("three", 3, 3, {}), ("dp", 2, 1, {"dp_shard": True})):
+        out = tmp_path / name
+        trained(letters, out, 1, 1, max_iters=10)
+        capfd.readouterr()
+        trained(letters, out, size, tp, init_from="resume", block_size=4, max_iters=14, **changes)
+        assert capfd.readouterr().err == "resume: block_size is now 4, it was 8\n"
+        assert read_manifest(out / "step-000014").model.block_size == 4
+        moments = ShardDirectory(out / "step-000014" / "optimizer")
+        assert moments.read("exp_avg_sq.transformer.wpe.weight", None, ()).shape == (4, 16)
+        np.testing.assert_allclose(figures(out)[10:], figures(tmp_path / "one")[10:], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({}, ""),
+    ({"block_size": 1024, "n_layer": 12, "dtype": "float32", "sync": ""}, ""),
+    ({"block_size": 16}, "block_size=16 is not used: the weights have 8\n"),
+    ({"n_layer": 3, "n_embd": 32}, "n_layer=3 is not used: the weights have 2\nn_embd=32 is not used: the weights have 16\n"),
+    ({"dtype": "bfloat16"}, "resume: dtype is now 'bfloat16', it was 'float32'\n"),
+    ({"sync": "mlp"}, "resume: sync is now 'mlp', it was 'all'\n"),
+    ({"batch_size": 1, "seed": 3}, "resume: batch_size is now 1, it was 2\nresume: seed is now 3, it was 1337\n"),
+], ids=str)  # fmt: skip
+def test_a_resumed_run_says_what_is_used(
+    letters: Path, one: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
+) -> None:
+    out = Path(shutil.copytree(one[0], tmp_path / "out"))
+    run_ranks(2, _prepare, options(letters, out, init_from="resume", **changes))
+    assert capfd.readouterr().err == said
+
+
+def test_a_schedule_that_stays_is_no_change(letters: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The weights say it; --sync need not be given again."""
+    trained(letters, tmp_path, 2, 2, max_iters=2, sync="mlp")
+    run_ranks(2, _prepare, options(letters, tmp_path, init_from="resume"))
+    assert capfd.readouterr().err == ""
+    run_ranks(2, _prepare, options(letters, tmp_path, init_from="resume", sync="all"))
+    assert capfd.readouterr().err == "resume: sync is now 'all', it was 'mlp'\n"
+
+
+def _prepare(world: World, settings: TrainOptions) -> None:
+    train_tp.prepare(world, settings, Dataset(Path(settings.data_dir) / settings.dataset))
 
 
 # --- what ends a run ------------------------------------------------------------------------------------------------
