@@ -1,6 +1,7 @@
 """The exceptions that are no fault of the program's, and how a message quotes a value that is wrong."""
 
 import reprlib
+import sys
 from typing import Any
 
 
@@ -17,6 +18,10 @@ class Stopped(Exception):
     def __init__(self, message: str, status: int):
         super().__init__(message)
         self.status = status
+
+
+def print_error(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def shown(value: Any) -> str:

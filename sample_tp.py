@@ -148,7 +148,7 @@ def read_prompts(start: list[str]) -> list[str]:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a file that are not blank. Not splitlines(): that also cuts at form feeds and the like, within a prompt."""
-    lines = [line for line in read_text(path).replace("\r\n", "\n").split("\n") if line.strip()]
+    lines = [line for line in read_text(path).split("\n") if line.strip()]
     if not lines:
         raise UserError(f"{path} has no prompt: write one a line.")
     return lines

@@ -649,7 +649,7 @@ def all_reduces_per_layer(account: Account, run: Run) -> dict[str, float]:
 
 def command() -> tuple[entry.Main, TrainOptions]:
     """What the command line asks for. A dry run is done and ends here, before there is a world."""
-    options = parse(TrainOptions, sys.argv[1:], "train_tp.py")
+    options = parse(TrainOptions, sys.argv[1:], "train_tp.py", entry.say_once)
     if options.dry_run:
         raise SystemExit(plan(options))
     return main, options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import math
@@ -17,20 +18,22 @@ VALUES = 1 << 21  # in one JSON file: each may take a hundred bytes of memory wh
 
 
 def read_text(path: str | Path) -> str:
-    """The file's text, exactly as stored (line ends too). UserError if unreadable, empty or not UTF-8."""
+    """The file's text, see `decode_text`. UserError if unreadable, empty or not UTF-8."""
     try:
-        raw = Path(path).read_bytes()
+        raw = fetched(Path(path)).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     return decode_text(raw, str(path))
 
 
 def decode_text(raw: bytes, where: str) -> str:
-    """UTF-8 bytes as text; UserError naming `where` if there are none or they are not UTF-8."""
+    """UTF-8 bytes as text, as nanoGPT reads it: every line ends in "\\n". A byte order mark is no text. UserError naming
+    `where` if there is none or it is not UTF-8."""
+    raw = raw.removeprefix(codecs.BOM_UTF8)
     if not raw:
         raise UserError(f"{where} is empty: it should hold text in UTF-8")
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 text (byte {error.start} cannot be decoded): convert it first") from None
 
