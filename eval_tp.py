@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import report
-from checkpoints.sources import Source, common_tokenizer, identity, open_source, tokenizer_of
+from checkpoints.sources import Source, common_tokenizer, identity, open_for_inference, tokenizer_of
 from entry import run
 from errors import UserError
 from options import EvalOptions
@@ -34,7 +34,7 @@ def main(world: World, options: EvalOptions) -> None:
         report.check_place(options.report, "report")
     if bool(options.text) == bool(options.dataset):
         raise UserError("give what to measure: either --text=FILE or --dataset=NAME.")
-    source = open_source(options.out_dir if options.init_from == "resume" else options.init_from, (world.rank, world.size))
+    source = open_for_inference(options, (world.rank, world.size))
     world.agree("weights", identity(source))
     tokens, n_bytes = read_tokens(source, options)
     stride = options.stride or source.config.block_size

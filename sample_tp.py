@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import report
-from checkpoints.sources import Source, identity, open_source, reader, schedule_of, tokenizer_of
+from checkpoints.sources import Source, identity, open_for_inference, open_source, reader, schedule_of, tokenizer_of
 from decoding import Decoder, decoder_for
 from entry import run
 from errors import UserError
@@ -37,7 +37,7 @@ def main(world: World, options: SampleOptions) -> None:
     if world.is_main:
         report.check_place(options.report, "report")
         report.check_place(options.out, "out")
-    source = open_source(options.out_dir if options.init_from == "resume" else options.init_from, (world.rank, world.size))
+    source = open_for_inference(options, (world.rank, world.size))
     world.agree("weights", identity(source))
     tokenizer = tokenizer_of(source, options.tokenizer)
     # files are read by one rank: the others may be on hosts that do not have them

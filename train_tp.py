@@ -198,7 +198,7 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
             f"start over with --overwrite=True (deletes them)."
         )
     elif options.init_from != "scratch":
-        source = open_source(options.init_from, (world.rank, world.size))
+        source = open_source(options.init_from, (world.rank, world.size), also=("scratch", "resume"))
         world.agree("weights", identity(source))
     config = make_config(options, dataset, source)
     tokenizer, notice = dataset.tokenizer, ""

@@ -20,6 +20,11 @@ from text.files import read_json
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 
+def hub_name(spec: str) -> str:
+    """The short name of the hub's model that `spec` names, with or without its owner; "" where it names none."""
+    return next((name for name, full in HUB.items() if spec in (name, full)), "")
+
+
 def from_hub(name: str) -> Path:
     """The local copy of a hub model, downloaded if need be: the one place of the program that uses the network."""
     from huggingface_hub import snapshot_download

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from checkpoints.huggingface import HUB, HuggingFaceDirectory, from_hub
+from checkpoints.huggingface import HUB, HuggingFaceDirectory, from_hub, hub_name
 from checkpoints.nanogpt import NanoGPTCheckpoint
 from checkpoints.shards import MANIFEST, ShardDirectory, Sync
 from errors import UserError, shown
@@ -164,8 +164,8 @@ def open_source(
 
     option: what the user wrote the name behind, and also: what else may stand there, for the UserError where it is no source.
     """
-    if spec in HUB:
-        return HuggingFaceDirectory(from_hub(spec), description=spec)
+    if name := hub_name(spec):
+        return HuggingFaceDirectory(from_hub(name), description=name)
     path = Path(spec)
     if path.is_file():
         return NanoGPTCheckpoint(path, verify)
@@ -183,16 +183,23 @@ def open_source(
             f"ckpt.pt (nanoGPT) or {LATEST} (training)."
         )
     names = [*HUB, *also]
-    near = difflib.get_close_matches(spec, names, n=1)
+    near = difflib.get_close_matches(spec, [*names, *HUB.values()], n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise UserError(f"--{option}={spec} is neither a file, a directory nor one of {', '.join(names)}.{hint}")
 
 
+def open_for_inference(options: Any, verify: tuple[int, int]) -> Source:
+    """The source that the options of sample_tp.py or eval_tp.py name."""
+    if options.init_from == "resume":
+        return open_source(options.out_dir, verify, "out_dir")
+    return open_source(options.init_from, verify, also=("resume",))
+
+
 def open_sizes(spec: str) -> Described:
     """What an `--init_from` names, as far as it can be known without its weights: of a hub's model no file is read."""
-    if spec in HUB_SIZES:
-        n_layer, n_head, n_embd = HUB_SIZES[spec]
-        return Sizes(GPTConfig(1024, GPT2_TOKENS, n_layer, n_head, n_embd, activation="gelu_tanh"), spec)
+    if name := hub_name(spec):
+        n_layer, n_head, n_embd = HUB_SIZES[name]
+        return Sizes(GPTConfig(1024, GPT2_TOKENS, n_layer, n_head, n_embd, activation="gelu_tanh"), name)
     return open_source(spec)
 
 

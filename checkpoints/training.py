@@ -328,10 +328,21 @@ def _point(out_dir: Path, name: str) -> None:
     sync_directory(out_dir)
 
 
+def _instead(out_dir: Path) -> str:
+    """What works with a directory that no run can be resumed from."""
+    if (out_dir / STATE).is_file():
+        return f"It is one itself: --out_dir={out_dir.resolve().parent} goes on from the newest there."
+    for name, what in (("ckpt.pt", "nanoGPT's ckpt.pt"), (MANIFEST, "shards"), ("config.json", "a Hugging Face model")):
+        if (out_dir / name).is_file():
+            new = f"--init_from={out_dir} with another --out_dir starts from its weights"
+            return f"It has {what}, without an optimizer's state that is read: {new}."
+    return "Start with --init_from=scratch, or name its out_dir."
+
+
 def read_state(out_dir: Path) -> tuple[Path, Progress, dict[str, Any]]:
     """(checkpoint, where its run stood, its options) of the newest checkpoint. UserError where there is none."""
     if not has_checkpoints(out_dir):
-        raise UserError(f"{out_dir} has no checkpoint to resume. Start with --init_from=scratch, or name its out_dir.")
+        raise UserError(f"{out_dir} has no checkpoint to resume. {_instead(out_dir)}")
     for entry in out_dir.iterdir():  # what this run is about to write to; `latest` and its like lead nowhere else
         ours = re.match(rf"metrics\.jsonl|\.?{LATEST}|\.?step-", entry.name)
         if ours and not (inside(entry).is_file() or entry.is_dir()):

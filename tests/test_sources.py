@@ -22,9 +22,19 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from checkpoints import nanogpt as nanogpt_module
 from checkpoints.shards import TensorFile
-from checkpoints.sources import HUB, HuggingFaceDirectory, NanoGPTCheckpoint, ShardSource, open_source, tokenizer_of
+from checkpoints.sources import (
+    HUB,
+    HuggingFaceDirectory,
+    NanoGPTCheckpoint,
+    ShardSource,
+    open_for_inference,
+    open_sizes,
+    open_source,
+    tokenizer_of,
+)
 from errors import UserError
 from model import GPT, GPTConfig
+from options import SampleOptions
 from parallel.partition import Partition
 from shard_checkpoint import main
 
@@ -257,9 +267,9 @@ def test_a_hub_name_comes_from_the_cache(saved: Path, tmp_path: Path, monkeypatc
     lay_out(tmp_path, "openai-community/gpt2", saved)
     lay_out(tmp_path, "gpt2-xl", saved)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    for name in ("gpt2", "gpt2-xl"):
+    for name in ("gpt2", "gpt2-xl", "openai-community/gpt2", "openai-community/gpt2-xl"):
         source = open_source(name)
-        assert source.description == name and source.config.n_head == 5
+        assert source.description == name.removeprefix("openai-community/") and source.config.n_head == 5
         check_source(source, state_of(gpt2()))
 
 
@@ -307,6 +317,15 @@ def test_offline_by_the_environment(saved: Path, tmp_path: Path) -> None:
 def test_a_name_that_is_nothing(tmp_path: Path) -> None:
     names = "gpt2, gpt2-medium, gpt2-large, gpt2-xl"
     assert refused("gpt2-xxl").endswith(f"is neither a file, a directory nor one of {names}. Did you mean gpt2-xl?")
+    assert refused("openai-community/gpt2-larg").endswith("Did you mean openai-community/gpt2-large?")
+    assert open_sizes("openai-community/gpt2-medium") == open_sizes("gpt2-medium")
+    here, none = str(tmp_path), str(tmp_path / "none")
+    words = SampleOptions(init_from="resum"), SampleOptions(out_dir=none), SampleOptions(out_dir=here)
+    said = "Did you mean resume?", f"--out_dir={tmp_path / 'none'} is neither a file, a directory nor one of {names}."
+    for options, text in zip(words, (*said, f"--out_dir={tmp_path} is a directory without weights"), strict=True):
+        with pytest.raises(UserError) as error:
+            open_for_inference(options, (0, 1))
+        assert text in str(error.value)
     assert refused("~no_such_user/x").startswith("--init_from=~no_such_user/x is neither a file")
     assert refused(tmp_path).startswith(f"--init_from={tmp_path} is a directory without weights: no shards.json (shards)")
     assert set(HUB) == {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"}

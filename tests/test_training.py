@@ -15,6 +15,7 @@ import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
 
+import shard_checkpoint
 import train_tp
 from checkpoints import training
 from checkpoints.shards import ShardDirectory, read_manifest
@@ -388,6 +389,29 @@ def test_a_schedule_that_stays_is_no_change(letters: Path, tmp_path: Path, capfd
     assert capfd.readouterr().err == ""
     run_ranks(2, _prepare, options(letters, tmp_path, init_from="resume", sync="all"))
     assert capfd.readouterr().err == "resume: sync is now 'all', it was 'mlp'\n"
+
+
+def test_resume_where_there_is_no_run_says_what_works(letters: Path, one: Any, tmp_path: Path) -> None:
+    """And what it says works."""
+    step = one[0] / "step-000020"
+    (tmp_path / "nanogpt").mkdir()
+    save_nanogpt(tmp_path / "nanogpt" / "ckpt.pt", "letters")
+    assert shard_checkpoint.main(["split", f"--init_from={step}", "--tp=2", f"--out={tmp_path / 'shards'}"]) == 0
+    assert shard_checkpoint.main(["merge", f"--shards={tmp_path / 'shards'}", f"--out={tmp_path / 'hf'}"]) == 0
+    for name, what in (("nanogpt", "nanoGPT's ckpt.pt"), ("shards", "shards"), ("hf", "a Hugging Face model")):
+        place = tmp_path / name
+        with pytest.raises(UserError) as error:
+            training.read_state(place)
+        assert str(error.value) == (
+            f"{place} has no checkpoint to resume. It has {what}, without an optimizer's state that is read: "
+            f"--init_from={place} with another --out_dir starts from its weights."
+        )
+        trained(letters, tmp_path / f"{name}-out", 1, 1, init_from=str(place), max_iters=1)
+    with pytest.raises(UserError) as error:
+        training.read_state(step)
+    assert str(error.value).endswith(f"It is one itself: --out_dir={one[0].resolve()} goes on from the newest there.")
+    with pytest.raises(UserError, match="Start with --init_from=scratch, or name its out_dir"):
+        training.read_state(tmp_path)
 
 
 def _prepare(world: World, settings: TrainOptions) -> None:
