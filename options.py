@@ -60,7 +60,7 @@ class RunOptions(EntryOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(RunOptions):
-    """Generate text with the model split over all ranks. The sampled tokens do not depend on the number of ranks."""
+    """Generate text with the model split over all ranks. In float32 the tokens are the same on any number."""
 
     init_from: str = option("resume", "weights: hub name, HF directory, ckpt.pt, shard or training directory;"
                                       " resume = out_dir")
