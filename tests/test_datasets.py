@@ -139,7 +139,7 @@ def test_other_formats_under_the_name_of_a_token_file(tmp_path):
 
 @pytest.mark.parametrize("ids", [
     [0] * 100, [7, 0, 0, 0] * 4, [0] * 90 + [7] + [0] * 9, list(range(100)), [0, 7] * 50, [1] * 1000, [50256, 0, 0] * 50,
-    random_ids(20_000), random_ids(20_000, 65), [0x2020] * 31,
+    random_ids(20_000), random_ids(20_000, 65), [0x2020] * 31, [1, 0, 2, 0] * 100, [1, 0, 0, 0, 2, 0, 0, 0] * 100,
 ], ids=str)  # fmt: skip
 def test_ids_that_only_look_like_another_format(tmp_path, ids):
     write_tokens(tmp_path / "a.bin", list(ids), 65536)

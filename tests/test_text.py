@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import socket
@@ -199,6 +200,15 @@ def test_char_refuses_what_is_no_vocabulary(chars, message):
 def test_text_files_are_read_as_nanogpt_reads_them(tmp_path, raw, text):
     (tmp_path / "a.txt").write_bytes(raw)
     assert read_text(tmp_path / "a.txt") == text == open(tmp_path / "a.txt", encoding="utf-8").read().removeprefix("\ufeff")
+
+
+def test_a_pipe_is_read_from_its_beginning():
+    """As in --text=<(zcat book.txt.gz)."""
+    reads, writes = os.pipe()
+    os.write(writes, b"Once upon a time")
+    os.close(writes)
+    assert read_text(f"/dev/fd/{reads}") == "Once upon a time"
+    os.close(reads)
 
 
 def test_text_files_of_no_text(tmp_path):

@@ -88,15 +88,23 @@ def _check_format(path: Path) -> None:
         raise UserError(f"{path} has the header of a .npy file, which is no ids: {how} leaves it out")
     if head.startswith(b"PK\3\4"):
         raise UserError(f"{path} is an archive, such as np.savez or torch.save writes: {RAW_IDS}")
-    ids = np.frombuffer(head[: len(head) // 8 * 8], TOKEN_DTYPE)
-    for wide, dtype in ((4, "int64"), (2, "uint32")):
-        rows = ids.reshape(-1, wide)
-        # of a wider integer, little-endian, all but the first 16 bits are 0 where ids are below 65536
-        if len(rows) >= 16 and not rows[:, 1:].any() and np.count_nonzero(rows[:, 0]) > len(rows) // 2:
+    for dtype in ("int64", "uint32"):
+        if _looks_wider(head, np.dtype(dtype).itemsize // TOKEN_DTYPE.itemsize):
             how = f"np.fromfile({path.name!r}, '{dtype}').astype('uint16').tofile({path.name!r})"
             raise UserError(f"{path} holds ids as {dtype}, not as uint16: {how} turns it into that")
     if len(head) >= 64 and _is_text(head):
         raise UserError(f"{path} is text, not token ids: {_how_to_prepare(path.parent)}")
+
+
+def _looks_wider(head: bytes, wide: int) -> bool:
+    """Whether these are integers `wide` times as long: of a little-endian one below 65536 all but the
+    first 16 bits are 0. A separator of id 0 after every character looks the same: small ids, and no
+    other 0 among them."""
+    rows = np.frombuffer(head[: len(head) // 8 * 8], TOKEN_DTYPE).reshape(-1, wide)
+    first = rows[:, 0]
+    if len(rows) < 16 or rows[:, 1:].any() or np.count_nonzero(first) <= len(rows) // 2:
+        return False
+    return bool(first.max() > 255 or not first.all())
 
 
 def _is_text(head: bytes) -> bool:

@@ -20,9 +20,10 @@ VALUES = 1 << 21  # in one JSON file: each may take a hundred bytes of memory wh
 def read_text(path: str | Path) -> str:
     """The file's text, see `decode_text`. UserError if unreadable, empty or not UTF-8."""
     try:
-        raw = fetched(Path(path)).read_bytes()
+        raw = Path(path).read_bytes()  # at once: a pipe's beginning can be read but once
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    check_no_pointer(path, raw)
     return decode_text(raw, str(path))
 
 
@@ -61,17 +62,22 @@ def own_file(path: Path) -> Path:
 
 
 def fetched(path: Path) -> Path:
-    """The path of a file itself. UserError where the file is the pointer that git-lfs leaves in its place."""
-    if beginning(path).startswith(b"version https://git-lfs"):
-        raise UserError(
-            f"{path} is a git-lfs pointer, not the file that it stands for: get that with `git lfs pull`."
-        )
+    """The path of a file. UserError where the file is the pointer that git-lfs leaves in its place."""
+    check_no_pointer(path, beginning(path))
     return path
 
 
+def check_no_pointer(path: str | Path, raw: bytes) -> None:
+    if raw.startswith(b"version https://git-lfs"):
+        what = "a git-lfs pointer, not the file that it stands for"
+        raise UserError(f"{path} is {what}: get that with `git lfs pull`.")
+
+
 def beginning(path: Path, most: int = 64) -> bytes:
-    with open(path, "rb") as file:
+    """Of a file; b"" where it cannot be read, which who reads all of it will say."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
         return file.read(most)
+    return b""
 
 
 def read_small(path: Path, most: int = SMALL) -> bytes:
