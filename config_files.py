@@ -12,8 +12,17 @@ from errors import UserError
 
 def every_name() -> set[str]:
     """The names of all commands' options: a config file may be for several."""
-    classes = [cls for cls in vars(options).values() if isinstance(cls, type) and issubclass(cls, options.EntryOptions)]
-    return {name for cls in classes for field in dataclasses.fields(cls) for name in (field.name, field.metadata["also"])}
+    classes = [
+        cls
+        for cls in vars(options).values()
+        if isinstance(cls, type) and issubclass(cls, options.EntryOptions)
+    ]
+    return {
+        name
+        for cls in classes
+        for field in dataclasses.fields(cls)
+        for name in (field.name, field.metadata["also"])
+    }
 
 
 def run_config(path: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from tp_model import TensorParallelGPT
 
 
 def opened(world: World, options: DropOptions) -> tuple[Source, Dataset, Tokenizer]:
-    """The weights, the dataset and what their tokens are; UserError where one has some that the other does not know."""
+    """The weights, the dataset and what their tokens are; UserError where these are not the same."""
     if world.is_main:
         report.check_place(options.report, "report")
     if not options.dataset:

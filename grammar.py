@@ -37,7 +37,7 @@ def parse(cls: type[Options], argv: list[str], prog: str, say: Say = print_error
 
     Prints the help and raises SystemExit(0) where --help or -h is among the words. Raises UserError for an unknown
     option, a value of the wrong type or out of range, a missing required option, and a config file that is missing,
-    fails, or sets any of these wrongly. `say` prints which options of other commands a config file has set.
+    fails, or sets any of these wrongly. `say` is told of other commands' options in a config file.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text(cls, prog))
@@ -131,7 +131,8 @@ def _collect(argv: list[str], keys: Mapping[str, _Key], prog: str, say: Say) -> 
     return values
 
 
-def _assignments(argv: list[str], keys: Mapping[str, _Key], prog: str, say: Say) -> Iterator[tuple[str, Any, bool]]:
+def _assignments(argv: list[str], keys: Mapping[str, _Key], prog: str,
+                 say: Say) -> Iterator[tuple[str, Any, bool]]:
     """(name, checked value, whether it was typed rather than read from a config file), in the order of the words."""
     words = deque(argv)
     while words:
@@ -186,8 +187,9 @@ def _about_positional(word: str, keys: Mapping[str, _Key], prog: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Config files
 
-def _config_options(path: str, keys: Mapping[str, _Key], prog: str, say: Say) -> Iterator[tuple[_Key, Any]]:
-    """The options that a config file sets. Raises UserError for a public name that is no option of any command.
+def _config_options(path: str, keys: Mapping[str, _Key], prog: str,
+                    say: Say) -> Iterator[tuple[_Key, Any]]:
+    """The options that a config file sets. Raises UserError for a public name that no command has.
 
     What the file imports or defines is no setting, and a name that starts with _ is the file's own.
     """
@@ -204,7 +206,8 @@ def _config_options(path: str, keys: Mapping[str, _Key], prog: str, say: Say) ->
 
 
     if of_others:
-        say(f"{prog}: {path} sets options of other commands, which are not used here: {', '.join(of_others)}")
+        others = ", ".join(of_others)
+        say(f"{prog}: {path} sets options of other commands, which are not used here: {others}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -264,7 +267,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _in_limits(key: _Key, value: Any, label: str) -> Any:
-    """The value itself, the ~ of a path expanded. Raises UserError where it is none of the choices or out of range."""
+    """The value, the ~ of a path expanded. UserError where it is none of the choices or out of range."""
     if key.name in PATHS:
         value = re.sub(f"({PATHS[key.name]})(~[^/,]*)",
                        lambda found: found[1] + os.path.expanduser(found[2]), value)

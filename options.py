@@ -25,10 +25,10 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None, low:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# The options that hold a path, in every command that has them, and a regular expression of what stands before it.
+# The options that hold a path, in every command, and a regular expression of what stands before it.
 PATHS = {
-    **dict.fromkeys(("data_dir", "dataset", "draft", "init_from", "kept", "out", "out_dir", "plot"), "^"),
-    **dict.fromkeys(("report", "scan", "shards", "text", "tokenizer"), "^"),
+    **dict.fromkeys(("data_dir", "dataset", "draft", "init_from", "kept", "out", "out_dir"), "^"),
+    **dict.fromkeys(("plot", "report", "scan", "shards", "text", "tokenizer"), "^"),
     **{"start": "^(?:FILE|PROMPTS):", "prompt": "^FILE:", "reports": "^|, *"},
 }
 

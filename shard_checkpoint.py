@@ -63,7 +63,10 @@ def split(options: SplitOptions) -> None:
     check_target(out, options.force, SHARD_FILES)
     source = open_source(options.init_from, verify=(0, 1))
     dtype = source.dtype if options.dtype == "auto" else DTYPES[options.dtype]
-    partition, tokenizer = Partition.of(source.config, options.tp), tokenizer_of(source, options.tokenizer)
+    partition, tokenizer = (
+        Partition.of(source.config, options.tp),
+        tokenizer_of(source, options.tokenizer),
+    )
     check_belongs(tokenizer, source)
     _check_space(out, sum(partition.count(rank) for rank in range(options.tp)) * dtype.itemsize)
     with new_directory(out, options.force, SHARD_FILES) as scratch:
@@ -76,7 +79,7 @@ def split(options: SplitOptions) -> None:
 
 
 def place(path: str) -> Path:
-    """Where an --out points: through links, so that what is replaced is a directory and not the link to it."""
+    """Where an --out points, through links: what is replaced is a directory, not the link to it."""
     return Path(os.path.realpath(path))
 
 
@@ -141,7 +144,13 @@ def merge(options: MergeOptions) -> None:
     shards.check_all_bytes(range(shards.manifest.tp))
     if to_hf:
         with new_directory(out, options.force, HF_FILES) as scratch:
-            write_hf(shards.config, shards.dtype, lambda name: shards.read(name, None, ()), scratch, carried(shards))
+            write_hf(
+                shards.config,
+                shards.dtype,
+                lambda name: shards.read(name, None, ()),
+                scratch,
+                carried(shards),
+            )
     else:
         with new_file(out) as file:
             write_nanogpt(shards, file)
@@ -158,9 +167,14 @@ def full_tensors(shards: ShardDirectory) -> Iterator[tuple[str, Tensor]]:
 
 
 def carried(shards: ShardSource) -> dict[str, Any]:
-    """What a merged checkpoint's settings say of the tokenizer, where its size does not tell and it is known."""
+    """What a merged checkpoint's settings say of a tokenizer that is known, where the vocabulary's
+    size does not tell."""
     known = shards.tokenizer or {"kind": "ids"}
-    return {} if known["kind"] == "ids" or known == tokenizer_for(shards.config.vocab_size) else {CARRIED: known}
+    return (
+        {}
+        if known["kind"] == "ids" or known == tokenizer_for(shards.config.vocab_size)
+        else {CARRIED: known}
+    )
 
 
 def write_hf(
@@ -215,7 +229,7 @@ def hf_config(config: GPTConfig, dtype: str) -> dict[str, Any]:
 def write_nanogpt(shards: ShardSource, file: BinaryIO) -> None:
     """A ckpt.pt with nanoGPT's keys and `model_args`. torch.save wants all tensors at once: memory is the model's."""
     args = asdict(shards.config)
-    # nanoGPT has but one activation, and takes the tokenizer from a dataset: this is for our own reader
+    # for our own reader: nanoGPT has but one activation, and takes the tokenizer from a dataset
     config = {"activation": args.pop("activation"), **carried(shards)}
     state = dict(full_tensors(shards))
     state["lm_head.weight"] = state["transformer.wte.weight"]

@@ -1,4 +1,4 @@
-"""Weights as transformers saves GPT-2: config.json and model.safetensors, in a directory or on the hub."""
+"""Weights as transformers saves GPT-2: config.json and model.safetensors, here or on the hub."""
 
 import os
 import re
@@ -11,7 +11,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from checkpoints.shards import CODES, Sync, config_from, open_tensors
-from checkpoints.tensors import HEAD, TABLE, by_plain_name, check_all_used, check_tied, common_dtype, runs_of, tokenizer_for
+from checkpoints.tensors import (
+    HEAD,
+    TABLE,
+    by_plain_name,
+    check_all_used,
+    check_tied,
+    common_dtype,
+    runs_of,
+    tokenizer_for,
+)
 from errors import UserError, printable, shown
 from model import GPTConfig
 from parallel.partition import Partition, Run
@@ -21,7 +30,7 @@ HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt
 
 
 def hub_name(spec: str) -> str:
-    """The short name of the hub's model that `spec` names, with or without its owner; "" where it names none."""
+    """The short name of the hub's model that `spec` names, with or without its owner, or ""."""
     return next((name for name, full in HUB.items() if spec in (name, full)), "")
 
 
@@ -134,7 +143,9 @@ class HuggingFaceDirectory:
         for path, file in self._files.items():
             for key in file.keys():  # noqa: SIM118 - it is no dict
                 if (path, key) not in known:
-                    raise UserError(f"{path}: tensor {printable(key)} is not in the index. Save the model again.")
+                    raise UserError(
+                        f"{path}: tensor {printable(key)} is not in the index. Save the model again."
+                    )
 
     def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
         part = self._slice(name)

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from checkpoints.archives import check_archive
 from checkpoints.shards import Sync, config_from
-from checkpoints.tensors import HEAD, TABLE, by_plain_name, check_all_used, check_tied, common_dtype, runs_of, tokenizer_for
+from checkpoints.tensors import (
+    HEAD,
+    TABLE,
+    by_plain_name,
+    check_all_used,
+    check_tied,
+    common_dtype,
+    runs_of,
+    tokenizer_for,
+)
 from errors import UserError, printable
 from model import GPTConfig
 from parallel.partition import Partition, Run
@@ -18,9 +27,15 @@ from text.pickles import Foreign, Refused
 
 # how a file begins that is none of torch.save's, and what it is
 BEGINNINGS = (
-    (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "torch's format from before version 1.6: load it with torch, save it again"),
+    (
+        b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.",
+        "torch's format from before version 1.6: load it with torch, save it again",
+    ),
     (b"\x80", "a pickle that torch.save did not write: save a dict of tensors with torch.save"),
-    (b"GGUF", "a GGUF file, which is not read: --init_from takes the weights that it was made from"),
+    (
+        b"GGUF",
+        "a GGUF file, which is not read: --init_from takes the weights that it was made from",
+    ),
     (b"\x1f\x8b", "packed by gzip: unpack it first"),
     (b"\x89HDF", "an HDF5 file, as TensorFlow saves weights: save them with torch"),
     (b"<", "a web page: its address was that of a page about the file, not that of the file"),
@@ -39,7 +54,7 @@ def another_format(path: Path) -> str:
     """What a file is that is no archive of torch.save's, "" where that cannot be seen."""
     head = beginning(path)
     if head[8:9] == b"{":
-        return "a safetensors file: --init_from takes the directory that it lies in, with its config.json"
+        return "a safetensors file: --init_from takes the directory that has it and config.json"
     return next((what for begins, what in BEGINNINGS if head.startswith(begins)), "")
 
 
@@ -57,14 +72,22 @@ class NanoGPTCheckpoint:
     def __init__(self, path: Path, verify: tuple[int, int] | None = None):
         self.path, self.description = path, str(path)
         raw = self._load(verify)
-        state = by_plain_name(((str(name), value) for name, value in raw["model"].items()), str(path))
+        state = by_plain_name(
+            ((str(name), value) for name, value in raw["model"].items()), str(path)
+        )
         settings = raw["config"] if isinstance(raw.get("config"), dict) else {}
         # nanoGPT's model_args know no activation (it is always the exact GELU): a checkpoint that `merge` wrote says it in
         # `config`, where nanoGPT does not look. Before they knew `bias`, every model had them
-        defaults = {"dropout": 0.0, "activation": settings.get("activation", "gelu"), "bias": "transformer.ln_f.bias" in state}
+        defaults = {
+            "dropout": 0.0,
+            "activation": settings.get("activation", "gelu"),
+            "bias": "transformer.ln_f.bias" in state,
+        }
         self.config = self._config(defaults | raw["model_args"])
         self.tensors = self._check(state)
-        self.dtype = common_dtype({name: tensor.dtype for name, tensor in self.tensors.items()}, str(path))
+        self.dtype = common_dtype(
+            {name: tensor.dtype for name, tensor in self.tensors.items()}, str(path)
+        )
         dataset = settings.get("dataset")
         self.dataset = dataset if isinstance(dataset, str) and dataset.replace("_", "").replace("-", "").isalnum() else None
         self.tokenizer = tokenizer_for(self.config.vocab_size, settings)
@@ -83,7 +106,11 @@ class NanoGPTCheckpoint:
             fault = f"{type(error).__name__}: {printable((str(error).splitlines() or [''])[0], 80)}"
             fault = another_format(self.path) or fault
             raise UserError(f"{self.path} is not a readable ckpt.pt ({fault}).") from None
-        missing = [key for key in ("model", "model_args") if not isinstance(raw, dict) or not isinstance(raw.get(key), dict)]
+        missing = [
+            key
+            for key in ("model", "model_args")
+            if not isinstance(raw, dict) or not isinstance(raw.get(key), dict)
+        ]
         if missing:
             lacks = f"{self.path} is not a nanoGPT checkpoint: it lacks `model` or `model_args`."
             raise UserError(lacks + (f" {BARE}" if "model" in missing and _is_state(raw) else ""))

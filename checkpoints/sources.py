@@ -81,14 +81,16 @@ def tokenizer_of(source: Source, choice: str = "", data_dir: str = "data") -> To
     elif source.tokenizer is not None:
         tokenizer = tokenizer_from_json(source.tokenizer, source.description)
     else:
-        note = f"{_missed(source, data_dir)}: text is token ids. --tokenizer=DIR names its directory."
+        note = (
+            f"{_missed(source, data_dir)}: text is token ids. --tokenizer=DIR names its directory."
+        )
         tokenizer = IdsTokenizer(source.config.vocab_size, note if source.dataset else "")
     check_belongs(tokenizer, source)
     return tokenizer
 
 
 def _chosen_tokenizer(choice: str) -> Tokenizer:
-    """That of a directory (ours, a dataset's, Hugging Face's, whose tokenizer.json is another format), or gpt2."""
+    """That of a directory, or gpt2. Hugging Face's directories have another tokenizer.json."""
     path = Path(choice)
     if choice == "gpt2":
         return GPT2Tokenizer()
@@ -99,12 +101,14 @@ def _chosen_tokenizer(choice: str) -> Tokenizer:
     if (path / "meta.pkl").is_file():
         return Dataset(path).tokenizer
     raise UserError(
-        f"--tokenizer={choice} is neither gpt2, ids, nor a directory with {TOKENIZER_FILE}, meta.pkl or encoder.json."
+        f"--tokenizer={choice} is neither gpt2, ids, nor a directory with {TOKENIZER_FILE}, meta.pkl "
+        "or encoder.json."
     )
 
 
 def _missed(source: Source, data_dir: str) -> str:
-    return f"{source.description} was trained on the dataset {source.dataset}, which is not in {data_dir}"
+    trained = f"{source.description} was trained on the dataset {source.dataset}"
+    return f"{trained}, which is not in {data_dir}"
 
 
 def check_belongs(tokenizer: Tokenizer, source: Source) -> None:
@@ -116,17 +120,20 @@ def check_belongs(tokenizer: Tokenizer, source: Source) -> None:
 
 
 def common_tokenizer(source: Source, dataset: Dataset, data_dir: str) -> tuple[Tokenizer, str]:
-    """What the tokens of weights and of a dataset are, as far as either tells, and a notice where the weights' own dataset is
-    missed. UserError where they are known to be others: the loss would only look wrong."""
+    """What the tokens of weights and of a dataset are, as far as either tells, and a notice where the
+    weights' own dataset is missed. UserError where they are known to be others: the loss would only
+    look wrong."""
     theirs, here = tokenizer_of(source, data_dir=data_dir), dataset.tokenizer
     if theirs.kind == "ids":  # nobody knows
-        notice = f"{_missed(source, data_dir)}: its tokens are taken to be those of {dataset.directory}."
+        notice = (
+            f"{_missed(source, data_dir)}: its tokens are taken to be those of {dataset.directory}."
+        )
         notice = notice if theirs.note else ""
         return (here if here.n_vocab <= source.config.vocab_size else theirs), notice
     if here.kind != "ids" and theirs.to_json() != here.to_json():
         raise UserError(
-            f"{source.description} was trained on {theirs.kind} tokens, the dataset's tokenizer is another "
-            f"({here.kind}, {here.n_vocab} tokens). Prepare the dataset with the model's."
+            f"{source.description} was trained on {theirs.kind} tokens, the dataset's tokenizer is "
+            f"another ({here.kind}, {here.n_vocab} tokens). Prepare the dataset with the model's."
         )
     return theirs, ""
 
@@ -146,8 +153,8 @@ def schedule_of(source: Described, text: str, tp: int) -> Schedule:
 
 
 def reader(source: Source | ShardDirectory, rank: int, block_size: int = 0) -> Read:
-    """How TensorParallelGPT reads its parameters, or their moments, from a source. block_size: of the position table, where
-    the model has no more of it than that."""
+    """How TensorParallelGPT reads its parameters, or their moments, from a source. block_size: of the
+    position table, where the model has no more of it than that."""
 
     def read(name: str, rule: Rule) -> Tensor:
         if block_size and name.endswith("transformer.wpe.weight"):
@@ -199,7 +206,9 @@ def open_sizes(spec: str) -> Described:
     """What an `--init_from` names, as far as it can be known without its weights: of a hub's model no file is read."""
     if name := hub_name(spec):
         n_layer, n_head, n_embd = HUB_SIZES[name]
-        return Sizes(GPTConfig(1024, GPT2_TOKENS, n_layer, n_head, n_embd, activation="gelu_tanh"), name)
+        return Sizes(
+            GPTConfig(1024, GPT2_TOKENS, n_layer, n_head, n_embd, activation="gelu_tanh"), name
+        )
     return open_source(spec)
 
 

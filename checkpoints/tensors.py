@@ -1,4 +1,5 @@
-"""What other programs' files have in common: names that wrappers changed, tensors that are of no model, a stored head."""
+"""What other programs' files have in common: names that wrappers changed, tensors that the model
+has no place for, a stored head."""
 
 import functools
 import re
@@ -14,46 +15,63 @@ from parallel.partition import Run
 from text.tokenizer import GPT2Tokenizer
 
 Held = TypeVar("Held")
-CARRIED = "nanotp_tokenizer"  # what a merged checkpoint's settings have of ours: tokenizer.json's content
+CARRIED = "nanotp_tokenizer"  # tokenizer.json's content, among the settings of a merged checkpoint
 HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"
-# what torch.compile, DistributedDataParallel, FSDP and activation checkpointing put into the names of what they wrap
+# what torch.compile, DDP, FSDP and activation checkpointing put into the names of what they wrap
 WRAPPERS = r"\b(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 # the causal mask, which older versions of nanoGPT and transformers save
 MASK = r"transformer\.h\.(\d+)\.attn\.(?:bias|masked_bias)"
 
 
 def by_plain_name(pairs: Iterable[tuple[str, Held]], where: str) -> dict[str, Held]:
-    """The tensors under nanoGPT's names. transformers' GPT2Model saves without the prefix that GPT2LMHeadModel saves with."""
+    """The tensors under nanoGPT's names. transformers' GPT2Model saves without the prefix that
+    GPT2LMHeadModel saves with."""
     found: dict[str, Held] = {}
     for key, value in pairs:
         name = re.sub(WRAPPERS, "", key).removeprefix("transformer.")
         name = name if name.startswith("lm_head.") else "transformer." + name
         if name in found:
-            raise UserError(f"{where}: tensor {printable(name)} stands there twice, with and without a prefix.")
+            raise UserError(
+                f"{where}: tensor {printable(name)} stands there twice, with and without a prefix."
+            )
         found[name] = value
     return found
 
 
 def check_all_used(
-    names: Iterable[str], shapes: Mapping[str, Any], n_layer: int, shape_of: Callable[[str], tuple[int, ...]], where: str
+    names: Iterable[str],
+    shapes: Mapping[str, Any],
+    n_layer: int,
+    shape_of: Callable[[str], tuple[int, ...]],
+    where: str,
 ) -> None:
-    """UserError where a tensor has no place in the model, whose text would then be that of another. Masks are known."""
+    """UserError where a tensor has no place in the model, whose text would then be that of another.
+    Masks are known."""
 
     def is_mask(name: str) -> bool:
         layer = re.fullmatch(MASK, name)
-        return bool(layer and int(layer[1]) < n_layer and len(shape := shape_of(name)) in (0, 4) and set(shape[:2]) <= {1})
+        return bool(
+            layer
+            and int(layer[1]) < n_layer
+            and len(shape := shape_of(name)) in (0, 4)
+            and set(shape[:2]) <= {1}
+        )
 
     extra = sorted(name for name in names if name not in shapes and not is_mask(name))
     if extra:
         others = f", nor have {len(extra) - 1} others" if extra[1:] else ""
         raise UserError(
-            f"{where}: tensor {printable(extra[0])} has no place in the GPT-2 that is described there{others}. Left out, it "
-            f"would be another model: merge it into the weights, or save them without it."
+            f"{where}: tensor {printable(extra[0])} has no place in the GPT-2 that is described there"
+            f"{others}. Left out, it would be another model: merge it into the weights, or save them "
+            "without it."
         )
 
 
-def tokenizer_for(vocab_size: int, settings: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """The tokenizer that a merged checkpoint carries in its settings; else what a vocabulary's size alone tells."""
+def tokenizer_for(
+    vocab_size: int, settings: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """The tokenizer that a merged checkpoint carries in its settings; else what a vocabulary's size
+    alone tells."""
     size_tells = {"kind": "gpt2"} if vocab_size >= GPT2Tokenizer.n_vocab else None
     return (settings or {}).get(CARRIED, size_tells)
 

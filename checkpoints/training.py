@@ -331,8 +331,14 @@ def _point(out_dir: Path, name: str) -> None:
 def _instead(out_dir: Path) -> str:
     """What works with a directory that no run can be resumed from."""
     if (out_dir / STATE).is_file():
-        return f"It is one itself: --out_dir={out_dir.resolve().parent} goes on from the newest there."
-    for name, what in (("ckpt.pt", "nanoGPT's ckpt.pt"), (MANIFEST, "shards"), ("config.json", "a Hugging Face model")):
+        return (
+            f"It is one itself: --out_dir={out_dir.resolve().parent} goes on from the newest there."
+        )
+    for name, what in (
+        ("ckpt.pt", "nanoGPT's ckpt.pt"),
+        (MANIFEST, "shards"),
+        ("config.json", "a Hugging Face model"),
+    ):
         if (out_dir / name).is_file():
             new = f"--init_from={out_dir} with another --out_dir starts from its weights"
             return f"It has {what}, without an optimizer's state that is read: {new}."
@@ -363,7 +369,7 @@ def read_state(out_dir: Path) -> tuple[Path, Progress, dict[str, Any]]:
 def load_optimizer(
     model: TensorParallelGPT, optimizer: torch.optim.Optimizer, path: Path, optimizer_steps: int, world: World
 ) -> None:
-    """Give the optimizer its moments back, at this run's tp and block_size, whatever the run that wrote them had."""
+    """Give the optimizer its moments back, at this run's tp and block_size, whatever wrote them."""
     if optimizer_steps == 0:
         return
     shards = ShardDirectory(inside(path / OPTIMIZER))

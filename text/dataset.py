@@ -37,7 +37,8 @@ MAX_TOKEN_ID = 65535
 CHECKED_TOKENS = 1 << 27  # of a file, before a run: a quarter of a gigabyte, a tenth of a second
 MAX_META = 1 << 20  # bytes of a meta.pkl: one of 30,000 characters has 600 KB
 META_WORKS = (
-    'A meta.pkl of {"vocab_size": n} alone works: text is then the ids; or tokenizer.json beside it, which goes first.'
+    'A meta.pkl of {"vocab_size": n} alone works: text is then the ids; or tokenizer.json beside it, '
+    "which goes first."
 )
 LOOKED_AT = 1 << 16  # bytes at a file's beginning that tell its format
 RAW_IDS = "ids.astype('uint16').tofile(FILE) writes token ids and nothing else"
@@ -80,12 +81,14 @@ class TokenFile:
 
 
 def _check_format(path: Path) -> None:
-    """UserError where the file's beginning shows that it holds anything but uint16: read as that, it
-    would be other ids, most of them within GPT-2's vocabulary."""
+    """UserError where the file's beginning shows that it holds anything but uint16: read as that,
+    it would be other ids, most of them within GPT-2's vocabulary."""
     head = beginning(fetched(path), LOOKED_AT)
     if head.startswith(b"\x93NUMPY"):
         how = f"np.load({path.name!r}).astype('uint16').tofile({path.name!r})"
-        raise UserError(f"{path} has the header of a .npy file, which is no ids: {how} leaves it out")
+        raise UserError(
+            f"{path} has the header of a .npy file, which is no ids: {how} leaves it out"
+        )
     if head.startswith(b"PK\3\4"):
         raise UserError(f"{path} is an archive, such as np.savez or torch.save writes: {RAW_IDS}")
     for dtype in ("int64", "uint32"):
@@ -97,9 +100,9 @@ def _check_format(path: Path) -> None:
 
 
 def _looks_wider(head: bytes, wide: int) -> bool:
-    """Whether these are integers `wide` times as long: of a little-endian one below 65536 all but the
-    first 16 bits are 0. A separator of id 0 after every character looks the same: small ids, and no
-    other 0 among them."""
+    """Whether these are integers `wide` times as long: of a little-endian one below 65536 all but
+    the first 16 bits are 0. A separator of id 0 after every character looks the same: small ids, and
+    no other 0 among them."""
     rows = np.frombuffer(head[: len(head) // 8 * 8], TOKEN_DTYPE).reshape(-1, wide)
     first = rows[:, 0]
     if len(rows) < 16 or rows[:, 1:].any() or np.count_nonzero(first) <= len(rows) // 2:
@@ -306,8 +309,8 @@ def _known_beside(directory: Path) -> str:
 
 
 def _tokenizer_of_meta(path: Path) -> Tokenizer:
-    """The vocabulary of nanoGPT's meta.pkl: {"itos": {0: "\\n", 1: " ", ...}, ...}. Of vocab_size alone,
-    which is all that nanoGPT's training needs, the ids themselves."""
+    """The vocabulary of nanoGPT's meta.pkl: {"itos": {0: "\\n", 1: " ", ...}, ...}. Of vocab_size
+    alone, which is all that nanoGPT's training needs, the ids themselves."""
     try:
         meta = plain(read_small(path, MAX_META))
     except Refused as error:

@@ -28,8 +28,8 @@ def read_text(path: str | Path) -> str:
 
 
 def decode_text(raw: bytes, where: str) -> str:
-    """UTF-8 bytes as text, as nanoGPT reads it: every line ends in "\\n". A byte order mark is no text. UserError naming
-    `where` if there is none or it is not UTF-8."""
+    """UTF-8 bytes as text, as nanoGPT reads it: every line ends in "\\n". A byte order mark is no
+    text. UserError naming `where` if there is none or it is not UTF-8."""
     raw = raw.removeprefix(codecs.BOM_UTF8)
     if not raw:
         raise UserError(f"{where} is empty: it should hold text in UTF-8")
@@ -62,7 +62,7 @@ def own_file(path: Path) -> Path:
 
 
 def fetched(path: Path) -> Path:
-    """The path of a file. UserError where the file is the pointer that git-lfs leaves in its place."""
+    """The path of a file. UserError where that is the pointer that git-lfs leaves in its place."""
     check_no_pointer(path, beginning(path))
     return path
 

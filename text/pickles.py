@@ -55,8 +55,8 @@ class Mark:
 
 
 def plain(raw: bytes) -> Any:
-    """The value that a pickle stands for: dicts (keys are strings or ints), lists, tuples, numbers, strings, None. Refused
-    where it holds anything else."""
+    """The value that a pickle stands for: dicts (keys are strings or ints), lists, tuples, numbers,
+    strings, None. Refused where it holds anything else."""
     return _Machine(PLAIN, {}).run(raw)
 
 
