@@ -353,10 +353,10 @@ def test_eval_only_writes_nothing(letters: Path, tmp_path: Path) -> None:
 
 def test_a_run_goes_on_with_a_shorter_context(letters: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The position table and its moments are cut, alike at every layout; what is said is what is used."""
+    trained(letters, tmp_path / "begun", 1, 1, max_iters=10)
+    capfd.readouterr()
     for name, size, tp, changes in (("one", 1, 1, {}), ("three", 3, 3, {}), ("dp", 2, 1, {"dp_shard": True})):
-        out = tmp_path / name
-        trained(letters, out, 1, 1, max_iters=10)
-        capfd.readouterr()
+        out = Path(shutil.copytree(tmp_path / "begun", tmp_path / name))
         trained(letters, out, size, tp, init_from="resume", block_size=4, max_iters=14, **changes)
         assert capfd.readouterr().err == "resume: block_size is now 4, it was 8\n"
         assert read_manifest(out / "step-000014").model.block_size == 4
