@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from errors import Stopped, UserError, is_out_of_memory
+from errors import Stopped, UserError, is_out_of_memory, print_error
 from grammar import parse, parse_command
 from options import RunOptions, as_dict
 from parallel import mesh
@@ -24,16 +24,23 @@ _OWN = ("wandb_run_name", "wandb_project", "wandb_log", "debug")
 Main = Callable[[mesh.World, Any], None]
 
 
+def say_once(line: str) -> None:
+    """Before there is a world: by rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print_error(line)
+
+
 def run(options_class: type[RunOptions], main: Main, prog: str) -> None:
     """Parse sys.argv, start the world, run `main(world, options)` on every rank, and exit; see `run_parsed`."""
-    run_parsed(lambda: (main, parse(options_class, sys.argv[1:], prog)), prog)
+    run_parsed(lambda: (main, parse(options_class, sys.argv[1:], prog, say_once)), prog)
 
 
 def run_commands(commands: dict[str, tuple[type[RunOptions], Main]], prog: str) -> None:
     """The same where the first word says which options and which main."""
 
     def parsed() -> tuple[Main, Any]:
-        name, options = parse_command({name: cls for name, (cls, _) in commands.items()}, sys.argv[1:], prog)
+        classes = {name: cls for name, (cls, _) in commands.items()}
+        name, options = parse_command(classes, sys.argv[1:], prog, say_once)
         return commands[name][1], options
 
     run_parsed(parsed, prog)

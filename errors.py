@@ -1,6 +1,7 @@
 """The exceptions that are no fault of the program's, and how a message quotes a value that is wrong."""
 
 import reprlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,10 @@ def explaining_memory(need: Callable[[], str]) -> Iterator[None]:
         if is_out_of_memory(error):
             error.add_note(need())
         raise
+
+
+def print_error(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def shown(value: Any) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import report
-from checkpoints.sources import Source, identity, open_source, tokenizer_of
+from checkpoints.sources import Source, common_tokenizer, identity, open_for_inference, tokenizer_of
 from entry import run
 from errors import UserError, explaining_memory
 from options import EvalOptions
@@ -35,7 +35,7 @@ def main(world: World, options: EvalOptions) -> None:
         report.check_place(options.report, "report")
     if bool(options.text) == bool(options.dataset):
         raise UserError("give what to measure: either --text=FILE or --dataset=NAME.")
-    source = open_source(options.out_dir if options.init_from == "resume" else options.init_from, (world.rank, world.size))
+    source = open_for_inference(options, (world.rank, world.size))
     world.agree("weights", identity(source))
     tokens, n_bytes = read_tokens(source, options)
     stride = options.stride or source.config.block_size
@@ -71,11 +71,13 @@ def read_tokens(source: Source, options: EvalOptions) -> tuple[Tensor, int]:
     n_bytes = 0
     if options.dataset:
         dataset = Dataset(Path(options.data_dir) / options.dataset)
+        if not options.tokenizer:
+            common_tokenizer(source, dataset, options.data_dir)
         dataset.check(1, vocab_size)
         file = dataset.train if options.split == "train" else dataset.val
         ids = torch.from_numpy(file[: min(most, len(file))].astype("int64"))
     else:
-        tokenizer = tokenizer_of(source, options.tokenizer)
+        tokenizer = tokenizer_of(source, options.tokenizer, options.data_dir)
         encoded = tokenizer.encode_ordinary(read_text(options.text))[:most]
         n_bytes = len(tokenizer.decode_bytes(encoded[1:]))
         ids = torch.tensor(encoded, dtype=torch.int64)

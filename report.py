@@ -26,7 +26,7 @@ def check_place(path: str, option: str) -> None:
     """Said before the run, not after it: UserError where the file that --`option` names cannot be written."""
     if not path:
         return
-    place = Path(path).expanduser().resolve()
+    place = Path(path).resolve()
     if place.is_dir():
         raise UserError(f"--{option}={path} is a directory: name a file in it.")
     if not place.parent.is_dir():
@@ -104,7 +104,7 @@ def build(
 
 def write(path: str, report: dict[str, Any]) -> None:
     """Into a file: a page where its name ends in .html, else JSON."""
-    place = Path(path).expanduser()
+    place = Path(path)
     try:
         text = page(report) if place.suffix.lower() in PAGES else json.dumps(report, indent=1) + "\n"
         place.write_text(text, encoding="utf-8")

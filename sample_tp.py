@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 
 import report
-from checkpoints.sources import Source, identity, open_source, reader, schedule_of, tokenizer_of
+from checkpoints.sources import Source, identity, open_for_inference, open_source, reader, schedule_of, tokenizer_of
 from decoding import Decoder, decoder_for
 from entry import run
 from errors import UserError, explaining_memory
@@ -40,7 +40,7 @@ def main(world: World, options: SampleOptions) -> None:
     if world.is_main:
         report.check_place(options.report, "report")
         report.check_place(options.out, "out")
-    source = open_source(options.out_dir if options.init_from == "resume" else options.init_from, (world.rank, world.size))
+    source = open_for_inference(options, (world.rank, world.size))
     world.agree("weights", identity(source))
     tokenizer = tokenizer_of(source, options.tokenizer)
     # files are read by one rank: the others may be on hosts that do not have them
@@ -55,9 +55,9 @@ def main(world: World, options: SampleOptions) -> None:
     world.synchronize()
     load_s = time.perf_counter() - started
     if world.is_main:
-        for notice in notices(world, source, model, decoder):
+        for notice in notices(world, source, model, decoder, tokenizer):
             print(notice, file=sys.stderr)
-    with open(Path(options.out).expanduser(), "w", encoding="utf-8") if options.out and world.is_main else nullcontext() as out:
+    with open(options.out, "w", encoding="utf-8") if options.out and world.is_main else nullcontext() as out:
         stage = Stage(texts, tokenizer, options, out)
         begun = time.perf_counter()
         try:
@@ -160,9 +160,9 @@ def read_prompts(start: list[str]) -> list[str]:
     prompts: list[str] = []
     for spec in start:
         if spec.startswith("FILE:"):
-            prompts.append(read_text(Path(spec.removeprefix("FILE:")).expanduser()))
+            prompts.append(read_text(spec.removeprefix("FILE:")))
         elif spec.startswith("PROMPTS:"):
-            prompts += read_lines(Path(spec.removeprefix("PROMPTS:")).expanduser())
+            prompts += read_lines(Path(spec.removeprefix("PROMPTS:")))
         elif any("\ud800" <= char <= "\udfff" for char in spec):  # how Python passes on bytes that are not UTF-8
             raise UserError(f"--prompt={ascii(spec)[:60]} is not UTF-8 text.")
         else:
@@ -172,7 +172,7 @@ def read_prompts(start: list[str]) -> list[str]:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a file that are not blank. Not splitlines(): that also cuts at form feeds and the like, within a prompt."""
-    lines = [line for line in read_text(path).replace("\r\n", "\n").split("\n") if line.strip()]
+    lines = [line for line in read_text(path).split("\n") if line.strip()]
     if not lines:
         raise UserError(f"{path} has no prompt: write one a line.")
     return lines
@@ -189,13 +189,16 @@ def encode(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
         if not prompts[-1] and tokenizer.kind == "ids":
             raise UserError(
                 f"prompt {i} is empty. The model's tokenizer is not known: give token ids, for example --prompt='5 17 3'."
+                f" {tokenizer.note}".rstrip()
             )
     return prompts
 
 
-def notices(world: World, source: Source, model: TensorParallelGPT, decoder: Decoder) -> list[str]:
+def notices(
+    world: World, source: Source, model: TensorParallelGPT, decoder: Decoder, tokenizer: Tokenizer
+) -> list[str]:
     """What a user would like to know before waiting: an uneven split, a reshard, a model that one device would hold."""
-    lines = [imbalance(Partition.of(source.config, world.tp.size))]
+    lines = [imbalance(Partition.of(source.config, world.tp.size)), tokenizer.note]
     written = getattr(getattr(source, "manifest", None), "tp", world.tp.size)
     if written != world.tp.size:
         lines.append(f"the checkpoint is tp={written}, this run tp={world.tp.size}: resharded on load, no file changed.")

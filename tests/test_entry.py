@@ -98,6 +98,14 @@ def test_a_world_that_tp_does_not_divide(tmp_path: Path) -> None:
     )
 
 
+def test_options_of_other_commands_in_a_config_file_are_named_once(tmp_path: Path) -> None:
+    path = tmp_path / "config.py"
+    path.write_text("seed = 3\nlearning_rate = 1e-3\n")
+    ends = launch(2, _fine, tmp_path, [str(path), "--device=cpu"])
+    said = f"prog.py: {path} sets options of other commands, which are not used here: learning_rate\n"
+    assert spoken(ends) == said and [status for status, _ in ends] == [0, 0]
+
+
 def _mistake(world: World, options: Any) -> None:
     if world.rank == 1:
         raise UserError("there is no such thing.")
