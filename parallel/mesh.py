@@ -32,7 +32,7 @@ LATER_S = 30.0
 @dataclass(frozen=True)
 class Launch:
     """What torchrun told this process; one rank when it was started by plain python. restarts: how often torchrun has started
-    the ranks of this host again; run: the name it has for the run."""
+    the ranks of this host again; run: the name it has for the run; parent: its process, 0 where there is none."""
 
     rank: int
     size: int
@@ -40,6 +40,7 @@ class Launch:
     local_size: int
     restarts: int = 0
     run: str = ""
+    parent: int = 0
 
     @classmethod
     def from_environment(cls) -> "Launch":
@@ -51,7 +52,11 @@ class Launch:
             raise UserError(f"{missing[0]} is not set. Start ranks with torchrun --standalone --nproc_per_node=N.")
         restarts, run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("TORCHELASTIC_RUN_ID", "")
         rank, size, local_rank, local_size = (int(os.environ[key]) for key in keys)
-        return cls(rank, size, local_rank, local_size, int(restarts), run)
+        return cls(rank, size, local_rank, local_size, int(restarts), run, os.getppid() if run else 0)
+
+    def has_ended(self) -> bool:
+        """Whether torchrun is gone: it ends its ranks first, unless it is killed."""
+        return self.parent > 0 and os.getppid() != self.parent
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,11 @@ class World:
     def is_main(self) -> bool:
         """The one rank that prints and writes. It takes part in every collective like the others."""
         return self.rank == 0
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the launcher of this rank is gone."""
+        return self.launch.has_ended() or (self.watch is not None and self.watch.orphaned)
 
     def gather(self, thing: Any, what: str = "") -> list[Any]:
         """A small picklable thing of every rank, in rank order, on all ranks (start-up, saving and reports; not accounted).
@@ -362,7 +372,8 @@ def start(options: Any, tp: int, prog: str, promise: dict[str, Any]) -> Iterator
     if launch.rank == 0:
         _warn_of_hosts(peers, tp, prog)
     store = dist.PrefixStore(attempt, store)
-    watch = Watch(store, holds, launch.rank, peers, ledger, options.start_timeout, prog)
+    gone = launch.has_ended if launch.run else None
+    watch = Watch(store, holds, launch.rank, peers, ledger, options.start_timeout, prog, gone)
     watch.start()
     try:
         world = _connect(store, watch, launch, (dp, tp), device, comm, options, prog)
