@@ -35,6 +35,7 @@ from parallel.data_parallel import Sharding, last_only, replicate, rest
 from parallel.ledger import Account, total
 from parallel.mesh import World, pick_dtype
 from parallel.partition import Rule
+from parallel.processes import terminal
 from parallel.replicas import check_alike, checksum
 from parallel.schedule import Schedule
 from parallel.watch import STOPS
@@ -385,7 +386,8 @@ def train(run: Run) -> None:
             with world.ledger.during(f"step {iter_num}, save"):
                 log.saved(saver.poll(not busy))
             if asked:
-                log.saved(save(run, saver, measured=False) + saver.finish())
+                keep(run, log, saver, measured=False)
+                log.saved(saver.finish())
                 log.close()
                 raise stopped(run, asked)
         with world.ledger.during(f"step {progress.iter_num}, save"):
@@ -405,9 +407,9 @@ def between(run: Run, log: "Log", saver: Saver, last: bool) -> None:
         better = losses["val"] < progress.best_val_loss
         progress.best_val_loss = losses["val"] if better else progress.best_val_loss
         if moved and (better or options.always_save_checkpoint):
-            log.saved(save(run, saver))
+            keep(run, log, saver)
     elif options.save_interval and iter_num % options.save_interval == 0 and moved:
-        log.saved(save(run, saver, measured=False))
+        keep(run, log, saver, measured=False)
 
 
 def stopped(run: Run, asked: int) -> Stopped:
@@ -559,16 +561,19 @@ def evaluate(run: Run, iters: int) -> dict[str, float]:
     return losses
 
 
-def save(run: Run, saver: Saver, measured: bool = True) -> list[Saved]:
-    """A checkpoint of weights whose loss is a number. measured: an evaluation has just said so; else a batch of each split
-    does."""
-    with run.world.ledger.during(f"step {run.progress.iter_num}, save"):
-        if not measured:
+def keep(run: Run, log: "Log", saver: Saver, measured: bool = True) -> None:
+    """Save weights whose loss is a number. measured: an evaluation has just said so; else a batch of each split does."""
+    if not measured:
+        with run.world.ledger.during(f"step {run.progress.iter_num}, save"):
             check_finite(run, evaluate(run, 1))
-        if run.skipped:
-            if run.world.is_main:
-                print(f"not saved at iteration {run.progress.iter_num}: the gradient's norm is {run.skipped}", flush=True)
-            return saver.finish()
+    if run.skipped:
+        log.say(f"not saved at iteration {run.progress.iter_num}: the norm of the gradient is {run.skipped}")
+    else:
+        log.saved(save(run, saver))
+
+
+def save(run: Run, saver: Saver) -> list[Saved]:
+    with run.world.ledger.during(f"step {run.progress.iter_num}, save"):
         return saver.save(run.model, run.optimizer, run.progress, run.dataset.tokenizer.to_json(), as_dict(run.options))
 
 
@@ -596,9 +601,10 @@ class Log:
 
     def say(self, line: str) -> None:
         if self.on:
-            self.bar.clear()
-            print(line, flush=True)
-            self.bar.refresh()
+            with terminal():
+                self.bar.clear()
+                print(line, flush=True)
+                self.bar.refresh()
 
     def iteration(self, iter_num: int, loss: float, lr: float, grad_norm: float, seconds: float, account: Account) -> None:
         if not self.on:
@@ -619,8 +625,9 @@ class Log:
             line |= {"train_loss": self.losses["train"], "val_loss": self.losses["val"]}
             self.losses = {}
         self.write(line)
-        self.bar.update()
-        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        with terminal():
+            self.bar.update()
+            self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if iter_num % self.options.log_interval == 0:
             self.say(
                 f"iter {iter_num}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.3f}, {rate:,.0f} tokens/s, "
@@ -649,7 +656,8 @@ class Log:
     def close(self) -> None:
         if self.losses:
             self.write({"iter": self.run.progress.iter_num, "train_loss": self.losses["train"], "val_loss": self.losses["val"]})
-        self.bar.close()
+        with terminal():
+            self.bar.close()
         if self.wandb is not None:
             self.wandb.finish()
 

@@ -100,7 +100,9 @@ class Watch:
         self, store: Any, holds: bool, rank: int, peers: tuple[Peer, ...], ledger: Ledger, limit: float, prog: str,
         gone: Callable[[], bool] | None = None,
     ):  # fmt: skip
-        self._gone, self._lost_at = gone, 0.0
+        self._gone, self._lost_at = gone or (lambda: False), 0.0
+        self._launched = gone is not None
+        self._placed = False  # this rank has been asked where no store could tell who is first
         self.holds = holds
         self.store, self.rank, self.peers, self.ledger, self.limit, self.prog = store.clone(), rank, peers, ledger, limit, prog
         self._failed, self._asking = store.clone(), store.clone()
@@ -148,8 +150,9 @@ class Watch:
         """Whether this rank is the first to have found the run to have failed; all are told."""
         # where the store is gone its holder went without a word, the launcher or rank 0: the first of each host speaks
         by_place = self.rank == min({rank for rank, peer in enumerate(self.peers) if self._is_here(peer)} - self._ended())
-        if self._heard.is_set() or self._mute:
-            return by_place and not self._heard.is_set()
+        if self._heard.is_set() or self._mute or self._gone():
+            by_place, self._placed = by_place and not self._placed and not self._heard.is_set(), True
+            return by_place
         return answer(lambda: first_to_say(self._asking), by_place, ANSWER_S)
 
     def linger(self, said: bool) -> None:
@@ -158,7 +161,7 @@ class Watch:
             end = time.monotonic() + BEAT_S + GRACE_S + ANSWER_S  # others have its store to ask
             while time.monotonic() < end and len(self._ended()) < len(self.peers) - 1:
                 time.sleep(0.05)
-        elif self._mute and said:
+        elif said and (self._mute or self._gone()):
             time.sleep(2 * BEAT_S)  # while this rank is there no other of its host speaks
         else:
             time.sleep(0.3 if said else 1)  # a launcher ends all with the first one: that is who has spoken
@@ -217,12 +220,14 @@ class Watch:
 
     def _look_at_launcher(self, now: float) -> None:
         """Publish in its store. Where it is gone the run saves if it can, and ends."""
-        if not self.orphaned and self._gone is not None and self._gone():
-            self._mute, self._lost_at = True, now
+        gone = self._gone()
         try:
+            self._mute = self._mute or gone
             self._publish()
         except RuntimeError:  # the store is gone, and torch would complain at each further question
-            self._mute, self._lost_at = True, now if self._gone is not None else 0.0
+            self._mute, gone = True, self._launched
+        if gone and not self.orphaned:
+            self._lost_at = now
         saves = signal.getsignal(signal.SIGTERM) != self._terminated
         saving = saves and (now - self._lost_at < ORPHAN_S or "save" in self.ledger.doing)
         if self.orphaned and not saving:
@@ -296,7 +301,7 @@ class Watch:
     def _listen(self) -> None:
         """End this process some time after another has said that the run has failed, whatever it does."""
         with contextlib.suppress(RuntimeError):  # the store is gone, with its holder: there will be no word
-            while not self._stop.wait(min(BEAT_S, self.limit / 4)) and not (self._gone is not None and self._gone()):
+            while not self._stop.wait(min(BEAT_S, self.limit / 4)) and not self._gone():
                 if self._failed.check([FAILED]):
                     self._heard.set()
                     break
@@ -312,7 +317,8 @@ class Watch:
         """Say it, unless another has spoken, and end this process at once: the main thread hangs, or will."""
         said = self.is_first()
         if said:
-            print(f"{self.prog}: {line}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # a terminal that has been closed
+                print(f"{self.prog}: {line}", file=sys.stderr, flush=True)
             self._kill(silent or set())
         answer(lambda: self._publish(left=True), None, 0.5)  # or this rank would be taken for a silent one
         self.linger(said)
