@@ -2,7 +2,6 @@
 
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,5 +63,5 @@ def allreduce(world: World, options: BenchAllreduceOptions) -> None:
         plane.set(xscale="log", yscale="log", xlabel="bytes", ylabel="microseconds", title=f"all-reduce, {world.size} ranks")
         plane.legend()
         figure.tight_layout()
-        figure.savefig(Path(options.plot).expanduser(), dpi=120)
+        report.write_figure(options.plot, figure)
     bench.finish("allreduce", {"sizes": found}, lines)

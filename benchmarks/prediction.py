@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -407,7 +406,7 @@ def scatter(path: str, lines: list[dict[str, Any]]) -> None:
     plane.set(xscale="log", yscale="log", xlabel="measured, ms a step", ylabel="predicted, ms a step", title="the band is 20 %")
     plane.legend()
     figure.tight_layout()
-    figure.savefig(Path(path).expanduser(), dpi=120)
+    report.write_figure(path, figure)
 
 
 def predict(world: World, options: BenchPredictOptions) -> None:

@@ -46,6 +46,7 @@ class Launch:
     def from_environment(cls) -> "Launch":
         keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         if not any(key in os.environ for key in keys):
+            _check_alone()
             return cls(0, 1, 0, 1)
         missing = [key for key in keys if not os.environ.get(key, "").isdigit()]
         if missing:
@@ -57,6 +58,20 @@ class Launch:
     def has_ended(self) -> bool:
         """Whether torchrun is gone: it ends its ranks first, unless it is killed."""
         return self.parent > 0 and os.getppid() != self.parent
+
+
+def _check_alone() -> None:
+    """UserError where a launcher that sets no RANK has started several processes: each would be a run of its own."""
+    counts = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun", "SLURM_STEP_NUM_TASKS": "srun"}
+    if os.environ.get("SLURM_PROCID", "0") != "0":  # SLURM_NTASKS alone is set in a batch script as well
+        counts["SLURM_NTASKS"] = "srun"
+    for name, launcher in counts.items():
+        count = os.environ.get(name, "")
+        if count.isdigit() and int(count) > 1:
+            raise UserError(
+                f"{launcher} has started {count} processes ({name}), and each would be a run of its own. Start ranks with "
+                f"torchrun --standalone --nproc_per_node={count}, on several nodes as docs/cluster.md has it."
+            )
 
 
 @dataclass(frozen=True)
