@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from errors import Stopped, UserError
+from errors import Stopped, Unheard, UserError
 from grammar import parse, parse_command
 from options import RunOptions, as_dict
 from parallel import mesh
@@ -93,7 +93,7 @@ def _is_lost_peer(error: Exception) -> bool:
 
 def _die(status: int, message: str, show_traceback: bool, world: mesh.World | None) -> None:
     """Say it once and end this process at once: a tidy shutdown would wait for ranks that are not coming."""
-    first = mesh.first_to_fail(world)
+    first = isinstance(sys.exception(), Unheard) or mesh.first_to_fail(world)
     with contextlib.suppress(OSError):  # a terminal that has been closed
         if first and show_traceback:
             traceback.print_exc()

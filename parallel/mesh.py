@@ -1,5 +1,6 @@
 """Start-up and shutdown: which device, which transport, and the dp x tp mesh. The only reader of torchrun's environment."""
 
+import contextlib
 import os
 import socket
 import sys
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from errors import UserError
+from errors import Unheard, UserError
 from native.library import Unavailable
 from parallel.collectives import Axis, GroupTransport, Transport, named
 from parallel.ledger import Entry, Ledger, Track
@@ -231,20 +232,39 @@ def _store(launch: Launch, seconds: float) -> tuple[Any, bool]:
     if missing:
         raise UserError(f"{missing[0]} is not set. Start ranks with torchrun --standalone --nproc_per_node=N.")
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    holds = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    try:
-        limit = timedelta(seconds=seconds)
-        store = dist.TCPStore(host, int(port), is_master=holds, timeout=limit, wait_for_workers=False, multi_tenant=True)
-    except (RuntimeError, ValueError) as error:
-        if holds:
-            fault = f"rank 0 cannot listen at port {port} ({str(error).strip().splitlines()[0]}). Set another MASTER_PORT."
-        else:
-            fault = (
-                f"rank {launch.rank} (host {socket.gethostname()}) found nobody at {host}:{port} within {seconds:g} s. Is "
-                f"rank 0 there, and can this host reach it? --start_timeout waits longer."
-            )
-        raise UserError(fault) from None
-    return store, holds
+    holds, end = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True", time.monotonic() + seconds
+
+    def connect() -> Any:
+        try:
+            while not holds and not _answers(host, int(port)):  # torch would complain at each attempt
+                if time.monotonic() > end:
+                    return TimeoutError()
+                time.sleep(0.05)
+            limit = timedelta(seconds=max(1.0, end - time.monotonic()))
+            return dist.TCPStore(host, int(port), is_master=holds, timeout=limit, wait_for_workers=False, multi_tenant=True)
+        except (RuntimeError, ValueError, OverflowError) as error:
+            return error
+
+    store = answer(connect, None, seconds + ANSWER_S)
+    if not isinstance(store, Exception | None):
+        return store, holds
+    if holds:
+        fault = f"rank 0 cannot listen at port {port} ({str(store).strip().splitlines()[0]}). Set another MASTER_PORT."
+    elif store is None or isinstance(store, RuntimeError):
+        fault = f"what answers at {host}:{port} is no store: another program has that port. Set another MASTER_PORT."
+    else:
+        fault = (
+            f"rank {launch.rank} (host {socket.gethostname()}) found nobody at {host}:{port} within {seconds:g} s. Is "
+            f"rank 0 there, and can this host reach it? --start_timeout waits longer."
+        )
+    raise Unheard(fault)
+
+
+def _answers(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_connection((host, port), 1).close()
+        return True
+    return False
 
 
 def _check_statements(stated: list[dict[str, Any]]) -> None:
