@@ -26,7 +26,7 @@ from parallel.shm import ShmTransport
 from parallel.symmetric import SymmetricTransport
 from parallel.watch import ANSWER_S, Peer, Watch, first_to_say
 
-# torch's transports give up this much later than the watchdog, which knows more and says it
+# at the start torch's transports give up this much later than the watchdog, which knows more and says it
 LATER_S = 30.0
 
 
@@ -416,9 +416,18 @@ def start(options: Any, tp: int, prog: str, promise: dict[str, Any]) -> Iterator
         watch.stop()  # it is this rank's own fault, and told as one
         raise
     watch.limit = options.comm_timeout
+    _leave_time_to_watch(world)
     yield world
     watch.stop()
     dist.destroy_process_group()
+
+
+def _leave_time_to_watch(world: World) -> None:
+    """From here on the watchdog sees every call. It counts the seconds in which this process runs; torch's clock goes on
+    while all ranks are stopped, by a batch system or a laptop's lid."""
+    assert world.mesh is not None
+    for group in (None, *(world.mesh.get_group(name) for name in ("dp", "tp"))):
+        dist.distributed_c10d._set_pg_timeout(timedelta(days=30), group)
 
 
 def linger(world: World | None, said: bool) -> None:
