@@ -84,7 +84,9 @@ def _compile(compiler: str, source: Path, path: Path) -> None:
             first = next((line for line in said.splitlines() if "error" in line), "no message")
             raise Unavailable(f"{compiler} failed: {first[:120]}")
         scratch.replace(path)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"{compiler} did not end within {COMPILE_S:g} s") from None
+    except OSError as error:
         raise Unavailable(f"{compiler} could not be run ({error})") from None
     finally:
         scratch.unlink(missing_ok=True)
