@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 NPROC ?= 2
-RANKS = OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(NPROC)
+RANKS = OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --local_addr=127.0.0.1 --nproc_per_node=$(NPROC)
 
 .PHONY: demo test docs check lint types clean
 

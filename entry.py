@@ -1,5 +1,6 @@
 """How every entry point begins and ends: options, world, the run; and how a mistake or a lost rank is reported."""
 
+import contextlib
 import os
 import sys
 import time
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from errors import Stopped, UserError, is_out_of_memory, print_error
+from errors import Stopped, Unheard, UserError, is_out_of_memory, print_error
 from grammar import parse, parse_command
 from options import RunOptions, as_dict
 from parallel import mesh
@@ -108,11 +109,13 @@ def _is_lost_peer(error: Exception) -> bool:
 
 def _die(status: int, message: str, show_traceback: bool, world: mesh.World | None) -> None:
     """Say it once and end this process at once: a tidy shutdown would wait for ranks that are not coming."""
-    first = mesh.first_to_fail(world)
-    if first:
-        if show_traceback:
+    first = isinstance(sys.exception(), Unheard) or mesh.first_to_fail(world)
+    with contextlib.suppress(OSError):  # a terminal that has been closed
+        if first and show_traceback:
             traceback.print_exc()
-        print(message, file=sys.stderr, flush=True)
+        if first:
+            print(message, file=sys.stderr, flush=True)
     mesh.linger(world, first)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     os._exit(status)

@@ -14,6 +14,10 @@ class UserError(Exception):
     """
 
 
+class Unheard(UserError):
+    """One that a rank alone can tell, as it reaches no other."""
+
+
 class Stopped(Exception):
     """A run that ended early because it was told to, in good order; its text is for the terminal. status: the exit status."""
 

@@ -135,7 +135,7 @@ class TrainOptions(RunOptions):
     save_interval: int = option(0, "iterations between two checkpoints, 0 = at each evaluation", low=0)
     check_replicas: int = option(500, "iterations between two checks that ranks hold the same parameters, 0 = never", low=0)
     keep_last: int = option(3, "checkpoints kept in out_dir, 0 = all", low=0)
-    overwrite: bool = option(False, "start over in an out_dir that has checkpoints: they are deleted")
+    overwrite: bool = option(False, "start over in an out_dir that has checkpoints: they go with the first new one")
     progress: bool = option(True, "progress bar on a terminal")
     dry_run: bool = option(False, "print what each layout takes of a rank's memory, then end: 0 it fits, 1 not")
     memory: str = option("", "with dry_run: what a rank has, such as 80GB or 24GiB")

@@ -16,7 +16,7 @@ from pages.page import page, record
 from parallel.ledger import Account, as_json
 from parallel.mesh import World
 from parallel.quantized import quantization, weight_bytes
-from text.files import json_of, read_json, read_small
+from text.files import json_of, read_json, read_small, replacing
 from tp_model import TensorParallelGPT
 
 PAGES = (".html", ".htm")  # endings of the files that --report writes a page into
@@ -107,9 +107,17 @@ def write(path: str, report: dict[str, Any]) -> None:
     place = Path(path)
     try:
         text = page(report) if place.suffix.lower() in PAGES else json.dumps(report, indent=1) + "\n"
-        place.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--report={path} cannot be written: {error.strerror or error}.") from error
+        with replacing(place) as file:
+            file.write(text.encode())
+    except UserError as error:
+        raise UserError(f"--report={path} cannot be written: {str(error).rpartition(': ')[2]}.") from error
+
+
+def write_figure(path: str | Path, figure: Any) -> None:
+    """What matplotlib has drawn, into a file of the kind that its name says."""
+    place = Path(path).expanduser()
+    with replacing(place) as file:
+        figure.savefig(file, dpi=120, format=place.suffix[1:] or "png")
 
 
 def read(path: Path) -> Any:

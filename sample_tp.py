@@ -30,7 +30,7 @@ from parallel.quantized import Gather, quantize, read_bytes
 from sampling import Sampling
 from shard_checkpoint import imbalance
 from speculation import Guesser, Ngrams, SmallModel, Speculation
-from text.files import read_text
+from text.files import growing, read_text
 from text.tokenizer import Tokenizer
 from tp_model import TensorParallelGPT
 
@@ -57,7 +57,7 @@ def main(world: World, options: SampleOptions) -> None:
     if world.is_main:
         for notice in notices(world, source, model, decoder, tokenizer):
             print(notice, file=sys.stderr)
-    with open(options.out, "w", encoding="utf-8") if options.out and world.is_main else nullcontext() as out:
+    with growing(Path(options.out)) if options.out and world.is_main else nullcontext() as out:
         stage = Stage(texts, tokenizer, options, out)
         begun = time.perf_counter()
         try:

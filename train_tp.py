@@ -22,7 +22,8 @@ from tqdm import tqdm
 import dry_run
 import entry
 import report
-from checkpoints import training
+from checkpoints import directory, training
+from checkpoints.directory import BEGUN, METRICS, after_restart
 from checkpoints.shards import DTYPES
 from checkpoints.sources import Described, Source, common_tokenizer, identity, open_sizes, open_source, reader, schedule_of
 from checkpoints.training import Progress, Saved, Saver
@@ -35,16 +36,18 @@ from parallel.collectives import all_reduce
 from parallel.data_parallel import Sharding, last_only, replicate, rest
 from parallel.ledger import Account, total
 from parallel.mesh import World, pick_dtype
+from parallel.processes import terminal
 from parallel.replicas import check_alike, checksum
 from parallel.schedule import Schedule
+from parallel.watch import STOPS
 from text.dataset import EVAL_STREAM, Dataset, batch, is_prepared
+from text.files import replacing
 from text.tokenizer import GPT2Tokenizer, Tokenizer
 from tp_model import TensorParallelGPT, held
 
 GPT2_VOCAB = 50304  # nanoGPT's table for GPT-2's 50257 tokens
-METRICS = "metrics.jsonl"
+ORPHANED = 1000  # beside the numbers of signals: the launcher is gone
 CURVE_POINTS = 200  # iterations of which a report has the loss, at most
-BEGUN = "begun"  # the file of out_dir that says which run it belongs to: torchrun's name for it
 # options whose change on resume a user should hear of
 SHAPES_THE_CURVE = {
     "dataset", "gradient_accumulation_steps", "batch_size", "block_size", "dropout", "learning_rate", "weight_decay", "beta1",
@@ -56,7 +59,11 @@ def main(world: World, options: TrainOptions) -> None:
     if world.is_main:
         report.check_place(options.report, "report")
     dataset = Dataset(Path(options.data_dir) / options.dataset)
-    options = after_restart(world, options)
+    with directory.writing(world, options):
+        run_in(world, after_restart(world, options), dataset)
+
+
+def run_in(world: World, options: TrainOptions, dataset: Dataset) -> None:
     with explaining_memory(lambda: dry_run.need(plans(options), world.size)):
         run = prepare(world, options, dataset)
         if world.is_main:
@@ -146,7 +153,9 @@ class Run:
     dtype: torch.dtype
     first: Progress  # where this process began
     tokenizer: Tokenizer
+    replaces: list[Path]  # an earlier run's checkpoints, which go when there is a new one
     seconds: list[float] = field(default_factory=list)  # of each iteration
+    skipped: float = 0.0  # the norm of the last gradient, where the update was skipped for it
 
     @property
     def tokens_per_iter(self) -> int:
@@ -171,23 +180,6 @@ class Run:
         )
 
 
-def after_restart(world: World, options: TrainOptions) -> TrainOptions:
-    """Where torchrun has started the ranks again (--max_restarts), the run goes on from its last whole checkpoint, whatever
-    it began from. Checkpoints that lay in out_dir before it began are not its own."""
-    mark, own = Path(options.out_dir) / BEGUN, False
-    again = any(world.gather(world.launch.restarts))  # the agents of several nodes count each for itself
-    if world.is_main and not options.eval_only:
-        if again:
-            own = mark.is_file() and mark.read_text() == world.launch.run and training.has_checkpoints(mark.parent)
-        else:
-            mark.unlink(missing_ok=True)
-    if not world.gather(own)[0] or options.init_from == "resume":
-        return options
-    if world.is_main:
-        print(f"restarted by torchrun: going on from {training.latest_checkpoint(mark.parent)}", file=sys.stderr)
-    return replace(options, init_from="resume")
-
-
 def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
     """Everything before the first iteration: weights, optimizer, and where the run stands."""
     shard = options.dp_shard and world.dp.size > 1
@@ -199,12 +191,9 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
         checkpoint, progress, before = training.read_state(out_dir)
         source = open_source(str(checkpoint), (world.rank, world.size))
         world.agree("checkpoint", identity(source))
-    elif training.has_checkpoints(out_dir) and not options.overwrite and not options.eval_only:
-        raise UserError(
-            f"{out_dir} has checkpoints of an earlier run. Go on with --init_from=resume, choose another --out_dir, or "
-            f"start over with --overwrite=True (deletes them)."
-        )
-    elif options.init_from != "scratch":
+    elif not options.overwrite and not options.eval_only:
+        directory.check_free(out_dir)
+    if options.init_from not in ("resume", "scratch"):
         source = open_source(options.init_from, (world.rank, world.size), also=("scratch", "resume"))
         world.agree("weights", identity(source))
     config = make_config(options, dataset, source)
@@ -238,13 +227,13 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
     optimizer = model.configure_optimizers(options.weight_decay, options.learning_rate, betas, world.device.type)
     if checkpoint is not None:
         training.load_optimizer(model, optimizer, checkpoint, progress.optimizer_steps, world)
-    if world.is_main and not options.eval_only:
-        start_directory(out_dir, progress.iter_num, options)
     layout = Layout.of(options, world.dp.rank, world.dp.size)
     dtype = pick_dtype(options.dtype, world.device)
     wrapped = model if model.sharding else replicate(model, world.dp, reduce_dtype)
-    begun = replace(progress)
-    run = Run(world, options, dataset, model, wrapped, optimizer, layout, progress, out_dir, dtype, begun, tokenizer)
+    writes = world.is_main and not options.eval_only
+    old = start_directory(out_dir, progress.iter_num, options) if writes else []
+    parts = world, options, dataset, model, wrapped, optimizer, layout, progress
+    run = Run(*parts, out_dir, dtype, replace(progress), tokenizer, old)
     if source is not None and world.is_main:
         report_unused(options, config)
         if checkpoint is not None:
@@ -315,16 +304,15 @@ def report_unused(options: TrainOptions, config: GPTConfig) -> None:
             print(f"{key}={asked} is not used: the weights have {used}", file=sys.stderr)
 
 
-def start_directory(out_dir: Path, iter_num: int, options: TrainOptions) -> None:
-    """Make out_dir ready: an earlier run's checkpoints gone if this one starts over, later lines of metrics.jsonl cut."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if options.init_from != "resume":
-        training.delete_checkpoints(out_dir)
-    training.sweep(out_dir)
+def start_directory(out_dir: Path, iter_num: int, options: TrainOptions) -> list[Path]:
+    """Make out_dir ready: later lines of metrics.jsonl cut. Gives the checkpoints that go when there is a new one."""
+    old = directory.make_ready(out_dir, options.init_from == "resume")
     metrics = out_dir / METRICS
     lines = metrics.read_text(errors="replace").splitlines() if metrics.is_file() and iter_num else []
     kept = [line for line in lines if 0 <= iteration_of(line) < iter_num]
-    metrics.write_text("".join(line + "\n" for line in kept))
+    with replacing(metrics) as file:
+        file.write("".join(line + "\n" for line in kept).encode())
+    return old
 
 
 def iteration_of(line: str) -> int:
@@ -355,15 +343,16 @@ def loss_curve(metrics: Path) -> dict[str, list[Any]]:
 
 
 class Signals:
-    """SIGTERM and Ctrl-C, as a wish that the loop looks at between two iterations. Whoever insists on Ctrl-C after 2 s is
-    obeyed at once; torchrun passes the first one on a moment after the terminal did."""
+    """A signal that asks the run to end, as a wish that the loop looks at between two iterations. Whoever insists on Ctrl-C
+    after 2 s is obeyed at once; torchrun passes the first one on a moment after the terminal did."""
 
     def __init__(self) -> None:
         self.asked, self._since, self._before = 0, 0.0, dict[int, Any]()
 
     def __enter__(self) -> "Signals":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
+        for number in (*STOPS, signal.SIGINT):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -380,50 +369,67 @@ class Signals:
 def train(run: Run) -> None:
     """Iterate until max_iters, evaluating and saving in between. Every rank does all of it; rank 0 prints and writes."""
     options, progress, world = run.options, run.progress, run.world
-    log, saver = Log(run), Saver(world, run.out_dir, options.keep_last, options.async_save)
+    log, saver = Log(run), Saver(world, run.out_dir, options.keep_last, options.async_save, run.replaces)
     if options.eval_only:  # there is nothing to save: Ctrl-C ends it at once
         with world.ledger.during(f"step {progress.iter_num}, evaluation"):
-            log.evaluation(progress.iter_num, evaluate(run))
+            log.evaluation(progress.iter_num, evaluate(run, options.eval_iters))
         log.close()
         return
     with Signals() as signals:
         while True:
             iter_num = progress.iter_num
             last = iter_num >= options.max_iters
-            if iter_num % options.eval_interval == 0 or last:
-                with world.ledger.during(f"step {iter_num}, evaluation"):
-                    losses = evaluate(run)
-                log.evaluation(iter_num, losses)
-                better = losses["val"] < progress.best_val_loss
-                progress.best_val_loss = losses["val"] if better else progress.best_val_loss  # never what is not a number
-                if iter_num > run.first.iter_num and (better or options.always_save_checkpoint):
-                    log.saved(save(run, saver))
-            elif options.save_interval and iter_num % options.save_interval == 0 and iter_num > run.first.iter_num:
-                log.saved(save(run, saver))
+            between(run, log, saver, last)
             if last:
                 break
             before, started = world.ledger.snapshot(), time.perf_counter()
             lr = learning_rate(options, iter_num)
             with world.ledger.during(f"step {iter_num}"):
                 loss, grad_norm = iterate(run, lr)
-                asked, busy = agree(world, (signals.asked, saver.busy))
+                asked, busy = agree(world, (signals.asked or ORPHANED * world.orphaned, saver.busy))
             seconds = time.perf_counter() - started
             run.seconds.append(seconds)
-            check_finite(run, loss)
+            check_finite(run, {"": loss})
             progress.iter_num += 1
             progress.tokens_seen += run.tokens_per_iter
             log.iteration(iter_num, loss, lr, grad_norm, seconds, world.ledger.since(before))
             with world.ledger.during(f"step {iter_num}, save"):
                 log.saved(saver.poll(not busy))
             if asked:
-                log.saved(save(run, saver) + saver.finish())
+                keep(run, log, saver, measured=False)
+                log.saved(saver.finish())
                 log.close()
-                path, name = training.latest_checkpoint(run.out_dir), signal.Signals(asked).name
-                how = "--init_from=resume goes on from there"
-                raise Stopped(f"{name}: stopped after {progress.iter_num} iterations, saved {path}. {how}.", 128 + asked)
+                raise stopped(run, asked)
         with world.ledger.during(f"step {progress.iter_num}, save"):
             log.saved(saver.finish())
     log.close()
+
+
+def between(run: Run, log: "Log", saver: Saver, last: bool) -> None:
+    """What is due between two iterations: an evaluation, a checkpoint. last: the second one does not come."""
+    options, progress, iter_num = run.options, run.progress, run.progress.iter_num
+    moved = iter_num > run.first.iter_num
+    if iter_num % options.eval_interval == 0 or last:
+        with run.world.ledger.during(f"step {iter_num}, evaluation"):
+            losses = evaluate(run, options.eval_iters)
+        log.evaluation(iter_num, losses)
+        check_finite(run, losses)
+        better = losses["val"] < progress.best_val_loss
+        progress.best_val_loss = losses["val"] if better else progress.best_val_loss
+        if moved and (better or options.always_save_checkpoint):
+            keep(run, log, saver)
+    elif options.save_interval and iter_num % options.save_interval == 0 and moved:
+        keep(run, log, saver, measured=False)
+
+
+def stopped(run: Run, asked: int) -> Stopped:
+    """What a run says that was told to end."""
+    at, kept = run.progress.iter_num, directory.last_good(run.out_dir)
+    why = "the launcher is gone" if asked == ORPHANED else signal.Signals(asked).name
+    saved = f"saved {kept}. --init_from=resume goes on from there."
+    if kept is None or directory.iteration(kept) < at:
+        saved = f"not saved; last good checkpoint: {kept or 'none'}."
+    return Stopped(f"{why}: stopped after {at} iterations, {saved}", 128 + (signal.SIGTERM if asked == ORPHANED else asked))
 
 
 def iterate(run: Run, lr: float) -> tuple[float, float]:
@@ -490,6 +496,9 @@ def take_step(run: Run, grad_norm: float, scale: float) -> None:
             torch._foreach_mul_(gradients, factor)
         run.optimizer.step()
         progress.optimizer_steps += 1
+        run.skipped = 0.0
+    elif run.dtype != torch.float16 or progress.loss_scale < 1.0:  # else it may be the scale that is too large
+        run.skipped = grad_norm
     if run.dtype == torch.float16:  # halve the loss's scale after an overflow, double it after 2000 good steps
         good = math.isfinite(grad_norm)
         double = good and progress.optimizer_steps % 2000 == 0
@@ -526,28 +535,29 @@ def learning_rate(options: TrainOptions, iter_num: int) -> float:
     return options.min_lr + 0.5 * (1.0 + math.cos(math.pi * done)) * (options.learning_rate - options.min_lr)
 
 
-def check_finite(run: Run, loss: float) -> None:
-    if not math.isfinite(loss):
-        where = "no checkpoint yet"
-        if training.has_checkpoints(run.out_dir):
-            where = f"last good checkpoint: {training.latest_checkpoint(run.out_dir)}"
-        raise UserError(
-            f"loss is {loss} at iteration {run.progress.iter_num}; {where}. Lower --learning_rate or use --dtype=float32, "
-            f"then --init_from=resume."
-        )
+def check_finite(run: Run, losses: dict[str, float]) -> None:
+    """UserError where one is no number: no checkpoint is written of such weights. losses: by what they are of, if anything."""
+    for of, loss in losses.items():
+        if not math.isfinite(loss):
+            kept, what = directory.last_good(run.out_dir), f"{of} loss".strip()
+            where = f"last good checkpoint: {kept}" if kept else "no checkpoint yet"
+            raise UserError(
+                f"{what} is {loss} at iteration {run.progress.iter_num}; {where}. Lower --learning_rate or use "
+                f"--dtype=float32, then --init_from=resume."
+            )
 
 
 @torch.no_grad()
-def evaluate(run: Run) -> dict[str, float]:
-    """Mean loss of each split over eval_iters batches, always the same ones; dp ranks share the batches."""
+def evaluate(run: Run, iters: int) -> dict[str, float]:
+    """Mean loss of each split over so many batches, always the same ones; dp ranks share the batches."""
     world, model, n = run.world, run.model, run.options.batch_size
     losses = {}
     model.eval()
     for split in ("train", "val"):
         total = torch.zeros((), device=world.device)
-        for first in range(0, run.options.eval_iters, world.dp.size):
+        for first in range(0, iters, world.dp.size):
             k = first + world.dp.rank
-            counts = k < run.options.eval_iters
+            counts = k < iters
             if not counts and not model.sharding:
                 break
             x, y = next_batch(run, range(k * n, (k + 1) * n), 0, split, EVAL_STREAM)
@@ -555,10 +565,21 @@ def evaluate(run: Run) -> dict[str, float]:
                 _, loss = model(x, y)  # where parameters are sharded over dp, all of that axis take part in each pass
             total += loss if counts else 0.0
         total = all_reduce(total, world.dp.at("data_parallel"), "step")
-        losses[split] = total.item() / run.options.eval_iters
+        losses[split] = total.item() / iters
     model.train()
     rest(model)
     return losses
+
+
+def keep(run: Run, log: "Log", saver: Saver, measured: bool = True) -> None:
+    """Save weights whose loss is a number. measured: an evaluation has just said so; else a batch of each split does."""
+    if not measured:
+        with run.world.ledger.during(f"step {run.progress.iter_num}, save"):
+            check_finite(run, evaluate(run, 1))
+    if run.skipped:
+        log.say(f"not saved at iteration {run.progress.iter_num}: the norm of the gradient is {run.skipped}")
+    else:
+        log.saved(save(run, saver))
 
 
 def save(run: Run, saver: Saver) -> list[Saved]:
@@ -601,9 +622,10 @@ class Log:
 
     def say(self, line: str) -> None:
         if self.on:
-            self.bar.clear()
-            print(line, flush=True)
-            self.bar.refresh()
+            with terminal():
+                self.bar.clear()
+                print(line, flush=True)
+                self.bar.refresh()
 
     def iteration(self, iter_num: int, loss: float, lr: float, grad_norm: float, seconds: float, account: Account) -> None:
         if not self.on:
@@ -624,8 +646,9 @@ class Log:
             line |= {"train_loss": self.losses["train"], "val_loss": self.losses["val"]}
             self.losses = {}
         self.write(line)
-        self.bar.update()
-        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        with terminal():
+            self.bar.update()
+            self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if iter_num % self.options.log_interval == 0:
             self.say(
                 f"iter {iter_num}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.3f}, {rate:,.0f} tokens/s, "
@@ -654,7 +677,8 @@ class Log:
     def close(self) -> None:
         if self.losses:
             self.write({"iter": self.run.progress.iter_num, "train_loss": self.losses["train"], "val_loss": self.losses["val"]})
-        self.bar.close()
+        with terminal():
+            self.bar.close()
         if self.wandb is not None:
             self.wandb.finish()
 

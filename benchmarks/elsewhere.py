@@ -377,4 +377,4 @@ def plot(path: str, figures: list[dict[str, Any]]) -> None:
     handles = [plt.Line2D([], [], color=f"C{i}", marker="o", markersize=4, label=name) for i, name in enumerate(names)]
     figure.legend(handles=handles, ncol=min(6, len(names)), loc="lower center", fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, 0.07 if len(modes) == 1 else 0.04, 1, 1))
-    figure.savefig(path, dpi=120)
+    report.write_figure(path, figure)

@@ -63,5 +63,5 @@ def allreduce(world: World, options: BenchAllreduceOptions) -> None:
         plane.set(xscale="log", yscale="log", xlabel="bytes", ylabel="microseconds", title=f"all-reduce, {world.size} ranks")
         plane.legend()
         figure.tight_layout()
-        figure.savefig(options.plot, dpi=120)
+        report.write_figure(options.plot, figure)
     bench.finish("allreduce", {"sizes": found}, lines)

@@ -406,7 +406,7 @@ def scatter(path: str, lines: list[dict[str, Any]]) -> None:
     plane.set(xscale="log", yscale="log", xlabel="measured, ms a step", ylabel="predicted, ms a step", title="the band is 20 %")
     plane.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    report.write_figure(path, figure)
 
 
 def predict(world: World, options: BenchPredictOptions) -> None:

@@ -137,4 +137,4 @@ def plot_bars(path: str, title: str, unit: str, figures: dict[str, Any]) -> None
     axes.margins(x=0.15)
     axes.set(xlabel=unit, title=title)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    report.write_figure(path, figure)

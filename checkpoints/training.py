@@ -3,9 +3,9 @@
     step-000500/shards.json, rank-*.safetensors, tokenizer.json     the weights: any command reads them
     step-000500/optimizer/shards.json, rank-*.safetensors           AdamW's moments, split as their parameters are
     step-000500/training.json                                       iteration, best loss, options
-    latest                                                          the name of the newest whole checkpoint
 
-Every rank writes what it owns; the directory gets its name when all have finished, and `latest` moves after that.
+Every rank writes what it owns; the directory gets its name when all have finished, and `latest` (directory.py) moves after
+that.
 """
 
 import collections
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints.directory import has_checkpoints, iteration, point, remove, steps
 from checkpoints.shards import (
     MANIFEST,
     Manifest,
@@ -41,7 +42,7 @@ from checkpoints.shards import (
     sync_directory,
     write_json,
 )
-from checkpoints.sources import LATEST, latest_checkpoint, reader
+from checkpoints.sources import latest_checkpoint, reader
 from errors import UserError
 from parallel.mesh import World
 from parallel.partition import Partition, Rule
@@ -62,33 +63,6 @@ class Progress:
     tokens_seen: int = 0
     optimizer_steps: int = 0
     loss_scale: float = 1.0
-
-
-def has_checkpoints(out_dir: Path) -> bool:
-    return os.path.lexists(out_dir / LATEST)
-
-
-def steps(out_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    found = [path for path in out_dir.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted(found, key=_iteration)
-
-
-def _iteration(path: Path) -> int:
-    return int(path.name[5:])
-
-
-def delete_checkpoints(out_dir: Path) -> None:
-    """Forget an earlier run; `latest` goes first, so that nothing ever names a directory that is half gone."""
-    (out_dir / LATEST).unlink(missing_ok=True)
-    for path in steps(out_dir):
-        shutil.rmtree(path)
-
-
-def sweep(out_dir: Path) -> None:
-    """Delete what saves that were broken off have left; only one run at a time may use out_dir."""
-    for left in out_dir.glob(".step-*.tmp*"):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------
@@ -114,8 +88,9 @@ class Saver:
     directory once all ranks are done. A write that failed raises on the rank that it failed on, in the next call.
     """
 
-    def __init__(self, world: World, out_dir: Path, keep_last: int, background: bool):
+    def __init__(self, world: World, out_dir: Path, keep_last: int, background: bool, replaces: list[Path] | None = None):
         self.world, self.out_dir, self.keep_last, self.background = world, out_dir, keep_last, background
+        self._replaces = replaces or []  # of an earlier run: they go when the first checkpoint is whole
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._copies: dict[str, Tensor] = {}
         self._writing: Future[Files] | None = None
@@ -141,14 +116,14 @@ class Saver:
         ended = self.finish()
         self._began = time.perf_counter()
         path = self.out_dir / f"step-{progress.iter_num:06d}"
-        scratch = self.out_dir / f".{path.name}.tmp"
+        scratch = self.out_dir / f".{path.name}.{os.urandom(4).hex()}.tmp"
         if self.world.is_main:
-            shutil.rmtree(scratch, ignore_errors=True)
             (scratch / OPTIMIZER).mkdir(parents=True)
-        self.world.barrier()
+        # a name that no other save has: a rank of a run that has just been killed may still be writing
+        scratch = self.world.gather(scratch)[0]
         # what the manifests say is of this moment, not of when they are written
         state = {"progress": dict(vars(progress)), "options": options}
-        self._describe = partial(_finish, model, tokenizer, state, scratch, path, self.keep_last)
+        self._describe = partial(_finish, model, tokenizer, state, scratch, path, self.keep_last, self._replaces)
         tensors, shapes = _tensors(model, optimizer), _shapes(model)
         path_of_rank = scratch / shard_name(model.tp.rank, model.tp.size)
         if self.background:
@@ -258,6 +233,7 @@ def _finish(
     scratch: Path,
     path: Path,
     keep_last: int,
+    replaces: list[Path],
     files: list[Files],
 ) -> Path:
     """The last part of a save, on one rank: from here on the directory is there, and then `latest` names it."""
@@ -266,11 +242,11 @@ def _finish(
     write_json(scratch / STATE, state)
     sync_directory(scratch / OPTIMIZER)
     publish(scratch, path)
-    _point(path.parent, path.name)
+    point(path, replaces)
     # one that is of a later iteration stems from a run that went further: it is not this run's to count
-    before = [old for old in steps(path.parent) if _iteration(old) < _iteration(path)]
+    before = [old for old in steps(path.parent) if iteration(old) < iteration(path)]
     for old in before[: len(before) - keep_last + 1] if keep_last else []:
-        shutil.rmtree(old)
+        remove(old)
     return path
 
 
@@ -318,16 +294,6 @@ def _write_manifests(model: TensorParallelGPT, files: list[Any], scratch: Path, 
         write_json(directory / MANIFEST, manifest.as_json())
 
 
-def _point(out_dir: Path, name: str) -> None:
-    scratch = out_dir / f".{LATEST}.tmp"
-    with open(scratch, "w", encoding="utf-8") as file:
-        file.write(name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(out_dir / LATEST)
-    sync_directory(out_dir)
-
-
 def _instead(out_dir: Path) -> str:
     """What works with a directory that no run can be resumed from."""
     if (out_dir / STATE).is_file():
@@ -350,7 +316,7 @@ def read_state(out_dir: Path) -> tuple[Path, Progress, dict[str, Any]]:
     if not has_checkpoints(out_dir):
         raise UserError(f"{out_dir} has no checkpoint to resume. {_instead(out_dir)}")
     for entry in out_dir.iterdir():  # what this run is about to write to; `latest` and its like lead nowhere else
-        ours = re.match(rf"metrics\.jsonl|\.?{LATEST}|\.?step-", entry.name)
+        ours = re.match(r"\.?(metrics|latest|step-|begun|lock)", entry.name)
         if ours and not (inside(entry).is_file() or entry.is_dir()):
             raise UserError(f"{entry} is neither a file nor a directory.")
     path = latest_checkpoint(out_dir)

@@ -45,7 +45,7 @@ def draw(made: list[dict[str, Any]], path: Path) -> None:
     plane.grid(alpha=0.25)
     plane.legend(fontsize=8, loc="upper left")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    report.write_figure(path, figure)
 
 
 def _opened(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ What has been measured is kept in a file after each measurement, so a scan that 
 """
 
 import hashlib
+import json
 import math
 import os
 import sys
@@ -15,12 +16,11 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints.shards import write_json
 from errors import UserError
 from eval_tp import measure
 from parallel.mesh import World
 from parallel.schedule import KINDS, Schedule
-from text.files import read_json
+from text.files import read_json, replacing
 from tp_model import TensorParallelGPT
 
 Measure = Callable[[Schedule], float]  # the perplexity under a schedule
@@ -76,9 +76,8 @@ class Perplexities:
             total, count = measure(self.model, self.tokens, self.model.config.block_size, self.batch_size)
             self.known[name] = math.exp(min(700, total / count))  # in this order what is not a number counts as 700
             if self.world.is_main and self.path is not None:
-                scratch = self.path.with_name(self.path.name + ".tmp")
-                write_json(scratch, {"about": self.about, "perplexity": self.known})
-                scratch.replace(self.path)
+                with replacing(self.path) as file:
+                    file.write(json.dumps({"about": self.about, "perplexity": self.known}, indent=1).encode() + b"\n")
         self.bar.update()
         return self.known[name]
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from pathlib import Path
 
 # no -ffast-math: sums keep the order that is written down, and what is not a number stays so
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
+
+
+COMPILE_S = 30.0  # a fraction of a second where nothing is wrong
 
 
 class Unavailable(Exception):
@@ -75,12 +79,26 @@ def _compile(compiler: str, source: Path, path: Path) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     command = [*compiler.split(), *FLAGS, "-o", str(scratch), str(source), "-lm"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        if done.returncode:
-            said = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
-            raise Unavailable(f"{compiler} failed: {said[0][:120]}")
+        status, said = _run(command)
+        if status:
+            first = next((line for line in said.splitlines() if "error" in line), "no message")
+            raise Unavailable(f"{compiler} failed: {first[:120]}")
         scratch.replace(path)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"{compiler} did not end within {COMPILE_S:g} s") from None
+    except OSError as error:
         raise Unavailable(f"{compiler} could not be run ({error})") from None
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    """(exit status, standard error). One that takes too long is killed with all that it has started, as a compiler does."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
+        try:
+            said = run.communicate(timeout=COMPILE_S)[1]
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+            raise
+        return run.returncode, said

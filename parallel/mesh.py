@@ -1,5 +1,6 @@
 """Start-up and shutdown: which device, which transport, and the dp x tp mesh. The only reader of torchrun's environment."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from errors import UserError
+from errors import Unheard, UserError
 from native.library import Unavailable
 from parallel.collectives import Axis, GroupTransport, Transport, named
 from parallel.ledger import Entry, Ledger, Track
@@ -27,16 +28,14 @@ from parallel.shm import ShmTransport
 from parallel.symmetric import SymmetricTransport
 from parallel.watch import ANSWER_S, Peer, Watch, first_to_say
 
-# torch's transports give up this much later than the watchdog, which knows more and says it
+# at the start torch's transports give up this much later than the watchdog, which knows more and says it
 LATER_S = 30.0
-# the watchdog waits for a rank that compiles; with --compile torch's transports wait this much longer
-COMPILING_S = 480.0
 
 
 @dataclass(frozen=True)
 class Launch:
     """What torchrun told this process; one rank when it was started by plain python. restarts: how often torchrun has started
-    the ranks of this host again; run: the name it has for the run."""
+    the ranks of this host again; run: the name it has for the run; parent: its process, 0 where there is none."""
 
     rank: int
     size: int
@@ -44,18 +43,38 @@ class Launch:
     local_size: int
     restarts: int = 0
     run: str = ""
+    parent: int = 0
 
     @classmethod
     def from_environment(cls) -> "Launch":
         keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         if not any(key in os.environ for key in keys):
+            _check_alone()
             return cls(0, 1, 0, 1)
         missing = [key for key in keys if not os.environ.get(key, "").isdigit()]
         if missing:
             raise UserError(f"{missing[0]} is not set. Start ranks with torchrun --standalone --nproc_per_node=N.")
         restarts, run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("TORCHELASTIC_RUN_ID", "")
         rank, size, local_rank, local_size = (int(os.environ[key]) for key in keys)
-        return cls(rank, size, local_rank, local_size, int(restarts), run)
+        return cls(rank, size, local_rank, local_size, int(restarts), run, os.getppid() if run else 0)
+
+    def has_ended(self) -> bool:
+        """Whether torchrun is gone: it ends its ranks first, unless it is killed."""
+        return self.parent > 0 and os.getppid() != self.parent
+
+
+def _check_alone() -> None:
+    """UserError where a launcher that sets no RANK has started several processes: each would be a run of its own."""
+    counts = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun", "SLURM_STEP_NUM_TASKS": "srun"}
+    if os.environ.get("SLURM_PROCID", "0") != "0":  # SLURM_NTASKS alone is set in a batch script as well
+        counts["SLURM_NTASKS"] = "srun"
+    for name, launcher in counts.items():
+        count = os.environ.get(name, "")
+        if count.isdigit() and int(count) > 1:
+            raise UserError(
+                f"{launcher} has started {count} processes ({name}), and each would be a run of its own. Start ranks with "
+                f"torchrun --standalone --nproc_per_node={count}, on several nodes as docs/cluster.md has it."
+            )
 
 
 @dataclass(frozen=True)
@@ -80,6 +99,11 @@ class World:
     def is_main(self) -> bool:
         """The one rank that prints and writes. It takes part in every collective like the others."""
         return self.rank == 0
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the launcher of this rank is gone."""
+        return self.launch.has_ended() or (self.watch is not None and self.watch.orphaned)
 
     def gather(self, thing: Any, what: str = "") -> list[Any]:
         """A small picklable thing of every rank, in rank order, on all ranks (start-up, saving and reports; not accounted).
@@ -268,20 +292,39 @@ def _store(launch: Launch, seconds: float) -> tuple[Any, bool]:
     if missing:
         raise UserError(f"{missing[0]} is not set. Start ranks with torchrun --standalone --nproc_per_node=N.")
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    holds = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    try:
-        limit = timedelta(seconds=seconds)
-        store = dist.TCPStore(host, int(port), is_master=holds, timeout=limit, wait_for_workers=False, multi_tenant=True)
-    except (RuntimeError, ValueError) as error:
-        if holds:
-            fault = f"rank 0 cannot listen at port {port} ({str(error).strip().splitlines()[0]}). Set another MASTER_PORT."
-        else:
-            fault = (
-                f"rank {launch.rank} (host {socket.gethostname()}) found nobody at {host}:{port} within {seconds:g} s. Is "
-                f"rank 0 there, and can this host reach it? --start_timeout waits longer."
-            )
-        raise UserError(fault) from None
-    return store, holds
+    holds, end = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True", time.monotonic() + seconds
+
+    def connect() -> Any:
+        try:
+            while not holds and not _answers(host, int(port)):  # torch would complain at each attempt
+                if time.monotonic() > end:
+                    return TimeoutError()
+                time.sleep(0.05)
+            limit = timedelta(seconds=max(1.0, end - time.monotonic()))
+            return dist.TCPStore(host, int(port), is_master=holds, timeout=limit, wait_for_workers=False, multi_tenant=True)
+        except (RuntimeError, ValueError, OverflowError) as error:
+            return error
+
+    store = answer(connect, None, seconds + ANSWER_S)
+    if not isinstance(store, Exception | None):
+        return store, holds
+    if holds:
+        fault = f"rank 0 cannot listen at port {port} ({str(store).strip().splitlines()[0]}). Set another MASTER_PORT."
+    elif store is None or isinstance(store, RuntimeError):
+        fault = f"what answers at {host}:{port} is no store: another program has that port. Set another MASTER_PORT."
+    else:
+        fault = (
+            f"rank {launch.rank} (host {socket.gethostname()}) found nobody at {host}:{port} within {seconds:g} s. Is "
+            f"rank 0 there, and can this host reach it? --start_timeout waits longer."
+        )
+    raise Unheard(fault)
+
+
+def _answers(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_connection((host, port), 1).close()
+        return True
+    return False
 
 
 def _check_statements(stated: list[dict[str, Any]]) -> None:
@@ -388,7 +431,6 @@ def _connect(
     """The world of ranks that have answered the roll call: groups, axes, and a first message over each.
     shape: dp, tp."""
     latest, ledger = options.comm_timeout + LATER_S, watch.ledger
-    latest += COMPILING_S if options.compile else 0
     store.set_timeout(timedelta(seconds=latest))
     # host memory always goes over gloo; with nccl, a GPU's memory goes over nccl
     dist.init_process_group(
@@ -454,7 +496,8 @@ def start(options: Any, tp: int, prog: str, promise: dict[str, Any]) -> Iterator
     if launch.rank == 0:
         _warn_of_hosts(peers, tp, prog)
     store = dist.PrefixStore(attempt, store)
-    watch = Watch(store, holds, launch.rank, peers, ledger, options.start_timeout, prog)
+    gone = launch.has_ended if launch.run else None
+    watch = Watch(store, holds, launch.rank, peers, ledger, options.start_timeout, prog, gone)
     watch.start()
     try:
         world = _connect(store, watch, launch, (dp, tp), device, comm, options, prog)
@@ -462,9 +505,17 @@ def start(options: Any, tp: int, prog: str, promise: dict[str, Any]) -> Iterator
         watch.stop()  # it is this rank's own fault, and told as one
         raise
     watch.limit = options.comm_timeout
+    _leave_time_to_watch(world)
     yield world
     watch.stop()
     dist.destroy_process_group()
+
+
+def _leave_time_to_watch(world: World) -> None:
+    """From here on the watchdog sees every call. It counts the seconds in which this process runs; torch's clock goes on
+    while all ranks are stopped, by a batch system or a laptop's lid."""
+    for group in (None, *world.groups.values()):
+        dist.distributed_c10d._set_pg_timeout(timedelta(days=30), group)
 
 
 def linger(world: World | None, said: bool) -> None:

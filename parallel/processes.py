@@ -1,9 +1,12 @@
 """What the processes of a group find out about each other: who still runs, and whether all of them can do a thing."""
 
 import contextlib
+import errno
 import os
+import stat
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from native.library import Unavailable
@@ -28,6 +31,22 @@ def process_state(pid: int) -> str:
 def is_running(pid: int) -> bool:
     """False for one that has ended, also while it waits as a zombie for its parent."""
     return process_state(pid) not in ("", "Z", "X")
+
+
+@contextlib.contextmanager
+def terminal() -> Iterator[None]:
+    """Within, what is printed may go to a terminal that has been closed meanwhile: the process goes on without it."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        null = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+                os.dup2(null, stream)
+        os.close(null)
 
 
 def answer(ask: Callable[[], T], otherwise: T, seconds: float) -> T:

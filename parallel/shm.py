@@ -9,7 +9,6 @@ process that holds it, however that ends, and a small /dev/shm does not limit it
 import ctypes
 import mmap
 import os
-import time
 from typing import Any
 
 import torch
@@ -129,13 +128,13 @@ class ShmTransport:
 
     def _wait(self, late: int, call: tuple[Any, ...]) -> None:
         """Go on with a call that a rank has kept waiting."""
-        end = time.monotonic() + self.timeout
+        waited = 0.0  # while this process runs: it may be stopped, with all others
         while late != _DONE:
             if late <= _DIFFERENT:
                 raise RuntimeError(f"rank {_DIFFERENT - late} of the group brought another message than rank {self.rank}")
             if not is_running(self.pids[late]):
                 raise RuntimeError(f"rank {late} of the group has ended (process {self.pids[late]})")
-            if time.monotonic() > end:
+            if (waited := waited + PATIENCE_S) > self.timeout:
                 raise RuntimeError(f"rank {late} of the group did not come within {self.timeout:g} s")
             late = self._call(*call)
 

@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -32,7 +33,9 @@ ANSWER_S = 3.0  # how long the store is waited for when a run ends: the process 
 GRACE_S = 2.0  # from the word that a rank has failed to the end of the others
 BEATS = 2  # between two looks at the others
 FAILED = "failed"  # the store's counter of ranks that have found the run to have failed
-TERMINATED = 128 + signal.SIGTERM  # exit status
+ORPHAN_S = 8.0  # how long a run may go on without a launcher before it saves
+# what asks a process to end: SIGHUP where its terminal is closed, the last two what batch systems send ahead of time
+STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,16 @@ class Watch:
 
     store: each thread has a clone of this client, as a call that waits blocks its connection. holds: the store is in this
     process. peers: of all ranks. limit: the seconds a call may take; it may be changed while the watch goes on. prog: what
-    messages begin with.
+    messages begin with. gone: tells whether the launcher, which has the store, is; None where there is none.
     """
 
     def __init__(
-        self, store: Any, holds: bool, rank: int, peers: tuple[Peer, ...], ledger: Ledger, limit: float, prog: str
-    ):
+        self, store: Any, holds: bool, rank: int, peers: tuple[Peer, ...], ledger: Ledger, limit: float, prog: str,
+        gone: Callable[[], bool] | None = None,
+    ):  # fmt: skip
+        self._gone, self._lost_at = gone or (lambda: False), 0.0
+        self._launched = gone is not None
+        self._placed = False  # this rank has been asked where no store could tell who is first
         self.holds = holds
         self.store, self.rank, self.peers, self.ledger, self.limit, self.prog = store.clone(), rank, peers, ledger, limit, prog
         self._failed, self._asking = store.clone(), store.clone()
@@ -121,7 +128,7 @@ class Watch:
         self._left: set[int] = set()  # ranks of this host that have come to their end
         self._stop = threading.Event()
         self._bell, self._rope = os.pipe()  # a signal rings it, whatever the main thread does
-        self._before: Any = None  # how signals were handled
+        self._before: dict[int, Any] = {}  # how signals were handled; the bell's as number 0
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._watch, self._listen)]
 
     # --- what the run calls -----------------------------------------------------------------------------------------
@@ -129,9 +136,10 @@ class Watch:
     def start(self) -> None:
         if threading.current_thread() is threading.main_thread():
             os.set_blocking(self._rope, False)
-            self._before = signal.set_wakeup_fd(self._rope, warn_on_full_buffer=False), signal.getsignal(signal.SIGTERM)
-            if self._before[1] == signal.SIG_DFL:  # a run that saves when it is told to stop has a handler of its own
-                signal.signal(signal.SIGTERM, self._terminated)
+            self._before[0] = signal.set_wakeup_fd(self._rope, warn_on_full_buffer=False)
+            for number in STOPS:  # a run that saves when it is told to stop has a handler of its own
+                if signal.getsignal(number) == signal.SIG_DFL:
+                    self._before[number] = signal.signal(number, self._terminated)
         self._publish()
         for thread in self._threads:
             thread.start()
@@ -147,17 +155,19 @@ class Watch:
             end = time.monotonic() + (ANSWER_S if self.holds else 0)
             while time.monotonic() < end and not all(seen.left for seen in (self._others(self.store) or {}).values()):
                 time.sleep(0.01)
-        if self._before is not None:
-            signal.set_wakeup_fd(self._before[0])
-            if signal.getsignal(signal.SIGTERM) == self._terminated:
-                signal.signal(signal.SIGTERM, self._before[1])
+        for number, handler in self._before.items():
+            if number == 0:
+                signal.set_wakeup_fd(handler)
+            elif signal.getsignal(number) == self._terminated:
+                signal.signal(number, handler)
 
     def is_first(self) -> bool:
         """Whether this rank is the first to have found the run to have failed; all are told."""
-        # where the store is gone its holder went without a word: the launcher, or rank 0
-        by_place = self.rank < 2
-        if self._heard.is_set() or self._mute:
-            return by_place and not self._heard.is_set()
+        # where the store is gone its holder went without a word, the launcher or rank 0: the first of each host speaks
+        by_place = self.rank == min({rank for rank, peer in enumerate(self.peers) if self._is_here(peer)} - self._ended())
+        if self._heard.is_set() or self._mute or self._gone():
+            by_place, self._placed = by_place and not self._placed and not self._heard.is_set(), True
+            return by_place
         return answer(lambda: first_to_say(self._asking), by_place, ANSWER_S)
 
     def linger(self, said: bool) -> None:
@@ -166,13 +176,15 @@ class Watch:
             end = time.monotonic() + BEAT_S + GRACE_S + ANSWER_S  # others have its store to ask
             while time.monotonic() < end and len(self._ended()) < len(self.peers) - 1:
                 time.sleep(0.05)
+        elif said and (self._mute or self._gone()):
+            time.sleep(2 * BEAT_S)  # while this rank is there no other of its host speaks
         else:
             time.sleep(0.3 if said else 1)  # a launcher ends all with the first one: that is who has spoken
 
     def _terminated(self, number: int, frame: Any) -> None:
         """Python wants a handler, or it rings no bell. The bell does the work: the main thread may be deep in a call."""
         if not self._threads[0].is_alive():
-            os._exit(TERMINATED)
+            os._exit(128 + number)
 
     # --- once a beat ------------------------------------------------------------------------------------------------
 
@@ -188,11 +200,11 @@ class Watch:
             if now - last > 3 * beat + 1:
                 self._since.clear()  # this process has been stopped itself: it was not the others who were late
             last = now
-            with contextlib.suppress(RuntimeError):  # a store that is gone; what follows looks at this host
-                self._publish()
+            self._look_at_launcher(now)
             self._look_at_processes()
-            if signal.SIGTERM in rung and signal.getsignal(signal.SIGTERM) == self._terminated:
-                self._end(f"rank {self.rank} was told to stop (SIGTERM) {self._where()}", TERMINATED)
+            for number in STOPS:
+                if number in rung and signal.getsignal(number) == self._terminated:
+                    self._end(f"rank {self.rank} was told to stop ({number.name}) {self._where()}", 128 + number)
             self._look_at_calls(now)
 
     def _publish(self, left: bool = False) -> None:
@@ -217,6 +229,26 @@ class Watch:
                 return f"in {call_text(number, call)}"
         latest = self.ledger.latest
         return f"after {call_text(latest.number, latest.call)}" if latest and latest.call else "before its first collective"
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the launcher is gone: nobody would end this process, or start it again."""
+        return self._lost_at > 0
+
+    def _look_at_launcher(self, now: float) -> None:
+        """Publish in its store. Where it is gone the run saves if it can, and ends."""
+        gone = self._gone()
+        try:
+            self._mute = self._mute or gone
+            self._publish()
+        except RuntimeError:  # the store is gone, and torch would complain at each further question
+            self._mute, gone = True, self._launched
+        if gone and not self.orphaned:
+            self._lost_at = now
+        saves = signal.getsignal(signal.SIGTERM) != self._terminated
+        saving = saves and (now - self._lost_at < ORPHAN_S or "save" in self.ledger.doing)
+        if self.orphaned and not saving:
+            self._end(f"the launcher of rank {self.rank} is gone: the run has ended {self._where()}", 128 + signal.SIGTERM)
 
     def _look_at_processes(self) -> None:
         """A rank of this host whose process has ended without a word ends the run."""
@@ -288,7 +320,7 @@ class Watch:
     def _listen(self) -> None:
         """End this process some time after another has said that the run has failed, whatever it does."""
         with contextlib.suppress(RuntimeError):  # the store is gone, with its holder: there will be no word
-            while not self._stop.wait(min(BEAT_S, self.limit / 4)):
+            while not self._stop.wait(min(BEAT_S, self.limit / 4)) and not self._gone():
                 if self._failed.check([FAILED]):
                     self._heard.set()
                     break
@@ -304,7 +336,8 @@ class Watch:
         """Say it, unless another has spoken, and end this process at once: the main thread hangs, or will."""
         said = self.is_first()
         if said:
-            print(f"{self.prog}: {line}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # a terminal that has been closed
+                print(f"{self.prog}: {line}", file=sys.stderr, flush=True)
             self._kill(silent or set())
         answer(lambda: self._publish(left=True), None, 0.5)  # or this rank would be taken for a silent one
         self.linger(said)

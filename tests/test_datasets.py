@@ -14,7 +14,7 @@ import torch
 
 from errors import UserError
 from text import dataset as module
-from text.dataset import Dataset, TokenFile, batch, row_start, split_and_write, token_writer, write_tokens
+from text.dataset import Dataset, TokenFile, TokenWriter, batch, row_start, split_and_write, token_writer, write_tokens
 from text.prepare import shakespeare_options
 from text.tokenizer import CharTokenizer
 
@@ -79,9 +79,33 @@ def test_appending_is_as_writing_at_once(tmp_path):
         writer.append([2, 10])
 
 
-def test_a_mapped_file_survives_being_replaced(tokens):
+def test_an_open_file_survives_being_replaced(tokens):
     write_tokens(tokens.path, [7], 8)
     assert tokens[998:].tolist() == [998, 999]
+
+
+def test_an_open_file_that_gets_shorter_is_an_error(tokens):
+    os.truncate(tokens.path, 1001)  # within a token
+    assert tokens[:500].tolist() == list(range(500)) and tokens[3:3].tolist() == []
+    with pytest.raises(UserError, match="train.bin has become shorter than its 1000 tokens since the run began"):
+        tokens[490:510]
+
+
+def test_an_earlier_dataset_is_there_until_there_is_another(tmp_path, monkeypatch):
+    split_and_write(tmp_path, "abc" * 100, CharTokenizer(["a", "b", "c"]))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    append, said = TokenWriter.append, []
+
+    def full(writer, ids):
+        said.append(writer)
+        if len(said) == 2:
+            raise OSError(28, "No space left on device")
+        append(writer, ids)
+
+    monkeypatch.setattr(TokenWriter, "append", full)
+    with pytest.raises(UserError, match="val.bin: No space left on device"):
+        split_and_write(tmp_path, "xyz" * 50, CharTokenizer(["x", "y", "z"]))
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_writing_where_one_cannot(tmp_path):

@@ -1,6 +1,7 @@
 """The account of a run: equal to the formula, to torch.profiler's own count, and complete in the report."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,32 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     report.check_place("", "report")
     report.check_place(str(tmp_path / "r.json"), "report")
     assert list(tmp_path.iterdir()) == []  # looking leaves nothing behind
+
+
+def test_a_report_that_fails_half_way_costs_no_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    class Figure:
+        def savefig(self, file: Any, **how: Any) -> None:
+            file.write(f"{how['format']} of {how['dpi']}".encode())
+
+    path, link, plot = tmp_path / "kept.json", tmp_path / "link.json", tmp_path / "kept.svg"
+    report.write(str(path), {"entry": "the first"})
+    report.write_figure(plot, Figure())
+    link.symlink_to(path)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=f"^--report={link} cannot be written: No space left on device.$"):
+            report.write(str(link), {"entry": "the second"})
+        with pytest.raises(UserError, match="^cannot write .*kept.svg: No space left on device$"):
+            report.write_figure(plot, Figure())
+    assert json.loads(path.read_text()) == {"entry": "the first"} and plot.read_text() == "svg of 120"
+    assert len(list(tmp_path.iterdir())) == 3
+    report.write(str(link), {"entry": "the third"})
+    assert json.loads(path.read_text()) == {"entry": "the third"} and link.is_symlink()
+    report.write(os.devnull, {})
+    assert Path(os.devnull).is_char_device()
 
 
 def test_a_place_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

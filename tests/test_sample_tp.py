@@ -248,6 +248,14 @@ def test_what_was_finished_is_kept_when_a_run_is_broken_off(
     with redirect_stdout(out), redirect_stderr(io.StringIO()), pytest.raises(KeyboardInterrupt):
         sample_tp.main(alone(), options)
     assert len(lines_of(path)) == 2
+    path.write_text("earlier\n")
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), pytest.raises(KeyboardInterrupt):
+        sample_tp.main(alone(), options)
+    assert path.read_text() == "earlier\n" and len(lines_of(tmp_path / "o.jsonl.part")) == 2
+    monkeypatch.undo()
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        sample_tp.main(alone(), options)
+    assert len(lines_of(path)) == 6 and [file.name for file in tmp_path.iterdir()] == ["o.jsonl"]
     assert out.getvalue().count(LINE) == 2 and out.getvalue().endswith("\n")  # the message has a line of its own
 
 

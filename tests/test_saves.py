@@ -1,7 +1,9 @@
 """Checkpoints of a run: whole or not there, in the background too, whatever ends the run and whenever."""
 
 import os
+import pty
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from test_training import curve, figures, letters, options  # noqa: F401
 
+import entry
 import train_tp
 from checkpoints import training
 from checkpoints.shards import TensorFile
@@ -144,6 +147,7 @@ def _told(world: World, settings: TrainOptions, rank: int, at: int, numbers: lis
 
 @pytest.mark.parametrize("size, tp, rank, signals, status, background", [
     (1, 1, 0, [signal.SIGTERM], 143, True), (2, 2, 1, [signal.SIGTERM], 143, False), (2, 2, 1, [signal.SIGTERM], 143, True),
+    (1, 1, 0, [signal.SIGHUP], 129, False), (1, 1, 0, [signal.SIGUSR1, signal.SIGTERM], 138, False),
     (2, 1, 1, [signal.SIGINT, signal.SIGINT], 130, False), (4, 2, 3, [signal.SIGTERM, signal.SIGINT], 143, True),
 ])  # fmt: skip
 def test_a_run_that_is_told_to_stop_saves_first(
@@ -159,6 +163,33 @@ def test_a_run_that_is_told_to_stop_saves_first(
     run_ranks(size, _train, options(letters, tmp_path / "cut", tp=tp, init_from="resume"), tp=tp)
     run_ranks(size, _train, whole, tp=tp)
     assert np.array_equal(figures(tmp_path / "cut"), figures(tmp_path / "whole"))
+
+
+def test_a_run_whose_terminal_is_closed_saves(letters: Path, tmp_path: Path) -> None:  # noqa: F811
+    """SIGHUP comes, and nothing can be printed any more."""
+    settings = options(letters, tmp_path, log_interval=1, max_iters=10**6, eval_interval=10**6)
+    child, terminal = pty.fork()
+    if child == 0:
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        entry.run_parsed(lambda: (train_tp.main, settings), "train_tp.py")
+        os._exit(0)
+    said = b""
+    while b"iter 2:" not in said:
+        said += os.read(terminal, 1 << 16)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGHUP
+    assert soak.check_latest(tmp_path) == len(curve(tmp_path)) > 2
+
+
+def test_nohup_is_heeded() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train_tp.Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert signals.asked == signal.SIGUSR2
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_who_insists_on_ctrl_c_is_obeyed_at_once() -> None:

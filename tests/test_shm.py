@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from native.library import Unavailable
 from parallel import shm
 from parallel.collectives import all_reduce
 from parallel.mesh import Launch, World, make_axis, pick_comm
+from parallel.processes import is_running
 from parallel.shm import SLOT_BYTES, ShmTransport
 
 PIECE = SLOT_BYTES // 4  # float32 elements
@@ -292,6 +294,26 @@ def test_a_cache_that_others_may_have_written_is_not_used(tmp_path: Path, monkey
         assert place.is_dir() and tmp_path not in place.parents
     assert not place.exists()
     assert library.load("shm").nanotp_move
+
+
+def test_a_compiler_that_hangs_is_ended_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = tmp_path / "slow"
+    slow.write_text(f"#!/bin/sh\nsleep 1000 &\necho $! > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/child\nwait\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("CC", str(slow))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def waited(compiler: Any, timeout: float) -> None:
+        while not (tmp_path / "child").exists():
+            time.sleep(0.01)
+        raise subprocess.TimeoutExpired("slow", timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", waited)
+    with pytest.raises(Unavailable, match="slow did not end within 30 s$"):
+        library.load("shm")
+    child = int((tmp_path / "child").read_text())
+    while is_running(child):
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(

@@ -334,7 +334,7 @@ def test_freed_memory_is_given_back_where_a_run_is_sharded() -> None:
 
 def _evaluation(world: World, settings: TrainOptions) -> dict[str, float]:
     run_ = train_tp.prepare(world, settings, Dataset(Path(settings.data_dir) / settings.dataset))
-    return train_tp.evaluate(run_)
+    return train_tp.evaluate(run_, settings.eval_iters)
 
 
 def test_evaluation_is_the_reference_on_the_same_batches(letters: Path, tmp_path: Path) -> None:

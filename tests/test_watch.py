@@ -1,8 +1,11 @@
 """The roll call and the watchdog: who is missing, late, stopped or gone is named, and nobody who computes is accused."""
 
 import os
+import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -12,10 +15,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import soak
 import test_entry
 import torch
 import torch.distributed as dist
 from test_entry import launch, spoken
+from test_training import TINY, letters  # noqa: F401
 
 from errors import UserError
 from parallel import collectives
@@ -348,17 +353,117 @@ def test_a_rank_that_comes_to_its_end_first_is_not_missed(tmp_path: Path) -> Non
     assert launch(3, _leaves_early, tmp_path, ["--device=cpu"], seconds=20) == [(0, "")] * 3
 
 
-def _told_to_stop(world: World, options: Any) -> None:
+def _told_to_stop(number: int, world: World, options: Any) -> None:
     if world.rank == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
     all_reduce(torch.ones(1), world.tp.at("mlp", 3), "forward")
     time.sleep(30)
 
 
-def test_a_rank_that_is_told_to_stop_says_so(tmp_path: Path) -> None:
-    ends = launch(2, _told_to_stop, tmp_path, ["--device=cpu"], seconds=15)
-    assert "prog.py: rank 1 was told to stop (SIGTERM) " in ends[1][1] and spoken(ends).count("prog.py:") == 1
-    assert [status for status, _ in ends] == [1, 143]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2])
+def test_a_rank_that_is_told_to_stop_says_so(tmp_path: Path, number: signal.Signals) -> None:
+    ends = launch(2, partial(_told_to_stop, number), tmp_path, ["--device=cpu"], seconds=15)
+    assert f"prog.py: rank 1 was told to stop ({number.name}) " in ends[1][1] and spoken(ends).count("prog.py:") == 1
+    assert [status for status, _ in ends] == [1, 128 + number]
+
+
+def _suspended(world: World, options: Any) -> None:
+    """All ranks are stopped while one waits for the other."""
+    pids = [peer.pid for peer in world.peers]
+    if world.rank == 0 and os.fork() == 0:
+        for number, then in ((signal.SIGSTOP, 4.0), (signal.SIGCONT, 0.0)):
+            for pid in pids:
+                os.kill(pid, number)
+            time.sleep(then)
+        os._exit(0)
+    for _ in range(8 * world.rank):
+        time.sleep(0.1)
+    assert all_reduce(torch.ones(1), world.tp.at("mlp", 0), "forward").item() == 2
+
+
+def test_ranks_that_are_all_stopped_for_a_while_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parallel.mesh.LATER_S", -3.0)  # torch's own limit: three seconds
+    words = ["--device=cpu", "--comm=gloo", "--comm_timeout=6"]
+    assert launch(2, _suspended, tmp_path, words, seconds=30) == [(0, "")] * 2
+
+
+# --- without a launcher ---------------------------------------------------------------------------------------------
+
+
+def _left_alone(scratch: Path, world: World, options: Any) -> None:
+    mark = scratch / f"rank-{world.rank}"
+    mark.with_suffix(".new").write_text(str(os.getpid()))
+    mark.with_suffix(".new").rename(mark)
+    if world.rank == 1:
+        time.sleep(60)
+    all_reduce(torch.ones(1), world.tp.at("mlp", 3), "forward")
+
+
+def test_ranks_whose_launcher_is_killed_end(tmp_path: Path) -> None:
+    """One waits for the other, which sleeps: no call of theirs fails."""
+    launcher = os.fork()
+    if launcher == 0:
+        os.environ["TORCHELASTIC_RUN_ID"] = "job"
+        launch(2, partial(_left_alone, tmp_path), tmp_path, ["--device=cpu"], seconds=60)
+    marks = [tmp_path / f"rank-{rank}" for rank in range(2)]
+    while not all(mark.exists() for mark in marks):
+        time.sleep(0.02)
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    killed = time.monotonic()
+    while any(is_running(int(mark.read_text())) for mark in marks):
+        assert time.monotonic() < killed + 20
+        time.sleep(0.02)
+    said = "".join((tmp_path / f"stderr-{rank}").read_text() for rank in range(2))
+    where = r"(in all_reduce #1 \(layer 3, mlp, forward\)|after .*)"
+    assert re.fullmatch(rf"prog.py: the launcher of rank \d is gone: the run has ended {where}\n", said)
+
+
+@pytest.mark.slow
+def test_training_whose_launcher_is_killed_saves_and_ends(letters: Path, tmp_path: Path) -> None:  # noqa: F811
+    out = tmp_path / "out"
+    asked = TINY | {"max_iters": 10**6, "eval_interval": 10**6, "data_dir": letters, "out_dir": out, "tp": 2}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1", "--nproc_per_node=2"]
+    with open(tmp_path / "said", "w") as said:
+        words = [*command, "train_tp.py", *(f"--{name}={value}" for name, value in asked.items())]
+        alone = os.environ | {"OMP_NUM_THREADS": "1"}
+        launcher = subprocess.Popen(words, cwd=test_entry.ROOT, stdout=said, stderr=said, env=alone)
+    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 3:
+        assert launcher.poll() is None, (tmp_path / "said").read_text()
+        time.sleep(0.05)
+    ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    launcher.kill()
+    launcher.wait()
+    killed = time.monotonic()
+    while any(is_running(int(pid)) for pid in ranks):
+        assert time.monotonic() < killed + 30
+        time.sleep(0.05)
+    lines = [line for line in (tmp_path / "said").read_text().splitlines() if line.startswith("train_tp.py:")]
+    at = soak.check_latest(out)
+    how = f"stopped after {at} iterations, saved {out}/step-{at:06d}. --init_from=resume goes on from there."
+    assert lines == [f"train_tp.py: the launcher is gone: {how}"]
+
+
+# --- no store -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_rank_that_finds_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
+    """Rank 1 is started alone; where rank 0 should be is nobody, or somebody who listens and says nothing."""
+    start = test_entry._rank
+    monkeypatch.setattr(test_entry, "_rank", lambda rank, size, *rest: start(1, 2, *rest))
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        port = silent.getsockname()[1]
+        monkeypatch.setattr(test_entry, "free_port", lambda: port)
+        if answers:
+            silent.listen()
+        (tmp_path / "stderr-0").touch()
+        ends = launch(1, _never, tmp_path, ["--device=cpu", "--start_timeout=1"], seconds=30)
+    said = (tmp_path / "stderr-1").read_text()
+    there = f"what answers at 127.0.0.1:{port} is no store: another program has that port. Set another MASTER_PORT.\n"
+    nobody = f"rank 1 (host {HOST}) found nobody at 127.0.0.1:{port} within 1 s. Is rank 0 there, and can this host reach it?"
+    assert ends[0][0] == 2 and said.startswith(f"prog.py: {there if answers else nobody}") and said.count("\n") == 1
 
 
 def test_an_axis_has_one_track_under_all_its_labels() -> None:

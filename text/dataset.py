@@ -50,10 +50,11 @@ EVAL_STREAM = 1
 
 
 class TokenFile:
-    """A file of token ids, mapped into memory: len(tokens), tokens[lo:hi] -> read-only uint16 array.
+    """A file of token ids: len(tokens), tokens[lo:hi] -> uint16 array.
 
-    UserError if the file is missing, unreadable, empty, not a whole number of uint16, or seen to be
-    something else.
+    It is read, not mapped: where a mapped file gets shorter, a look at it kills the process without a word. UserError if the
+    file is missing, unreadable, empty, not a whole number of uint16, or seen to be something else; and where it has become
+    shorter since.
     """
 
     def __init__(self, path: str | Path):
@@ -67,17 +68,32 @@ class TokenFile:
                 raise UserError(
                     f"{path} has an odd size ({size} bytes), so it holds no uint16 token ids: prepare it again"
                 )
-            self._ids = np.memmap(self.path, dtype=TOKEN_DTYPE, mode="r")
+            self._file = open(self.path, "rb", buffering=0)
+            self._count = size // TOKEN_DTYPE.itemsize
         except FileNotFoundError:
             raise UserError(f"{path} is missing: {_how_to_prepare(self.path.parent)}") from None
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return self._count
 
     def __getitem__(self, part: slice) -> NDArray[np.uint16]:
-        return np.asarray(self._ids[part])
+        lo, hi, _ = part.indices(self._count)
+        ids = np.empty(max(0, hi - lo), TOKEN_DTYPE)
+        left, at = ids.view(np.uint8).data, lo * TOKEN_DTYPE.itemsize
+        while left:
+            try:
+                count = os.preadv(self._file.fileno(), [left], at)
+            except OSError as error:
+                raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
+            if count == 0:
+                raise UserError(
+                    f"{self.path} has become shorter than its {self._count} tokens since the run began: prepare it again, and "
+                    f"not while a run reads it"
+                )
+            left, at = left[count:], at + count
+        return ids
 
 
 def _check_format(path: Path) -> None:
@@ -228,6 +244,7 @@ class TokenWriter:
         if wrong.size:
             raise UserError(self._why_not(int(array[wrong[0]]), self.count + int(wrong[0])))
         self._file.write(array.astype(TOKEN_DTYPE).tobytes())
+        self._file.flush()  # a disk that is full is noticed before any file of the dataset is replaced
         self.count += array.size
 
     def _why_not(self, token_id: int, position: int) -> str:
@@ -261,9 +278,11 @@ def split_and_write(directory: str | Path, text: str, tokenizer: Tokenizer, val_
         raise UserError(f"a text of {len(text)} characters is too short to be split: give a longer one")
     train, val = tokenizer.encode_ordinary(text[:cut]), tokenizer.encode_ordinary(text[cut:])
     make_directory(directory)
-    write_tokens(directory / "train.bin", train, tokenizer.n_vocab)
-    write_tokens(directory / "val.bin", val, tokenizer.n_vocab)
-    write_tokenizer(tokenizer, directory)
+    train_bin, val_bin = (token_writer(directory / f"{split}.bin", tokenizer.n_vocab) for split in ("train", "val"))
+    with train_bin as to_train, val_bin as to_val:  # an earlier dataset goes when all of the new one is there
+        to_train.append(train)
+        to_val.append(val)
+        write_tokenizer(tokenizer, directory)
     print(
         f"{directory}: {len(text):,} characters; {tokenizer.kind} vocabulary of {tokenizer.n_vocab:,}; "
         f"train {len(train):,} tokens, val {len(val):,} tokens"

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from errors import UserError, printable
 
@@ -126,18 +126,35 @@ def _finite(text: str) -> float:
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A new binary file that takes `path`'s place when the block ends well; else `path` stays as it was.
 
-    A reader (a training run that has the old file mapped, say) sees the whole old file or the whole new one.
+    A reader sees the whole old file or the whole new one. What is no file (a pipe, /dev/stdout), or stands where no other
+    may be made, is written to as it is.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    place = Path(os.path.realpath(path))
+    in_place = place.exists() and not (place.is_file() and os.access(place.parent, os.W_OK))
+    temporary = place if in_place else place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            if place.is_file() or not in_place:
+                os.fsync(file.fileno())
+        if not in_place:
+            os.replace(temporary, place)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        with contextlib.suppress(OSError):  # already renamed, or never made
-            temporary.unlink()
+        if not in_place:
+            with contextlib.suppress(OSError):  # already renamed, or never made
+                temporary.unlink()
+
+
+@contextlib.contextmanager
+def growing(path: str | Path) -> Iterator[TextIO]:
+    """A text file that grows under `path`. Where a file is there already the new one grows as FILE.part, and takes its place
+    when the block ends well."""
+    place = Path(os.path.realpath(path))
+    part = place.with_name(place.name + ".part") if place.is_file() and os.access(place.parent, os.W_OK) else place
+    with open(part, "w", encoding="utf-8") as file:
+        yield file
+    if part != place:
+        os.replace(part, place)

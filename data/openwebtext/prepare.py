@@ -61,14 +61,6 @@ def shards_of(encoded, name: str) -> Iterator:
         yield np.concatenate(list(shard["ids"]))
 
 
-def write_split(encoded, path: Path, n_vocab: int) -> int:
-    """Append every shard to the split's file; gives the number of tokens."""
-    with token_writer(path, n_vocab) as writer:
-        for ids in shards_of(encoded, path.name):
-            writer.append(ids)
-    return writer.count
-
-
 def parse_options():
     parser = options_parser("Prepare OpenWebText in GPT-2's tokens.", __file__)
     parser.add_argument("--input", type=a_path, metavar="FILE", help='take documents from JSON Lines, {"text": ...} each')
@@ -97,10 +89,13 @@ def main() -> None:
     )
     splits = encoded.train_test_split(test_size=VAL_FRACTION, seed=SPLIT_SEED)
     make_directory(options.out)
-    train = write_split(splits["train"], options.out / "train.bin", tokenizer.n_vocab)
-    val = write_split(splits["test"], options.out / "val.bin", tokenizer.n_vocab)
-    write_tokenizer(tokenizer, options.out)
-    print(f"{options.out}: {len(documents):,} documents; train {train:,} tokens, val {val:,} tokens")
+    train_bin, val_bin = (token_writer(options.out / f"{split}.bin", tokenizer.n_vocab) for split in ("train", "val"))
+    with train_bin as train, val_bin as val:  # an earlier dataset goes when all of the new one is there
+        for writer, split in ((train, "train"), (val, "test")):
+            for ids in shards_of(splits[split], split):
+                writer.append(ids)
+        write_tokenizer(tokenizer, options.out)
+    print(f"{options.out}: {len(documents):,} documents; train {train.count:,} tokens, val {val.count:,} tokens")
 
 
 if __name__ == "__main__":
