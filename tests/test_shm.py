@@ -13,7 +13,6 @@ from ranks import run_ranks
 from test_entry import launch, spoken
 from torch import Tensor
 
-from native import library
 from native.library import Unavailable
 from parallel import shm
 from parallel.collectives import all_reduce
@@ -276,25 +275,6 @@ def test_auto_says_why_it_goes_over_gloo_and_shm_alone_refuses(tmp_path: Path, m
     assert said.count(line) == 1 and said.count("gloo GroupTransport\n") == 2
     said = spoken(launch(2, _comm, tmp_path, ["--device=cpu", "--comm=shm"]))
     assert said == f"prog.py: --comm=shm: {why}. Use --comm=gloo.\n"
-
-
-def test_a_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library.load("shm")
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "nanotp").iterdir()}
-    library.load("shm")
-    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "nanotp").iterdir()} and len(made) == 1
-
-
-def test_a_cache_that_others_may_have_written_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (tmp_path / "nanotp").mkdir()
-    monkeypatch.setattr(os, "getuid", lambda: 12345)
-    assert library._users_cache() is None
-    with library._cache() as place:
-        assert place.is_dir() and tmp_path not in place.parents
-    assert not place.exists()
-    assert library.load("shm").nanotp_move
 
 
 @pytest.mark.parametrize(
