@@ -96,7 +96,7 @@ def show(
             plans.setdefault(layout, plan)
     found = [row(layout, plan, base) for layout, plan in plans.items()]
     if launch.rank == 0:
-        print("\n".join(table(options, config, found, own, limit, gpu)))
+        print("\n".join(table(options, config, found, own, limit, gpu)), flush=True)
         if options.report:
             model = {**asdict(config), "parameters": own.split.count()}
             made = {"entry": "train_tp", "dry_run": True, "ranks": ranks, "model": model, "layouts": found}

@@ -19,6 +19,10 @@ class Stopped(Exception):
         self.status = status
 
 
+class ReaderGone(Exception):
+    """Whoever read standard output has gone, as `| head` does when it has seen enough."""
+
+
 def shown(value: Any) -> str:
     """A wrong value as a message quotes it: on one line, and neither long nor deep."""
     return " ".join(reprlib.repr(value).split())

@@ -9,6 +9,7 @@
 import math
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,8 @@ from checkpoints.shards import (
     write_json,
 )
 from checkpoints.sources import LATEST, ShardSource, Source, is_conv1d, latest_checkpoint, open_source, tokenizer_of
-from errors import UserError
+from console import console
+from errors import ReaderGone, UserError
 from grammar import parse_command
 from model import GPTConfig
 from options import EntryOptions, InspectOptions, MergeOptions, SplitOptions, VerifyOptions
@@ -252,16 +254,20 @@ COMMANDS: dict[str, tuple[type[EntryOptions], Callable[[Any], None]]] = {
 
 
 def main(argv: list[str]) -> int:
+    with console():
+        return _main(argv)
+
+
+def _main(argv: list[str]) -> int:
     options = None
     torch.set_num_threads(1)  # the threads here are one a file: torch's own would only stand in their way
     try:
         name, options = parse_command({name: cls for name, (cls, _) in COMMANDS.items()}, argv, "shard_checkpoint.py")
         COMMANDS[name][1](options)
-        print(end="", flush=True)  # so that a reader who has gone is noticed here
+        sys.stdout.flush()  # so that a reader who has gone is noticed here
         return 0
-    except BrokenPipeError:  # `inspect | head`: whoever read has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail again
-        return 128 + 13  # as a program that SIGPIPE ends
+    except ReaderGone:  # `inspect | head`: whoever read has seen enough
+        return 128 + signal.SIGPIPE  # as a program that SIGPIPE ends
     except UserError as error:
         if getattr(options, "debug", False):
             raise

@@ -1,7 +1,8 @@
-"""A file of C as a library: compiled when first used (a fraction of a second) and kept in the user's cache.
+"""A file of C as a library: compiled when first used (a fraction of a second), and kept in the
+user's cache.
 
-What is loaded runs with the user's rights. So a kept library is used only where nobody else can have written it, and only
-whole: its name has its digest, made when it was compiled.
+What is loaded runs with the user's rights. So a kept library is used only where nobody else can
+have written it, and only whole: its name has its digest, made when it was compiled.
 """
 
 import contextlib
@@ -31,16 +32,19 @@ class Unavailable(Exception):
 
 
 class Cache(NamedTuple):
-    """A directory of kept libraries: its descriptor, and a path that leads to what this descriptor is of."""
+    """A directory of kept libraries: its descriptor, and a path that leads to what that is of."""
 
     handle: int
     path: str
 
 
 def load(name: str) -> ctypes.CDLL:
-    """native/NAME.c, compiled for this processor. Unavailable without a compiler, or where its work cannot be loaded."""
+    """native/NAME.c, compiled for this processor. Unavailable without a compiler, or where its work
+    cannot be loaded."""
     source = Path(__file__).with_name(f"{name}.c")
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler = (
+        os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    )
     if not compiler:
         raise Unavailable("there is no C compiler (cc, gcc or clang)")
     made_of = source.read_bytes() + "\0".join([_processor(), compiler, *FLAGS]).encode()
@@ -56,7 +60,8 @@ def load(name: str) -> ctypes.CDLL:
 
 
 def _load_new(compiler: str, source: Path, stem: str, cache: Cache | None) -> ctypes.CDLL:
-    """Compiled in a temporary directory, kept in the cache; the former serves where the latter is full, or runs nothing."""
+    """Compiled in a temporary directory and kept in the cache; the former serves where the latter
+    is full, or runs nothing."""
     with tempfile.TemporaryDirectory(prefix="nanotp-") as scratch:
         made = Path(scratch) / f"{stem}.so"
         _compile(compiler, source, made)
@@ -71,7 +76,11 @@ def _compile(compiler: str, source: Path, made: Path) -> None:
     try:
         # a session of its own: what the compiler has started ends with it
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
     except OSError as error:
         raise Unavailable(f"{compiler} could not be run ({error})") from None
@@ -95,15 +104,17 @@ def _processor() -> str:
         found += next((line for line in info if line.startswith(("flags", "Features"))), "")
     if sys.platform == "darwin":
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            found += subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True, timeout=COMPILE_S)
+            found += subprocess.check_output(
+                ["sysctl", "-n", "machdep.cpu.brand_string"], text=True, timeout=COMPILE_S
+            )
     return found
 
 
-# --- the cache ------------------------------------------------------------------------------------------------------
+# --- the cache ------------------------------------------------------------------------------------
 
 
 def _users_cache() -> Cache | None:
-    """Where libraries are kept; None where that cannot be, or is a link, or others may write there."""
+    """Where libraries are kept; None where that cannot be, is a link, or others may write there."""
     handle = -1
     try:
         place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanotp"
@@ -114,7 +125,7 @@ def _users_cache() -> Cache | None:
         if handle >= 0:
             os.close(handle)
         return None
-    # what was checked is what is loaded from: the place's name may come to stand for another directory
+    # what was checked is what is loaded from: the name may come to stand for another directory
     through = f"/proc/self/fd/{handle}"
     return Cache(handle, through if os.path.isdir(through) else str(place))
 
@@ -127,7 +138,8 @@ def _check_ours(handle: int) -> None:
 
 
 def _load_kept(cache: Cache, stem: str) -> ctypes.CDLL | None:
-    """The library if it is there, whole and this user's. A damaged one goes: to load it would end the process."""
+    """The library if it is there, whole and this user's. A damaged one goes: to load it would end
+    the process."""
     for name in sorted(os.listdir(cache.handle)):
         found = re.fullmatch(re.escape(stem) + r"-([0-9a-f]{64})\.so", name)
         if not found:
@@ -146,7 +158,9 @@ def _load_kept(cache: Cache, stem: str) -> ctypes.CDLL | None:
 def _keep(cache: Cache, stem: str, content: bytes) -> str:
     """The name under which the library is in the cache now. OSError where it cannot be kept."""
     name = f"{stem}-{hashlib.sha256(content).hexdigest()}.so"
-    scratch = f".{name}.{os.urandom(8).hex()}"  # no process id: two containers may share the directory
+    scratch = (
+        f".{name}.{os.urandom(8).hex()}"  # no process id: two containers may share the directory
+    )
     handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=cache.handle)
     try:
         with open(handle, "wb") as file:

@@ -21,7 +21,12 @@ class Compiler:
 
     def __init__(self, directory: Path, made: Path):
         self.path, self._asked = directory / "cc", directory / "asked"
-        lines = ["#!/bin/sh", f'echo >> "{self._asked}"', 'while [ "$1" != -o ]; do shift; done', f'cp "{made}" "$2"']
+        lines = [
+            "#!/bin/sh",
+            f'echo >> "{self._asked}"',
+            'while [ "$1" != -o ]; do shift; done',
+            f'cp "{made}" "$2"',
+        ]
         self.path.write_text("\n".join(lines) + "\n")
         self.path.chmod(0o755)
 
@@ -60,9 +65,14 @@ def test_a_library_is_compiled_once(compiler: Compiler, tmp_path: Path) -> None:
     assert only.name.startswith("shm-") and stat.S_IMODE(only.stat().st_mode) == 0o600
 
 
-def test_libraries_that_follow_each_other_through_one_descriptor_are_not_taken_for_each_other() -> None:
+def test_libraries_that_follow_each_other_through_one_descriptor_are_not_taken_for_each_other() -> (
+    None
+):
     """The C library knows a library by the name that it was loaded by."""
-    for name, function, other in [("shm", "nanotp_move", "nanotp_embed"), ("decode", "nanotp_embed", "nanotp_move")]:
+    for name, function, other in [
+        ("shm", "nanotp_move", "nanotp_embed"),
+        ("decode", "nanotp_embed", "nanotp_move"),
+    ]:
         found = library.load(name)
         assert hasattr(found, function) and not hasattr(found, other)
 
@@ -90,9 +100,14 @@ def _a_file(place: Path, monkeypatch: Any) -> None:
     place.write_text("")
 
 
-@pytest.mark.parametrize("spoil", [_mode(0o777), _mode(0o1777), _mode(0o770), _anothers, _a_link, _a_file])
+@pytest.mark.parametrize(
+    "spoil", [_mode(0o777), _mode(0o1777), _mode(0o770), _anothers, _a_link, _a_file]
+)
 def test_a_cache_that_others_may_have_written_is_not_used(
-    spoil: Callable[[Path, Any], None], compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spoil: Callable[[Path, Any], None],
+    compiler: Compiler,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert works()
     spoil(tmp_path / "nanotp", monkeypatch)
@@ -147,7 +162,15 @@ def _a_pipe(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil", [_with(lambda content: content[:5000]), _with(lambda _: b""), _with(_changed), _writable, _linked, _a_pipe]
+    "spoil",
+    [
+        _with(lambda content: content[:5000]),
+        _with(lambda _: b""),
+        _with(_changed),
+        _writable,
+        _linked,
+        _a_pipe,
+    ],
 )
 def test_a_kept_library_that_is_not_what_was_compiled_is_compiled_again(
     spoil: Callable[[Path], None], compiler: Compiler, tmp_path: Path
@@ -188,19 +211,27 @@ def test_where_one_place_runs_nothing_the_other_serves(
     assert works() and works() and len(loaded) == 2
 
 
-def test_where_no_place_serves_it_is_said(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_place_serves_it_is_said(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(path: str) -> ctypes.CDLL:
         raise OSError("failed to map segment from shared object")
 
     monkeypatch.setattr(ctypes, "CDLL", refused)
-    with pytest.raises(Unavailable, match=r"^shm\.c cannot be compiled and loaded \(failed to map segment"):
+    with pytest.raises(
+        Unavailable, match=r"^shm\.c cannot be compiled and loaded \(failed to map segment"
+    ):
         library.load("shm")
 
 
-def test_processors_without_a_list_of_their_flags_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processors_without_a_list_of_their_flags_have_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Apple's: machine and processor are arm64 and arm on all of them."""
     monkeypatch.setattr("sys.platform", "darwin")
-    monkeypatch.setattr(library.subprocess, "check_output", lambda command, **how: f"{command[-1]} Apple M2\n")
+    monkeypatch.setattr(
+        library.subprocess, "check_output", lambda command, **how: f"{command[-1]} Apple M2\n"
+    )
     assert library._processor().endswith("machdep.cpu.brand_string Apple M2\n")
 
 
@@ -211,7 +242,9 @@ def test_a_compiler_that_hangs_is_ended_with_what_it_has_started(
     compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mark = tmp_path / "child"
-    compiler.path.write_text(f"#!/bin/sh\nsleep 300 & echo $! > {mark}.new; mv {mark}.new {mark}; wait\n")
+    compiler.path.write_text(
+        f"#!/bin/sh\nsleep 300 & echo $! > {mark}.new; mv {mark}.new {mark}; wait\n"
+    )
     monkeypatch.setattr(library, "COMPILE_S", 0.01)
 
     def hung(command: Any, **how: Any) -> Any:

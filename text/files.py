@@ -100,6 +100,18 @@ def _finite(text: str) -> float:
 
 
 @contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """An OSError within names the file where it names none: a full disk is not said to be that of a
+    file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A new binary file that takes `path`'s place when the block ends well; else `path` stays as it was.
 
