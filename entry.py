@@ -23,6 +23,9 @@ from parallel.replicas import DriftError
 _OWN = ("wandb_run_name", "wandb_project", "wandb_log", "debug")
 
 
+# as torch on a GPU, on a CPU, the system and Python's threads say it
+OUT_OF_MEMORY = ("out of memory", "defaultcpuallocator", "cannot allocate memory", "can't start new thread")
+
 Main = Callable[[mesh.World, Any], None]
 
 
@@ -81,8 +84,9 @@ def _run_parsed(parsed: Callable[[], tuple[Main, Any]], prog: str) -> None:
 def _describe(prog: str, error: Exception, world: mesh.World | None, debug: bool) -> tuple[str, bool]:
     """The message for an error that is not the user's, and whether its traceback helps."""
     rank = os.environ.get("RANK", "0")
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return f"{prog}: rank {rank} is out of memory: {_first_line(error)}. Use a smaller batch or a larger tp.", debug
+    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY):
+        what = _first_line(error).rpartition("DefaultCPUAllocator: ")[2].rstrip(".")
+        return f"{prog}: rank {rank} is out of memory: {what}. Use a smaller batch or a larger tp.", debug
     if isinstance(error, OSError) and error.filename is not None:
         return f"{prog}: rank {rank}: {error.strerror}: {error.filename}", debug
     if isinstance(error, DriftError):

@@ -20,6 +20,7 @@ from entry import run
 from errors import ReaderGone, UserError
 from generation import Generation, Listener, Row, Timing, check_prompts, generate
 from options import SampleOptions
+from pages.html import nbytes
 from parallel.collectives import Axis
 from parallel.ledger import Account
 from parallel.mesh import World, pick_dtype
@@ -192,7 +193,7 @@ def notices(world: World, source: Source, model: TensorParallelGPT, decoder: Dec
     if world.tp.size > 1 and world.device.type == "cuda":
         syncs = model.schedule.points + 1
         size = model.split.count() * next(model.parameters()).element_size()
-        lines.append(f"{source.description} ({size / 1e9:.1f} GB): tp={world.tp.size} makes {syncs} all-reduces a token.")
+        lines.append(f"{source.description} ({nbytes(size)}): tp={world.tp.size} makes {syncs} all-reduces a token.")
     if decoder.why:
         lines.append(f"each token is computed by torch, which is slower: {decoder.why}.")
     return [line for line in lines if line]

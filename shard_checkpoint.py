@@ -41,6 +41,7 @@ from errors import ReaderGone, UserError
 from grammar import parse_command
 from model import GPTConfig
 from options import EntryOptions, InspectOptions, MergeOptions, SplitOptions, VerifyOptions
+from pages.html import nbytes
 from parallel.partition import Partition, Rule
 from parallel.schedule import Schedule
 from text.tokenizer import TOKENIZER_FILE
@@ -60,7 +61,7 @@ def split(options: SplitOptions) -> None:
     with new_directory(out, options.force, SHARD_FILES) as scratch:
         manifest = write_shards(source, partition, dtype, scratch)
         write_json(scratch / TOKENIZER_FILE, tokenizer.to_json())
-    sizes = [f"{size / 1e6:,.1f} MB" for _, size, _ in manifest.files]
+    sizes = [f"{size / 1e6:,.1f} MB" if size >= 1e5 else nbytes(size) for _, size, _ in manifest.files]
     print(f"{options.out}: {source.description} in {options.tp} shards of {', '.join(sizes)} ({dtype_name(dtype)})")
     if note := imbalance(partition):
         print(note)
@@ -116,7 +117,7 @@ def _check_space(out: Path, need: int) -> None:
     parent = next(parent for parent in out.parents if parent.exists())
     free = shutil.disk_usage(parent).free
     if free < need:
-        raise UserError(f"{out} needs {need / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB free.")
+        raise UserError(f"{out} needs {nbytes(need)} ({need:,} bytes), {parent} has {nbytes(free)} ({free:,} bytes) free.")
 
 
 def merge(options: MergeOptions) -> None:

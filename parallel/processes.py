@@ -35,12 +35,16 @@ def answer(ask: Callable[[], T], otherwise: T, seconds: float) -> T:
     given = []
 
     def asked() -> None:
-        with contextlib.suppress(RuntimeError, OSError):
+        with contextlib.suppress(Exception):
             given.append(ask())
 
     thread = threading.Thread(target=asked, daemon=True)
-    thread.start()
-    thread.join(seconds)
+    try:
+        thread.start()
+    except RuntimeError:  # there is no memory for a thread
+        asked()
+    else:
+        thread.join(seconds)
     return given[0] if given else otherwise
 
 

@@ -31,6 +31,7 @@ ANSWER_S = 3.0  # how long the store is waited for when a run ends: the process 
 GRACE_S = 2.0  # from the word that a rank has failed to the end of the others
 BEATS = 2  # between two looks at the others
 FAILED = "failed"  # the store's counter of ranks that have found the run to have failed
+BY_A_RANK = "failed by a rank"  # set before that: any process that reaches the store can count there
 TERMINATED = 128 + signal.SIGTERM  # exit status
 
 
@@ -275,6 +276,11 @@ class Watch:
                     break
         if not self._heard.is_set():
             return
+        with contextlib.suppress(RuntimeError):
+            if not self._failed.check([BY_A_RANK]) and self._failed.add(BY_A_RANK, 1) == 1:
+                said = f"key {FAILED!r} of the run's store was set, and by none of its ranks"
+                line = f"{self.prog}: {said}: another process, which can reach the store, has ended the run."
+                print(line, file=sys.stderr, flush=True)
         before = self._others(self._failed) or {}
         if self._stop.wait(GRACE_S):
             return
@@ -302,6 +308,7 @@ class Watch:
 
 def first_to_say(store: Any) -> bool:
     """True on the first rank that asks; all are told by it that the run has failed."""
+    store.set(BY_A_RANK, "1")
     return bool(store.add(FAILED, 1) == 1)
 
 

@@ -6,23 +6,45 @@ import contextlib
 import json
 import math
 import os
+import select
+import stat
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from errors import UserError, printable
 
 SMALL = 1 << 25  # bytes of the largest file that is read whole: a manifest of 100 ranks and 100 layers has 10 MB
+PIPED = 1 << 28  # bytes of a text that comes through a pipe, such as <(zcat book.gz)
+PIPE_S = 30.0  # how long a pipe may give nothing
 VALUES = 1 << 21  # in one JSON file: each may take a hundred bytes of memory where it took two of the file
 
 
 def read_text(path: str | Path) -> str:
-    """The file's text, exactly as stored (line ends too). UserError if unreadable, empty or not UTF-8."""
+    """The file's text, exactly as stored (line ends too). UserError if unreadable, empty or not UTF-8.
+
+    A pipe or a device may have no end: of those at most PIPED bytes are read, and waited for PIPE_S.
+    """
     try:
-        raw = Path(path).read_bytes()
+        # an open that waits for nobody: a pipe may have no writer yet
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+            is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            raw = file.read() if is_file else _piped(file, path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     return decode_text(raw, str(path))
+
+
+def _piped(file: FileIO, path: str | Path) -> bytes:
+    raw = bytearray()
+    while len(raw) <= PIPED:
+        if not select.select([file], [], [], PIPE_S)[0]:
+            raise UserError(f"nothing came out of {path} for {PIPE_S:g} s: write the text into a file.")
+        if not (piece := file.read(1 << 20)):
+            return bytes(raw)
+        raw += piece
+    raise UserError(f"{path} is no file and has more than {PIPED:,} bytes: write the text into a file.")
 
 
 def decode_text(raw: bytes, where: str) -> str:
@@ -118,7 +140,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     A reader (a training run that has the old file mapped, say) sees the whole old file or the whole new one.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")  # two containers may share a process id
     try:
         with open(temporary, "wb") as file:
             yield file
