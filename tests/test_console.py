@@ -21,10 +21,11 @@ import shard_checkpoint
 import train_tp
 from checkpoints.sources import latest_checkpoint
 from console import Errors, Output
-from errors import ReaderGone
+from errors import ReaderGone, UserError
 from grammar import parse
 from options import SampleOptions, TrainOptions
 from parallel.mesh import World
+from text import prepare
 from text.dataset import split_and_write
 from text.tokenizer import CharTokenizer
 
@@ -214,7 +215,7 @@ def test_samples_go_to_a_console_that_cannot_show_them(home: Path, tmp_path: Pat
 def test_a_full_disk_is_one_line_that_names_the_file(
     home: Path, tmp_path: Path, stdout: str, words: list[str], name: str
 ) -> None:
-    ends = launch(2, _sampled(home, lambda: text_on(stdout), *words), tmp_path, ["--device=cpu"])
+    ends = launch(1, _sampled(home, lambda: text_on(stdout), *words), tmp_path, ["--device=cpu"])
     said = [line for line in spoken(ends).splitlines() if line.startswith("prog.py")]
     assert said == [f"prog.py: rank 0: No space left on device: {name}"]
     assert "Traceback" not in spoken(ends) and ends[0][0] == 1
@@ -272,6 +273,38 @@ def test_help_and_tables_that_nobody_reads_end_quietly(words: list[str]) -> None
     done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def _raising(error: BaseException) -> Callable[[], None]:
+    def main() -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    "main, status, said",
+    [
+        (lambda: print("127,940 characters"), 141, ""),
+        (_raising(KeyboardInterrupt()), 130, "stopped by Ctrl-C\n"),
+        (_raising(UserError("no text")), 2, "error: no text\n"),
+    ],
+)
+def test_data_is_prepared_with_nobody_reading(
+    main: Callable[[], None], status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sys, "stdout", no_reader())
+    with pytest.raises(SystemExit) as end:
+        prepare.run(main)
+    assert (end.value.code, capsys.readouterr().err) == (status, said)
+
+
+def test_a_message_is_no_command_to_the_terminal(tmp_path: Path) -> None:
+    def main(world: World, options: Any) -> None:
+        raise UserError("there is no directory a\x1b[2J\x07b.")
+
+    ends = launch(1, main, tmp_path, ["--device=cpu"])
+    assert ends == [(2, "prog.py: there is no directory a\\x1b[2J\\x07b.\n")]
 
 
 def test_split_runs_without_standard_error(
