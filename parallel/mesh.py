@@ -60,7 +60,7 @@ class Launch:
         if not any(key in os.environ for key in keys):
             return cls(0, 1, 0, 1)
         rank, size, local_rank, local_size = map(_number, keys)
-        if rank >= size or local_rank >= local_size:
+        if rank >= size or local_rank >= local_size or local_size > size:
             said = ", ".join(f"{key}={os.environ[key]}" for key in keys)
             raise UserError(f"there is no such rank: {said}. {HOW_TO_START}")
         restarts, run = _number("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("TORCHELASTIC_RUN_ID", "")

@@ -22,8 +22,8 @@ import train_tp
 from checkpoints.sources import latest_checkpoint
 from console import Errors, Output
 from errors import ReaderGone, UserError
-from grammar import parse
-from options import SampleOptions, TrainOptions
+from grammar import parse, parse_command
+from options import SampleOptions, SplitOptions, TrainOptions
 from parallel.mesh import World
 from text import prepare
 from text.dataset import split_and_write
@@ -135,7 +135,7 @@ def test_what_was_closed_is_there_and_no_other_file_takes_its_number(
 
 # --- commands -------------------------------------------------------------------------------------
 
-TINY = {
+TINY: dict[str, Any] = {
     "dataset": "letters", "n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "batch_size": 2,
     "gradient_accumulation_steps": 2, "max_iters": 2, "eval_interval": 2, "eval_iters": 1, "device": "cpu",
 }  # fmt: skip
@@ -265,14 +265,31 @@ def test_training_goes_on_without_words_about_it(home: Path, tmp_path: Path, ful
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [["--help"], ["--dry_run=True", "--dataset=none", "--n_layer=1"]])
-def test_help_and_tables_that_nobody_reads_end_quietly(words: list[str]) -> None:
+def test_help_that_nobody_reads_ends_quietly() -> None:
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "train_tp.py", *words]
+    command = [sys.executable, "train_tp.py", "--help"]
     done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    "show",
+    [
+        lambda: parse(SampleOptions, ["--help"], "sample_tp.py"),
+        lambda: parse_command({"split": SplitOptions}, ["--help"], "shard_checkpoint.py"),
+        lambda: train_tp.plan(TrainOptions(**TINY, data_dir="/nowhere")),
+    ],
+    ids=["help", "commands", "dry run"],
+)
+def test_what_is_shown_before_a_run_ends_where_nobody_reads(
+    show: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python would find out at its end only, and complain then."""
+    monkeypatch.setattr(sys, "stdout", Output(no_reader()))
+    with pytest.raises(ReaderGone):
+        show()
 
 
 def _raising(error: BaseException) -> Callable[[], None]:

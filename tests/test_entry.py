@@ -208,6 +208,7 @@ def test_a_half_set_environment_is_explained(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("changes, message", [
     ({"WORLD_SIZE": "0"}, "there is no such rank: RANK=0, WORLD_SIZE=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1. Start ranks with"),
     ({"LOCAL_WORLD_SIZE": "0"}, "there is no such rank: RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=0. Start ranks"),
+    ({"LOCAL_WORLD_SIZE": "2"}, "there is no such rank: RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2. Start ranks"),
     ({"RANK": "1"}, "there is no such rank: RANK=1, WORLD_SIZE=1"),
     ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1' is not a whole number. Start ranks with torchrun"),
     ({"WORLD_SIZE": "²"}, "WORLD_SIZE='²' is not a whole number."),
