@@ -285,6 +285,8 @@ class Watch:
         if self._stop.wait(GRACE_S):
             return
         self._kill(self._silent(before, self._others(self._failed) or {}))
+        if self.holds:
+            self.linger(said=True)  # torch complains on ranks whose store goes before they do
         os._exit(1)
 
     def _end(self, line: str, status: int = 1, silent: set[int] | None = None) -> NoReturn:
