@@ -6,9 +6,11 @@ is reading the weights once; the collectives are the model's, and stand in `_aft
 """
 
 import ctypes
+import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,14 +21,18 @@ from parallel.collectives import Axis, all_reduce
 from parallel.ledger import Told
 from tp_model import TensorParallelGPT
 
+R = TypeVar("R")
+
 MOST_TOKENS = 16  # with more, a matrix product that works in blocks is faster than a pass over the weights
 
 
 class Decoder(Protocol):
-    """How a step is computed. name: for the report; why: see TorchDecoder."""
+    """How a step is computed. name: for the report; why: see TorchDecoder; capture_s: seconds spent so
+    far on what later steps need, and no part of their speed."""
 
     name: str
     why: str
+    capture_s: float
 
     def logits(self, tokens: list[list[int]], cache: KVCache) -> Tensor:
         """tokens: the T newest of each row of the cache, which holds all before them. Local logits [rows, T, v] after each,
@@ -38,7 +44,7 @@ class Decoder(Protocol):
 class TorchDecoder:
     """why: what kept the other one from being used, "" where it would not have been."""
 
-    name = "torch"
+    name, capture_s = "torch", 0.0
 
     def __init__(self, model: TensorParallelGPT, why: str = ""):
         self.model, self.why = model, why
@@ -51,6 +57,9 @@ def decoder_for(model: TensorParallelGPT) -> Decoder:
     """On a GPU, for a compiled model, a CUDA graph where messages stay on the GPUs. On a CPU the native one where it can run:
     float32, one thread a rank, nothing compiled by torch."""
     weight, transport = model.transformer.wpe.weight, model.tp.transport
+    if weight.device.type == "cuda":
+        # the fastest kernel, but cuDNN plans it anew for every cache length: half a second for every token
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if weight.device.type == "cuda" and model.compiled:
         if transport is not None and transport.name == "gloo":
             return TorchDecoder(model, why="over gloo messages go through the host, so a step cannot be a CUDA graph")
@@ -70,7 +79,55 @@ def _check_room(cache: KVCache, T: int) -> None:
 
 # --- CUDA graphs ----------------------------------------------------------------------------------------------------
 
-Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]  # see cuda_graph
+
+# runs a graph; what it gives tells whether the GPU has come to the graph's end
+Replay = Callable[[], Callable[[], bool]]
+
+
+class Capture(Protocol):
+    """What makes a CUDA graph of a function without arguments."""
+
+    def __call__(self, step: Callable[[], R]) -> tuple[Replay, R]:
+        """(what does the same as `step`; what `step` has returned, which every replay writes anew)"""
+        ...
+
+    def seconds(self, replay: Replay) -> float:
+        """What the GPU takes for it."""
+        ...
+
+
+class CudaGraphs:
+    """CUDA graphs on the current device. All are captured on one stream: cuBLAS keeps memory for each."""
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
+
+    def __call__(self, step: Callable[[], R]) -> tuple[Replay, R]:
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            step()  # what happens on a first run only (compiling, setting libraries up) cannot be captured
+        here.wait_stream(self._stream)
+        # thread_local: nccl's watchdog, a thread of its own, may look at its events meanwhile
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            out = step()
+
+        def replay() -> Callable[[], bool]:
+            graph.replay()
+            end = torch.cuda.Event()
+            end.record()
+            return end.query
+
+        return replay, out
+
+    def seconds(self, replay: Replay) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000.0
 
 
 class FixedCache(KVCache):
@@ -109,24 +166,8 @@ class FixedStep:
         self.inputs.copy_(torch.tensor([lengths, *zip(*tokens, strict=True)]))  # one message to the device
 
     def __call__(self) -> Tensor:
-        with self.model.tp.ledger.aside() as self.told:
+        with self.model.tp.ledger.telling_aside() as self.told:
             return self.model.local_logits(self.model.hidden(self.inputs[1:].T, self.cache))
-
-
-def cuda_graph(step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-    """A function that does on the current device what `step` does, without its Python, and the tensor it leaves the result in.
-
-    `step` runs once before, because what happens on a first run only (compiling, setting libraries up) cannot be captured.
-    """
-    beside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        step()
-    torch.cuda.current_stream().wait_stream(beside)
-    # thread_local: nccl's watchdog, a thread of its own, may look at its events meanwhile
-    with torch.cuda.graph(graph, stream=beside, capture_error_mode="thread_local"):
-        out = step()
-    return graph.replay, out
 
 
 class GraphDecoder:
@@ -134,16 +175,17 @@ class GraphDecoder:
 
     A cache stands for its number of rows and the memory they are in: rows that leave make a new one (KVCache.rows), which
     is captured anew, as is a step of another number of tokens. A graph is gone with its cache (at the end nccl would wait for
-    one that is not). capture: how it is made, for tests without a GPU.
-    The account counts every replay's calls, bytes and forward pass, and neither the run before the capture nor the capture;
-    the seconds of collectives inside a graph are not known, and 0 in it. Ranks capture and replay alike, as they step alike.
+    one that is not). capture: how it is made, for tests without a GPU. capture_s: seconds spent on that so far.
+    The account counts every replay's calls, bytes and forward pass, and neither the run before the capture nor the capture.
+    No clock runs inside a graph: the seconds of its calls are those of a graph of the same messages alone, timed once.
+    Ranks capture and replay alike, as they step alike.
     """
 
     name, why = "cuda graph", ""
 
-    def __init__(self, model: TensorParallelGPT, capture: Capture = cuda_graph):
-        self.model, self.capture = model, capture
-        self._steps: weakref.WeakKeyDictionary[KVCache, dict[int, tuple[FixedStep, Callable[[], object], Tensor]]]
+    def __init__(self, model: TensorParallelGPT, capture: Capture | None = None):
+        self.model, self.capture, self.capture_s = model, capture or CudaGraphs(), 0.0
+        self._steps: weakref.WeakKeyDictionary[KVCache, dict[int, tuple[FixedStep, Replay, Tensor]]]
         self._steps = weakref.WeakKeyDictionary()
 
     def logits(self, tokens: list[list[int]], cache: KVCache) -> Tensor:
@@ -151,14 +193,28 @@ class GraphDecoder:
         _check_room(cache, T)
         steps = self._steps.setdefault(cache, {})
         if T not in steps:
-            step = FixedStep(self.model, cache, T)
-            step.fill(tokens, cache.lengths)  # what runs for the capture writes the cache where the replay will
-            steps[T] = step, *self.capture(step)
+            steps[T] = self._captured(FixedStep(self.model, cache, T), tokens, cache.lengths)
         step, replay, out = steps[T]
         step.fill(tokens, cache.lengths)
-        replay()
-        self.model.tp.ledger.repeat(step.told)
+        self.model.tp.ledger.repeat(step.told, replay())
         return out
+
+    def _captured(
+        self, step: FixedStep, tokens: list[list[int]], lengths: list[int]
+    ) -> tuple[FixedStep, Replay, Tensor]:
+        began = time.perf_counter()
+        step.fill(tokens, lengths)  # what runs for the capture writes the cache where the replay will
+        replay, out = self.capture(step)
+        for size in sorted({made.call[1] for made in step.told.calls}):
+            alike = [made for made in step.told.calls if made.call[1] == size]
+            again, _ = self.capture(lambda alike=alike: [made.again() for made in alike])  # type: ignore[misc]
+            again()  # the timed one begins when all ranks have come to it
+            seconds = self.capture.seconds(again) / len(alike)
+            for made in alike:
+                made.seconds = seconds
+                del made.again  # it keeps the memory of its message
+        self.capture_s += time.perf_counter() - began
+        return step, replay, out
 
 
 # --- native/decode.c ------------------------------------------------------------------------------------------------
@@ -255,7 +311,7 @@ class NativeDecoder:
     """native/decode.c on this rank's float32 or int8 weights, which it reads in place. A step of more than MOST_TOKENS tokens
     goes to torch."""
 
-    name, why = "native", ""
+    name, why, capture_s = "native", "", 0.0
 
     def __init__(self, model: TensorParallelGPT):
         self.model, self.torch = model, TorchDecoder(model)

@@ -9,6 +9,7 @@ Perplexities are exact, of the dataset's validation split. What was made for one
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 
 import report
 from checkpoints.shards import Sync, check_target, new_directory, write_json
-from checkpoints.sources import Source, identity, open_source, reader, tokenizer_of
+from checkpoints.sources import Source, common_tokenizer, identity, open_source, reader
 from checkpoints.training import export
 from entry import run_commands
 from errors import UserError
@@ -36,12 +37,12 @@ from parallel.partition import Partition
 from parallel.schedule import Schedule, SubBlock
 from shard_checkpoint import SHARD_FILES, place, write_shards
 from text.dataset import Dataset
-from text.tokenizer import TOKENIZER_FILE
+from text.tokenizer import TOKENIZER_FILE, Tokenizer
 from tp_model import TensorParallelGPT
 
 
-def opened(world: World, options: DropOptions) -> tuple[Source, Dataset]:
-    """The weights and the dataset; UserError where one has tokens that the other does not know."""
+def opened(world: World, options: DropOptions) -> tuple[Source, Dataset, Tokenizer]:
+    """The weights, the dataset and what their tokens are; UserError where these are not the same."""
     if world.is_main:
         report.check_place(options.report, "report")
     if not options.dataset:
@@ -49,8 +50,11 @@ def opened(world: World, options: DropOptions) -> tuple[Source, Dataset]:
     source = open_source(options.init_from, (world.rank, world.size))
     world.agree("weights", identity(source))
     dataset = Dataset(Path(options.data_dir) / options.dataset)
+    tokenizer, notice = common_tokenizer(source, dataset, options.data_dir)
     dataset.check(source.config.block_size, source.config.vocab_size)
-    return source, dataset
+    if notice and world.is_main:
+        print(notice, file=sys.stderr)
+    return source, dataset, tokenizer
 
 
 def validation(dataset: Dataset, options: DropOptions) -> Tensor:
@@ -82,7 +86,7 @@ def group_heads(world: World, options: GroupOptions) -> None:
         raise UserError("drop_syncs.py group is one process: start it with plain python. --ranks is what the groups are for.")
     out = place(options.out)
     check_target(out, options.force, SHARD_FILES)
-    source, dataset = opened(world, options)
+    source, dataset, tokenizer = opened(world, options)
     split, config = Partition.of(source.config, options.ranks), source.config
     model = GPT(config).eval()
     with torch.no_grad():
@@ -102,7 +106,7 @@ def group_heads(world: World, options: GroupOptions) -> None:
     grouped = Regrouped(source, groups)
     with new_directory(out, options.force, SHARD_FILES) as scratch:
         write_shards(grouped, split, source.dtype, scratch)
-        write_json(scratch / TOKENIZER_FILE, tokenizer_of(source).to_json())
+        write_json(scratch / TOKENIZER_FILE, tokenizer.to_json())
     print(f"{options.out}: {grouped.description} for tp={split.tp}. With all sync points it is the same model.")
     if options.report:
         figures = about(world, source, ids.flatten()) | {"ranks": split.tp, "layers": layers}
@@ -115,7 +119,7 @@ def group_heads(world: World, options: GroupOptions) -> None:
 def scan(world: World, options: ScanOptions) -> None:
     needs_ranks(world, "scan")
     budget = parse_budget(options.budget) if options.budget else math.inf
-    source, dataset = opened(world, options)
+    source, dataset, _ = opened(world, options)
     n_layer = source.config.n_layer
     check_length(options.decode_tokens, source.config.block_size)
     named = [Schedule.parse(text.strip(), n_layer) for text in options.schedules.split(";") if text.strip()]
@@ -179,7 +183,7 @@ def repair(world: World, options: RepairOptions) -> None:
     out = place(options.out)
     if world.is_main:
         check_target(out, options.force, SHARD_FILES)
-    source, dataset = opened(world, options)
+    source, dataset, tokenizer = opened(world, options)
     schedule, tp = Schedule.parse(options.sync, source.config.n_layer), world.tp.size
     if schedule.is_plain:
         raise UserError("--sync=all drops no sync point: there is nothing to repair.")
@@ -224,7 +228,7 @@ def repair(world: World, options: RepairOptions) -> None:
         raise UserError("the repaired weights are not numbers any more: lower --learning_rate or --whole_learning_rate.")
     evidence["loss"] = evidence["after"] / dense - 1
     description = f"{source.description}, repaired for --sync={schedule}"
-    export(world, student, out, description, tokenizer_of(source).to_json(), Sync(str(schedule), tp, evidence))
+    export(world, student, out, description, tokenizer.to_json(), Sync(str(schedule), tp, evidence))
     say(f"{options.out}: {schedule.points} sync points, {evidence['loss']:+.2%}")
     if options.control:
         steps, rate = max(options.steps, options.whole_steps), options.whole_learning_rate
@@ -248,7 +252,7 @@ def plot_curve(world: World, options: CurveOptions) -> None:
         report.check_place(options.report, "report")
         names = [name.strip() for name in options.reports.split(",") if name.strip()]
         made = read_reports([Path(name) for name in names])
-        draw(made, Path(options.plot).expanduser())
+        draw(made, Path(options.plot))
         if options.report:
             reports = [{"file": name, **found} for name, found in zip(names, made, strict=True)]
             report.write(options.report, {"entry": "drop_syncs", "what": "curve", "reports": reports})

@@ -52,55 +52,85 @@ class Layout:
     activation_checkpointing: bool
 
 
-def show(
-    options: TrainOptions, config: GPTConfig, schedule_at: Callable[[int], Schedule], deal_at: Callable[[int], Deal]
-) -> int:
+@dataclass(frozen=True)
+class Plans:
+    """What a run takes of a rank's memory, in any layout.
+
+    schedule_at: the sync points at a tp; deal_at: how rows are dealt at a dp.
+    """
+
+    options: TrainOptions
+    config: GPTConfig
+    schedule_at: Callable[[int], Schedule]
+    deal_at: Callable[[int], Deal]
+
+    @property
+    def gpu(self) -> bool:
+        device = self.options.device
+        return device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
+
+    def asked(self, ranks: int) -> Layout:
+        """The run's own layout."""
+        dp, tp = sizes(ranks, self.options.tp, "train_tp.py")
+        shard, sequence = self.options.dp_shard and dp > 1, self.options.sequence_parallel and tp > 1
+        return Layout(tp, dp, shard, sequence, self.options.activation_checkpointing)
+
+    def training(self, layout: Layout) -> Training:
+        split, deal, options = Partition.of(self.config, layout.tp), self.deal_at(layout.dp), self.options
+        savings = {name: getattr(layout, name) for name in SHORT}
+        half = options.dtype in ("bfloat16", "float16") or options.dtype == "auto" and self.gpu
+        rows = deal.micro_rows * self.config.block_size
+        logit_rows = chunk_rows(rows, split.local_vocab, "cuda" if self.gpu else "cpu")
+        return Training(
+            split, self.schedule_at(layout.tp), layout.dp, deal.micro_rows, deal.micro_steps,
+            options.batch_size, 2 if half else 4, self.config.dropout > 0, self.gpu, logit_rows, **savings,
+        )  # fmt: skip
+
+
+def need(plans: Plans, ranks: int) -> str:
+    """For a run that has no memory left: what the run takes, and the GPU has."""
+    peak = plans.training(plans.asked(ranks)).peak
+    if plans.gpu:
+        has = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        takes = f"takes {(GPU_BASE + peak) / 1e9:.1f} GB a rank, its GPU has {has / 1e9:.1f} GB"
+    else:
+        takes = f"takes {peak / 1e9:.1f} GB a rank beside Python and torch"
+    return f"By the dry run it {takes}: --dry_run=True shows layouts that take less."
+
+
+def show(plans: Plans) -> int:
     """Print the table; the exit status: whether the run's own layout fits.
 
-    schedule_at: the sync points at a tp; deal_at: how rows are dealt at a dp. UserError where the run's own layout cannot
-    be, or --memory is no amount. Where torchrun started several ranks, rank 0 speaks.
+    UserError where the run's own layout cannot be, or --memory is no amount. Where torchrun started several ranks, rank 0
+    speaks.
     """
-    launch = Launch.from_environment()
+    launch, options, config = Launch.from_environment(), plans.options, plans.config
     report.check_place(options.report, "report")
     limit = amount(options.memory) if options.memory else 0
     ranks = options.ranks or launch.size
-    dp, tp = sizes(ranks, options.tp, "train_tp.py")
-    asked = Layout(tp, dp, options.dp_shard and dp > 1, options.sequence_parallel and tp > 1, options.activation_checkpointing)
-    gpu = options.device.startswith("cuda") or options.device == "auto" and torch.cuda.is_available()
+    asked, gpu = plans.asked(ranks), plans.gpu
     base = GPU_BASE if gpu else process_bytes()
-
-    def training(layout: Layout) -> Training:
-        split = Partition.of(config, layout.tp)
-        deal = deal_at(layout.dp)
-        savings = {name: getattr(layout, name) for name in SHORT}
-        half = options.dtype in ("bfloat16", "float16") or options.dtype == "auto" and gpu
-        logit_rows = chunk_rows(deal.micro_rows * config.block_size, split.local_vocab, "cuda" if gpu else "cpu")
-        return Training(
-            split, schedule_at(layout.tp), layout.dp, deal.micro_rows, deal.micro_steps, options.batch_size,
-            2 if half else 4, config.dropout > 0, gpu, logit_rows, **savings,
-        )  # fmt: skip
-
-    own = training(asked)
+    own = plans.training(asked)
     if asked.sequence_parallel and not can_split_tokens(own):
         raise UserError(
             f"--sequence_parallel=True needs --sync=all and a token for every rank: --sync={own.schedule} and "
-            f"block_size={config.block_size} on tp={tp}."
+            f"block_size={config.block_size} on tp={asked.tp}."
         )
-    plans = {asked: own}
+    made = {asked: own}
     for layout in layouts(ranks):
         try:
-            plan = training(layout)
+            plan = plans.training(layout)
         except UserError:  # too many ranks for the heads, or rows that so many replicas cannot share
             continue
         if not layout.sequence_parallel or can_split_tokens(plan):
-            plans.setdefault(layout, plan)
-    found = [row(layout, plan, base) for layout, plan in plans.items()]
+            made.setdefault(layout, plan)
+    found = [row(layout, plan, base) for layout, plan in made.items()]
     if launch.rank == 0:
         print("\n".join(table(options, config, found, own, limit, gpu)), flush=True)
         if options.report:
             model = {**asdict(config), "parameters": own.split.count()}
-            made = {"entry": "train_tp", "dry_run": True, "ranks": ranks, "model": model, "layouts": found}
-            report.write(options.report, made)
+            about = {"entry": "train_tp", "dry_run": True, "ranks": ranks, "model": model}
+            report.write(options.report, {**about, "layouts": found})
     return DOES_NOT_FIT if limit and found[0]["peak"] > limit else FITS
 
 

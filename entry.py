@@ -9,10 +9,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from console import CONTROLS, console
-from errors import ReaderGone, Stopped, UserError
+from errors import ReaderGone, Stopped, UserError, is_out_of_memory, print_error
 from grammar import parse, parse_command
 from options import RunOptions, as_dict
 from parallel import mesh
@@ -23,22 +24,26 @@ from parallel.replicas import DriftError
 _OWN = ("wandb_run_name", "wandb_project", "wandb_log", "debug")
 
 
-# as torch on a GPU, on a CPU, the system and Python's threads say it
-OUT_OF_MEMORY = ("out of memory", "defaultcpuallocator", "cannot allocate memory", "can't start new thread")
-
 Main = Callable[[mesh.World, Any], None]
+
+
+def say_once(line: str) -> None:
+    """Before there is a world: by rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print_error(line)
 
 
 def run(options_class: type[RunOptions], main: Main, prog: str) -> None:
     """Parse sys.argv, start the world, run `main(world, options)` on every rank, and exit; see `run_parsed`."""
-    run_parsed(lambda: (main, parse(options_class, sys.argv[1:], prog)), prog)
+    run_parsed(lambda: (main, parse(options_class, sys.argv[1:], prog, say_once)), prog)
 
 
 def run_commands(commands: dict[str, tuple[type[RunOptions], Main]], prog: str) -> None:
     """The same where the first word says which options and which main."""
 
     def parsed() -> tuple[Main, Any]:
-        name, options = parse_command({name: cls for name, (cls, _) in commands.items()}, sys.argv[1:], prog)
+        classes = {name: cls for name, (cls, _) in commands.items()}
+        name, options = parse_command(classes, sys.argv[1:], prog, say_once)
         return commands[name][1], options
 
     run_parsed(parsed, prog)
@@ -84,13 +89,21 @@ def _run_parsed(parsed: Callable[[], tuple[Main, Any]], prog: str) -> None:
 def _describe(prog: str, error: Exception, world: mesh.World | None, debug: bool) -> tuple[str, bool]:
     """The message for an error that is not the user's, and whether its traceback helps."""
     rank = os.environ.get("RANK", "0")
-    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY):
+    if is_out_of_memory(error):
+        need = " ".join(getattr(error, "__notes__", ["Use a smaller batch or a larger tp."]))
         what = _first_line(error).rpartition("DefaultCPUAllocator: ")[2].rstrip(".")
-        return f"{prog}: rank {rank} is out of memory: {what}. Use a smaller batch or a larger tp.", debug
+        return f"{prog}: rank {rank} is out of memory: {what}. {need}", debug
     if isinstance(error, OSError) and error.filename is not None:
         return f"{prog}: rank {rank}: {error.strerror}: {error.filename}", debug
     if isinstance(error, DriftError):
         return f"{prog}: {error}", debug
+    cause = error.__cause__ if isinstance(error, CollectiveError) else error
+    if isinstance(cause, torch.AcceleratorError):
+        where = f" in {_first_line(error)}" if cause is not error else f": {_first_line(error)}"
+        return (
+            f"{prog}: rank {rank}: its GPU failed{where}. Look at nvidia-smi and the kernel's log; "
+            f"train_tp.py goes on from its last checkpoint with --init_from=resume."
+        ), debug
     if _is_lost_peer(error):
         time.sleep(0.1)  # a peer's sockets close a moment before its process is gone
         gone = ", ".join(f"rank {r} is gone" for r in (world.gone() if world else ())) or "no rank of this host is gone"

@@ -1,7 +1,13 @@
 """The exceptions that are no fault of the program's, and how a message quotes a value that is wrong."""
 
 import reprlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+# as torch says it of a GPU and of the host, the system, and Python of a thread
+OUT_OF_MEMORY = ("out of memory", "defaultcpuallocator", "cannot allocate memory", "can't start new thread")
 
 
 class UserError(Exception):
@@ -21,6 +27,26 @@ class Stopped(Exception):
 
 class ReaderGone(Exception):
     """Whoever read standard output has gone, as `| head` does when it has seen enough."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch has a class of its own for a GPU's memory, and for the host's a message only."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
+@contextmanager
+def explaining_memory(need: Callable[[], str]) -> Iterator[None]:
+    """Within, an error for want of memory is told with what the run needs."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            error.add_note(need())
+        raise
+
+
+def print_error(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def shown(value: Any) -> str:

@@ -14,13 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import report
-from checkpoints.sources import Source, identity, open_source, tokenizer_of
+from checkpoints.sources import Source, common_tokenizer, identity, open_for_inference, tokenizer_of
 from entry import run
-from errors import UserError
+from errors import UserError, explaining_memory
 from options import EvalOptions
+from parallel import peaks
 from parallel.loss import vocab_parallel_cross_entropy
 from parallel.mesh import World
-from sample_tp import load
+from sample_tp import load, need
 from text.dataset import Dataset
 from text.files import read_text
 from tp_model import TensorParallelGPT
@@ -34,26 +35,29 @@ def main(world: World, options: EvalOptions) -> None:
         report.check_place(options.report, "report")
     if bool(options.text) == bool(options.dataset):
         raise UserError("give what to measure: either --text=FILE or --dataset=NAME.")
-    source = open_source(options.out_dir if options.init_from == "resume" else options.init_from, (world.rank, world.size))
+    source = open_for_inference(options, (world.rank, world.size))
     world.agree("weights", identity(source))
     tokens, n_bytes = read_tokens(source, options)
     stride = options.stride or source.config.block_size
     if stride > source.config.block_size:
         raise UserError(f"--stride={stride} is more than block_size={source.config.block_size}: tokens would be left out.")
-    model = load(world, source, options)
+    with explaining_memory(lambda: need(world, source, options)):
+        model = load(world, source, options)
     world.synchronize()
     load_s = time.perf_counter() - started
     started = time.perf_counter()
-    with world.ledger.during("evaluation"):
+    with world.ledger.during("evaluation"), explaining_memory(lambda: need(world, source, options)):
         total, count = measure(model, tokens, stride, options.batch_size, show=world.is_main and sys.stderr.isatty())
     seconds = time.perf_counter() - started
     timing = {"load_s": load_s, "eval_s": seconds, "tokens_per_s": count / seconds}
     evaluation = figures(total, count, stride, n_bytes)
     made = report.build("eval_tp", world, model, world.ledger.snapshot(), timing, seconds, evaluation=evaluation)
+    made["utilisation"] = used(model, len(tokens), stride, seconds).figures(world)
     if world.is_main:
         print(report.account_table(made), file=sys.stderr)
         shown = (f"{key} {value:,.6g}" if isinstance(value, float) else f"{key} {value:,}" for key, value in evaluation.items())
         print(", ".join(shown))
+        print(peaks.text(made["utilisation"], "evaluation", made["dtype"]), file=sys.stderr)
         if options.report:
             report.write(options.report, made)
 
@@ -67,11 +71,13 @@ def read_tokens(source: Source, options: EvalOptions) -> tuple[Tensor, int]:
     n_bytes = 0
     if options.dataset:
         dataset = Dataset(Path(options.data_dir) / options.dataset)
+        if not options.tokenizer:
+            common_tokenizer(source, dataset, options.data_dir)
         dataset.check(1, vocab_size)
         file = dataset.train if options.split == "train" else dataset.val
         ids = torch.from_numpy(file[: min(most, len(file))].astype("int64"))
     else:
-        tokenizer = tokenizer_of(source, options.tokenizer)
+        tokenizer = tokenizer_of(source, options.tokenizer, options.data_dir)
         encoded = tokenizer.encode_ordinary(read_text(options.text))[:most]
         n_bytes = len(tokenizer.decode_bytes(encoded[1:]))
         ids = torch.tensor(encoded, dtype=torch.int64)
@@ -92,6 +98,13 @@ def figures(total: float, count: int, stride: int, n_bytes: int) -> dict[str, fl
         )
     evaluation = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": count, "stride": stride}
     return evaluation | ({"bits_per_byte": total / math.log(2) / n_bytes} if n_bytes else {})
+
+
+def used(model: TensorParallelGPT, n: int, stride: int, seconds: float) -> peaks.Use:
+    """What forward passes over n tokens asked of the machine."""
+    lengths = [stop - start for start, stop, _ in windows(n, model.config.block_size, stride)]
+    operations = sum(length * peaks.operations(model.split, length, False) for length in lengths)
+    return peaks.Use(operations / seconds, next(model.parameters()).dtype)
 
 
 def windows(n: int, block_size: int, stride: int) -> Iterator[tuple[int, int, int]]:

@@ -77,6 +77,7 @@ class Timing:
     time_to_first_token_s: float = 0.0  # from the start of the first prefill
     decode_s: float = 0.0
     decode_tokens: int = 0  # the tokens after each row's first
+    decode_steps: int = 0
     kv_cache_bytes: int = 0  # the most that was held
     slid: bool = False
 
@@ -161,6 +162,7 @@ def _write(
         logits = _step(model, decoder, active, guesses, held)
         counts = _extend(model, logits, active, guesses, sampling, audience)
         timing.decode_tokens += sum(counts)
+        timing.decode_steps += 1
         for row, guess, count in zip(active, guesses, counts, strict=True):
             if draft is not None:
                 draft.learn(row, len(guess), min(count - 1, len(guess)))
@@ -304,7 +306,8 @@ def _agree(
     axis = model.tp.at("sampling")
     best = candidates(logits, model.vocab_lo, model.config.vocab_size, sampling, axis.size)  # [2, positions, k]
     guessed = torch.tensor([token for guess in guesses for token in guess], dtype=torch.int32)
-    everyone = all_gather(torch.cat([best.flatten(), guessed]), axis, "step").numpy()
+    mine = torch.cat([best.flatten(), guessed.to(best.device)])
+    everyone = all_gather(mine, axis, "step").cpu().numpy()
     verdict = np.zeros((len(rows), 2 + max(map(len, guesses))), np.int64)
     if axis.rank == 0:
         # [tp, 2, positions, k] -> each position's candidates from all ranks, [positions, tp * k]
@@ -326,7 +329,8 @@ def _agree(
                 if ends or j == len(guess) or token != guess[j] or not alike[guessed_at + j]:
                     break
             at, guessed_at = at + 1 + len(guess), guessed_at + len(guess)
-    told: list[list[int]] = broadcast(torch.from_numpy(verdict), axis, "step").tolist()
+    here = best.device if axis.size > 1 else torch.device("cpu")  # one rank tells nobody
+    told: list[list[int]] = broadcast(torch.from_numpy(verdict).to(here), axis, "step").tolist()
     return told
 
 

@@ -13,43 +13,45 @@ import numbers
 import operator
 import os
 import re
-import traceback
 import types
 import typing
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from errors import UserError
-from options import EntryOptions, RunOptions
+from config_files import every_name, run_config
+from errors import UserError, print_error
+from options import PATHS, EntryOptions, RunOptions
 
 Options = TypeVar("Options", bound=EntryOptions)
+Say = Callable[[str], None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The two calls
 
-def parse(cls: type[Options], argv: list[str], prog: str) -> Options:
+def parse(cls: type[Options], argv: list[str], prog: str, say: Say = print_error) -> Options:
     """The options of a command line (without the program's name); `prog` is how messages call the program.
 
     Prints the help and raises SystemExit(0) where --help or -h is among the words. Raises UserError for an unknown
     option, a value of the wrong type or out of range, a missing required option, and a config file that is missing,
-    fails, or sets any of these wrongly.
+    fails, or sets any of these wrongly. `say` is told of other commands' options in a config file.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text(cls, prog), flush=True)
         raise SystemExit(0)
     keys = _keys(cls)
-    options = cls(**_collect(argv, keys, prog))
+    options = cls(**_collect(argv, keys, prog, say))
     for key in keys.values():
         if key.required and getattr(options, key.name) == "":
             raise UserError(f"--{key.name} is required: {key.help} ({prog} --help lists all)")
     return options
 
 
-def parse_command(commands: Mapping[str, type[EntryOptions]], argv: list[str], prog: str) -> tuple[str, Any]:
+def parse_command(commands: Mapping[str, type[EntryOptions]], argv: list[str], prog: str,
+                  say: Say = print_error) -> tuple[str, Any]:
     """(command, its options) where the first word picks the command.
 
     Prints the help and raises SystemExit(0) where the first word is --help or -h; after a command, that command's.
@@ -66,8 +68,7 @@ def parse_command(commands: Mapping[str, type[EntryOptions]], argv: list[str], p
     if word not in commands:
         raise UserError(f"unknown command {word!r}{_did_you_mean(_nearest(word, commands)) or '.'} "
                         f"The commands are {_one_of(commands, 'and')} ({prog} --help tells more)")
-    return word, parse(commands[word], rest, f"{prog} {word}")
-
+    return word, parse(commands[word], rest, f"{prog} {word}", say)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def _key(field: "dataclasses.Field[Any]", hint: Any) -> _Key:
     return _Key(field.name, kind, optional, many, field.metadata)
 
 
-def _collect(argv: list[str], keys: Mapping[str, _Key], prog: str) -> dict[str, Any]:
+def _collect(argv: list[str], keys: Mapping[str, _Key], prog: str, say: Say) -> dict[str, Any]:
     """The value of each option that was set; the later one wins, but typed lists add up.
 
     The first --start typed replaces a config file's, since whoever types a prompt wants that prompt; the next ones
@@ -120,7 +121,7 @@ def _collect(argv: list[str], keys: Mapping[str, _Key], prog: str) -> dict[str, 
     """
     values: dict[str, Any] = {}
     typed: set[str] = set()
-    for name, value, was_typed in _assignments(argv, keys, prog):
+    for name, value, was_typed in _assignments(argv, keys, prog, say):
         append = keys[name].many and was_typed and name in typed
         values[name] = values[name] + value if append else value
         if was_typed:
@@ -130,7 +131,8 @@ def _collect(argv: list[str], keys: Mapping[str, _Key], prog: str) -> dict[str, 
     return values
 
 
-def _assignments(argv: list[str], keys: Mapping[str, _Key], prog: str) -> Iterator[tuple[str, Any, bool]]:
+def _assignments(argv: list[str], keys: Mapping[str, _Key], prog: str,
+                 say: Say) -> Iterator[tuple[str, Any, bool]]:
     """(name, checked value, whether it was typed rather than read from a config file), in the order of the words."""
     words = deque(argv)
     while words:
@@ -139,7 +141,7 @@ def _assignments(argv: list[str], keys: Mapping[str, _Key], prog: str) -> Iterat
             key, text = _typed_option(word, words, keys, prog)
             yield key.name, _checked(key, _from_text(key, text), f"--{key.name}"), True
         elif word.endswith(".py") and Path(word).is_file():
-            for key, value in _config_options(word, keys, prog):
+            for key, value in _config_options(word, keys, prog, say):
                 yield key.name, _checked(key, value, f"{word}: {key.name}"), False
         else:
             raise UserError(_about_positional(word, keys, prog))
@@ -185,47 +187,27 @@ def _about_positional(word: str, keys: Mapping[str, _Key], prog: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Config files
 
-def _config_options(path: str, keys: Mapping[str, _Key], prog: str) -> Iterator[tuple[_Key, Any]]:
-    """The options that a config file sets. Raises UserError for a public name that is no option.
+def _config_options(path: str, keys: Mapping[str, _Key], prog: str,
+                    say: Say) -> Iterator[tuple[_Key, Any]]:
+    """The options that a config file sets. Raises UserError for a public name that no command has.
 
     What the file imports or defines is no setting, and a name that starts with _ is the file's own.
     """
-    for name, value in _run_config(path).items():
-        if name in keys:
-            yield keys[name], value
+    also, of_others = {key.limits.get("also"): key for key in keys.values()}, []
+    for name, value in run_config(path).items():
+        if name in keys or name in also:
+            yield keys.get(name) or also[name], value
+        elif name in every_name():
+            of_others.append(name)
         elif not (name.startswith("_") or isinstance(value, types.ModuleType) or callable(value)):
             meant = _nearest_option(name, keys)
             own = "" if meant else "; names of the file's own start with _"
             raise UserError(f"{path}: unknown option {name}{_did_you_mean(meant)} ({prog} --help lists all{own})")
 
 
-def _run_config(path: str) -> dict[str, Any]:
-    """The names that a config file leaves behind. Raises UserError where it cannot be read or run."""
-    names: dict[str, Any] = {"__file__": path, "__name__": "config"}
-    code = _compiled(path)
-    try:
-        exec(code, names)
-    except (Exception, SystemExit) as error:  # a config file may raise anything, and must not end the program quietly
-        # The deepest frame in the file itself: where something that it calls fails, the line that calls is meant.
-        lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == path]
-        raise UserError(f"{path} line {lines[-1]}: {_one_line(error)}") from error
-    return names
-
-
-def _compiled(path: str) -> types.CodeType:
-    """Raises UserError where the file cannot be read or is not Python."""
-    try:
-        return compile(Path(path).read_bytes(), path, "exec", dont_inherit=True)
-    except OSError as error:
-        raise UserError(f"cannot read config file {path}: {error.strerror}") from error
-    except SyntaxError as error:
-        raise UserError(f"{path} line {error.lineno or 1}: {type(error).__name__}: {error.msg}") from error
-    except ValueError as error:  # a null byte, before Python 3.12
-        raise UserError(f"{path}: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    if of_others:
+        others = ", ".join(of_others)
+        say(f"{prog}: {path} sets options of other commands, which are not used here: {others}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -285,7 +267,10 @@ def _is_finite(value: Any) -> bool:
 
 
 def _in_limits(key: _Key, value: Any, label: str) -> Any:
-    """The value itself. Raises UserError where it is none of the choices or out of range."""
+    """The value, the ~ of a path expanded. UserError where it is none of the choices or out of range."""
+    if key.name in PATHS:
+        value = re.sub(f"({PATHS[key.name]})(~[^/,]*)",
+                       lambda found: found[1] + os.path.expanduser(found[2]), value)
     choices = key.limits.get("choices")
     if choices and value not in choices:
         raise UserError(f"{label} must be {_one_of(choices)}, got {_shown(value)}")

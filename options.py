@@ -25,6 +25,13 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None, low:
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# The options that hold a path, in every command, and a regular expression of what stands before it.
+PATHS = {
+    **dict.fromkeys(("data_dir", "dataset", "draft", "init_from", "kept", "out", "out_dir"), "^"),
+    **dict.fromkeys(("plot", "report", "scan", "shards", "text", "tokenizer"), "^"),
+    **{"start": "^(?:FILE|PROMPTS):", "prompt": "^FILE:", "reports": "^|, *"},
+}
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What each entry can be told. Each class's docstring is the description that --help shows.
 
@@ -53,7 +60,7 @@ class RunOptions(EntryOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(RunOptions):
-    """Generate text with the model split over all ranks. The sampled tokens do not depend on the number of ranks."""
+    """Generate text with the model split over all ranks. In float32 the tokens are the same on any number."""
 
     init_from: str = option("resume", "weights: hub name, HF directory, ckpt.pt, shard or training directory;"
                                       " resume = out_dir")
@@ -77,7 +84,7 @@ class SampleOptions(RunOptions):
     quantize: str = option("", "int8: the matrices in 8 bits, for less memory and faster decoding", ("", "int8"))
     sync: str = option("", "sync points: all, mlp, every:K, or a list (0a,0m,1m); default: as the weights say")
     sequence_parallel: bool = option(False, "split the prompt's activations over the sequence, to save memory")
-    tokenizer: str = option("", "directory with tokenizer.json, or gpt2; default: what the checkpoint says")
+    tokenizer: str = option("", "directory with tokenizer.json or meta.pkl, gpt2 or ids; default: what the checkpoint says")
 
 
 # nanoGPT's options come first, in nanoGPT's order; the model and the schedule default to GPT-2 124M on OpenWebText as
@@ -157,7 +164,7 @@ class EvalOptions(RunOptions):
     quantize: str = option("", "int8: the matrices in 8 bits, for less memory and faster decoding", ("", "int8"))
     sync: str = option("", "sync points: all, mlp, every:K, or a list (0a,0m,1m); default: as the weights say")
     sequence_parallel: bool = option(False, "split activations over the sequence, to save memory")
-    tokenizer: str = option("", "directory with tokenizer.json, or gpt2; default: what the checkpoint says")
+    tokenizer: str = option("", "directory with tokenizer.json or meta.pkl, gpt2 or ids; default: what the checkpoint says")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,6 +366,7 @@ class SplitOptions(EntryOptions):
     out: str = option("", "shard directory to write", required=True)
     dtype: str = option("auto", "precision of the shards; auto keeps the source's",
                         ("auto", "float32", "bfloat16", "float16"))
+    tokenizer: str = option("", "directory with tokenizer.json or meta.pkl, gpt2 or ids; default: what the checkpoint says")
     force: bool = option(False, "replace the output where it exists")
 
 

@@ -26,7 +26,7 @@ def check_place(path: str, option: str) -> None:
     """Said before the run, not after it: UserError where the file that --`option` names cannot be written."""
     if not path:
         return
-    place = Path(path).expanduser().resolve()
+    place = Path(path).resolve()
     if place.is_dir():
         raise UserError(f"--{option}={path} is a directory: name a file in it.")
     if not place.parent.is_dir():
@@ -73,6 +73,8 @@ def build(
     ranks = world.gather((weight_bytes(model), kv_cache_bytes, peak_bytes(world.device)))
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     comm = as_json(account, model.config.n_layer)
+    if world.ledger.repeated.calls:
+        comm["in_graphs"] = world.ledger.repeated.as_json()
     comm["total"]["fraction_of_time"] = round(comm["total"]["seconds"] / seconds, 6) if seconds else 0.0
     return {
         "entry": entry,
@@ -102,7 +104,7 @@ def build(
 
 def write(path: str, report: dict[str, Any]) -> None:
     """Into a file: a page where its name ends in .html, else JSON."""
-    place = Path(path).expanduser()
+    place = Path(path)
     try:
         text = page(report) if place.suffix.lower() in PAGES else json.dumps(report, indent=1) + "\n"
         place.write_text(text, encoding="utf-8")
@@ -140,4 +142,9 @@ def account_table(report: dict[str, Any]) -> str:
     total = report["comm_account"]["total"]
     lines.append(f"{'sum':>5}  {'':<{24 + wide}} {total['calls']:>8,} {total['bytes']:>14,} {total['seconds']:>9.3f}")
     lines.append(f"{total['fraction_of_time']:.1%} of the time was spent in collectives (rank 0's clock)")
+    if graphs := report["comm_account"].get("in_graphs"):
+        lines.append(
+            f"{graphs['calls']:,} of the calls were in CUDA graphs, where no clock runs: their {graphs['seconds']:.3f} s are "
+            "those of the same messages alone, timed once"
+        )
     return "\n".join(lines)

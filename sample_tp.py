@@ -13,19 +13,22 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 import report
-from checkpoints.sources import Source, identity, open_source, reader, schedule_of, tokenizer_of
+from checkpoints.sources import Source, identity, open_for_inference, open_source, reader, schedule_of, tokenizer_of
 from decoding import Decoder, decoder_for
 from entry import run
-from errors import ReaderGone, UserError
+from errors import ReaderGone, UserError, explaining_memory
 from generation import Generation, Listener, Row, Timing, check_prompts, generate
 from options import SampleOptions
 from pages.html import nbytes
+from parallel import peaks
 from parallel.collectives import Axis
 from parallel.ledger import Account
 from parallel.mesh import World, pick_dtype
 from parallel.partition import Partition
-from parallel.quantized import Gather, quantize
+from parallel.quantized import Gather, quantize, read_bytes
 from sampling import Sampling
 from shard_checkpoint import imbalance
 from speculation import Guesser, Ngrams, SmallModel, Speculation
@@ -39,7 +42,7 @@ def main(world: World, options: SampleOptions) -> None:
     if world.is_main:
         report.check_place(options.report, "report")
         report.check_place(options.out, "out")
-    source = open_source(options.out_dir if options.init_from == "resume" else options.init_from, (world.rank, world.size))
+    source = open_for_inference(options, (world.rank, world.size))
     world.agree("weights", identity(source))
     tokenizer = tokenizer_of(source, options.tokenizer)
     # files are read by one rank: the others may be on hosts that do not have them
@@ -47,19 +50,22 @@ def main(world: World, options: SampleOptions) -> None:
     prompts = encode(texts, tokenizer)
     sampling = how_to_sample(options, tokenizer)
     check_prompts(prompts, source.config.vocab_size, source.config.block_size, sampling)
-    model = load(world, source, options)
-    draft = drafted(world, options, tokenizer, sampling)
+    with explaining_memory(lambda: need(world, source, options)):
+        model = load(world, source, options)
+        draft = drafted(world, options, tokenizer, sampling)
     decoder = decoder_for(model)
     world.synchronize()
     load_s = time.perf_counter() - started
     if world.is_main:
-        for notice in notices(world, source, model, decoder):
+        for notice in notices(world, source, model, decoder, tokenizer):
             print(notice, file=sys.stderr)
     with samples_file(options.out if world.is_main else "") as out:
         stage = Stage(texts, tokenizer, options, out)
         begun = time.perf_counter()
         try:
-            with world.ledger.during("sampling"):
+            rows = min(options.batch_size, len(texts) * options.num_samples)
+            why = explaining_memory(lambda: need(world, source, options, rows))
+            with world.ledger.during("sampling"), why:
                 result = generate(model, prompts, sampling, stage, decoder, draft)
         finally:
             stage.leave()
@@ -71,6 +77,7 @@ def main(world: World, options: SampleOptions) -> None:
     account, kv_cache_bytes = world.ledger.snapshot(), result.timing.kv_cache_bytes
     more = {"decoder": decoder.name, **per_token(world.ledger.forward_passes, account, result, draft), "samples": samples}
     made = report.build("sample_tp", world, model, account, figures, seconds, kv_cache_bytes, **more)
+    made["utilisation"] = used(world, model, result, decoder).figures(world)
     if world.is_main:
         finish(options, made, result.timing.slid)
 
@@ -78,9 +85,25 @@ def main(world: World, options: SampleOptions) -> None:
 @contextmanager
 def samples_file(path: str) -> Iterator[IO[str] | None]:
     """The file of --out, if there is one."""
-    place = Path(path).expanduser()
-    with naming(place), open(place, "w", encoding="utf-8") if path else nullcontext() as out:
+    with naming(path), open(path, "w", encoding="utf-8") if path else nullcontext() as out:
         yield out
+
+
+def need(world: World, source: Source, options: Any, rows: int = 0) -> str:
+    """For a run that has no memory left: what the weights take, and the keys and values of the rows."""
+    split, dtype = Partition.of(source.config, world.tp.size), pick_dtype(options.dtype, world.device)
+    weights = split.count(0) * (1 if options.quantize else dtype.itemsize)
+    if options.quantize:  # tokens are looked up in a float table
+        weights += split.local_vocab * split.n_embd * dtype.itemsize
+    lo, hi = split.heads(0)
+    cache = 2 * rows * split.n_layer * (hi - lo) * split.head_dim * split.block_size * dtype.itemsize
+    takes = f"The weights take {weights / 1e9:.2f} GB on rank 0"
+    if cache:
+        takes += f", keys and values of {rows} rows at most {cache / 1e9:.2f} GB"
+    if world.device.type == "cuda":
+        has = torch.cuda.get_device_properties(world.device).total_memory
+        takes += f"; its GPU has {has / 1e9:.2f} GB"
+    return f"{takes}. Use more ranks, --quantize=int8 or a smaller --batch_size."
 
 
 def how_to_sample(options: SampleOptions, tokenizer: Tokenizer) -> Sampling:
@@ -148,9 +171,9 @@ def read_prompts(start: list[str]) -> list[str]:
     prompts: list[str] = []
     for spec in start:
         if spec.startswith("FILE:"):
-            prompts.append(read_text(Path(spec.removeprefix("FILE:")).expanduser()))
+            prompts.append(read_text(spec.removeprefix("FILE:")))
         elif spec.startswith("PROMPTS:"):
-            prompts += read_lines(Path(spec.removeprefix("PROMPTS:")).expanduser())
+            prompts += read_lines(Path(spec.removeprefix("PROMPTS:")))
         elif any("\ud800" <= char <= "\udfff" for char in spec):  # how Python passes on bytes that are not UTF-8
             raise UserError(f"--prompt={ascii(spec)[:60]} is not UTF-8 text.")
         else:
@@ -160,7 +183,7 @@ def read_prompts(start: list[str]) -> list[str]:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a file that are not blank. Not splitlines(): that also cuts at form feeds and the like, within a prompt."""
-    lines = [line for line in read_text(path).replace("\r\n", "\n").split("\n") if line.strip()]
+    lines = [line for line in read_text(path).split("\n") if line.strip()]
     if not lines:
         raise UserError(f"{path} has no prompt: write one a line.")
     return lines
@@ -177,13 +200,16 @@ def encode(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
         if not prompts[-1] and tokenizer.kind == "ids":
             raise UserError(
                 f"prompt {i} is empty. The model's tokenizer is not known: give token ids, for example --prompt='5 17 3'."
+                f" {tokenizer.note}".rstrip()
             )
     return prompts
 
 
-def notices(world: World, source: Source, model: TensorParallelGPT, decoder: Decoder) -> list[str]:
+def notices(
+    world: World, source: Source, model: TensorParallelGPT, decoder: Decoder, tokenizer: Tokenizer
+) -> list[str]:
     """What a user would like to know before waiting: an uneven split, a reshard, a model that one device would hold."""
-    lines = [imbalance(Partition.of(source.config, world.tp.size))]
+    lines = [imbalance(Partition.of(source.config, world.tp.size)), tokenizer.note]
     written = getattr(getattr(source, "manifest", None), "tp", world.tp.size)
     if written != world.tp.size:
         lines.append(f"the checkpoint is tp={written}, this run tp={world.tp.size}: resharded on load, no file changed.")
@@ -288,6 +314,21 @@ def per_token(passes: int, account: Account, result: Generation, draft: Speculat
     return made
 
 
+def used(world: World, model: TensorParallelGPT, result: Generation, decoder: Decoder) -> peaks.Use:
+    """What decoding asked of the machine; reading the prompts, where each row got one token."""
+    timing, rows, size = result.timing, result.rows, model.config.block_size
+    dtype = next(model.parameters()).dtype
+    if not timing.decode_steps:
+        length = sum(row.prompt_tokens for row in rows) / len(rows)
+        count = len({row.prompt for row in rows}) * length
+        return peaks.Use(count * peaks.operations(model.split, length, False) / timing.prefill_s, dtype)
+    seconds = timing.decode_s - decoder.capture_s
+    length = sum(min(size, len(row.tokens) - row.new / 2) for row in rows) / len(rows)
+    operations = timing.decode_tokens * peaks.operations(model.split, length, False) / seconds
+    read = sum(world.gather(read_bytes(model))) * timing.decode_steps / seconds
+    return peaks.Use(operations, dtype, read)
+
+
 def rates(timing: Timing) -> dict[str, float]:
     return {
         "time_to_first_token_s": timing.time_to_first_token_s,
@@ -312,6 +353,8 @@ def finish(options: SampleOptions, made: dict[str, Any], slid: bool) -> None:
     speed = f"{timing['decode_tokens_per_s']:.1f} tokens/s after a " if timing["decode_tokens"] else ""
     print(f"{speed}prefill of {timing['prefill_s']:.3f} s; loaded in {timing['load_s']:.2f} s", file=sys.stderr)
     print(said_per_token(options, made), file=sys.stderr)
+    what = "decoding" if timing["decode_tokens"] else "reading the prompts"
+    print(peaks.text(made["utilisation"], what, made["dtype"]), file=sys.stderr)
     if options.report:
         report.write(options.report, made)
 

@@ -37,8 +37,8 @@ class Sampling:
 
 
 def candidates(logits: Tensor, lo: int, vocab_size: int, sampling: Sampling, tp: int) -> Tensor:
-    """This rank's contenders, [2, rows, k] int32 on the CPU: the bits of their float32 logits, and their ids. k is alike on
-    all ranks.
+    """This rank's contenders, [2, rows, k] int32 where the logits are: the bits of their float32 logits, and their ids.
+    k is alike on all ranks.
 
     Among the global best k every one is among the best k of its rank. Where fewer are left (a rank may hold nothing but
     ids the tokenizer does not know) the rest is -inf.
@@ -50,7 +50,7 @@ def candidates(logits: Tensor, lo: int, vocab_size: int, sampling: Sampling, tp:
         known = F.pad(known, (0, k - known.shape[1]), value=float("-inf"))
     every = known.shape[1] == k  # then there is no need to rank them
     ids = torch.arange(k, device=known.device).expand_as(known) if every else likeliest(known, k)
-    return torch.stack([known.gather(1, ids).view(torch.int32), (ids + lo).int()]).cpu()
+    return torch.stack([known.gather(1, ids).view(torch.int32), (ids + lo).int()])
 
 
 def likeliest(logits: Tensor, k: int) -> Tensor:

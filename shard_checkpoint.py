@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoints.huggingface import is_conv1d
 from checkpoints.shards import (
     DTYPES,
     MANIFEST,
@@ -35,7 +36,16 @@ from checkpoints.shards import (
     shard_name,
     write_json,
 )
-from checkpoints.sources import LATEST, ShardSource, Source, is_conv1d, latest_checkpoint, open_source, tokenizer_of
+from checkpoints.sources import (
+    LATEST,
+    ShardSource,
+    Source,
+    check_belongs,
+    latest_checkpoint,
+    open_source,
+    tokenizer_of,
+)
+from checkpoints.tensors import CARRIED, tokenizer_for
 from console import console
 from errors import ReaderGone, UserError
 from grammar import parse_command
@@ -56,20 +66,24 @@ def split(options: SplitOptions) -> None:
     check_target(out, options.force, SHARD_FILES)
     source = open_source(options.init_from, verify=(0, 1))
     dtype = source.dtype if options.dtype == "auto" else DTYPES[options.dtype]
-    partition, tokenizer = Partition.of(source.config, options.tp), tokenizer_of(source)
+    partition, tokenizer = (
+        Partition.of(source.config, options.tp),
+        tokenizer_of(source, options.tokenizer),
+    )
+    check_belongs(tokenizer, source)
     _check_space(out, sum(partition.count(rank) for rank in range(options.tp)) * dtype.itemsize)
     with new_directory(out, options.force, SHARD_FILES) as scratch:
         manifest = write_shards(source, partition, dtype, scratch)
         write_json(scratch / TOKENIZER_FILE, tokenizer.to_json())
     sizes = [f"{size / 1e6:,.1f} MB" if size >= 1e5 else nbytes(size) for _, size, _ in manifest.files]
     print(f"{options.out}: {source.description} in {options.tp} shards of {', '.join(sizes)} ({dtype_name(dtype)})")
-    if note := imbalance(partition):
+    for note in filter(None, (imbalance(partition), tokenizer.note)):
         print(note)
 
 
 def place(path: str) -> Path:
-    """Where an --out points: through ~ and links, so that what is replaced is a directory and not the link to it."""
-    return Path(os.path.realpath(os.path.expanduser(path)))
+    """Where an --out points, through links: what is replaced is a directory, not the link to it."""
+    return Path(os.path.realpath(path))
 
 
 def imbalance(partition: Partition) -> str:
@@ -133,7 +147,13 @@ def merge(options: MergeOptions) -> None:
     shards.check_all_bytes(range(shards.manifest.tp))
     if to_hf:
         with new_directory(out, options.force, HF_FILES) as scratch:
-            write_hf(shards.config, shards.dtype, lambda name: shards.read(name, None, ()), scratch)
+            write_hf(
+                shards.config,
+                shards.dtype,
+                lambda name: shards.read(name, None, ()),
+                scratch,
+                carried(shards),
+            )
     else:
         with new_file(out) as file:
             write_nanogpt(shards, file)
@@ -149,11 +169,28 @@ def full_tensors(shards: ShardDirectory) -> Iterator[tuple[str, Tensor]]:
         yield name, shards.read(name, None, ())
 
 
-def write_hf(config: GPTConfig, dtype: torch.dtype, read: Callable[[str], Tensor], directory: Path) -> None:
+def carried(shards: ShardSource) -> dict[str, Any]:
+    """What a merged checkpoint's settings say of a tokenizer that is known, where the vocabulary's
+    size does not tell."""
+    known = shards.tokenizer or {"kind": "ids"}
+    return (
+        {}
+        if known["kind"] == "ids" or known == tokenizer_for(shards.config.vocab_size)
+        else {CARRIED: known}
+    )
+
+
+def write_hf(
+    config: GPTConfig,
+    dtype: torch.dtype,
+    read: Callable[[str], Tensor],
+    directory: Path,
+    more: dict[str, Any] | None = None,
+) -> None:
     """config.json and model.safetensors that GPT2LMHeadModel.from_pretrained loads with no key missing or left over.
 
     read: gives each full tensor by its name. transformers' GPT-2 has every bias: a model without gets zeros. Linear weights
-    turn to [in, out].
+    turn to [in, out]. more: for config.json.
     """
     known, shapes = Partition.of(config, 1).shapes(), Partition.of(replace(config, bias=True), 1).shapes()
     stored = {name: shape[::-1] if is_conv1d(name) else shape for name, shape in shapes.items()}
@@ -165,7 +202,7 @@ def write_hf(config: GPTConfig, dtype: torch.dtype, read: Callable[[str], Tensor
             file.write(name, tensor.t() if is_conv1d(name) else tensor)
             bar.update(file.bytes - before)
     file.close()
-    write_json(directory / "config.json", hf_config(config, dtype_name(dtype)))
+    write_json(directory / "config.json", hf_config(config, dtype_name(dtype)) | (more or {}))
 
 
 def hf_config(config: GPTConfig, dtype: str) -> dict[str, Any]:
@@ -192,10 +229,11 @@ def hf_config(config: GPTConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def write_nanogpt(shards: ShardDirectory, file: BinaryIO) -> None:
+def write_nanogpt(shards: ShardSource, file: BinaryIO) -> None:
     """A ckpt.pt with nanoGPT's keys and `model_args`. torch.save wants all tensors at once: memory is the model's."""
     args = asdict(shards.config)
-    config = {"activation": args.pop("activation")}  # nanoGPT has but one; so that our own reader computes the right one
+    # for our own reader: nanoGPT has but one activation, and takes the tokenizer from a dataset
+    config = {"activation": args.pop("activation"), **carried(shards)}
     state = dict(full_tensors(shards))
     state["lm_head.weight"] = state["transformer.wte.weight"]
     torch.save({"model": state, "model_args": args, "iter_num": 0, "best_val_loss": 1e9, "config": config}, file)
@@ -203,7 +241,7 @@ def write_nanogpt(shards: ShardDirectory, file: BinaryIO) -> None:
 
 def open_shards(directory: str) -> ShardSource:
     """The shard directory, or the newest checkpoint of a training directory."""
-    path = Path(os.path.expanduser(directory))
+    path = Path(directory)
     return ShardSource(latest_checkpoint(path) if (path / LATEST).is_file() else path)
 
 

@@ -12,8 +12,9 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,23 +26,23 @@ import entry
 import report
 from checkpoints import training
 from checkpoints.shards import DTYPES
-from checkpoints.sources import Described, Source, identity, open_sizes, open_source, reader, schedule_of, tokenizer_of
+from checkpoints.sources import Described, Source, common_tokenizer, identity, open_sizes, open_source, reader, schedule_of
 from checkpoints.training import Progress, Saved, Saver
-from errors import ReaderGone, Stopped, UserError, printable, shown
+from errors import ReaderGone, Stopped, UserError, explaining_memory, printable, shown
 from grammar import parse
 from model import GPTConfig
 from options import TrainOptions, as_dict
+from parallel import peaks
 from parallel.collectives import all_reduce
 from parallel.data_parallel import Sharding, last_only, replicate, rest
 from parallel.ledger import Account, total
 from parallel.mesh import World, pick_dtype
-from parallel.partition import Rule
 from parallel.replicas import check_alike, checksum
 from parallel.schedule import Schedule
 from text.dataset import EVAL_STREAM, Dataset, batch, is_prepared
 from text.files import naming
-from text.tokenizer import GPT2Tokenizer
-from tp_model import Read, TensorParallelGPT, held
+from text.tokenizer import GPT2Tokenizer, Tokenizer
+from tp_model import TensorParallelGPT, held
 
 GPT2_VOCAB = 50304  # nanoGPT's table for GPT-2's 50257 tokens
 METRICS = "metrics.jsonl"
@@ -60,12 +61,13 @@ def main(world: World, options: TrainOptions) -> None:
     dataset = Dataset(Path(options.data_dir) / options.dataset)
     options = after_restart(world, options)
     wandb = start_wandb(options) if world.is_main and options.wandb_log else None
-    run = prepare(world, options, dataset)
-    if world.is_main and not options.eval_only:
-        (run.out_dir / BEGUN).write_text(world.launch.run)
-    begun = time.perf_counter()
-    train(run, wandb)
-    world.synchronize()
+    with explaining_memory(lambda: dry_run.need(plans(options), world.size)):
+        run = prepare(world, options, dataset)
+        if world.is_main and not options.eval_only:
+            (run.out_dir / BEGUN).write_text(world.launch.run)
+        begun = time.perf_counter()
+        train(run, wandb)
+        world.synchronize()
     seconds = time.perf_counter() - begun
     done = run.progress.tokens_seen - run.first.tokens_seen
     timing = {"train_s": seconds, "tokens": done, "tokens_per_s": done / seconds}
@@ -73,8 +75,11 @@ def main(world: World, options: TrainOptions) -> None:
     if world.is_main and not options.eval_only:
         more["loss_curve"] = loss_curve(run.out_dir / METRICS) if options.report else {}
     made = report.build("train_tp", world, run.model, world.ledger.snapshot(), timing, seconds, **more)
+    made["utilisation"] = used(run, seconds).figures(world)
     if world.is_main:
         print(report.account_table(made))
+        what = "evaluation" if options.eval_only else "training"
+        print(peaks.text(made["utilisation"], what, str(run.dtype)[6:]))
         if options.report:
             report.write(options.report, made)
 
@@ -160,6 +165,8 @@ class Run:
     out_dir: Path
     dtype: torch.dtype
     first: Progress  # where this process began
+    tokenizer: Tokenizer
+    seconds: list[float] = field(default_factory=list)  # of each iteration
 
     @property
     def tokens_per_iter(self) -> int:
@@ -207,26 +214,27 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
     if world.device.type == "cpu":
         set_up_heap(keep=not shard)
     out_dir = Path(options.out_dir)
-    progress, checkpoint, source = Progress(loss_scale=65536.0), None, None
+    progress, checkpoint, source, before = Progress(loss_scale=65536.0), None, None, dict[str, Any]()
     if options.init_from == "resume":
         checkpoint, progress, before = training.read_state(out_dir)
         source = open_source(str(checkpoint), (world.rank, world.size))
         world.agree("checkpoint", identity(source))
-        if world.is_main:
-            report_changes(before, options)
     elif training.has_checkpoints(out_dir) and not options.overwrite and not options.eval_only:
         raise UserError(
             f"{out_dir} has checkpoints of an earlier run. Go on with --init_from=resume, choose another --out_dir, or "
             f"start over with --overwrite=True (deletes them)."
         )
     elif options.init_from != "scratch":
-        source = open_source(options.init_from, (world.rank, world.size))
+        source = open_source(options.init_from, (world.rank, world.size), also=("scratch", "resume"))
         world.agree("weights", identity(source))
     config = make_config(options, dataset, source)
-    if source is not None and options.init_from != "resume":
-        check_tokenizer(source, dataset)
+    tokenizer, notice = dataset.tokenizer, ""
+    if source is not None:
+        tokenizer, notice = common_tokenizer(source, dataset, options.data_dir)
+    if notice and world.is_main:
+        print(notice, file=sys.stderr)
     dataset.check(config.block_size, config.vocab_size)
-    read = reader_for(source, world.tp.rank, config) if source else None
+    read = reader(source, world.tp.rank, config.block_size) if source else None
     if options.sequence_parallel and config.block_size < world.tp.size:
         raise UserError(
             f"--sequence_parallel=True: block_size={config.block_size} is shorter than tp={world.tp.size}, some ranks would "
@@ -255,7 +263,13 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
     layout = Layout.of(options, world.dp.rank, world.dp.size)
     dtype = pick_dtype(options.dtype, world.device)
     wrapped = model if model.sharding else replicate(model, world.dp, reduce_dtype)
-    return Run(world, options, dataset, model, wrapped, optimizer, layout, progress, out_dir, dtype, replace(progress))
+    begun = replace(progress)
+    run = Run(world, options, dataset, model, wrapped, optimizer, layout, progress, out_dir, dtype, begun, tokenizer)
+    if source is not None and world.is_main:
+        report_unused(options, config)
+        if checkpoint is not None:
+            report_changes(before, run, source)
+    return run
 
 
 def make_config(options: TrainOptions, dataset: Dataset | None, source: Described | None) -> GPTConfig:
@@ -276,8 +290,8 @@ def make_config(options: TrainOptions, dataset: Dataset | None, source: Describe
     return replace(source.config, dropout=options.dropout, block_size=block_size)
 
 
-def plan(options: TrainOptions) -> int:
-    """A dry run: print what the run would take of a rank's memory. Returns the exit status. Weights and tokens stay unread."""
+def plans(options: TrainOptions) -> dry_run.Plans:
+    """What the run would take of a rank's memory. Weights and tokens stay unread."""
     source: Described | None = None
     if options.init_from == "resume":
         source = open_sizes(str(training.read_state(Path(options.out_dir))[0]))
@@ -291,37 +305,34 @@ def plan(options: TrainOptions) -> int:
             return schedule_of(source, options.sync, tp)
         return Schedule.parse(options.sync or "all", config.n_layer) if tp > 1 else Schedule.plain(config.n_layer)
 
-    return dry_run.show(options, config, schedule, lambda dp: Layout.of(options, 0, dp))
+    return dry_run.Plans(options, config, schedule, lambda dp: Layout.of(options, 0, dp))
 
 
-def check_tokenizer(source: Source, dataset: Dataset) -> None:
-    """UserError where the weights were trained on other tokens than the dataset has: the loss would only look wrong."""
-    known = source.tokenizer is not None or source.dataset is not None
-    if known and tokenizer_of(source).to_json() != dataset.tokenizer.to_json():
-        raise UserError(
-            f"{source.description} was trained on {tokenizer_of(source).kind} tokens, the dataset's tokenizer is another "
-            f"({dataset.tokenizer.kind}, {dataset.tokenizer.n_vocab} tokens). Prepare the dataset with the model's."
-        )
-
-
-def reader_for(source: Source, rank: int, config: GPTConfig) -> Read:
-    """The source's reader, with the position table cut to this run's block_size."""
-    read = reader(source, rank)
-
-    def cropped(name: str, rule: Rule) -> Tensor:
-        if name == "transformer.wpe.weight":
-            return source.read(name, 0, [(0, config.block_size)])
-        return read(name, rule)
-
-    return cropped
-
-
-def report_changes(before: dict[str, Any], options: TrainOptions) -> None:
-    """Which options that shape the loss curve are not those of the run that is resumed."""
-    now = as_dict(options)
+def report_changes(before: dict[str, Any], run: Run, source: Source) -> None:
+    """Which of what shapes the loss curve is not as in the run that is resumed. What is used counts, not what was asked for:
+    the weights have a block_size and a schedule of their own."""
+    auto = pick_dtype("auto", run.world.device)
+    before = before | {
+        "block_size": source.config.block_size,
+        "sync": source.sync.schedule if source.sync else "all",
+        "dtype": str(auto)[6:] if before.get("dtype") == "auto" else before.get("dtype"),
+    }
+    now = as_dict(run.options) | {
+        "block_size": run.model.config.block_size,
+        "sync": str(run.model.schedule),
+        "dtype": str(run.dtype)[6:],
+    }
     for key in sorted(before.keys() & now.keys() & SHAPES_THE_CURVE):
         if before[key] != now[key]:
             print(f"resume: {key} is now {now[key]!r}, it was {shown(before[key])}", file=sys.stderr)
+
+
+def report_unused(options: TrainOptions, config: GPTConfig) -> None:
+    """Which sizes were asked for in vain, since the weights have their own."""
+    for key in ("n_layer", "n_head", "n_embd", "bias", "block_size"):
+        asked, used = getattr(options, key), getattr(config, key)
+        if asked not in (used, getattr(TrainOptions, key)):
+            print(f"{key}={asked} is not used: the weights have {used}", file=sys.stderr)
 
 
 def start_directory(out_dir: Path, iter_num: int, options: TrainOptions) -> None:
@@ -431,6 +442,7 @@ def train(run: Run, wandb: Any = None) -> None:
                 loss, grad_norm = iterate(run, lr)
                 asked, busy = agree(world, (signals.asked or log.asked, saver.busy))
             seconds = time.perf_counter() - started
+            run.seconds.append(seconds)
             check_finite(run, loss)
             progress.iter_num += 1
             progress.tokens_seen += run.tokens_per_iter
@@ -585,10 +597,21 @@ def evaluate(run: Run) -> dict[str, float]:
 
 def save(run: Run, saver: Saver) -> list[Saved]:
     with run.world.ledger.during(f"step {run.progress.iter_num}, save"):
-        return saver.save(run.model, run.optimizer, run.progress, run.dataset.tokenizer.to_json(), as_dict(run.options))
+        return saver.save(run.model, run.optimizer, run.progress, run.tokenizer.to_json(), as_dict(run.options))
 
 
 # --- what a run says ------------------------------------------------------------------------------------------------
+
+
+def used(run: Run, seconds: float) -> peaks.Use:
+    """What the median iteration asked of the machine; the evaluation that took `seconds`, where there is
+    no other."""
+    options, size = run.options, run.model.config.block_size
+    if run.seconds:
+        rate = run.tokens_per_iter / median(run.seconds)
+    else:
+        rate = 2 * options.eval_iters * options.batch_size * size / seconds
+    return peaks.Use(rate * peaks.operations(run.model.split, size, bool(run.seconds)), run.dtype)
 
 
 class Log:
@@ -685,9 +708,9 @@ def all_reduces_per_layer(account: Account, run: Run) -> dict[str, float]:
 
 def command() -> tuple[entry.Main, TrainOptions]:
     """What the command line asks for. A dry run is done and ends here, before there is a world."""
-    options = parse(TrainOptions, sys.argv[1:], "train_tp.py")
+    options = parse(TrainOptions, sys.argv[1:], "train_tp.py", entry.say_once)
     if options.dry_run:
-        raise SystemExit(plan(options))
+        raise SystemExit(dry_run.show(plans(options)))
     return main, options
 
 

@@ -85,8 +85,10 @@ def hf(job: dict[str, Any]) -> Round:
     from transformers import GPT2LMHeadModel
 
     torch.set_num_threads(job["threads"])
-    model: Any = GPT2LMHeadModel.from_pretrained(job["weights"]).float().eval()
-    idx = torch.tensor([job["prompt"]])
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it is slow where every token has a new length
+    dtype = getattr(torch, job["dtype"])
+    model: Any = GPT2LMHeadModel.from_pretrained(job["weights"]).to(job["device"], dtype).eval()
+    idx = torch.tensor([job["prompt"]], device=job["device"])
 
     @torch.inference_mode()
     def generate(n: int) -> list[int]:
@@ -102,12 +104,14 @@ def ctranslate2(job: dict[str, Any]) -> Round:
     import ctranslate2 as ct2
     from ctranslate2.converters import TransformersConverter
 
-    compute = "int8" if job["quantize"] else "float32"
+    compute = "int8" if job["quantize"] else job["dtype"]
     place = Path(job["scratch"]) / f"ctranslate2-{compute}"
     if not place.exists():
         quantization = "int8" if job["quantize"] else None
         TransformersConverter(job["weights"]).convert(str(place), quantization=quantization)
-    model = ct2.Generator(str(place), device="cpu", intra_threads=job["threads"], compute_type=compute)
+    device, _, index = job["device"].partition(":")
+    where = {"device": device, "device_index": int(index or 0), "compute_type": compute}
+    model = ct2.Generator(str(place), intra_threads=job["threads"], **where)
     # its vocabulary is a list of words; the converter made one of the tokenizer files that lie beside the weights
     words = json.loads((place / "vocabulary.json").read_text())
     prompt = [words[token] for token in job["prompt"]]
@@ -124,6 +128,7 @@ def one_rank(job: dict[str, Any]) -> Round:
     import torch
 
     from checkpoints.sources import open_source, reader
+    from decoding import decoder_for
     from generation import generate as write
     from parallel.collectives import Axis
     from parallel.quantized import quantize
@@ -131,37 +136,51 @@ def one_rank(job: dict[str, Any]) -> Round:
     from tp_model import TensorParallelGPT
 
     torch.set_num_threads(1)
-    source = open_source(job["weights"])
-    model = TensorParallelGPT(source.config, Axis("tp"), reader(source, 0)).eval()
+    source, where = open_source(job["weights"]), {"device": job["device"], "dtype": getattr(torch, job["dtype"])}
+    model = TensorParallelGPT(source.config, Axis("tp"), reader(source, 0), **where).eval()
     if job["quantize"]:
         quantize(model, lambda mine: [mine])
+    if job["compile"]:
+        model.compile_blocks()
+    decoder = decoder_for(model)
     n = job["new_tokens"]
     sampling = Sampling(n_tokens=source.config.vocab_size, temperature=0, max_new_tokens=n)
 
     def once() -> dict[str, Any]:
-        result = write(model, [job["prompt"]], sampling)
-        return {"seconds": result.timing.decode_s / (n - 1), "tokens": result.rows[0].tokens[-n:]}
+        captured = decoder.capture_s
+        result = write(model, [job["prompt"]], sampling, decoder=decoder)
+        seconds = result.timing.decode_s - (decoder.capture_s - captured)
+        return {"seconds": seconds / (n - 1), "tokens": result.rows[0].tokens[-n:]}
 
     once()
     return once
 
 
 def reference(job: dict[str, Any]) -> Round:
-    """model.py in one process: full logits, and AdamW as torch has it when nothing is asked of it."""
+    """model.py in one process. On a CPU with AdamW as torch has it when nothing is asked of it; on a GPU
+    as nanoGPT trains: autocast, fused AdamW, compiled as a whole where ours is compiled."""
     import torch
 
     from model import GPT, GPTConfig
     from text.dataset import Dataset, batch
 
     torch.set_num_threads(job["threads"])
-    model = GPT(GPTConfig(**job["config"]))
+    device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
+    model = GPT(GPTConfig(**job["config"])).to(device)
+    forward: Any = model
+    if job["compile"] and model.config.n_layer > 24:  # one graph of so many would take minutes
+        for block in model.transformer.h:
+            block.compile()
+    elif job["compile"]:
+        forward = torch.compile(model)
     tokens, rows = Dataset(job["dataset"]).train, range(job["batch_size"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False, fused=False)
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False, fused=fused)
 
     def step(i: int) -> float:
-        x, y = batch(tokens, rows, model.config.block_size, 1, i)
-        loss = model(x, y)[1]
-        assert loss is not None
+        x, y = (part.to(device) for part in batch(tokens, rows, model.config.block_size, 1, i))
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = forward(x, y)[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

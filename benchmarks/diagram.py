@@ -97,7 +97,7 @@ def page(world: World, options: BenchPageOptions) -> None:
     report.check_place(options.report, "report")
     if not options.report:
         raise UserError("--report=FILE.html is required: the page to write.")
-    kept_one = report.read(Path(options.kept).expanduser())
+    kept_one = report.read(Path(options.kept))
     if not isinstance(kept_one, dict):
         raise UserError(f"{options.kept} is no report: --report=FILE of any command writes one.")
     report.write(options.report, kept_one)

@@ -9,7 +9,6 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import report
@@ -378,4 +377,4 @@ def plot(path: str, figures: list[dict[str, Any]]) -> None:
     handles = [plt.Line2D([], [], color=f"C{i}", marker="o", markersize=4, label=name) for i, name in enumerate(names)]
     figure.legend(handles=handles, ncol=min(6, len(names)), loc="lower center", fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, 0.07 if len(modes) == 1 else 0.04, 1, 1))
-    figure.savefig(Path(path).expanduser(), dpi=120)
+    figure.savefig(path, dpi=120)

@@ -30,19 +30,18 @@ from options import (
     SampleOptions,
     SplitOptions,
 )
+from parallel import peaks
 from parallel.cost import ring_bytes
 from parallel.ledger import Account, total
 from parallel.mesh import World
 from parallel.partition import Partition
-from parallel.quantized import weight_bytes
+from parallel.quantized import read_bytes
 from parallel.schedule import Schedule
 from sample_tp import drafted, encode, load, read_prompts
 from sampling import Sampling
 from shard_checkpoint import split, write_hf
 from text.tokenizer import Tokenizer
 from tp_model import TensorParallelGPT
-
-READ_BYTES = 1 << 28  # a rank's buffer for the measurement of bandwidth: larger than any cache
 
 
 def write_random(directory: Path, options: BenchOptions) -> None:
@@ -97,7 +96,8 @@ def subject(world: World, options: BenchModelOptions, n: int, text: str = "") ->
         names = ("device", "dtype", "compile", "quantize", "sync", "sequence_parallel")
         settings = SampleOptions(**{name: getattr(options, name) for name in names})
         model = load(world, source, settings)
-        job = {"weights": weights, "scratch": scratch, "prompt": prompt, "new_tokens": n, "quantize": options.quantize}
+        job = {"weights": weights, "scratch": scratch, "prompt": prompt, "new_tokens": n}
+        job |= {"quantize": options.quantize, "compile": options.compile}
         yield Subject(model, settings, tokenizer, prompt, n, job)
 
 
@@ -112,27 +112,6 @@ def same_tokens(rounds: list[dict[str, dict[str, Any]]]) -> list[str]:
 # --- decode ---------------------------------------------------------------------------------------------------------
 
 
-def read_bandwidth(world: World) -> float:
-    """Bytes a second that all ranks together read from memory, each summing a buffer of its own; the best of a few."""
-    buffer, passes, seconds = torch.ones(READ_BYTES // 4), 6, []
-    for _ in range(3):
-        world.barrier()
-        started = time.perf_counter()
-        for _ in range(passes):  # long beside the moment by which one rank leaves the barrier before another
-            buffer.sum()
-        seconds.append(max(world.gather(time.perf_counter() - started)))
-    return world.size * passes * READ_BYTES / min(seconds)
-
-
-def table_bytes(model: Any) -> int:
-    """Bytes of this rank's weights that a decode step does not read: position rows, and the float table beside an int8 head."""
-    wte, wpe = model.transformer.wte, model.transformer.wpe.weight
-    skipped: int = wpe.numel() * wpe.element_size()
-    if hasattr(wte, "int8"):
-        skipped += wte.weight.numel() * wte.weight.element_size()
-    return skipped
-
-
 class FromFirstStep:
     """A decoder that counts its steps, and notes where the account stood before the first: reading the prompt is no part of
     decoding."""
@@ -140,13 +119,15 @@ class FromFirstStep:
     def __init__(self, decoder: Decoder, world: World):
         self.decoder, self.world, self.name, self.why = decoder, world, decoder.name, decoder.why
         self.before: Account | None = None
-        self.steps = 0
+        self.steps, self.capture_s = 0, 0.0
 
     def logits(self, tokens: list[list[int]], cache: KVCache) -> torch.Tensor:
         if self.before is None:
             self.before = self.world.ledger.snapshot()
         self.steps += 1
-        return self.decoder.logits(tokens, cache)
+        logits = self.decoder.logits(tokens, cache)
+        self.capture_s = self.decoder.capture_s
+        return logits
 
 
 def decode(world: World, options: BenchDecodeOptions) -> None:
@@ -161,21 +142,27 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
             model.set_schedule(Schedule.plain(model.config.n_layer))
             plain = decoder_for(model)
             model.set_schedule(schedule)
-        read = sum(world.gather(weight_bytes(model) - table_bytes(model)))
+        read = sum(world.gather(read_bytes(model)))
+        length = len(measured.prompt) + n / 2
+        needed = peaks.operations(model.split, length, backward=False)
+        dtype = next(model.parameters()).dtype
 
         def step(record: bool = True, guess: bool = True) -> dict[str, Any]:
-            decoder.before, decoder.steps = None, 0
+            decoder.before, decoder.steps, captured = None, 0, decoder.capture_s
             world.ledger.on = record
             result = generate(model, [measured.prompt], measured.sampling, None, decoder, draft if guess else None)
             world.ledger.on = True
             timing, said = result.timing, total(world.ledger.since(decoder.before or {}))
             count = timing.decode_tokens
-            made = {"seconds": timing.decode_s / count, "tokens": result.rows[0].tokens[-n:], "steps": decoder.steps / count}
+            seconds = timing.decode_s - (decoder.capture_s - captured)
+            made = {"seconds": seconds / count, "tokens": result.rows[0].tokens[-n:], "steps": decoder.steps / count}
             return made | {"collectives": said.seconds / count, "bytes": said.bytes / count, "calls": said.calls / count}
 
         def once() -> dict[str, Any]:
             made = step()
-            return made | {"bandwidth": read_bandwidth(world)}  # in the round: a shared machine's changes by the minute
+            # in the round: a shared machine's changes by the minute
+            most = {"bandwidth": peaks.bandwidth(world), "arithmetic": peaks.arithmetic(world, dtype)}
+            return made | most
 
         def all_syncs() -> dict[str, Any]:
             model.set_schedule(Schedule.plain(model.config.n_layer))
@@ -200,11 +187,13 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
     shares = [turn["collectives"] / turn["seconds"] for turn in ours]
     rates, bandwidths = [read * turn["steps"] / turn["seconds"] for turn in ours], [turn["bandwidth"] for turn in ours]
     used = [rate / most for rate, most in zip(rates, bandwidths, strict=True)]
+    mfu = [needed / turn["seconds"] / turn["arithmetic"] for turn in ours]
     lines += [
         f"decode of {n} tokens after {len(measured.prompt)}, batch 1, on {world.size} ranks of {torch.get_num_threads()} "
         f"threads: {world.comm}, {decoder.name} step{', int8' if options.quantize else ''}; sync points: {schedule}",
         f"weights read: {shown([rate / 1e9 for rate in rates])} GB/s, {shown(used, '.0%')} of what all ranks together read "
-        f"at the same time, {shown([most / 1e9 for most in bandwidths])} GB/s",
+        f"at the same time, {shown([most / 1e9 for most in bandwidths])} GB/s (MBU)",
+        f"products: {shown(mfu, '.2%')} of {shown([turn['arithmetic'] / 1e9 for turn in ours])} GFLOP/s (MFU)",
         f"in collectives (rank 0's clock): {shown(shares, '.1%')} of a step; {ours[0]['calls']:.1f} calls and "
         f"{ours[0]['bytes']:,.0f} bytes a token, {ring_bytes(ours[0]['bytes'], world.size):,.0f} sent by a ring",
     ]
@@ -217,6 +206,7 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
     if world.is_main and options.plot:
         plot_bars(options.plot, f"GPT-2 {model.split.count() / 1e6:.0f}M, batch 1, {bench.threads} cores", "tokens/s", figures)
     more = {"read_bandwidth": spread(bandwidths), "weight_bytes_read": read, "share_of_bandwidth": spread(used)}
+    more |= {"share_of_arithmetic": spread(mfu), "capture_s": decoder.capture_s}
     more |= {"share_in_collectives": spread(shares)} | ({"ledger_ratio": spread(overhead)} if overhead else {})
     more |= {"calls_per_token": {name: turn["calls"] for name, turn in rounds[0].items() if "calls" in turn}}
     if draft is not None:

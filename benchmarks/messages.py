@@ -2,7 +2,6 @@
 
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from parallel.mesh import World, make_axis
 
 def allreduce(world: World, options: BenchAllreduceOptions) -> None:
     bench = Bench(world, options, ())
-    if world.mesh is None:
+    if world.size == 1:
         raise UserError("bench_tp.py allreduce needs ranks: torchrun --standalone --nproc_per_node=2 bench_tp.py allreduce")
     try:
         sizes = [int(word) for word in options.sizes.split(",")]
@@ -28,7 +27,7 @@ def allreduce(world: World, options: BenchAllreduceOptions) -> None:
     axes = {}
     for comm in ("nccl",) if world.device.type == "cuda" else ("shm", "gloo"):
         try:
-            axes[comm] = make_axis("tp", world.mesh, comm, world.ledger)
+            axes[comm] = make_axis("tp", world.groups.get("tp"), comm, world.ledger)
         except Unavailable as error:
             print(f"{comm}: {error}", file=sys.stderr)
     found: list[dict[str, Any]] = []
@@ -64,5 +63,5 @@ def allreduce(world: World, options: BenchAllreduceOptions) -> None:
         plane.set(xscale="log", yscale="log", xlabel="bytes", ylabel="microseconds", title=f"all-reduce, {world.size} ranks")
         plane.legend()
         figure.tight_layout()
-        figure.savefig(Path(options.plot).expanduser(), dpi=120)
+        figure.savefig(options.plot, dpi=120)
     bench.finish("allreduce", {"sizes": found}, lines)

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,6 +101,7 @@ class Clocked:
 
     def __init__(self, decoder: Decoder):
         self.decoder, self.name, self.why = decoder, decoder.name, decoder.why
+        self.capture_s = 0.0
         self.began: list[float] = []
 
     def logits(self, tokens: list[list[int]], cache: KVCache) -> torch.Tensor:
@@ -125,9 +125,8 @@ class Workshop:
     """The worlds that jobs run in, and models that several jobs share, for as long as the stack holds. world: over shm."""
 
     def __init__(self, world: World, stack: ExitStack):
-        assert world.mesh is not None
         self.world, self.stack = world, stack
-        gloo = replace(world, comm="gloo", tp=make_axis("tp", world.mesh, "gloo", world.ledger))
+        gloo = replace(world, comm="gloo", tp=make_axis("tp", world.groups.get("tp"), "gloo", world.ledger))
         self.worlds: dict[str, World | None] = {"shm": world, "gloo": gloo, ALONE: None}
         if world.is_main:
             axes = Axis("tp", ledger=world.ledger), Axis("dp", ledger=world.ledger)
@@ -407,7 +406,7 @@ def scatter(path: str, lines: list[dict[str, Any]]) -> None:
     plane.set(xscale="log", yscale="log", xlabel="measured, ms a step", ylabel="predicted, ms a step", title="the band is 20 %")
     plane.legend()
     figure.tight_layout()
-    figure.savefig(Path(path).expanduser(), dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 def predict(world: World, options: BenchPredictOptions) -> None:

@@ -20,7 +20,7 @@ import report
 from benchmarks.contestants import Contestant
 from errors import UserError
 from options import BenchOptions
-from parallel.mesh import World
+from parallel.mesh import World, pick_dtype
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -36,9 +36,14 @@ def machine() -> dict[str, Any]:
     name = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        found = (line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name"))
-        name = next(found, name)
-    return {"cpu": name, "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
+        lines = info.read_text().splitlines()
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        name = next(names, name)
+    found: dict[str, Any] = {"cpu": name, "cores": os.cpu_count(), "torch": torch.__version__}
+    found["python"] = platform.python_version()
+    if torch.cuda.is_available():
+        found["gpus"] = list(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
+    return found
 
 
 class Bench:
@@ -66,11 +71,18 @@ class Bench:
             for name in self.names if self.world.is_main else []:
                 if name in self.own:
                     continue
-                contestant = Contestant({"kind": name, "threads": self.threads, **job})
+                contestant = Contestant({"kind": name, "threads": self.threads, **self.place(), **job})
                 stack.callback(contestant.close)
                 found.append(contestant)
             self.world.barrier()
             yield found
+
+    def place(self) -> dict[str, str]:
+        """Where contestants compute: on a GPU in the run's precision, on a CPU in float32."""
+        device = self.world.device
+        half = device.type == "cuda" and pick_dtype(self.options.dtype, device) != torch.float32
+        dtype = str(pick_dtype(self.options.dtype, device))[6:] if half else "float32"
+        return {"device": str(device), "dtype": dtype}
 
     def rounds(
         self, ours: Callable[[], dict[str, Any]], contestants: list[Contestant], **others: Callable[[], dict[str, Any]]
@@ -125,4 +137,4 @@ def plot_bars(path: str, title: str, unit: str, figures: dict[str, Any]) -> None
     axes.margins(x=0.15)
     axes.set(xlabel=unit, title=title)
     figure.tight_layout()
-    figure.savefig(Path(path).expanduser(), dpi=120)
+    figure.savefig(path, dpi=120)

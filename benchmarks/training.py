@@ -17,6 +17,7 @@ from benchmarks.rounds import Bench, compare, plot_bars, shown, spread
 from checkpoints.sources import GPT2_TOKENS
 from checkpoints.training import Saver
 from options import BenchSaveOptions, BenchTrainOptions, TrainOptions
+from parallel import peaks
 from parallel.ledger import total
 from parallel.mesh import World
 from text.dataset import Dataset, write_tokens
@@ -58,26 +59,32 @@ def train(world: World, options: BenchTrainOptions) -> None:
             seconds = time.perf_counter() - started
             account = total(world.ledger.since(before))
             made = {"seconds": seconds / options.steps, "losses": losses, "share": account.seconds / seconds}
-            return made | {"bytes": account.bytes / options.steps, "calls": account.calls / options.steps}
+            made |= {"bytes": account.bytes / options.steps, "calls": account.calls / options.steps}
+            return made | {"arithmetic": peaks.arithmetic(world, run.dtype)}
 
         once()
         config = asdict(run.model.config)
-        job = {"config": config, "dataset": str(place / "random"), "batch_size": options.batch_size, "steps": options.steps}
+        job = {"config": config, "dataset": str(place / "random"), "compile": options.compile}
+        job |= {"batch_size": options.batch_size, "steps": options.steps}
         with bench.contestants(job) as contestants:
             rounds = bench.rounds(once, contestants)
     tokens = options.batch_size * options.block_size
     figures, lines = compare(rounds, "tokens/s", tokens)
     ours = [turn["nanotp"] for turn in rounds]
     shares = [turn["share"] for turn in ours]
+    needed = tokens * peaks.operations(run.model.split, options.block_size, backward=True)
+    mfu = [needed / turn["seconds"] / turn["arithmetic"] for turn in ours]
     lines += [
         f"training of {options.batch_size} x {options.block_size} tokens a step: dp {world.dp.size} x tp {world.tp.size}, "
         f"{torch.get_num_threads()} threads a rank, {world.comm}",
         f"in collectives (rank 0's clock): {shown(shares, '.1%')} of a step; {ours[0]['calls']:.1f} calls and "
         f"{ours[0]['bytes']:,.0f} bytes a step",
+        f"products: {shown(mfu, '.1%')} of {shown([turn['arithmetic'] / 1e9 for turn in ours])} GFLOP/s (MFU)",
     ]
     if world.is_main and options.plot:
         plot_bars(options.plot, f"training, {options.batch_size} x {options.block_size} tokens a step", "tokens/s", figures)
-    bench.finish("train", {"model": config, "parties": figures, "share_in_collectives": spread(shares)}, lines)
+    found = {"share_in_collectives": spread(shares), "share_of_arithmetic": spread(mfu)}
+    bench.finish("train", {"model": config, "parties": figures, **found}, lines)
 
 
 # --- saves ----------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from model import GPTConfig
 from parallel.partition import Partition, Rule, Run
 from parallel.processes import is_running
 from parallel.schedule import Schedule
-from text.files import json_of, own_file, read_json
+from text.files import fetched, json_of, own_file, read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "shards.json"
@@ -289,7 +289,7 @@ class ShardDirectory:
         _require(not path.is_symlink(), f"{path} is a symbolic link: a shard is a file of its directory. Put the file there.")
         if not path.is_file():
             raise UserError(f"{path} is missing. The manifest lists {self.manifest.tp} files; split again or copy it back.")
-        found = path.stat().st_size
+        found = fetched(path).stat().st_size
         _require(found == size, f"{path} has {found} bytes, the manifest says {size}: truncated, or from another split.")
         return path
 

@@ -41,7 +41,7 @@ from checkpoints.shards import (
     sync_directory,
     write_json,
 )
-from checkpoints.sources import LATEST, latest_checkpoint
+from checkpoints.sources import LATEST, latest_checkpoint, reader
 from errors import UserError
 from parallel.mesh import World
 from parallel.partition import Partition, Rule
@@ -328,10 +328,27 @@ def _point(out_dir: Path, name: str) -> None:
     sync_directory(out_dir)
 
 
+def _instead(out_dir: Path) -> str:
+    """What works with a directory that no run can be resumed from."""
+    if (out_dir / STATE).is_file():
+        return (
+            f"It is one itself: --out_dir={out_dir.resolve().parent} goes on from the newest there."
+        )
+    for name, what in (
+        ("ckpt.pt", "nanoGPT's ckpt.pt"),
+        (MANIFEST, "shards"),
+        ("config.json", "a Hugging Face model"),
+    ):
+        if (out_dir / name).is_file():
+            new = f"--init_from={out_dir} with another --out_dir starts from its weights"
+            return f"It has {what}, without an optimizer's state that is read: {new}."
+    return "Start with --init_from=scratch, or name its out_dir."
+
+
 def read_state(out_dir: Path) -> tuple[Path, Progress, dict[str, Any]]:
     """(checkpoint, where its run stood, its options) of the newest checkpoint. UserError where there is none."""
     if not has_checkpoints(out_dir):
-        raise UserError(f"{out_dir} has no checkpoint to resume. Start with --init_from=scratch, or name its out_dir.")
+        raise UserError(f"{out_dir} has no checkpoint to resume. {_instead(out_dir)}")
     for entry in out_dir.iterdir():  # what this run is about to write to; `latest` and its like lead nowhere else
         ours = re.match(rf"metrics\.jsonl|\.?{LATEST}|\.?step-", entry.name)
         if ours and not (inside(entry).is_file() or entry.is_dir()):
@@ -352,7 +369,7 @@ def read_state(out_dir: Path) -> tuple[Path, Progress, dict[str, Any]]:
 def load_optimizer(
     model: TensorParallelGPT, optimizer: torch.optim.Optimizer, path: Path, optimizer_steps: int, world: World
 ) -> None:
-    """Give the optimizer its moments back, at this run's tp, whatever tp wrote them."""
+    """Give the optimizer its moments back, at this run's tp and block_size, whatever wrote them."""
     if optimizer_steps == 0:
         return
     shards = ShardDirectory(inside(path / OPTIMIZER))
@@ -361,16 +378,15 @@ def load_optimizer(
     for i in range(world.rank, shards.manifest.tp, world.size):
         shards.check_bytes(i)
     rules, names = model.split.rules(), {p: name for name, p in model.named_parameters()}
+    read = reader(shards, model.tp.rank, model.config.block_size)
     state, index = {}, 0
     for group in optimizer.param_groups:
         for p in group["params"]:
             name = names[p]
-            rule = rules[name]
             moments = {}
             for moment in MOMENTS:
-                full_name = f"{moment}.{name}"
                 value = torch.zeros_like(p)
-                model.put(name, value, shards.read(full_name, rule.dim, rule.runs[model.tp.rank] if rule.runs else ()))
+                model.put(name, value, read(f"{moment}.{name}", rules[name]))
                 moments[moment] = value
             state[index] = {"step": torch.tensor(float(optimizer_steps)), **moments}
             index += 1

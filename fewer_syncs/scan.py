@@ -51,7 +51,7 @@ class Perplexities:
                 f"the text has {len(tokens)} tokens; a scan needs at least block_size + 1 = {size + 1}, or it measures nothing."
             )
         self.world, self.model, self.tokens, self.batch_size = world, model, tokens, batch_size
-        self.path = Path(path).expanduser() if path else None
+        self.path = Path(path) if path else None
         digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
         self.about = {"weights": weights, "text": digest, "tokens": len(tokens), "tp": world.tp.size}
         # one rank reads: all go on from the same

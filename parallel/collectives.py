@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.graphs import outside_graphs
-from parallel.ledger import Entry, Ledger, Tally, Track, call_text
+from parallel.ledger import Entry, Ledger, Repeat, Tally, Track, call_text
 from parallel.partition import Run, spans
 
 T = TypeVar("T")
@@ -178,6 +178,9 @@ class Axis:
             raise named(error, track) from error
         seconds = _elapsed(start, message)
         track.waiting = False
+        if ledger.aside is not None:
+            ledger.aside.calls.append(Repeat(tally, track, track.call, call))
+            return result
         ledger.record(tally, size, seconds)
         if track.queued is not None and isinstance(seconds, _Span):
             track.queued.append((track.number, track.call, seconds.has_ended))
@@ -210,18 +213,20 @@ def _clock(message: Tensor) -> Any:
     if torch.cuda.is_current_stream_capturing():
         return None  # nothing runs now, and when it does an event of the graph's own tells no time
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    # gloo ends a call in a thread of its own, whose device is another
+    event.record(torch.cuda.current_stream(message.device))
     return event
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Between two events of a GPU's stream; called, it tells the seconds, once the stream has got there."""
+    """Between two events of a GPU's stream; called, it waits for the second and tells the seconds."""
 
     start: torch.cuda.Event
     end: torch.cuda.Event
 
     def __call__(self) -> float:
+        self.end.synchronize()
         return self.start.elapsed_time(self.end) / 1000.0
 
     def has_ended(self) -> bool:

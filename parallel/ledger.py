@@ -83,11 +83,23 @@ def call_text(number: int, call: Call, with_bytes: bool = False) -> str:
 
 
 @dataclass
+class Repeat:
+    """A call that was told aside. track, call: what the watchdog is told of it; again: makes the same
+    call on the same message; seconds: what it takes, 0 until somebody has measured it."""
+
+    tally: Tally
+    track: Track
+    call: Call
+    again: Callable[[], object]
+    seconds: float = 0.0
+
+
+@dataclass
 class Told:
-    """What a ledger was told aside: forward passes, and every call as its line of the account and its bytes."""
+    """What a ledger was told aside: forward passes, and every call."""
 
     forward_passes: int = 0
-    calls: list[tuple[Tally, int]] = field(default_factory=list)
+    calls: list[Repeat] = field(default_factory=list)
 
 
 @dataclass
@@ -100,8 +112,9 @@ class Ledger:
     doing: str = ""  # where the run is, for messages about a call: "step 77", "step 77, evaluation"
     tracks: list[Track] = field(default_factory=list)
     latest: Track | None = None  # along which the last call was made
+    repeated: Tally = field(default_factory=Tally)  # of all lines, what CUDA graphs have replayed
+    aside: Told | None = None  # where calls go within `telling_aside`
     _recomputing: bool = False
-    _aside: Told | None = None
     _pending: list[tuple[Tally, Callable[[], float]]] = field(default_factory=list)
 
     def tally(self, entry: Entry) -> Tally:
@@ -113,9 +126,6 @@ class Ledger:
 
     def record(self, tally: Tally, nbytes: int, seconds: float | Callable[[], float]) -> None:
         """One finished call. `seconds` may be a function that is asked later (a GPU's clock is read when it is idle)."""
-        if self._aside is not None:
-            self._aside.calls.append((tally, nbytes))
-            return
         tally.calls += 1
         tally.bytes += nbytes
         if callable(seconds):
@@ -147,29 +157,40 @@ class Ledger:
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
-        self._recomputing = True
+        before, self._recomputing = self._recomputing, True
         try:
             yield
         finally:
-            self._recomputing = False
+            self._recomputing = before
 
     @contextmanager
-    def aside(self) -> Iterator[Told]:
-        """Within, calls and forward passes are not counted but noted in what this gives, on or not: see `repeat`."""
-        before, passes, on, told = self._aside, self.forward_passes, self.on, Told()
-        self._aside, self.on = told, True
+    def telling_aside(self) -> Iterator[Told]:
+        """Within, calls and forward passes are not counted but noted in what this gives, on or not: see
+        `repeat`."""
+        before, passes, on, told = self.aside, self.forward_passes, self.on, Told()
+        self.aside, self.on = told, True
         try:
             yield told
         finally:
             told.forward_passes = self.forward_passes - passes
-            self._aside, self.forward_passes, self.on = before, passes, on
+            self.aside, self.forward_passes, self.on = before, passes, on
 
-    def repeat(self, told: Told) -> None:
-        """Count what was told aside: it has been done (again) without a word. Nobody knows for how many seconds: 0."""
+    def repeat(self, told: Told, has_ended: Callable[[], bool]) -> None:
+        """Count what was told aside: a CUDA graph makes it again. has_ended: whether the GPU has; until
+        then the calls are under way, the first of each axis in the watchdog's eyes."""
         self.forward_passes += told.forward_passes
-        if self.on:
-            for tally, nbytes in told.calls:
-                self.record(tally, nbytes, 0.0)
+        begun: set[int] = set()
+        for made in told.calls:
+            track = self.latest = made.track
+            track.number += 1
+            if id(track) not in begun:
+                begun.add(id(track))
+                track.call = made.call[:2] + (f"{self.doing}, CUDA graph".removeprefix(", "),)
+                if track.queued is not None:
+                    track.queued.append((track.number, track.call, has_ended))
+            if self.on:
+                for line in (made.tally, self.repeated):
+                    self.record(line, made.call[1], made.seconds)
 
     def settle(self) -> None:
         """Read the clocks that were left for later. On a GPU call it after a synchronize."""

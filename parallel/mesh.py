@@ -1,9 +1,12 @@
 """Start-up and shutdown: which device, which transport, and the dp x tp mesh. The only reader of torchrun's environment."""
 
+import importlib.util
 import os
+import shutil
 import socket
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from errors import UserError, shown
 from native.library import Unavailable
@@ -27,6 +29,8 @@ from parallel.watch import ANSWER_S, Peer, Watch, first_to_say
 
 # torch's transports give up this much later than the watchdog, which knows more and says it
 LATER_S = 30.0
+# the watchdog waits for a rank that compiles; with --compile torch's transports wait this much longer
+COMPILING_S = 480.0
 
 
 HOW_TO_START = "Start ranks with torchrun --standalone --nproc_per_node=N."
@@ -69,7 +73,8 @@ class Launch:
 
 @dataclass(frozen=True)
 class World:
-    """This rank's view of the run. `tp` and `dp` are the axes; `mesh` is None where one process runs alone."""
+    """This rank's view of the run. `tp` and `dp` are the axes; groups: torch's group of each axis that
+    joins several ranks."""
 
     rank: int
     size: int
@@ -78,7 +83,7 @@ class World:
     tp: Axis
     dp: Axis
     ledger: Ledger
-    mesh: DeviceMesh | None = None
+    groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
     peers: tuple[Peer, ...] = ()  # where every rank runs
     launch: Launch = Launch(0, 1, 0, 1)
     track: Track = field(default_factory=Track)  # of what is said among all ranks
@@ -92,7 +97,7 @@ class World:
     def gather(self, thing: Any, what: str = "") -> list[Any]:
         """A small picklable thing of every rank, in rank order, on all ranks (start-up, saving and reports; not accounted).
         what: for messages, where what the run is doing does not tell."""
-        if self.mesh is None:
+        if self.size == 1:
             return [thing]
         things: list[Any] = [None] * self.size
         with self.waiting("gather", what):
@@ -146,44 +151,83 @@ def sizes(world_size: int, tp: int, prog: str) -> tuple[int, int]:
     return world_size // tp, tp
 
 
-def pick_device(device: str, launch: Launch, oversubscribe: bool) -> torch.device:
-    """The device of this rank. auto is a GPU where there is one, else the CPU."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+def pick_device(device: str, launch: Launch) -> torch.device:
+    """The device of this rank. auto is a GPU where there is one, else the CPU. Several ranks take the
+    GPUs that they see in turn: whether two of them have the same one, the roll call finds out."""
     try:
-        kind = torch.device(device)
+        kind = torch.device("cpu" if device == "auto" else device)
     except RuntimeError:
         raise UserError(f"--device={device} is not a device. Use auto, cpu, cuda or cuda:N.") from None
     if kind.type == "mps" and launch.size > 1:
-        raise UserError("--device=mps runs one rank only: it has no collectives. Use --device=cpu for several ranks.")
-    if kind.type != "cuda":
-        return kind
-    count = torch.cuda.device_count()
-    if count == 0:
-        raise UserError("--device=cuda, but torch sees no CUDA device. Use --device=cpu.")
-    if kind.index is not None and launch.size == 1:
-        if kind.index >= count:
-            raise UserError(f"--device={device}, but this host has {count} CUDA devices.")
-        return kind
-    if launch.local_size > count and not oversubscribe:
         raise UserError(
-            f"{launch.local_size} processes on this host but {count} CUDA devices. "
-            f"Start {count}, pass --device=cpu, or share a device with --oversubscribe=True."
+            "--device=mps runs one rank only: it has no collectives. Use --device=cpu for several ranks."
         )
-    return torch.device("cuda", launch.local_rank % count)
+    if device != "auto" and kind.type != "cuda":
+        return kind
+    count, why = _gpus()
+    if device == "auto" and not count:
+        if why and launch.rank == 0:
+            print(f"no GPU is used: {why}", file=sys.stderr)
+        return kind
+    if not count:
+        raise UserError(f"--device={device}, but {why or 'torch sees no CUDA device'}. Use --device=cpu.")
+    if kind.index is not None and launch.size > 1:
+        raise UserError(
+            f"--device={device} is one GPU and there are {launch.size} ranks. Use --device=cuda, and "
+            f"CUDA_VISIBLE_DEVICES to choose GPUs."
+        )
+    if kind.index is not None and kind.index >= count:
+        raise UserError(f"--device={device}, but this host has {count} CUDA devices.")
+    index = launch.local_rank % count if kind.index is None else kind.index
+    return torch.device("cuda", index)
+
+
+def _gpus() -> tuple[int, str]:
+    """(how many GPUs this process can use, why none where there is a driver that does not work)."""
+    with warnings.catch_warnings(record=True) as said:  # torch warns of a driver that is too old
+        warnings.simplefilter("always")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    texts = [str(warning.message).strip() for warning in said if "CUDA" in str(warning.message)]
+    return count, texts[0].partition(". ")[0].splitlines()[0].rstrip(".") if texts else ""
+
+
+def gpu_name(device: torch.device) -> str:
+    """What tells a GPU from every other, whatever number a rank has for it; "" for a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+def share_gpus(stated: list[dict[str, Any]], oversubscribe: bool) -> bool:
+    """Whether ranks share a GPU, by what each has stated. UserError where they may not."""
+    owner: dict[str, int] = {}
+    for rank, mine in enumerate(stated):
+        other = owner.setdefault(mine["gpu"], rank) if mine["gpu"] else rank
+        if other != rank and not oversubscribe:
+            here = [said["gpu"] for said in stated if said["host"] == mine["host"]]
+            count = len(set(here))
+            raise UserError(
+                f"{len(here)} processes on host {mine['host']} but {count} CUDA devices: ranks {other} and "
+                f"{rank} have the same one. Start {count}, pass --device=cpu, or share a device with "
+                f"--oversubscribe=True."
+            )
+    return 0 < len(owner) < sum(1 for mine in stated if mine["gpu"])
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The precision of a run: auto is bfloat16 on a GPU that has it, else float32 (never float16 by surprise)."""
+    """The precision of a run: auto is bfloat16 on a GPU that has it, else float32 (never float16 by
+    surprise). UserError for bfloat16 on a GPU that only emulates it."""
+    has = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "bfloat16" and not has:
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"--dtype=bfloat16: {name} has none. Use --dtype=float16 or --dtype=float32.")
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+        dtype = "bfloat16" if device.type == "cuda" and has else "float32"
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return kinds[dtype]
 
 
-def pick_comm(comm: str, device: torch.device, launch: Launch, tp: int) -> str:
-    """The transport: nccl where every rank has a GPU of its own, shm between CPU ranks where no tp group leaves its host,
-    else gloo."""
-    shared = device.type == "cuda" and launch.local_size > torch.cuda.device_count()
+def pick_comm(comm: str, device: torch.device, launch: Launch, tp: int, shared: bool = False) -> str:
+    """The transport: nccl where every rank has a GPU of its own, shm between CPU ranks where no tp
+    group leaves its host, else gloo. shared: two ranks have one GPU."""
     if comm == "auto":
         comm = "gloo"
         if device.type == "cuda" and not shared:
@@ -191,9 +235,13 @@ def pick_comm(comm: str, device: torch.device, launch: Launch, tp: int) -> str:
         elif device.type == "cpu" and tp > 1 and launch.local_size % tp == 0:
             comm = "shm"
     if comm == "shm" and device.type != "cpu":
-        raise UserError(f"--comm=shm is for ranks on CPU cores, the device is {device.type}. Use --comm=auto.")
+        kind = device.type
+        raise UserError(f"--comm=shm is for ranks on CPU cores, the device is {kind}. Use --comm=auto.")
     if comm == "shm" and launch.local_size % tp:
-        raise UserError(f"--comm=shm: hosts of {launch.local_size} ranks do not hold whole groups of tp={tp}. Use --comm=gloo.")
+        raise UserError(
+            f"--comm=shm: hosts of {launch.local_size} ranks do not hold whole groups of tp={tp}. "
+            f"Use --comm=gloo."
+        )
     if comm == "nccl" and device.type != "cuda":
         raise UserError(f"--comm=nccl needs GPUs, the device is {device.type}. Use --comm=gloo.")
     if comm == "nccl" and shared:
@@ -210,6 +258,20 @@ def set_threads(threads: int, device: torch.device, launch: Launch) -> None:
         threads = max(1, cores // launch.local_size)
     if threads:
         torch.set_num_threads(threads)
+
+
+def check_compiler(device: torch.device) -> None:
+    """UserError where torch.compile has nothing to compile with: a C++ compiler for a CPU; Triton and a C compiler
+    (for what starts its kernels) for a GPU."""
+    gpu = device.type == "cuda"
+    given = os.environ.get("CC" if gpu else "CXX")
+    usual = ("gcc", "clang") if gpu else ("clang++" if sys.platform == "darwin" else "g++",)
+    names = (given,) if given else usual
+    missing = "" if any(map(shutil.which, names)) else f"a compiler ({' or '.join(names)})"
+    if gpu and importlib.util.find_spec("triton") is None:
+        missing = "the package triton"
+    if missing:
+        raise UserError(f"--compile=True needs {missing}, which is not here. Install it, or leave --compile out.")
 
 
 def _store(launch: Launch, seconds: float) -> tuple[Any, bool]:
@@ -249,11 +311,11 @@ def _listening_here(host: str, port: int) -> int | None:
 def _check_statements(stated: list[dict[str, Any]]) -> None:
     """UserError for the first rank that brings something else than rank 0."""
     for rank, other in enumerate(stated):
-        if other["device"].partition(":")[0] != stated[0]["device"].partition(":")[0] or other["comm"] != stated[0]["comm"]:
-            places = [f"{said['device']} over {said['comm']}" for said in (other, stated[0])]
+        kinds = [said["device"].partition(":")[0] for said in (other, stated[0])]
+        if kinds[0] != kinds[1]:
             raise UserError(
-                f"ranks disagree on where to compute: rank {rank} (host {other['host']}) on {places[0]}, rank 0 (host "
-                f"{stated[0]['host']}) on {places[1]}. Give --device and --comm."
+                f"ranks disagree on where to compute: rank {rank} (host {other['host']}) on {kinds[0]}, "
+                f"rank 0 (host {stated[0]['host']}) on {kinds[1]}. Give --device."
             )
         for key, value in stated[0]["options"].items():
             if other["options"].get(key) != value:
@@ -285,17 +347,34 @@ def _try_out(axis: Axis, world: World) -> None:
                 raise RuntimeError(f"{axis.size} ones add up to {came:g}")
 
 
-def make_axis(name: str, mesh: DeviceMesh, comm: str, ledger: Ledger, timeout: float = 120.0) -> Axis:
-    """One axis of the mesh over nccl, gloo or shm; timeout: seconds that a rank is waited for over shm, where no watchdog ends
-    the run before.
+def make_groups(dp: int, tp: int, timeout: float) -> dict[str, dist.ProcessGroup]:
+    """torch's group of each axis that joins several ranks; every rank of the world calls this.
 
-    Over nccl, what the tp axis says in a few bytes goes through symmetric memory where that can be had; where it cannot,
-    all goes over nccl. Unavailable, on all ranks of the axis, where it cannot be shm.
+    Not torch's DeviceMesh: its groups time out after torch's default, and those of nccl warn.
     """
-    size = mesh[name].size()
-    if size == 1:
+    ranks = torch.arange(dp * tp).view(dp, tp)
+    found: dict[str, dist.ProcessGroup] = {}
+    for name, lines in (("dp", ranks.T.tolist()), ("tp", ranks.tolist())):
+        for line in lines if len(lines[0]) > 1 else []:
+            whole = len(line) == dp * tp  # the groups are made by all, also by those outside
+            group = dist.group.WORLD if whole else dist.new_group(line, timedelta(seconds=timeout))
+            if dist.get_rank() in line and group is not None:
+                found[name] = group
+    return found
+
+
+def make_axis(
+    name: str, group: dist.ProcessGroup | None, comm: str, ledger: Ledger, timeout: float = 120.0
+) -> Axis:
+    """An axis over nccl, gloo or shm; group: None for an axis of one rank. timeout: seconds that a rank
+    is waited for over shm, where no watchdog ends the run before.
+
+    Over nccl, what the tp axis says in a few bytes goes through symmetric memory where that can be had;
+    where it cannot, all goes over nccl. Unavailable, on all ranks of the axis, where it cannot be shm.
+    """
+    if group is None:
         return Axis(name, ledger=ledger)
-    rank, group = mesh.get_local_rank(name), mesh[name].get_group()
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
     plain = GroupTransport(group, "gloo" if comm == "shm" else comm)
     transport: Transport = plain
 
@@ -311,22 +390,29 @@ def make_axis(name: str, mesh: DeviceMesh, comm: str, ledger: Ledger, timeout: f
             transport = SymmetricTransport.open(rank, exchange, plain)
         except Unavailable as error:
             transport = replace(plain, why=str(error))
-    return Axis(name, rank, size, transport, ledger, track=ledger.track(name, tuple(dist.get_process_group_ranks(group))))
+    track = ledger.track(name, tuple(dist.get_process_group_ranks(group)))
+    return Axis(name, rank, size, transport, ledger, track=track)
 
 
 def first_ranks(world: World, size: int, timeout: float = 120.0) -> Axis | None:
-    """A tp axis over the first `size` ranks of the world, in its own transport; None on the others. All ranks call it."""
-    if size == 1 or world.mesh is None:
+    """A tp axis over the first `size` ranks of the world, in its own transport; None on the others.
+    All ranks call it."""
+    if size == 1 or world.size == 1:
         return Axis("tp", ledger=world.ledger) if world.is_main else None
-    mesh = DeviceMesh(world.mesh.device_type, list(range(size)), mesh_dim_names=("tp",))
-    return make_axis("tp", mesh, world.comm, world.ledger, timeout) if world.rank < size else None
+    group = dist.new_group(list(range(size)), timedelta(seconds=timeout))
+    if world.rank >= size:
+        return None
+    return make_axis("tp", group, world.comm, world.ledger, timeout)
 
 
 def _connect(
-    store: Any, watch: Watch, launch: Launch, shape: tuple[int, int], device: torch.device, comm: str, options: Any, prog: str
-) -> World:
-    """The world of ranks that have answered the roll call: groups, axes, and a first message over each. shape: dp, tp."""
+    store: Any, watch: Watch, launch: Launch, shape: tuple[int, int], device: torch.device, comm: str,
+    options: Any, prog: str,
+) -> World:  # fmt: skip
+    """The world of ranks that have answered the roll call: groups, axes, and a first message over each.
+    shape: dp, tp."""
     latest, ledger = options.comm_timeout + LATER_S, watch.ledger
+    latest += COMPILING_S if options.compile else 0
     store.set_timeout(timedelta(seconds=latest))
     # host memory always goes over gloo; with nccl, a GPU's memory goes over nccl
     dist.init_process_group(
@@ -337,21 +423,24 @@ def _connect(
         rank=launch.rank,
         world_size=launch.size,
     )
-    mesh = init_device_mesh("cuda" if comm == "nccl" else "cpu", shape, mesh_dim_names=("dp", "tp"))
+    groups = make_groups(*shape, latest)
     # DistributedDataParallel sends its messages itself, over torch's own groups
-    dp_axis = make_axis("dp", mesh, "gloo" if comm == "shm" else comm, ledger)
+    dp_axis = make_axis("dp", groups.get("dp"), "gloo" if comm == "shm" else comm, ledger)
     try:
-        tp_axis = make_axis("tp", mesh, comm, ledger, latest)
+        tp_axis = make_axis("tp", groups.get("tp"), comm, ledger, latest)
     except Unavailable as error:
         if options.comm == "shm":
             raise UserError(f"--comm=shm: {error}. Use --comm=gloo.") from None
         comm = "gloo"
-        tp_axis = make_axis("tp", mesh, comm, ledger)
+        tp_axis = make_axis("tp", groups.get("tp"), comm, ledger)
         if tp_axis.rank == 0:
-            print(f"{prog}: ranks talk over gloo, which is slower than shared memory: {error}", file=sys.stderr)
+            slower = "ranks talk over gloo, which is slower than shared memory"
+            print(f"{prog}: {slower}: {error}", file=sys.stderr)
     everyone = ledger.track("world", tuple(range(launch.size)))
-    axes = tp_axis, dp_axis
-    world = World(launch.rank, launch.size, device, comm, *axes, ledger, mesh, watch.peers, launch, everyone, watch)
+    axes, peers = (tp_axis, dp_axis), watch.peers
+    world = World(
+        launch.rank, launch.size, device, comm, *axes, ledger, groups, peers, launch, everyone, watch
+    )
     for axis in axes:
         _try_out(axis, world)
     for track in ledger.tracks:
@@ -369,9 +458,11 @@ def start(options: Any, tp: int, prog: str, promise: dict[str, Any]) -> Iterator
     """
     launch = Launch.from_environment()
     dp, tp = sizes(launch.size, tp, prog)
-    device = pick_device(options.device, launch, options.oversubscribe)
+    device = pick_device(options.device, launch)
     comm = pick_comm(options.comm, device, launch, tp)
     set_threads(options.threads, device, launch)
+    if options.compile:
+        check_compiler(device)
     ledger = Ledger()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -379,9 +470,10 @@ def start(options: Any, tp: int, prog: str, promise: dict[str, Any]) -> Iterator
         yield World(0, 1, device, comm, Axis("tp", ledger=ledger), Axis("dp", ledger=ledger), ledger, launch=launch)
         return
     store, holds = _store(launch, options.start_timeout)
-    mine = {**vars(Peer.here()), "device": str(device), "comm": comm, "options": promise}
+    mine = {**vars(Peer.here()), "device": str(device), "gpu": gpu_name(device), "options": promise}
     attempt, stated = call_roll(store, launch.rank, launch.size, mine, options.start_timeout)
     _check_statements(stated)
+    comm = pick_comm(options.comm, device, launch, tp, share_gpus(stated, options.oversubscribe))
     peers = tuple(Peer(said["host"], said["pid"], said["space"]) for said in stated)
     if launch.rank == 0:
         _warn_of_hosts(peers, tp, prog)

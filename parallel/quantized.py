@@ -20,7 +20,9 @@ from torch import Tensor
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, check_width, g, gather, scatter
 
 LEVELS = 127
-WIDENED = 1 << 18  # entries of a matrix that are floats at a time: they stay in the cache, and memory does not grow
+# Entries of a matrix that are floats at a time. On a CPU they stay in the cache; elsewhere each piece
+# costs launches, and is as large as memory allows.
+WIDENED_ON_CPU, WIDENED = 1 << 18, 1 << 26
 
 Gather = Callable[[Any], list[Any]]  # a small thing of every rank, on all ranks (World.gather)
 
@@ -42,9 +44,19 @@ class Int8Weight(nn.Module):
         return self.q.numel() + 4 * len(self.scale)
 
     def product(self, x: Tensor) -> Tensor:
-        """x [..., in] -> x W^T [..., out], in the dtype of x (whole numbers up to 127 are exact in each)."""
-        parts = [F.linear(x, rows.to(x.dtype)) for rows in self.q.split(max(1, WIDENED // self.q.shape[1]))]
-        return (torch.cat(parts, dim=-1) * self.scale).to(x.dtype)
+        """x [..., in] -> x W^T [..., out], in the dtype of x (whole numbers up to 127 are exact in each).
+
+        In float16 a row is scaled before the product, as sums of 127 x may be beyond its range.
+        """
+        most = WIDENED_ON_CPU if x.device.type == "cpu" else WIDENED
+        pieces = self.q.split(max(1, most // self.q.shape[1]))
+        if x.dtype == torch.float16:
+            scales = self.scale.unsqueeze(1).split(len(pieces[0]))
+            rows = ((q * s).to(x.dtype) for q, s in zip(pieces, scales, strict=True))
+            return torch.cat([F.linear(x, wide) for wide in rows], dim=-1)
+        parts = [F.linear(x, q.to(x.dtype)) for q in pieces]
+        y = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        return (y * self.scale).to(x.dtype)
 
 
 class QuantizedColumnParallelLinear(nn.Module):
@@ -130,6 +142,13 @@ def quantize(model: nn.Module, gather: Gather) -> None:
 def quantization(model: nn.Module) -> str:
     """What --quantize has made of this model: "int8" or ""."""
     return "int8" if any(isinstance(module, Int8Weight) for module in model.modules()) else ""
+
+
+def read_bytes(model: Any) -> int:
+    """Bytes of this rank's weights that a decode step reads: not the position table, and of an int8 head not the float one."""
+    wte, wpe = model.transformer.wte.weight, model.transformer.wpe.weight
+    skipped = wpe.nbytes + (wte.nbytes if hasattr(model.transformer.wte, "int8") else 0)
+    return weight_bytes(model) - int(skipped)
 
 
 def weight_bytes(model: nn.Module) -> int:

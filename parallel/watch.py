@@ -20,6 +20,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from parallel.ledger import Call, Ledger, Track, call_text
@@ -57,20 +58,23 @@ class Peer:
 @dataclass(frozen=True)
 class Seen:
     """What a rank has published. left: it has come to its end. calls: of each axis, by `key_of`, the number of the last call,
-    whether it has not come back, and its text. latest: along which axis the last of all was made."""
+    whether it has not come back, and its text. latest: along which axis the last of all was made. compiles: it is in torch's
+    compiler."""
 
     beat: int
     left: bool
     latest: str
     calls: dict[str, tuple[int, bool, str]]
+    compiles: bool = False
 
     def as_json(self) -> str:
-        return json.dumps([self.beat, self.left, self.latest, self.calls])
+        return json.dumps([self.beat, self.left, self.latest, self.calls, self.compiles])
 
     @classmethod
     def parse(cls, text: bytes) -> "Seen":
-        beat, left, latest, calls = json.loads(text)
-        return cls(beat, left, latest, {key: (number, is_open, said) for key, (number, is_open, said) in calls.items()})
+        beat, left, latest, calls, compiles = json.loads(text)
+        known = {key: (number, is_open, said) for key, (number, is_open, said) in calls.items()}
+        return cls(beat, left, latest, known, compiles)
 
     @property
     def waits(self) -> bool:
@@ -80,6 +84,17 @@ class Seen:
         """(number, text) of the last call along an axis."""
         number, _, said = self.calls.get(key, (0, False, "no call yet"))
         return number, said
+
+
+def is_compiling() -> bool:
+    """Whether a thread of this process is in torch's compiler (autograd's threads compile backward passes)."""
+    for frame in sys._current_frames().values():
+        at: FrameType | None = frame
+        while at is not None:
+            if at.f_code.co_filename.endswith(("convert_frame.py", "compile_fx.py")):
+                return True
+            at = at.f_back
+    return False
 
 
 def key_of(track: Track) -> str:
@@ -192,7 +207,9 @@ class Watch:
                 calls[key_of(track)] = number, bool(open_calls), call_text(number, call)
         self._beat += 1
         latest = self.ledger.latest
-        self.store.set(f"seen/{self.rank}", Seen(self._beat, left, key_of(latest) if latest else "", calls).as_json())
+        axis = key_of(latest) if latest else ""
+        mine = Seen(self._beat, left, axis, calls, is_compiling())
+        self.store.set(f"seen/{self.rank}", mine.as_json())
 
     def _where(self) -> str:
         """`in all_reduce #1843 (...)`"""
@@ -233,6 +250,8 @@ class Watch:
             return  # it was late, and came
         seen = self._others(self.store) or {}
         ended, silent = self._ended(), self._silent(before or {}, seen)
+        if any(rank in seen and seen[rank].compiles for rank in set(track.ranks) - ended - silent):
+            return  # it comes when it has compiled, and is asked for again at the next beat
         waited = f"[rank {self.rank} host {self.peers[self.rank].host}] waited {self.limit:g} s in "
         line = waited + call_text(number, call, with_bytes=True) + "."
         self._end(line + verdict(key, number, call_text(number, call), track.ranks, seen, ended, silent), silent=silent)

@@ -1,5 +1,6 @@
 """Set up before any test: one thread (a parent that has used an OpenMP pool must not fork), warm imports, no network."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,7 +8,24 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+# looking for GPUs must not begin to use them: ranks are forked
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 torch.set_num_threads(1)
+
+from parallel import peaks  # noqa: E402
+
+# every run ends with a measurement of the machine, of which tests want the form
+peaks.READ_BYTES, peaks.SIDE, peaks.WINDOW_S = 1 << 12, {"cpu": 8}, 1e-4
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that use a GPU come last, and are skipped where there are too few."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    items.sort(key=lambda item: item.get_closest_marker("gpu") is not None)
+    for item in items:
+        marker = item.get_closest_marker("gpu")
+        if marker is not None and count < marker.args[0]:
+            item.add_marker(pytest.mark.skip(reason=f"needs {marker.args[0]} GPU(s)"))
 
 
 @pytest.fixture(scope="session", autouse=True)

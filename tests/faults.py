@@ -1,7 +1,8 @@
 """What becomes of a run when one of its ranks is killed or stopped, in every part of it and over every transport.
 
-    python tests/faults.py [--out=docs/results/faults.json] [--ranks=3]
+    python tests/faults.py [--out=docs/results/faults.json] [--ranks=3] [--comms=gloo,shm]
 
+--comms=nccl wants a GPU a rank, and strikes in the replay of a CUDA graph too.
 Starts real torchrun worlds; in each, rank 1 kills (SIGKILL) or stops (SIGSTOP, with --comm_timeout=5) itself at a chosen call.
 Measured is the time from there until no rank's process is left, and read is what the run has said. A world is started again
 with --max_restarts by tests/test_faults.py, which has the quick part of this.
@@ -20,6 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PHASES = ("forward", "backward", "save", "evaluation", "sampling")
+SAMPLING = ("sampling", "replay")
 LIMIT_S = 5.0
 TRAIN = [
     "--dataset=letters", "--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=16", "--batch_size=2", "--device=cpu",
@@ -33,8 +35,8 @@ def main(argv: list[str]) -> None:
     ranks, found = int(given.get("ranks", 3)), []
     with tempfile.TemporaryDirectory() as scratch:
         prepare(Path(scratch))
-        for comm in ("gloo", "shm"):
-            for phase in PHASES:
+        for comm in given.get("comms", "gloo,shm").split(","):
+            for phase in PHASES + ("replay",) * (comm == "nccl"):
                 for name in ("SIGKILL", "SIGSTOP"):
                     case = strike(Path(scratch), phase, name, comm, ranks)
                     found.append(case)
@@ -60,10 +62,12 @@ def prepare(scratch: Path) -> None:
 
 
 def command(scratch: Path, phase: str, comm: str, out: Path) -> list[str]:
-    if phase == "sampling":
+    if phase in SAMPLING:
         words = [f"--init_from={scratch / 'weights'}", "--prompt=abc", "--max_new_tokens=400", "--device=cpu", "--threads=1"]
+        words += ["--compile=True", "--overflow=stop"] * (phase == "replay")
     else:
         words = [*TRAIN, f"--data_dir={scratch / 'data'}", f"--out_dir={out}"]
+    words += ["--device=cuda"] * (comm == "nccl")
     return [*words, f"--comm={comm}", f"--comm_timeout={LIMIT_S:g}"]
 
 
@@ -88,7 +92,7 @@ def strike(scratch: Path, phase: str, name: str, comm: str, ranks: int) -> dict[
             gone = time.time() - struck
             status = run.wait(60)
         text = (Path(place) / "stderr").read_text()
-    prog = "sample_tp.py: " if phase == "sampling" else "train_tp.py: "
+    prog = "sample_tp.py: " if phase in SAMPLING else "train_tp.py: "
     said = [line for line in text.splitlines() if line.startswith(prog)]
     line = said[0] if said else ""
     named = len(said) == 1 and any(how in line for how in ("(rank 1 is gone)", "Look at rank 1 first"))
@@ -131,6 +135,7 @@ def rank(place: Path, phase: str, name: str, argv: list[str]) -> None:
     from checkpoints.shards import TensorFile
     from options import SampleOptions, TrainOptions
     from parallel.collectives import Axis
+    from parallel.ledger import Ledger
 
     (place / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
 
@@ -140,7 +145,7 @@ def rank(place: Path, phase: str, name: str, argv: list[str]) -> None:
         scratch.replace(place / "struck")
         os.kill(os.getpid(), signal.Signals[name])
 
-    account, close, calls = Axis.account, TensorFile.close, 0
+    account, close, repeat, calls = Axis.account, TensorFile.close, Ledger.repeat, 0
 
     def watched(axis: Axis, op: str, direction: str, *rest: Any) -> Any:
         nonlocal calls
@@ -152,10 +157,18 @@ def rank(place: Path, phase: str, name: str, argv: list[str]) -> None:
             "evaluation": doing == "step 4, evaluation",
             "sampling": calls == 600,
             "save": False,
+            "replay": False,
         }
         if here[phase]:
             fall()
         return account(axis, op, direction, *rest)
+
+    def repeated(ledger: Ledger, *what: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if phase == "replay" and calls == 5:
+            fall()
+        repeat(ledger, *what)
 
     def closed(file: TensorFile) -> Any:
         if phase == "save" and "step-000008" in str(file.path):
@@ -165,12 +178,13 @@ def rank(place: Path, phase: str, name: str, argv: list[str]) -> None:
     if os.environ["RANK"] == "1" and not (place / "struck").exists():
         Axis.account = watched  # type: ignore[method-assign, assignment]
         TensorFile.close = closed  # type: ignore[method-assign, assignment]
+        Ledger.repeat = repeated  # type: ignore[method-assign, assignment]
     runs: dict[bool, tuple[Any, Callable[..., None], str]] = {
         True: (SampleOptions, sample_tp.main, "sample_tp.py"),
         False: (TrainOptions, train_tp.main, "train_tp.py"),
     }
     sys.argv = [sys.argv[0], *argv]
-    entry.run(*runs[phase == "sampling"])
+    entry.run(*runs[phase in SAMPLING])
 
 
 if __name__ == "__main__":

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from native.library import Unavailable
 from parallel.collectives import Axis
 from parallel.ledger import Ledger
-from parallel.mesh import World, make_axis
+from parallel.mesh import World, make_axis, make_groups
 
 TIMEOUT = 90.0
 
@@ -66,13 +65,14 @@ def _rank(rank: int, size: int, tp: int, comm: str, scratch: str, body: Any, arg
         dist.init_process_group(
             "gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=size, timeout=timedelta(seconds=20)
         )
-        mesh = init_device_mesh("cpu", (size // tp, tp), mesh_dim_names=("dp", "tp"))
+        groups = make_groups(size // tp, tp, timeout=20)
         try:
-            tp_axis = make_axis("tp", mesh, comm, ledger)
+            tp_axis = make_axis("tp", groups.get("tp"), comm, ledger)
         except Unavailable:
-            tp_axis = make_axis("tp", mesh, "gloo", ledger)
+            tp_axis = make_axis("tp", groups.get("tp"), "gloo", ledger)
         said = tp_axis.transport.name if tp_axis.transport else "gloo" if size > 1 else "none"
-        world = World(rank, size, torch.device("cpu"), said, tp_axis, make_axis("dp", mesh, "gloo", ledger), ledger, mesh)
+        dp_axis = make_axis("dp", groups.get("dp"), "gloo", ledger)
+        world = World(rank, size, torch.device("cpu"), said, tp_axis, dp_axis, ledger, groups)
         result = body(world, *args)
         world.barrier()  # one that leaves while another is still connecting would be missed
         dist.destroy_process_group()

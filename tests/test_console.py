@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from test_entry import launch, spoken
 
+import dry_run
 import sample_tp
 import shard_checkpoint
 import train_tp
@@ -279,7 +280,7 @@ def test_help_that_nobody_reads_ends_quietly() -> None:
     [
         lambda: parse(SampleOptions, ["--help"], "sample_tp.py"),
         lambda: parse_command({"split": SplitOptions}, ["--help"], "shard_checkpoint.py"),
-        lambda: train_tp.plan(TrainOptions(**TINY, data_dir="/nowhere")),
+        lambda: dry_run.show(train_tp.plans(TrainOptions(**TINY, data_dir="/nowhere"))),
     ],
     ids=["help", "commands", "dry run"],
 )

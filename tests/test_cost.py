@@ -234,7 +234,6 @@ def test_constants_are_found_again_from_what_they_make_jobs_take() -> None:
 
 def _checked(world: World, words: list[str]) -> str:
     """The whole command on small models; rank 0's words."""
-    assert world.mesh is not None
     small = (2, 24, 3, 131)
     fitted = {"overhead": "one rank", "memory alone": "one rank", "memory": "shm", "widening": "shm"}
     jobs = {name: (Job("decode", small, comm, int8=name == "widening"),) for name, comm in fitted.items()}
@@ -243,7 +242,7 @@ def _checked(world: World, words: list[str]) -> str:
         Job("prefill", small, tokens=16),
         Job("train", small, "one rank", rows=2, tokens=16),
     )
-    shm = replace(world, comm="shm", tp=make_axis("tp", world.mesh, "shm", world.ledger))
+    shm = replace(world, comm="shm", tp=make_axis("tp", world.groups.get("tp"), "shm", world.ledger))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prediction, "FITTED", jobs)
         patch.setattr(prediction, "CHECKED", checked)

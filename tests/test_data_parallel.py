@@ -82,20 +82,22 @@ def _messages(world: World, settings: TrainOptions) -> dict[tuple[str, str], tup
     return found
 
 
-def test_what_shards_send(letters: Path, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
+def test_what_shards_send(letters: Path, tmp_path: Path, again: bool) -> None:  # noqa: F811
     """Two micro-batches of an iteration on each rank: the blocks' parameters are gathered twice in each, once forward and once
     backward; the others once, as they stay. Gradients travel in the last one alone. And two evaluations of four passes each,
-    in which the others stay throughout."""
-    settings = options(letters, tmp_path, tp=1, max_iters=1, eval_interval=100, dp_shard=True, eval_iters=4)
+    in which the others stay throughout. Blocks that are recomputed change nothing of it."""
+    shards: dict[str, Any] = {"dp_shard": True, "activation_checkpointing": again, "n_layer": 4}
+    settings = options(letters, tmp_path, tp=1, max_iters=1, eval_interval=100, eval_iters=4, **shards)
     sent = run_ranks(2, _messages, settings, tp=1)[0]
     block, rest = 12 * 16 * 16 + 13 * 16, (64 + 8) * 16 + 2 * 16
-    layers, evaluations, passes, micro = 2, 2, 4, 2
+    layers, evaluations, passes, micro = 4, 2, 4, 2
     blocks, others = layers * (evaluations * passes + micro), evaluations + micro
     assert sent["forward", "all_gather"] == (blocks + others, 4 * (blocks * block + others * rest))
-    assert sent["backward", "all_gather"] == (2 * micro, 4 * micro * layers * block)
-    assert sent["backward", "reduce_scatter"] == (3, 4 * (layers * block + rest))
+    assert sent["backward", "all_gather"] == (layers * micro, 4 * micro * layers * block)
+    assert sent["backward", "reduce_scatter"] == (layers + 1, 4 * (layers * block + rest))
     half = replace(settings, dp_reduce_dtype="bfloat16", overwrite=True)
-    assert run_ranks(2, _messages, half, tp=1)[0]["backward", "reduce_scatter"] == (3, 2 * (layers * block + rest))
+    assert run_ranks(2, _messages, half, tp=1)[0]["backward", "reduce_scatter"] == (layers + 1, 2 * (layers * block + rest))
 
 
 def test_replicas_can_send_half(letters: Path, tmp_path: Path, one: np.ndarray) -> None:  # noqa: F811

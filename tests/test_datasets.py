@@ -15,6 +15,7 @@ import torch
 from errors import UserError
 from text import dataset as module
 from text.dataset import Dataset, TokenFile, batch, row_start, split_and_write, token_writer, write_tokens
+from text.prepare import shakespeare_options
 from text.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +96,56 @@ def test_broken_token_files(tmp_path, content, message):
         TokenFile(tmp_path / "train.bin")
 
 
+def random_ids(n=500, n_vocab=50257):
+    return np.random.default_rng(0).integers(0, n_vocab, n)
+
+
+@pytest.mark.parametrize("n_vocab", [50257, 256, 8])
+@pytest.mark.parametrize("dtype", ["uint32", "int64", "int32", "uint64"])
+def test_ids_of_another_width(tmp_path, dtype, n_vocab):
+    """The message says how to turn them into uint16, and what it says works."""
+    ids, path = random_ids(n_vocab=n_vocab).astype(dtype), tmp_path / "train.bin"
+    ids.tofile(path)
+    kind = {4: "uint32", 8: "int64"}[ids.itemsize]
+    with pytest.raises(UserError, match=f"train.bin holds ids as {kind}, not as uint16: ") as error:
+        TokenFile(path)
+    how = str(error.value).partition("not as uint16: ")[2].removesuffix(" turns it into that")
+    exec(how.replace("'train.bin'", repr(str(path))), {"np": np})
+    assert np.array_equal(TokenFile(path)[:], ids)
+
+
+def test_other_formats_under_the_name_of_a_token_file(tmp_path):
+    path = tmp_path / "train.bin"
+    with open(path, "wb") as file:
+        np.save(file, random_ids().astype("<u2"))
+    with pytest.raises(UserError, match=r"train.bin has the header of a .npy file.*: np.load"):
+        TokenFile(path)
+    np.savez(tmp_path / "a.npz", random_ids())
+    (tmp_path / "a.npz").rename(path)
+    with pytest.raises(UserError, match="train.bin is an archive"):
+        TokenFile(path)
+    torch.save(torch.tensor(random_ids()), path)
+    with pytest.raises(UserError, match="train.bin is an archive"):
+        TokenFile(path)
+    for text in ("Before we proceed any further, hear me speak.\n" * 20, "до того как мы начнём \r\n" * 4000):
+        raw = text.encode()
+        path.write_bytes(raw[: len(raw) // 2 * 2])
+        with pytest.raises(UserError, match="train.bin is text, not token ids: a dataset is"):
+            TokenFile(path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    with pytest.raises(UserError, match="train.bin is a git-lfs pointer"):
+        TokenFile(path)
+
+
+@pytest.mark.parametrize("ids", [
+    [0] * 100, [7, 0, 0, 0] * 4, [0] * 90 + [7] + [0] * 9, list(range(100)), [0, 7] * 50, [1] * 1000, [50256, 0, 0] * 50,
+    random_ids(20_000), random_ids(20_000, 65), [0x2020] * 31, [1, 0, 2, 0] * 100, [1, 0, 0, 0, 2, 0, 0, 0] * 100,
+], ids=str)  # fmt: skip
+def test_ids_that_only_look_like_another_format(tmp_path, ids):
+    write_tokens(tmp_path / "a.bin", list(ids), 65536)
+    assert TokenFile(tmp_path / "a.bin")[:].tolist() == list(ids)
+
+
 def test_missing_token_file_names_its_script(tmp_path):
     with pytest.raises(UserError, match="val.bin is missing: a dataset is a directory with"):
         TokenFile(tmp_path / "val.bin")
@@ -137,6 +188,28 @@ class Touch:
 
     def __reduce__(self):
         return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("more", [["a"], 1.5, True, None, (1, 2), {"x": [1.5, (None, [True])]}])
+def test_meta_with_other_data_beside_the_vocabulary(tmp_path, more):
+    make_dataset(tmp_path, train=[0, 1] * 20, val=[0, 1] * 10)
+    meta = {"itos": {0: "a", 1: "b"}, "more": more}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    assert Dataset(tmp_path).tokenizer.to_json() == {"kind": "char", "chars": ["a", "b"]}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 2, "more": more}))
+    dataset = Dataset(tmp_path)
+    assert dataset.tokenizer.to_json() == {"kind": "ids", "n_vocab": 2}
+    dataset.check(8, dataset.tokenizer.n_vocab)
+
+
+@pytest.mark.parametrize("meta", [{"vocab_size": np.int64(5)}, {"vocab_size": 5, "itos": {0: "ab"}}, {"vocab_size": 5.0},
+                                  {"vocab_size": 5, "itos": ["a"]}])  # fmt: skip
+def test_meta_that_is_not_read_says_what_works(tmp_path, meta):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    with pytest.raises(UserError, match=r'meta.pkl.*A meta.pkl of {"vocab_size": n} alone works.*tokenizer.json'):
+        _ = Dataset(tmp_path).tokenizer
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 5}))
+    assert Dataset(tmp_path).tokenizer.n_vocab == 5
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -282,7 +355,7 @@ def test_prepare_shakespeare(tmp_path, name):
     text = "First Citizen:\r\nBefore we proceed — “hear me” 😀\n" * 20
     (tmp_path / "in.txt").write_bytes(text.encode())
     dataset, written = prepared(prepare(name, tmp_path, "--input=in.txt"), tmp_path)
-    assert written == text
+    assert written == text.replace("\r\n", "\n")  # as nanoGPT reads it
     assert dataset.tokenizer.kind == {"shakespeare_char": "char", "shakespeare": "gpt2"}[name]
 
 
@@ -308,6 +381,13 @@ def test_prepare_uses_an_earlier_download(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "input.txt").write_text("kept from before")
     assert prepared(prepare("shakespeare_char", tmp_path), tmp_path)[1] == "kept from before"
+
+
+def test_a_home_directory_in_the_options_of_a_prepare_script(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--out=~/x", "--input=~/in.txt"])
+    options = shakespeare_options("", __file__)
+    assert (str(options.out), str(options.input)) == ("/home/ada/x", "/home/ada/in.txt")
 
 
 @pytest.mark.parametrize(

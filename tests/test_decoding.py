@@ -2,6 +2,7 @@
 cannot run. What is captured and replayed runs on the CPU here; the capture itself is tested where there is a GPU."""
 
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,12 @@ from test_entry import launch, spoken
 from test_tp_model import deaf
 from torch import Tensor
 
-from decoding import MOST_TOKENS, GraphDecoder, NativeDecoder, TorchDecoder, decoder_for
+from decoding import MOST_TOKENS, GraphDecoder, NativeDecoder, Replay, TorchDecoder, decoder_for
 from generation import Row, generate
 from model import GPT, GPTConfig
 from parallel import collectives
 from parallel.graphs import outside_graphs
+from parallel.ledger import Tally
 from parallel.mesh import World
 from parallel.quantized import quantize
 from sampling import Sampling
@@ -55,15 +57,33 @@ def texts(config: GPTConfig, rows: int) -> list[list[int]]:
     return [torch.randint(config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
-def rerun(step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-    """In the place of a CUDA graph: a replay is a run, into the same memory. So is the run before a capture."""
-    step()
-    out = step().clone()
-    return lambda: out.copy_(step()), out
+class Reruns:
+    """In the place of CUDA graphs: a replay is a run, into the same memory. So is the run before a capture.
+
+    ended: what the GPU would say of a replay's end. timed: replays whose seconds were asked for.
+    """
+
+    def __init__(self, ended: bool = True):
+        self.ended, self.timed, self.captured = ended, 0, list[Any]()
+
+    def __call__(self, step: Callable[[], Any]) -> tuple[Replay, Any]:
+        self.captured.append(step)
+        step()
+        out = step()
+        if not isinstance(out, Tensor):
+            return lambda: (step(), lambda: self.ended)[1], out
+        kept = out.clone()
+        return lambda: (kept.copy_(step()), lambda: self.ended)[1], kept
+
+    def seconds(self, replay: Replay) -> float:
+        self.timed += 1
+        began = time.perf_counter()
+        replay()
+        return time.perf_counter() - began
 
 
 def graphed(model: TensorParallelGPT) -> GraphDecoder:
-    return GraphDecoder(model, rerun)
+    return GraphDecoder(model, Reruns())
 
 
 def steps(
@@ -242,18 +262,14 @@ class Short:
 
 
 def test_rows_that_leave_are_captured_anew_and_nothing_outlives_its_cache() -> None:
-    model, captured = split(reference(ODD), alone()), list[int]()
-
-    def noted(step: Any) -> Any:
-        captured.append(step.inputs.shape[1])
-        return rerun(step)
-
-    decoder, sampling = GraphDecoder(model, noted), Sampling(ODD.vocab_size, max_new_tokens=6, batch_size=5, seed=3)
+    model, capture = split(reference(ODD), alone()), Reruns()
+    decoder, sampling = GraphDecoder(model, capture), Sampling(ODD.vocab_size, max_new_tokens=6, batch_size=5, seed=3)
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1], [2]]
     result = generate(model, prompts, sampling, Short(), decoder)
     plain = generate(model, prompts, sampling, Short(), TorchDecoder(model))
     assert [row.tokens for row in result.rows] == [row.tokens for row in plain.rows]
-    assert captured == [4, 3, 2, 1] and [row.new for row in result.rows] == [1, 2, 3, 4, 5]
+    rows = [step.inputs.shape[1] for step in capture.captured]
+    assert rows == [4, 3, 2, 1] and [row.new for row in result.rows] == [1, 2, 3, 4, 5]
     assert not decoder._steps
 
 
@@ -285,18 +301,60 @@ def test_what_is_told_aside_counts_when_it_is_repeated() -> None:
     axis = collectives.Axis("tp").at("mlp", 3)
     ledger, message = axis.ledger, torch.ones(5)
     ledger.on = False
-    with ledger.aside() as told:
+    with ledger.telling_aside() as told:
         axis.account("all_reduce", "forward", message, lambda: None)
         ledger.forward_passes += 2
     assert not ledger.on and ledger.forward_passes == 0 and not ledger.since({})
-    ledger.repeat(told)
+    told.calls[0].seconds = 0.25
+    ledger.repeat(told, bool)
     assert ledger.forward_passes == 2 and not ledger.since({})  # off
     ledger.on = True
-    ledger.repeat(told)
+    ledger.repeat(told, bool)
     axis.account("all_reduce", "forward", message, lambda: None)
-    ledger.repeat(told)
+    ledger.repeat(told, bool)
     (tally,) = ledger.since({}).values()
     assert (tally.calls, tally.bytes, ledger.forward_passes) == (3, 60, 6)
+    assert 0.5 < tally.seconds < 0.6 and ledger.repeated == Tally(2, 40, 0.5)
+
+
+def _replays(world: World) -> tuple[dict[Any, float], float, int, int]:
+    """Seconds of each line of the account after a step's first replay, and of all repeated calls; graphs
+    that were captured, and timed."""
+    model, capture = split(reference(ODD), world.tp), Reruns()
+    cache = model.new_cache(1)
+    with torch.inference_mode():
+        model.hidden(torch.tensor([[1, 2, 3]]), cache)
+        cache.advance([3])
+        before = world.ledger.snapshot()
+        GraphDecoder(model, capture).logits([[4]], cache)
+    lines = {(e.layer, e.block): t.seconds for e, t in world.ledger.since(before).items()}
+    return lines, world.ledger.repeated.seconds, len(capture.captured), capture.timed
+
+
+def test_a_replays_messages_are_timed_once_by_themselves() -> None:
+    for lines, repeated, captured, timed in run_ranks(2, _replays):
+        assert len(lines) == 2 * ODD.n_layer + 1 and (captured, timed) == (2, 1)
+        assert all(0 < seconds == pytest.approx(repeated / len(lines)) for seconds in lines.values())
+
+
+def test_an_event_that_has_not_happened_is_waited_for() -> None:
+    """As CUDA's: it tells no time before the stream has got there."""
+
+    class Event:
+        happened = False
+
+        def synchronize(self) -> None:
+            self.happened = True
+
+        def elapsed_time(self, end: "Event") -> float:
+            if not end.happened:
+                raise RuntimeError("Both events must be completed before calculating elapsed time.")
+            return 1500.0
+
+    ledger, event = collectives.Ledger(), Event()
+    ledger.record(tally := Tally(), 8, collectives._Span(event, event))  # type: ignore[arg-type]
+    ledger.settle()
+    assert tally.seconds == 1.5
 
 
 def test_no_clock_is_read_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,16 +374,21 @@ def test_no_clock_is_read_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
         ("cpu", True, None, "torch"),
     ],
 )
-def test_where_a_cuda_graph_takes_the_steps(device: str, compiled: bool, comm: str | None, name: str) -> None:
+def test_where_a_cuda_graph_takes_the_steps(
+    device: str, compiled: bool, comm: str | None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight = SimpleNamespace(device=torch.device(device), dtype=torch.float32)
     tp = SimpleNamespace(transport=comm and SimpleNamespace(name=comm))
     model: Any = SimpleNamespace(transformer=SimpleNamespace(wpe=SimpleNamespace(weight=weight)), compiled=compiled, tp=tp)
+    cudnn: list[bool] = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", cudnn.append)
     decoder = decoder_for(model)
+    assert cudnn == ([False] if device == "cuda" else [])  # it would plan anew for every token
     why = "over gloo messages go through the host, so a step cannot be a CUDA graph" if comm == "gloo" else ""
     assert (decoder.name, decoder.why) == (name, why)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu(1)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_replays_on_every_gpu(rows: int, compiled: bool) -> None:
@@ -356,7 +419,7 @@ def _replayed(world: World, options: Any) -> None:
     print("replayed", file=sys.stderr, flush=True)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.gpu(2)
 def test_replays_over_all_gpus(tmp_path: Path) -> None:
     ranks = min(torch.cuda.device_count(), WIDE.n_head)
     said = spoken(launch(ranks, _replayed, tmp_path, ["--device=cuda", "--comm=nccl"], seconds=120, start="spawn"))

@@ -142,6 +142,8 @@ def test_partitions_and_dealing_are_the_best_there_are() -> None:
 
 def test_group_writes_shards_of_the_same_model(home: Path, tmp_path: Path) -> None:
     said = run(alone(), "group", home, "--ranks=3", f"--out={tmp_path / 'g'}")
+    known = json.loads((tmp_path / "g" / "tokenizer.json").read_text())
+    assert known == {"kind": "char", "chars": list("abcdefghijklm")}  # the dataset's: these weights say nothing of it
     assert "heads and neurons grouped for tp=3" in said and read_manifest(tmp_path / "g").tp == 3
     shards, model = ShardDirectory(tmp_path / "g"), GPT(CONFIG).eval()
     with torch.no_grad():

@@ -14,6 +14,7 @@ import torch
 from ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile
 
+import dry_run
 import train_tp
 from benchmarks.strategies import kept_bytes
 from dry_run import amount
@@ -136,7 +137,7 @@ def _live(world: World, config: GPTConfig, plan: Training, half: bool) -> int:
     The profiler does not see what gloo's threads free: such an iteration seems to end with more than it began with, and is
     made again.
     """
-    tp = make_axis("tp", world.mesh, "shm", world.ledger) if world.tp.size > 1 and world.mesh else world.tp
+    tp = make_axis("tp", world.groups.get("tp"), "shm", world.ledger)
     how: dict[str, Any] = {name: getattr(plan, name) for name in ("activation_checkpointing", "sequence_parallel")}
     model = TensorParallelGPT(config, tp, sharding=Sharding(world.dp, world.device) if plan.dp_shard else None, **how)
     wrapped = model if plan.dp_shard else replicate(model, world.dp)
@@ -202,7 +203,8 @@ SMALL = ["--n_layer=3", "--n_head=5", "--n_embd=40", "--block_size=18", "--batch
 
 
 def dry(*words: str) -> int:
-    return train_tp.plan(parse(TrainOptions, ["--dry_run=True", "--device=cpu", *SMALL, *words], "train_tp.py"))
+    asked = parse(TrainOptions, ["--dry_run=True", "--device=cpu", *SMALL, *words], "train_tp.py")
+    return dry_run.show(train_tp.plans(asked))
 
 
 def test_a_run_that_fits_and_one_that_does_not(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

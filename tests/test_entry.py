@@ -1,5 +1,6 @@
 """How runs end: one line from one rank for a mistake, and nobody left behind when a rank dies."""
 
+import importlib.util
 import multiprocessing
 import os
 import resource
@@ -11,13 +12,14 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import entry
-from errors import UserError
+from errors import UserError, explaining_memory
 from grammar import parse
 from options import RunOptions, TrainOptions
 from parallel import mesh
@@ -99,6 +101,14 @@ def test_a_world_that_tp_does_not_divide(tmp_path: Path) -> None:
     )
 
 
+def test_options_of_other_commands_in_a_config_file_are_named_once(tmp_path: Path) -> None:
+    path = tmp_path / "config.py"
+    path.write_text("seed = 3\nlearning_rate = 1e-3\n")
+    ends = launch(2, _fine, tmp_path, [str(path), "--device=cpu"])
+    said = f"prog.py: {path} sets options of other commands, which are not used here: learning_rate\n"
+    assert spoken(ends) == said and [status for status, _ in ends] == [0, 0]
+
+
 def _mistake(world: World, options: Any) -> None:
     if world.rank == 1:
         raise UserError("there is no such thing.")
@@ -123,6 +133,49 @@ def test_a_rank_that_raises_takes_all_down_and_its_error_is_shown_once(tmp_path:
     assert spoken(ends).count("prog.py:") == 1
     assert "prog.py: rank 1: RuntimeError: a bug of ours\n" in ends[1][1] and "Traceback" in ends[1][1]
     assert [status for status, _ in ends] == [1, 1, 1]
+
+
+def _gpu_is_gone(world: World, options: Any) -> None:
+    def fails() -> None:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nmore")
+
+    if world.rank == 1:
+        world.tp.at("mlp", 3).account("all_reduce", "forward", torch.ones(1), fails)
+    all_reduce(torch.ones(1), world.tp.at("mlp", 3), "forward")
+
+
+def test_a_gpu_that_fails_is_not_taken_for_a_lost_peer(tmp_path: Path) -> None:
+    ends = launch(2, _gpu_is_gone, tmp_path, ["--device=cpu"])
+    said = "prog.py: rank 1: its GPU failed in all_reduce #1 (layer 3, mlp, forward): CUDA error: unspecified launch failure."
+    assert said in ends[1][1] and "lost contact" not in spoken(ends) and "Traceback" not in ends[1][1]
+    assert "--init_from=resume" in ends[1][1] and [status for status, _ in ends] == [1, 1]
+
+
+def _no_room(world: World, options: Any) -> None:
+    with explaining_memory(lambda: "It takes 93.1 GB a rank, its GPU has 79.2 GB."):
+        if world.rank == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        all_reduce(torch.ones(1), world.tp.at("mlp", 3), "forward")
+
+
+def test_what_a_run_needs_is_told_when_memory_is_out(tmp_path: Path) -> None:
+    ends = launch(2, _no_room, tmp_path, ["--device=cpu"])
+    assert ends[1] == (
+        1,
+        "prog.py: rank 1 is out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. "
+        "It takes 93.1 GB a rank, its GPU has 79.2 GB.\n",
+    )
+
+
+@pytest.mark.parametrize("device, missing", [("cpu", "a compiler (no-such-compiler)"), ("cuda", "the package triton")])
+def test_compile_without_a_compiler(device: str, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError) as error:
+        mesh.check_compiler(torch.device(device))
+    assert str(error.value) == f"--compile=True needs {missing}, which is not here. Install it, or leave --compile out."
+    monkeypatch.setenv("CXX", sys.executable)
+    mesh.check_compiler(torch.device("cpu"))
 
 
 def _killed(world: World, options: Any) -> None:
@@ -184,19 +237,85 @@ def test_devices_that_cannot_be(device: str, comm: str, size: int, message: str,
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     there = mesh.Launch(0, size, 0, size)
     with pytest.raises(UserError) as error:
-        mesh.pick_comm(comm, mesh.pick_device(device, there, False), there, size)
+        mesh.pick_comm(comm, mesh.pick_device(device, there), there, size)
     assert str(error.value) == message
 
 
+def gpus(monkeypatch: pytest.MonkeyPatch, count: int, bf16: bool = True) -> None:
+    """A host with so many GPUs, as far as choosing one goes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"uuid of {device.index}")
+    )
+
+
+def stated(*gpus: str, host: str = "a") -> list[dict[str, Any]]:
+    return [{"gpu": gpu, "host": host} for gpu in gpus]
+
+
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpus(monkeypatch, 2)
+    here = [mesh.pick_device("auto", mesh.Launch(rank, 4, rank, 4)) for rank in range(4)]
+    assert [device.index for device in here] == [0, 1, 0, 1]
+    said = stated(*map(mesh.gpu_name, here))
+    with pytest.raises(UserError) as error:
+        mesh.share_gpus(said, False)
+    assert str(error.value) == (
+        "4 processes on host a but 2 CUDA devices: ranks 0 and 2 have the same one. Start 2, pass "
+        "--device=cpu, or share a device with --oversubscribe=True."
+    )
     there = mesh.Launch(3, 4, 3, 4)
-    with pytest.raises(UserError, match="4 processes on this host but 2 CUDA devices. Start 2, pass --device=cpu, or share"):
-        mesh.pick_device("cuda", there, False)
-    shared = mesh.pick_device("cuda", there, True)
-    assert shared == torch.device("cuda", 1)
-    assert mesh.pick_comm("auto", shared, there, 2) == "gloo"  # nccl cannot share a device
-    assert mesh.pick_comm("auto", torch.device("cuda", 0), mesh.Launch(0, 2, 0, 2), 2) == "nccl"
+    assert mesh.share_gpus(said, True)
+    assert mesh.pick_comm("auto", here[3], there, 2, shared=True) == "gloo"  # nccl cannot share a device
+    with pytest.raises(UserError, match="--comm=nccl cannot share a GPU"):
+        mesh.pick_comm("nccl", here[3], there, 2, shared=True)
+    assert not mesh.share_gpus(said[:2], False)
+    assert mesh.pick_comm("auto", here[0], mesh.Launch(0, 2, 0, 2), 2) == "nccl"
+
+
+def test_ranks_that_see_one_gpu_each_are_told_apart() -> None:
+    """As srun --gpus-per-task=1 starts them: to each rank its GPU is the first, and the only one."""
+    assert not mesh.share_gpus(stated("x", "y") + stated("z", "v", host="b"), False)
+    assert not mesh.share_gpus(stated("", "", ""), False)  # CPUs
+    with pytest.raises(UserError, match="2 processes on host b but 1 CUDA devices: ranks 2 and 3 have the same one"):
+        mesh.share_gpus(stated("x", "y") + stated("z", "z", host="b"), False)
+
+
+def test_one_gpu_for_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, 2)
+    assert mesh.pick_device("cuda:1", mesh.Launch(0, 1, 0, 1)) == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="--device=cuda:1 is one GPU and there are 2 ranks. Use --device=cuda, and CUDA_VIS"):
+        mesh.pick_device("cuda:1", mesh.Launch(0, 2, 0, 2))
+    with pytest.raises(UserError, match="--device=cuda:2, but this host has 2 CUDA devices"):
+        mesh.pick_device("cuda:2", mesh.Launch(0, 1, 0, 1))
+
+
+def test_a_driver_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def old() -> bool:
+        old = "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040)."
+        warnings.warn(f"{old}\nMore", stacklevel=1)
+        return False
+
+    gpus(monkeypatch, 2)
+    monkeypatch.setattr(torch.cuda, "is_available", old)
+    with pytest.raises(UserError, match="--device=cuda, but CUDA initialization: The NVIDIA driver .*11040.. Use --device=cpu"):
+        mesh.pick_device("cuda", mesh.Launch(0, 1, 0, 1))
+    assert mesh.pick_device("auto", mesh.Launch(0, 1, 0, 1)) == torch.device("cpu")
+    assert capsys.readouterr().err.startswith("no GPU is used: CUDA initialization: The NVIDIA driver on your")
+
+
+def test_bfloat16_on_a_gpu_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, 1, bf16=False)
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert mesh.pick_dtype("auto", gpu) == torch.float32
+    assert mesh.pick_dtype("bfloat16", cpu) == torch.bfloat16 and mesh.pick_dtype("float16", gpu) == torch.float16
+    with pytest.raises(UserError, match="--dtype=bfloat16: Tesla T4 has none. Use --dtype=float16 or --dtype=float32."):
+        mesh.pick_dtype("bfloat16", gpu)
+    gpus(monkeypatch, 1)
+    assert mesh.pick_dtype("auto", gpu) == torch.bfloat16
 
 
 def test_a_half_set_environment_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks
 from test_sample_tp import alone
+from test_sources import nanogpt
 
 import eval_tp
 from checkpoints.sources import open_source, reader
@@ -37,6 +39,25 @@ def test_windows_count_every_token_after_the_first_once(n: int, block_size: int,
         assert i == 0 or first >= min(block_size - stride, stop - start - 1)  # so much context at least
         counted += range(start + 1 + first, stop + 1)
     assert counted == list(range(1, n))
+
+
+def test_a_dataset_of_other_tokens_is_not_measured(tmp_path: Path) -> None:
+    """Unless --tokenizer says that they are the same."""
+    torch.save(nanogpt() | {"config": {"dataset": "poems"}}, tmp_path / "ckpt.pt")
+    for name, first in (("poems", "a"), ("others", "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.pkl").write_bytes(pickle.dumps({"itos": {0: first, 1: "c"}}))
+        write_tokens(tmp_path / name / "train.bin", [0, 1] * 20, 2)
+        write_tokens(tmp_path / name / "val.bin", [0, 1] * 20, 2)
+    source = open_source(str(tmp_path))
+
+    def read(dataset: str, tokenizer: str = "") -> int:
+        options = EvalOptions(dataset=dataset, data_dir=str(tmp_path), tokenizer=tokenizer)
+        return len(eval_tp.read_tokens(source, options)[0])
+
+    assert read("poems") == 40 and read("others", tokenizer="ids") == 40
+    with pytest.raises(UserError, match="was trained on char tokens, the dataset's tokenizer is another"):
+        read("others")
 
 
 @pytest.fixture(scope="module")

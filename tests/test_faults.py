@@ -35,6 +35,13 @@ def test_a_lost_rank_takes_all_down_and_is_named(scratch: Path, phase: str, name
     assert case["names_rank_1"] and case["launcher_status"] == 1, case["said"]
 
 
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("phase", ["sampling", "replay"])
+def test_a_rank_that_stops_on_a_gpu_is_named(scratch: Path, phase: str) -> None:
+    case = faults.strike(scratch, phase, "SIGSTOP", "nccl", 2)
+    assert case["gone_s"] < faults.LIMIT_S + 10 and case["names_rank_1"], case["said"]
+
+
 def curve(out: Path) -> dict[int, float]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {line["iter"]: line["loss"] for line in lines if "loss" in line}

@@ -50,7 +50,7 @@ def test_a_pipe_is_read_to_its_end_whoever_comes_first(tmp_path: Path) -> None:
 
     writer = threading.Thread(target=write)
     writer.start()
-    assert read_text(tmp_path / "pipe") == "One, two, drei é\r\n"
+    assert read_text(tmp_path / "pipe") == "One, two, drei é\n"
     writer.join()
 
 

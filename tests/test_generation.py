@@ -459,6 +459,12 @@ def test_minus_infinity_is_never_drawn() -> None:
             assert choose(values, np.arange(4, dtype=np.int32), sampling, 0, position) == 1
 
 
+def test_candidates_stay_where_the_logits_are() -> None:
+    """They travel as all else on the axis does: between GPUs, not through their hosts."""
+    logits, sampling = torch.empty(3, 40, device="meta"), Sampling(n_tokens=40, top_k=8)
+    assert candidates(logits, 0, 80, sampling, 2).device.type == "meta"
+
+
 # --- candidates -----------------------------------------------------------------------------------------------------
 
 

@@ -528,8 +528,143 @@ def test_options_needs_nothing_but_the_standard_library():
     code = ("import sys; import grammar; "
             "print(sorted({m.partition('.')[0] for m in sys.modules} - sys.stdlib_module_names - {'__main__'}))")
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "['errors', 'grammar', 'options']", done.stderr
+    assert done.stdout.strip() == "['config_files', 'errors', 'grammar', 'options']", done.stderr
 
 
 def test_start_has_a_second_name_that_torchrun_does_not_take_for_its_own():
     assert parse(SampleOptions, ["--prompt=a", "--start=b", "--prompt", "c"], "sample_tp.py").start == ["a", "b", "c"]
+
+
+# --- paths ------------------------------------------------------------------------------------------------------------
+
+def every_class():
+    return [cls for name, cls in vars(options).items() if name.endswith("Options")]
+
+
+def test_a_home_directory_is_expanded_wherever_an_option_is_a_path(monkeypatch):
+    """In every command, typed or in a config file, and nowhere else."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    for cls in every_class():
+        for field in dataclasses.fields(cls):
+            if field.type not in ("str", str) or field.metadata["choices"]:
+                continue
+            made = parse(cls, [*required(cls), f"--{field.name}=~/x"], "prog.py")
+            expected = "/home/ada/x" if options.PATHS.get(field.name, "").startswith("^") else "~/x"
+            expected = "~/x" if field.name == "prompt" else expected
+            assert getattr(made, field.name) == expected, (cls, field.name)
+
+
+def required(cls):
+    return [f"--{field.name}=x" for field in dataclasses.fields(cls) if field.metadata["required"]]
+
+
+def test_names_that_are_paths_are_options_and_what_looks_like_one_is_a_path():
+    fields = {field.name: field for cls in every_class() for field in dataclasses.fields(cls)}
+    assert options.PATHS.keys() <= fields.keys()
+    words = re.compile(r"director|\bfile\b|FILE|path|PNG|weights: hub|weights as in")
+    found = {name for name, field in fields.items() if words.search(field.metadata["help"])}
+    assert found - options.PATHS.keys() == set()
+
+
+def test_paths_within_a_prompt_and_a_list(monkeypatch, config):
+    monkeypatch.setenv("HOME", "/home/ada")
+    start = sample("--prompt=FILE:~/p.txt", "--prompt=PROMPTS:~/q.txt", "--prompt=~/r", "--prompt=a FILE:~").start
+    assert start == ["FILE:/home/ada/p.txt", "PROMPTS:/home/ada/q.txt", "~/r", "a FILE:~"]
+    words = ["--reports=~/a.json,b~.json, ~/c.json", "--plot=~"]
+    made = parse(options.CurveOptions, words, "drop_syncs.py curve")
+    assert (made.reports, made.plot) == ("/home/ada/a.json,b~.json, /home/ada/c.json", "/home/ada")
+    path = config('out_dir = "~/run"\ndata_dir = "~no_such_user/x"\nwandb_project = "~/x"\n')
+    made = train(path, "--report=x/~")
+    assert made.out_dir == "/home/ada/run" and made.data_dir == "~no_such_user/x"
+    assert (made.wandb_project, made.report) == ("~/x", "x/~")
+
+
+# --- one config file for several commands -------------------------------------------------------------------------------
+
+NANOGPTS = {  # what nanoGPT's seven config files set
+    "eval_gpt2": "batch_size = 8\neval_iters = 500\neval_only = True\nwandb_log = False\ninit_from = 'gpt2'\n",
+    "finetune_shakespeare": """
+import time
+out_dir = 'out-shakespeare'
+eval_interval = 5
+eval_iters = 40
+wandb_log = False
+wandb_project = 'shakespeare'
+wandb_run_name = 'ft-' + str(time.time())
+dataset = 'shakespeare'
+init_from = 'gpt2-xl'
+always_save_checkpoint = False
+batch_size = 1
+gradient_accumulation_steps = 32
+max_iters = 20
+learning_rate = 3e-5
+decay_lr = False
+""",
+    "train_gpt2": """
+wandb_log = True
+wandb_project = 'owt'
+wandb_run_name='gpt2-124M'
+batch_size = 12
+block_size = 1024
+gradient_accumulation_steps = 5 * 8
+max_iters = 600000
+lr_decay_iters = 600000
+eval_interval = 1000
+eval_iters = 200
+log_interval = 10
+weight_decay = 1e-1
+""",
+    "train_shakespeare_char": """
+out_dir = 'out-shakespeare-char'
+eval_interval = 250
+eval_iters = 200
+log_interval = 10
+always_save_checkpoint = False
+wandb_log = False
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'mini-gpt'
+dataset = 'shakespeare_char'
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 256
+n_layer = 6
+n_head = 6
+n_embd = 384
+dropout = 0.2
+learning_rate = 1e-3
+max_iters = 5000
+lr_decay_iters = 5000
+min_lr = 1e-4
+beta2 = 0.99
+warmup_iters = 100
+""",
+} | {f"eval_gpt2_{size}": f"batch_size = 8\neval_iters = 500\neval_only = True\nwandb_log = False\ninit_from = 'gpt2-{size}'\n"
+     for size in ("medium", "large", "xl")}
+
+
+@pytest.mark.parametrize("name", NANOGPTS)
+def test_nanogpts_config_files_with_every_command(config, capsys, name):
+    path = config(NANOGPTS[name], f"{name}.py")
+    assert train(path) != TrainOptions() and capsys.readouterr().err == ""
+    names = list(re.findall(r"^(\w+) ?=", NANOGPTS[name], re.M))
+    for cls, prog in ((SampleOptions, "sample_tp.py"), (EvalOptions, "eval_tp.py")):
+        made = as_dict(parse(cls, [str(path)], prog))
+        left = ", ".join(word for word in names if word not in made)
+        said = f"{prog}: {path} sets options of other commands, which are not used here: {left}\n"
+        assert capsys.readouterr().err == said
+        assert made["batch_size"] == train(path).batch_size
+        if "out_dir" in names:
+            assert made["out_dir"] == train(path).out_dir
+
+
+def test_other_commands_options_in_a_config_file(config, capsys):
+    """A file for sampling given to training, one for training given to split; what is of no command is still a mistake."""
+    path = config("num_samples = 3\nprompt = 'a'\ntp = 2\nout = 'x'\n")
+    assert train(path).tp == 2
+    assert capsys.readouterr().err.endswith("which are not used here: num_samples, prompt, out\n")
+    made = parse(SplitOptions, [str(path), "--init_from=gpt2"], "shard_checkpoint.py split")
+    assert (made.tp, made.out) == (2, "x") and "num_samples, prompt\n" in capsys.readouterr().err
+    assert sample(path).start == ["a"]  # --prompt's other name
+    assert message(sample, "--learning_rate=3").startswith("unknown option --learning_rate")
+    assert message(sample, config("learning_rat = 3")).endswith("unknown option learning_rat (sample_tp.py --help lists all; "
+                                                                "names of the file's own start with _)")

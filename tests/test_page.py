@@ -20,6 +20,7 @@ from ranks import run_ranks
 
 import bench_tp
 import drop_syncs
+import dry_run
 import eval_tp
 import sample_tp
 import train_tp
@@ -133,7 +134,7 @@ def made(letters: Path, home: Path, unknown: Path, tmp_path_factory: pytest.Temp
         run_ranks(size, _run, entry, [*words, "--device=cpu", f"--report={found[name]}"], tp=1 if name == "train_dp" else size)
     with redirect_stdout(StringIO()):
         dry = [*train, f"--report={place / 'dry.json'}", "--dry_run=True", "--ranks=4", "--tp=2"]
-        train_tp.plan(parse(TrainOptions, dry, "train_tp.py"))
+        dry_run.show(train_tp.plans(parse(TrainOptions, dry, "train_tp.py")))
     scans = [json.loads((RESULTS / f"{name}.json").read_text()) for name in ("scan_tp2", "scan_tp3_grouped", "repair_mlp_tp2")]
     write(str(place / "curve.json"), {"entry": "drop_syncs", "what": "curve", "reports": scans})
     return found | {"dry": place / "dry.json", "curve": place / "curve.json"}

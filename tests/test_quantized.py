@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from ranks import alone, run_ranks
 from test_tp_model import deaf
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval_tp
 import sample_tp
@@ -31,7 +32,7 @@ from sampling import Sampling
 from tp_model import TensorParallelGPT
 
 SMALL = GPTConfig(block_size=16, vocab_size=131, n_layer=2, n_head=5, n_embd=20)
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(1))]
 
 
 def rounded(w: Tensor) -> Tensor:
@@ -71,6 +72,38 @@ def test_every_weight_is_off_by_half_a_step_at_most(device: str) -> None:
     steps = (seen / scale)[scale[:, 0] > 0]
     assert ((steps - steps.round()).abs() < 1e-3).all()
     assert steps.abs().amax(1).round().eq(127).all()  # and all of the range is used
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations, each of which is a kernel on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not any(part in str(func) for part in ("view", "slice", "split", "t.default", "detach"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_is_a_few_launches_where_each_costs_time(dtype: torch.dtype) -> None:
+    """A layer of gpt2-xl and its head, on a device that is no CPU: one cast and one product for each
+    piece, at most 64M numbers; thousands of pieces made a token wait for its launches."""
+    shapes = [(4800, 1600), (1600, 1600), (6400, 1600), (1600, 6400), (50304, 1600)]
+    counts = []
+    for shape in shapes:
+        weight = int8(torch.empty(shape, device="meta"))
+        x = torch.empty(1, shape[1], device="meta", dtype=dtype)
+        with Launches() as launches:
+            y = weight.product(x)
+        assert y.shape == (1, shape[0]) and y.dtype == dtype
+        counts.append(launches.count)
+    assert max(counts[:4]) <= 4 and counts[4] <= 8
+
+
+def test_a_sum_beyond_float16_is_none_once_it_is_scaled() -> None:
+    w, x = torch.full((3, 4096), 0.01), torch.ones(1, 4096, dtype=torch.float16)
+    assert torch.finfo(torch.float16).max < 127 * 4096
+    torch.testing.assert_close(int8(w).product(x).float(), torch.full((1, 3), 40.96), rtol=1e-3, atol=0)
 
 
 class Pair(nn.Module):

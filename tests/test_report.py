@@ -100,6 +100,7 @@ SHAPE: dict[str, Any] = {  # docs/formats.md
     "comm_account": {"forward_passes": int, "layers": list, "other": dict,
                      "total": {"calls": int, "bytes": int, "seconds": float, "fraction_of_time": float}},
     "decoder": str, "per_token": {"tokens": int, "passes": float, "all_reduce": float}, "samples": list,
+    "utilisation": {"bandwidth_bytes_per_s": float, "mbu": float, "peak_operations_per_s": float, "mfu": float},
 }  # fmt: skip
 
 

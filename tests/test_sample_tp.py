@@ -174,7 +174,7 @@ def test_prompts_from_files(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_bytes("a\x0cb\u2028c\r\n\r\n \t\nd e \n".encode())
     assert sample_tp.read_prompts(["x", f"PROMPTS:{path}", f"FILE:{path}", "FILE", "a:b"]) == [
-        "x", "a\x0cb\u2028c", "d e ", path.read_bytes().decode(), "FILE", "a:b"
+        "x", "a\x0cb\u2028c", "d e ", "a\x0cb\u2028c\n\n \t\nd e \n", "FILE", "a:b"
     ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -165,6 +166,8 @@ def test_split_verify_inspect_merge(tmp_path: Path, capsys: Any, monkeypatch: py
     assert capsys.readouterr().out == (
         f"{tmp_path / 's'}: {tmp_path / 'ckpt.pt'} in 2 shards of 31.3 KB, 28.6 KB (float32)\n"
         "tp=2 over 5 heads: 3,2 (busiest rank does 20% more attention than an even split).\n"
+        f"{tmp_path / 'ckpt.pt'} was trained on the dataset shakespeare_char, which is not in data: text is token ids. "
+        "--tokenizer=DIR names its directory.\n"
     )
     assert json.loads((tmp_path / "s" / "tokenizer.json").read_text()) == {"kind": "ids", "n_vocab": 131}
     sizes = [(tmp_path / "s" / f"rank-0{rank}-of-02.safetensors").stat().st_size for rank in range(2)]
@@ -183,6 +186,34 @@ def test_split_verify_inspect_merge(tmp_path: Path, capsys: Any, monkeypatch: py
     assert ["transformer.wpe.weight", "16", "x", "20", "replicated"] in lines
     assert run("merge", f"--shards={tmp_path / 's'}", f"--out={tmp_path / 'hf'}") == 0
     assert capsys.readouterr().out == f"{tmp_path / 'hf'}: {tmp_path / 'ckpt.pt'}, merged from 2 shards (hf)\n"
+
+
+@pytest.mark.parametrize("to", ["hf", "nanogpt"])
+def test_the_tokenizer_goes_with_the_weights(tmp_path: Path, capsys: Any, to: str) -> None:
+    """From a dataset's meta.pkl into shards, into another format and back; transformers reads what carries it."""
+    itos = dict(enumerate(map(chr, range(40, 171))))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 131, "itos": itos}))
+    torch.save(nanogpt(), tmp_path / "ckpt.pt")
+    words = [f"--init_from={tmp_path / 'ckpt.pt'}", "--tp=2", f"--tokenizer={tmp_path / 'data'}"]
+    assert run("split", *words, f"--out={tmp_path / 's'}") == 0
+    assert "trained on the dataset" not in capsys.readouterr().out
+    merged = tmp_path / ("hf" if to == "hf" else "merged.pt")
+    assert run("merge", f"--shards={tmp_path / 's'}", f"--out={merged}", f"--format={to}") == 0
+    assert run("split", f"--init_from={merged}", "--tp=3", f"--out={tmp_path / 'again'}") == 0
+    known = {"kind": "char", "chars": list(itos.values())}
+    for name in ("s", "again"):
+        assert json.loads((tmp_path / name / "tokenizer.json").read_text()) == known
+    if to == "hf":
+        _, told = GPT2LMHeadModel.from_pretrained(merged, output_loading_info=True)
+        assert not any(told.values())
+
+
+def test_a_tokenizer_that_does_not_belong_is_not_written(tmp_path: Path, capsys: Any) -> None:
+    torch.save(nanogpt(), tmp_path / "ckpt.pt")
+    assert run("split", f"--init_from={tmp_path / 'ckpt.pt'}", f"--out={tmp_path / 's'}", "--tokenizer=gpt2") == 2
+    assert "the tokenizer (gpt2) knows 50257 ids, the model's vocab_size is 131" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
 
 
 def test_imbalance() -> None:

@@ -23,8 +23,7 @@ PIECE = SLOT_BYTES // 4  # float32 elements
 
 
 def carrier(world: World, timeout: float = 20.0) -> ShmTransport:
-    assert world.mesh is not None
-    transport = make_axis("tp", world.mesh, "shm", world.ledger, timeout).transport
+    transport = make_axis("tp", world.groups.get("tp"), "shm", world.ledger, timeout).transport
     assert isinstance(transport, ShmTransport)
     return transport
 
@@ -135,8 +134,7 @@ def test_more_ranks_than_cores_and_thousands_of_messages(size: int) -> None:
 
 
 def _axes(world: World) -> list[float]:
-    assert world.mesh is not None
-    axis = make_axis("tp", world.mesh, "shm", world.ledger)
+    axis = make_axis("tp", world.groups.get("tp"), "shm", world.ledger)
     assert axis.transport is not None
     return axis.transport.all_reduce(torch.tensor([float(world.rank)]), "sum").tolist()
 
@@ -226,7 +224,6 @@ def test_the_memory_is_held_by_its_mappings_alone() -> None:
 
 
 def _falls_back(world: World, fault: str) -> str:
-    assert world.mesh is not None
     if fault == "no compiler":
         os.environ["CC"], os.environ["XDG_CACHE_HOME"] = "/nowhere/cc", "/dev/null/nowhere"  # no cache either
     elif fault == "a compiler that fails on rank 1" and world.rank == 1:
@@ -236,7 +233,7 @@ def _falls_back(world: World, fault: str) -> str:
     elif fault == "nothing to open" and world.rank == 1:
         shm._attach = _closed  # type: ignore[assignment]
     try:
-        make_axis("tp", world.mesh, "shm", world.ledger)
+        make_axis("tp", world.groups.get("tp"), "shm", world.ledger)
     except Unavailable as error:
         return str(error)
     return "nothing"

@@ -1,5 +1,6 @@
 """Where weights come from: what transformers and nanoGPT save themselves, the hub's cache, and what is refused."""
 
+import gzip
 import json
 import os
 import pickle
@@ -13,15 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
+from checkpoints import nanogpt as nanogpt_module
 from checkpoints.shards import TensorFile
-from checkpoints.sources import HUB, HuggingFaceDirectory, NanoGPTCheckpoint, ShardSource, open_source, tokenizer_of
+from checkpoints.sources import (
+    HUB,
+    HuggingFaceDirectory,
+    NanoGPTCheckpoint,
+    ShardSource,
+    open_for_inference,
+    open_sizes,
+    open_source,
+    tokenizer_of,
+)
 from errors import UserError
 from model import GPT, GPTConfig
+from options import SampleOptions
 from parallel.partition import Partition
 from shard_checkpoint import main
 
@@ -254,9 +267,9 @@ def test_a_hub_name_comes_from_the_cache(saved: Path, tmp_path: Path, monkeypatc
     lay_out(tmp_path, "openai-community/gpt2", saved)
     lay_out(tmp_path, "gpt2-xl", saved)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    for name in ("gpt2", "gpt2-xl"):
+    for name in ("gpt2", "gpt2-xl", "openai-community/gpt2", "openai-community/gpt2-xl"):
         source = open_source(name)
-        assert source.description == name and source.config.n_head == 5
+        assert source.description == name.removeprefix("openai-community/") and source.config.n_head == 5
         check_source(source, state_of(gpt2()))
 
 
@@ -304,6 +317,15 @@ def test_offline_by_the_environment(saved: Path, tmp_path: Path) -> None:
 def test_a_name_that_is_nothing(tmp_path: Path) -> None:
     names = "gpt2, gpt2-medium, gpt2-large, gpt2-xl"
     assert refused("gpt2-xxl").endswith(f"is neither a file, a directory nor one of {names}. Did you mean gpt2-xl?")
+    assert refused("openai-community/gpt2-larg").endswith("Did you mean openai-community/gpt2-large?")
+    assert open_sizes("openai-community/gpt2-medium") == open_sizes("gpt2-medium")
+    here, none = str(tmp_path), str(tmp_path / "none")
+    words = SampleOptions(init_from="resum"), SampleOptions(out_dir=none), SampleOptions(out_dir=here)
+    said = "Did you mean resume?", f"--out_dir={tmp_path / 'none'} is neither a file, a directory nor one of {names}."
+    for options, text in zip(words, (*said, f"--out_dir={tmp_path} is a directory without weights"), strict=True):
+        with pytest.raises(UserError) as error:
+            open_for_inference(options, (0, 1))
+        assert text in str(error.value)
     assert refused("~no_such_user/x").startswith("--init_from=~no_such_user/x is neither a file")
     assert refused(tmp_path).startswith(f"--init_from={tmp_path} is a directory without weights: no shards.json (shards)")
     assert set(HUB) == {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"}
@@ -381,7 +403,8 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path) -> None:
         with open(path, "rb") as file:
             assert b"touch" in file.read()
         reads = "only tensors, numbers, strings and lists and dicts of them are read from a ckpt.pt"
-        assert refused(path) == f"{path} is refused: it names {os.system.__module__}.system; {reads}."
+        names = f"{path} is refused: it names {os.system.__module__}.system; {reads}."
+        assert refused(path) == f"{names} {nanogpt_module.WITHOUT}"
         torch.save(raw, path, _use_new_zipfile_serialization=False)
         assert refused(path).startswith(f"{path} ")
         path.write_bytes(pickle.dumps(raw))
@@ -401,7 +424,7 @@ LN = "transformer.ln_f.weight"
 CHECKPOINTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no model": (lambda raw: raw.pop("model"), "it lacks `model` or `model_args`"),
     "no model_args": (lambda raw: raw.pop("model_args"), "it lacks `model` or `model_args`"),
-    "no bias": (lambda raw: raw["model_args"].pop("bias"), "model_args.bias is missing"),
+    "no n_head": (lambda raw: raw["model_args"].pop("n_head"), "model_args.n_head is missing"),
     "n_head true": (set_arg("n_head", True), "model_args.n_head=True is not of type int"),
     "n_head a tensor": (set_arg("n_head", torch.zeros(40, 40)), "is not of type int"),
     "n_head 3": (set_arg("n_head", 3), "n_embd=20 does not divide into n_head=3 heads"),
@@ -431,6 +454,139 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path, damage: Callable[[dict[str,
     assert said.startswith(f"{tmp_path / 'ckpt.pt'}") and message in said
 
 
+NO_PLACE = "has no place in the GPT-2 that is described there"
+MORE: dict[str, tuple[str, tuple[int, ...]]] = {
+    "a bias of the head": ("lm_head.bias", (131,)),
+    "a norm of the queries": ("transformer.h.0.attn.q_norm.weight", (4,)),
+    "an adapter": ("transformer.h.1.attn.c_attn.lora_A.default.weight", (4, 20)),
+    "a layer more": ("transformer.h.2.ln_1.weight", (20,)),
+    "a mask of a layer more": ("transformer.h.2.attn.bias", (1, 1, 16, 16)),
+    "a bias under a mask's name": ("transformer.h.0.attn.bias", (20,)),
+    "a head for another task": ("score.weight", (2, 20)),
+}
+
+
+@pytest.mark.parametrize(("name", "shape"), MORE.values(), ids=MORE)
+def test_a_tensor_that_the_model_has_no_place_for(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    """In every source, and so for every command; shard directories: "does not belong to the model" in test_shards.py."""
+    raw, hf = nanogpt(), tmp_path / "hf"
+    raw["model"][name] = torch.zeros(shape)
+    torch.save(raw, tmp_path / "ckpt.pt")
+    known = name if name.startswith("transformer.") or "lm_head" in name else f"transformer.{name}"
+    assert refused(tmp_path / "ckpt.pt").startswith(f"{tmp_path / 'ckpt.pt'}: tensor {known} {NO_PLACE}.")
+    for part in ({}, {"max_shard_size": "10KB"}):
+        gpt2().save_pretrained(hf, **part)
+        file = next(hf.glob("model*.safetensors"))
+        save_file(load_file(file) | {name: torch.zeros(shape)}, file)
+        index = hf / "model.safetensors.index.json"
+        if part:
+            assert f"{file}: tensor {name} is not in the index" in refused(hf)
+            said = json.loads(index.read_text())
+            said["weight_map"][name] = file.name
+            index.write_text(json.dumps(said))
+        assert refused(hf).startswith(f"{hf}: tensor {known} {NO_PLACE}.")
+        shutil.rmtree(hf)
+    raw["model"]["x"] = 3
+    torch.save(raw, tmp_path / "ckpt.pt")
+    assert f"{NO_PLACE}, nor have 1 others." in refused(tmp_path / "ckpt.pt")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: name.replace("h.1.", "h.1._orig_mod."),
+        lambda name: f"_fsdp_wrapped_module.{name.replace('h.0.', 'h.0._checkpoint_wrapped_module.')}",
+    ],
+)
+def test_names_that_wrappers_have_changed(tmp_path: Path, wrap: Callable[[str], str]) -> None:
+    raw = nanogpt()
+    expected = {name: tensor for name, tensor in raw["model"].items() if "lm_head" not in name}
+    torch.save(raw | {"model": {wrap(name): tensor for name, tensor in raw["model"].items()}}, tmp_path / "ckpt.pt")
+    check_source(open_source(str(tmp_path)), expected)
+    hf = tmp_path / "hf"
+    gpt2().save_pretrained(hf)
+    save_file({wrap(name): tensor for name, tensor in load_file(hf / "model.safetensors").items()}, hf / "model.safetensors")
+    check_source(open_source(str(hf)), state_of(gpt2()))
+
+
+@pytest.mark.parametrize("cls", [GPT2LMHeadModel, GPT2Model])
+def test_what_save_model_writes(saved: Path, tmp_path: Path, cls: Any) -> None:
+    """Of the table and the head it keeps the head."""
+    path = Path(shutil.copytree(saved, tmp_path / "hf"))
+    model = gpt2(cls=cls)
+    save_model(model, str(path / "model.safetensors"))
+    assert ("lm_head.weight" in load_file(path / "model.safetensors")) == (cls is GPT2LMHeadModel)
+    check_source(open_source(str(path)), state_of(model))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_checkpoint_from_before_nanogpt_had_the_option_bias(tmp_path: Path, bias: bool) -> None:
+    raw = nanogpt(replace(CONFIG, bias=bias))
+    raw["model_args"].pop("bias")
+    torch.save(raw, tmp_path / "ckpt.pt")
+    assert open_source(str(tmp_path)).config == replace(CONFIG, bias=bias)
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 548118077\n"
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "hf/model.safetensors", "hf/config.json", "shards/rank-01-of-02.safetensors",
+                                  "shards/shards.json", "shards/tokenizer.json"])  # fmt: skip
+def test_a_pointer_of_git_lfs(saved: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(saved, tmp_path / "hf")
+    assert main(["split", f"--init_from={saved}", "--tp=2", f"--out={tmp_path / 'shards'}"]) == 0
+    (tmp_path / name).write_text(POINTER)
+    place = (tmp_path / name).parent
+    with pytest.raises(UserError) as error:
+        tokenizer_of(open_source(str(place), verify=(0, 1)))
+    assert str(error.value).startswith(f"{tmp_path / name} is a git-lfs pointer, not the file that it stands for")
+
+
+FORMATS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "old": (lambda path: torch.save(nanogpt(), path, _use_new_zipfile_serialization=False),
+            "torch's format from before version 1.6: load it with torch, save it again"),
+    "pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "a pickle that torch.save did not write"),
+    "safetensors": (lambda path: save_file({"a": torch.zeros(3)}, path), "a safetensors file: --init_from takes the directory"),
+    "GGUF": (lambda path: path.write_bytes(b"GGUF\3" + bytes(40)), "a GGUF file, which is not read"),
+    "gzip": (lambda path: path.write_bytes(gzip.compress(bytes(400))), "packed by gzip: unpack it first"),
+    "a page": (lambda path: path.write_text("<!DOCTYPE html><html>Sign in</html>"), "a web page: its address"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("write", "what"), FORMATS.values(), ids=FORMATS)
+def test_another_format_under_the_name_ckpt_pt(tmp_path: Path, write: Callable[[Path], Any], what: str) -> None:
+    write(tmp_path / "ckpt.pt")
+    assert refused(tmp_path).startswith(f"{tmp_path / 'ckpt.pt'} is not a readable ckpt.pt ({what}")
+
+
+def test_tensors_alone_under_the_name_ckpt_pt(tmp_path: Path) -> None:
+    path = tmp_path / "ckpt.pt"
+    for raw in (gpt2().state_dict(), nanogpt()["model"], {"state_dict": nanogpt()["model"], "epoch": 3}):
+        torch.save(raw, path)
+        assert refused(path).endswith(f"it lacks `model` or `model_args`. {nanogpt_module.BARE}")
+
+
+class Settings:
+    """What a fork of nanoGPT may keep beside the weights."""
+
+
+@pytest.mark.parametrize(
+    "more", [np.float32(1.47), np.arange(3), Settings(), Path("out"), {1, 2}, b"bytes"], ids=lambda value: type(value).__name__
+)
+def test_more_than_data_beside_the_weights(tmp_path: Path, more: Any) -> None:
+    """The message says how to do without, and what it says works."""
+    torch.save(nanogpt(more=more), tmp_path / "ckpt.pt")
+    said = refused(tmp_path)
+    assert said.endswith(nanogpt_module.WITHOUT)
+    checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=False)
+    lines = nanogpt_module.WITHOUT.partition("alone: ")[2].rstrip(".").replace("'ckpt.pt'", repr(str(tmp_path / "ckpt.pt")))
+    exec(lines, {"torch": torch, "checkpoint": checkpoint})
+    assert open_source(str(tmp_path)).config == CONFIG
+
+
 def test_damaged_checkpoints(tmp_path: Path) -> None:
     path = tmp_path / "ckpt.pt"
     torch.save(nanogpt(), path)
@@ -442,6 +598,28 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     file.write("a", torch.zeros(3))
     file.close()
     assert refused(path).startswith(f"{path} is not a readable ckpt.pt (")
+
+
+def test_where_a_tokenizer_is_found(saved: Path, tmp_path: Path) -> None:
+    torch.save(nanogpt() | {"config": {"dataset": "poems"}}, tmp_path / "ckpt.pt")
+    source = open_source(str(tmp_path))
+    poems = tmp_path / "texts" / "poems"
+    poems.mkdir(parents=True)
+    meta = {"vocab_size": 3, "itos": {0: "a", 1: "b", 2: "c"}, "stoi": {"a": 0, "b": 1, "c": 2}}
+    (poems / "meta.pkl").write_bytes(pickle.dumps(meta))
+    known = {"kind": "char", "chars": ["a", "b", "c"]}
+    assert tokenizer_of(source, data_dir=str(tmp_path / "texts")).to_json() == known
+    assert tokenizer_of(source, str(poems)).to_json() == known
+    missed = tokenizer_of(source, data_dir=str(tmp_path))
+    note = f"{tmp_path / 'ckpt.pt'} was trained on the dataset poems, which is not in {tmp_path}: text is token ids. "
+    assert missed.kind == "ids" and missed.note == f"{note}--tokenizer=DIR names its directory."
+    with pytest.raises(UserError, match=r"token ids such as 5 17 3, not 'Once'\. .*ckpt.pt was trained on the dataset poems"):
+        missed.encode("Once upon a time")
+    (poems / "vocab.json").write_text("{}")  # beside it Hugging Face has a tokenizer.json, which is another format
+    (poems / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE"}}')
+    assert tokenizer_of(source, str(poems)).kind == "gpt2"
+    with pytest.raises(UserError, match="is neither gpt2, ids, nor a directory with tokenizer.json, meta.pkl or encoder.json"):
+        tokenizer_of(source, str(tmp_path))
 
 
 # --- a training directory -------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import alone, run_ranks
+from test_decoding import Reruns
 from test_generation import PROMPTS, SMALL, Ends, reference, split
 from torch import Tensor
 
@@ -277,15 +278,9 @@ def test_the_native_step_reads_several_tokens_to_the_same_bits(tp: int, int8: bo
         assert (together - torchs).abs().max() < 2e-5 * torchs.abs().max()
 
 
-def _rerun(step: Any) -> Any:
-    step()
-    out = step().clone()
-    return lambda: out.copy_(step()), out
-
-
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_captured_step_reads_several_tokens(tp: int) -> None:
-    for together, apart in run_ranks(tp, _at_once, False, lambda model: GraphDecoder(model, _rerun)):
+    for together, apart in run_ranks(tp, _at_once, False, lambda model: GraphDecoder(model, Reruns())):
         assert (together - apart).abs().max() < 1e-5 * apart.abs().max()
 
 

@@ -123,8 +123,7 @@ def _pretend(world: World, fault: str) -> None:
     memory.rendezvous = _no_memory if here and fault == "no rendezvous" else lambda buffer, group: None
 
     def total(x: Tensor, op: str, group: str) -> Tensor:
-        assert world.mesh is not None
-        out = GroupTransport(world.mesh["tp"].get_group(), "gloo").all_reduce(x, op)
+        out = GroupTransport(world.groups["tp"], "gloo").all_reduce(x, op)
         return out + 1 if here and fault == "wrong sums" else out
 
     operations: Any = torch.ops.symm_mem
@@ -141,10 +140,9 @@ def _no_memory(*args: Any, **kwargs: Any) -> None:
 
 def _opened(world: World, fault: str) -> tuple[str, str, int]:
     """The transport's name, why it is nccl, and what a small sum on it gives and is accounted as."""
-    assert world.mesh is not None
     if fault != "this build":
         _pretend(world, fault)
-    axis = make_axis("tp", world.mesh, "nccl", world.ledger)
+    axis = make_axis("tp", world.groups.get("tp"), "nccl", world.ledger)
     assert axis.transport is not None
     assert all_reduce(torch.ones(4), axis.at("mlp", 0), "forward").tolist() == [world.size] * 4
     assert all_reduce_later(torch.ones(5), axis.at("mlp", 0), "backward")().tolist() == [world.size] * 5
@@ -199,7 +197,7 @@ def _sums(world: World, options: Any) -> None:
     print(getattr(transport, "why", "") or "symmetric", file=sys.stderr, flush=True)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.gpu(2)
 def test_sums_on_gpus(tmp_path: Path) -> None:
     ranks = torch.cuda.device_count()
     ends = launch(ranks, _sums, tmp_path, ["--device=cuda", "--comm=nccl"], seconds=120, start="spawn")

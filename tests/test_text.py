@@ -13,6 +13,7 @@ import pytest
 
 from errors import UserError
 from text import tokenizer as module
+from text.files import read_text
 from text.tokenizer import (
     CharTokenizer,
     GPT2Tokenizer,
@@ -213,6 +214,41 @@ def test_char_names_what_it_does_not_know():
 def test_char_refuses_what_is_no_vocabulary(chars, message):
     with pytest.raises(UserError, match=message):
         CharTokenizer(chars)
+
+
+# --- files of text ---
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (b"a\r\nb\r\n", "a\nb\n"),
+        (b"a\rb\n\rc", "a\nb\n\nc"),
+        (b"\xef\xbb\xbfa\r\n", "a\n"),
+        (b"a\xef\xbb\xbfb", "a\ufeffb"),
+        ("\r\r\n\x0c\x85\u2028".encode(), "\n\n\x0c\x85\u2028"),
+    ],
+)
+def test_text_files_are_read_as_nanogpt_reads_them(tmp_path, raw, text):
+    (tmp_path / "a.txt").write_bytes(raw)
+    assert read_text(tmp_path / "a.txt") == text == open(tmp_path / "a.txt", encoding="utf-8").read().removeprefix("\ufeff")
+
+
+def test_a_pipe_is_read_from_its_beginning():
+    """As in --text=<(zcat book.txt.gz)."""
+    reads, writes = os.pipe()
+    os.write(writes, b"Once upon a time")
+    os.close(writes)
+    assert read_text(f"/dev/fd/{reads}") == "Once upon a time"
+    os.close(reads)
+
+
+def test_text_files_of_no_text(tmp_path):
+    for raw, message in [(b"\xef\xbb\xbf", "is empty"), ("a".encode("utf-16"), "is not UTF-8 text"),
+                         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a git-lfs pointer")]:
+        (tmp_path / "a.txt").write_bytes(raw)
+        with pytest.raises(UserError, match=message):
+            read_text(tmp_path / "a.txt")
 
 
 # --- streaming ---

@@ -1,7 +1,9 @@
 """train_tp.main on forked ranks: the same curve at every layout, exact resume, and what ends a run."""
 
 import json
+import pickle
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +15,10 @@ import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
 
+import shard_checkpoint
 import train_tp
 from checkpoints import training
-from checkpoints.shards import read_manifest
+from checkpoints.shards import ShardDirectory, read_manifest
 from errors import UserError
 from model import GPT, GPTConfig
 from options import TrainOptions
@@ -348,6 +351,73 @@ def test_eval_only_writes_nothing(letters: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_a_run_goes_on_with_a_shorter_context(letters: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The position table and its moments are cut, alike at every layout; what is said is what is used."""
+    trained(letters, tmp_path / "begun", 1, 1, max_iters=10)
+    capfd.readouterr()
+    for name, size, tp, changes in (("one", 1, 1, {}), ("three", 3, 3, {}), ("dp", 2, 1, {"dp_shard": True})):
+        out = Path(shutil.copytree(tmp_path / "begun", tmp_path / name))
+        trained(letters, out, size, tp, init_from="resume", block_size=4, max_iters=14, **changes)
+        assert capfd.readouterr().err == "resume: block_size is now 4, it was 8\n"
+        assert read_manifest(out / "step-000014").model.block_size == 4
+        moments = ShardDirectory(out / "step-000014" / "optimizer")
+        assert moments.read("exp_avg_sq.transformer.wpe.weight", None, ()).shape == (4, 16)
+        np.testing.assert_allclose(figures(out)[10:], figures(tmp_path / "one")[10:], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({}, ""),
+    ({"block_size": 1024, "n_layer": 12, "dtype": "float32", "sync": ""}, ""),
+    ({"block_size": 16}, "block_size=16 is not used: the weights have 8\n"),
+    ({"n_layer": 3, "n_embd": 32}, "n_layer=3 is not used: the weights have 2\nn_embd=32 is not used: the weights have 16\n"),
+    ({"dtype": "bfloat16"}, "resume: dtype is now 'bfloat16', it was 'float32'\n"),
+    ({"sync": "mlp"}, "resume: sync is now 'mlp', it was 'all'\n"),
+    ({"batch_size": 1, "seed": 3}, "resume: batch_size is now 1, it was 2\nresume: seed is now 3, it was 1337\n"),
+], ids=str)  # fmt: skip
+def test_a_resumed_run_says_what_is_used(
+    letters: Path, one: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
+) -> None:
+    out = Path(shutil.copytree(one[0], tmp_path / "out"))
+    run_ranks(2, _prepare, options(letters, out, init_from="resume", **changes))
+    assert capfd.readouterr().err == said
+
+
+def test_a_schedule_that_stays_is_no_change(letters: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The weights say it; --sync need not be given again."""
+    trained(letters, tmp_path, 2, 2, max_iters=2, sync="mlp")
+    run_ranks(2, _prepare, options(letters, tmp_path, init_from="resume"))
+    assert capfd.readouterr().err == ""
+    run_ranks(2, _prepare, options(letters, tmp_path, init_from="resume", sync="all"))
+    assert capfd.readouterr().err == "resume: sync is now 'all', it was 'mlp'\n"
+
+
+def test_resume_where_there_is_no_run_says_what_works(letters: Path, one: Any, tmp_path: Path) -> None:
+    """And what it says works."""
+    step = one[0] / "step-000020"
+    (tmp_path / "nanogpt").mkdir()
+    save_nanogpt(tmp_path / "nanogpt" / "ckpt.pt", "letters")
+    assert shard_checkpoint.main(["split", f"--init_from={step}", "--tp=2", f"--out={tmp_path / 'shards'}"]) == 0
+    assert shard_checkpoint.main(["merge", f"--shards={tmp_path / 'shards'}", f"--out={tmp_path / 'hf'}"]) == 0
+    for name, what in (("nanogpt", "nanoGPT's ckpt.pt"), ("shards", "shards"), ("hf", "a Hugging Face model")):
+        place = tmp_path / name
+        with pytest.raises(UserError) as error:
+            training.read_state(place)
+        assert str(error.value) == (
+            f"{place} has no checkpoint to resume. It has {what}, without an optimizer's state that is read: "
+            f"--init_from={place} with another --out_dir starts from its weights."
+        )
+        trained(letters, tmp_path / f"{name}-out", 1, 1, init_from=str(place), max_iters=1)
+    with pytest.raises(UserError) as error:
+        training.read_state(step)
+    assert str(error.value).endswith(f"It is one itself: --out_dir={one[0].resolve()} goes on from the newest there.")
+    with pytest.raises(UserError, match="Start with --init_from=scratch, or name its out_dir"):
+        training.read_state(tmp_path)
+
+
+def _prepare(world: World, settings: TrainOptions) -> None:
+    train_tp.prepare(world, settings, Dataset(Path(settings.data_dir) / settings.dataset))
+
+
 # --- what ends a run ------------------------------------------------------------------------------------------------
 
 
@@ -367,6 +437,48 @@ def test_foreign_tokens_are_refused(letters: Path, tmp_path: Path, one: Any) -> 
     (other / "tokenizer.json").write_text(json.dumps(CharTokenizer(list("nopqrstuvwxyz")).to_json()))
     with pytest.raises(AssertionError, match="was trained on char tokens, the dataset's tokenizer is another"):
         trained(other.parent, tmp_path / "out", 1, 1, init_from=str(one[0]))
+
+
+def save_nanogpt(path: Path, dataset: str, vocab_size: int = 13) -> None:
+    config = GPTConfig(block_size=8, vocab_size=vocab_size, n_layer=2, n_head=4, n_embd=16)
+    args = {key: value for key, value in vars(config).items() if key != "activation"}
+    raw = {"model": GPT(config).state_dict(), "model_args": args, "config": {"dataset": dataset}}
+    torch.save(raw, path)
+
+
+def test_the_dataset_that_a_checkpoint_names_is_looked_for_in_data_dir(
+    letters: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Fine-tuning on the very dataset; on another whose tokens are others; and where it is not there."""
+    save_nanogpt(tmp_path / "ckpt.pt", "letters")
+    trained(letters, tmp_path / "out", 1, 1, init_from=str(tmp_path / "ckpt.pt"), max_iters=1)
+    assert "was trained on" not in capfd.readouterr().err
+    shutil.copytree(letters, tmp_path / "data")
+    other = Path(shutil.copytree(letters / "letters", tmp_path / "data" / "other"))
+    (other / "tokenizer.json").write_text(json.dumps(CharTokenizer(list("nopqrstuvwxyz")).to_json()))
+    start = {"init_from": str(tmp_path / "ckpt.pt"), "dataset": "other", "max_iters": 1}
+    with pytest.raises(AssertionError, match="was trained on char tokens, the dataset's tokenizer is another"):
+        trained(tmp_path / "data", tmp_path / "none", 1, 1, **start)
+    shutil.rmtree(tmp_path / "data" / "letters")
+    trained(tmp_path / "data", tmp_path / "out2", 2, 2, **start)
+    said = f"{tmp_path / 'ckpt.pt'} was trained on the dataset letters, which is not in {tmp_path / 'data'}: its tokens are "
+    assert capfd.readouterr().err.count(f"{said}taken to be those of {other}.\n") == 1
+    found = json.loads((tmp_path / "out2" / "step-000001" / "tokenizer.json").read_text())
+    assert found == {"kind": "char", "chars": list("nopqrstuvwxyz")}
+
+
+def test_the_weights_tokenizer_is_kept_where_the_dataset_has_ids(letters: Path, tmp_path: Path, one: Any) -> None:
+    """Of a meta.pkl with vocab_size alone nobody knows what its ids are; on with a resumed run, too."""
+    ids = Path(shutil.copytree(letters / "letters", tmp_path / "data" / "letters"))
+    (ids / "tokenizer.json").unlink()
+    (ids / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 13, "split": [0.9, 0.1]}))
+    for init_from, iters in ((str(one[0]), 1), ("resume", 2)):
+        trained(ids.parent, tmp_path / "out", 1, 1, init_from=init_from, max_iters=iters)
+        known = json.loads((tmp_path / "out" / f"step-00000{iters}" / "tokenizer.json").read_text())
+        assert known == {"kind": "char", "chars": list("abcdefghijklm")}
+    trained(ids.parent, tmp_path / "scratch", 1, 1, max_iters=1)
+    known = json.loads((tmp_path / "scratch" / "step-000001" / "tokenizer.json").read_text())
+    assert known == {"kind": "ids", "n_vocab": 13}
 
 
 @pytest.mark.parametrize("rows, dp, expected", [

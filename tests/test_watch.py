@@ -100,10 +100,10 @@ def test_a_rank_that_no_launcher_has_started_is_missed(tmp_path: Path, monkeypat
 
 
 def test_ranks_on_other_devices_are_named() -> None:
-    here = {"device": "cuda:0", "comm": "nccl", "options": {}, "host": "a"}
+    here = {"device": "cuda:0", "options": {}, "host": "a"}
     _check_statements([here, here | {"device": "cuda:1"}])
-    with pytest.raises(UserError, match=r"rank 1 \(host b\) on cpu over gloo, rank 0 \(host a\) on cuda:0 over nccl"):
-        _check_statements([here, here | {"device": "cpu", "comm": "gloo", "host": "b"}])
+    with pytest.raises(UserError, match=r"rank 1 \(host b\) on cpu, rank 0 \(host a\) on cuda. Give --device"):
+        _check_statements([here, here | {"device": "cpu", "host": "b"}])
 
 
 def test_a_tp_group_that_spans_hosts_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,6 +235,29 @@ def test_a_stopped_rank_is_named_and_killed(tmp_path: Path, comm: str) -> None:
     assert [status for status, _ in ends] == [1, -signal.SIGKILL, 1]
 
 
+def _stopped_in_a_replay(world: World, options: Any) -> None:
+    """Rank 1 stops while a CUDA graph runs: the others' GPUs never come to its end, and their hosts wait
+    for the logits, which is no collective."""
+    with world.ledger.telling_aside() as told:
+        all_reduce(torch.ones(300), world.tp.at("mlp", 3), "forward")
+    for i in range(200):
+        with world.ledger.during(f"step {i}"):
+            if world.rank == 1 and i == 100:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            world.ledger.repeat(told, lambda i=i: i < 100)  # type: ignore[misc]
+            if i == 100:
+                time.sleep(60)
+
+
+def test_a_rank_that_stops_in_a_replay_is_named(tmp_path: Path) -> None:
+    words = ["--device=cpu", "--comm=gloo", "--comm_timeout=1"]
+    ends = launch(2, _stopped_in_a_replay, tmp_path, words, seconds=15)
+    said = spoken(ends)
+    assert f"[rank 0 host {HOST}] waited 1 s in all_reduce #102 (step 100, CUDA graph, layer 3, mlp, forward, 1.2 kB)" in said
+    assert "Look at rank 1 first: it does not run: stopped, or its host is out of reach.\n" in said
+    assert [status for status, _ in ends] == [1, -signal.SIGKILL]
+
+
 def _slow(world: World, options: Any) -> None:
     time.sleep(3)  # all compute, and none waits
     all_reduce(torch.ones(1), world.tp.at("mlp", 3), "forward")
@@ -245,6 +268,27 @@ def _slow(world: World, options: Any) -> None:
 
 def test_who_computes_is_not_late(tmp_path: Path) -> None:
     assert launch(2, _slow, tmp_path, ["--device=cpu", "--comm_timeout=1"], seconds=20) == [(0, "")] * 2
+
+
+def _compiles(world: World, options: Any) -> None:
+    if world.rank == 1:
+
+        def backend(graph: Any, inputs: Any) -> Any:  # what torch.compile calls, in the middle of compiling
+            time.sleep(6)
+            return graph
+
+        torch.compile(torch.neg, backend=backend)(torch.ones(1))
+    all_reduce(torch.ones(1), world.tp.at("mlp", 3), "forward")
+    if world.rank == 1:
+        time.sleep(60)
+    all_reduce(torch.ones(1), world.tp.at("mlp", 3), "forward")
+
+
+def test_who_compiles_is_waited_for_and_no_longer(tmp_path: Path) -> None:
+    words = ["--device=cpu", "--compile=True", "--comm=gloo", "--comm_timeout=1"]
+    ends = launch(2, _compiles, tmp_path, words, seconds=40)
+    assert "waited 1 s in all_reduce #2 (layer 3, mlp, forward, 4 B)" in spoken(ends)
+    assert "Look at rank 1 first: it is in no collective.\n" in spoken(ends)
 
 
 def _in_a_gather(world: World, options: Any) -> None:

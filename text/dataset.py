@@ -5,6 +5,7 @@ Beside them lies tokenizer.json, or nanoGPT's meta.pkl, or neither: then the ids
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
@@ -16,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from errors import UserError
-from text.files import inside, read_small, replacing
+from text.files import beginning, fetched, inside, read_small, replacing
 from text.pickles import Refused, plain
 from text.tokenizer import (
     TOKENIZER_FILE,
     CharTokenizer,
     GPT2Tokenizer,
+    IdsTokenizer,
     Tokenizer,
     read_tokenizer,
     write_tokenizer,
@@ -34,6 +36,12 @@ TOKEN_DTYPE = np.dtype("<u2")
 MAX_TOKEN_ID = 65535
 CHECKED_TOKENS = 1 << 27  # of a file, before a run: a quarter of a gigabyte, a tenth of a second
 MAX_META = 1 << 20  # bytes of a meta.pkl: one of 30,000 characters has 600 KB
+META_WORKS = (
+    'A meta.pkl of {"vocab_size": n} alone works: text is then the ids; or tokenizer.json beside it, '
+    "which goes first."
+)
+LOOKED_AT = 1 << 16  # bytes at a file's beginning that tell its format
+RAW_IDS = "ids.astype('uint16').tofile(FILE) writes token ids and nothing else"
 SCAN_TOKENS = 1 << 22  # ids looked at at once by Dataset.check: 8 MB
 
 # Batches of different streams share no random numbers: evaluating more often leaves the training data as it was.
@@ -44,7 +52,8 @@ EVAL_STREAM = 1
 class TokenFile:
     """A file of token ids, mapped into memory: len(tokens), tokens[lo:hi] -> read-only uint16 array.
 
-    UserError if the file is missing, unreadable, empty, or not a whole number of uint16.
+    UserError if the file is missing, unreadable, empty, not a whole number of uint16, or seen to be
+    something else.
     """
 
     def __init__(self, path: str | Path):
@@ -53,6 +62,7 @@ class TokenFile:
             size = inside(self.path).stat().st_size
             if size == 0:
                 raise UserError(f"{path} is empty: prepare the dataset again")
+            _check_format(self.path)
             if size % TOKEN_DTYPE.itemsize:
                 raise UserError(
                     f"{path} has an odd size ({size} bytes), so it holds no uint16 token ids: prepare it again"
@@ -68,6 +78,44 @@ class TokenFile:
 
     def __getitem__(self, part: slice) -> NDArray[np.uint16]:
         return np.asarray(self._ids[part])
+
+
+def _check_format(path: Path) -> None:
+    """UserError where the file's beginning shows that it holds anything but uint16: read as that,
+    it would be other ids, most of them within GPT-2's vocabulary."""
+    head = beginning(fetched(path), LOOKED_AT)
+    if head.startswith(b"\x93NUMPY"):
+        how = f"np.load({path.name!r}).astype('uint16').tofile({path.name!r})"
+        raise UserError(
+            f"{path} has the header of a .npy file, which is no ids: {how} leaves it out"
+        )
+    if head.startswith(b"PK\3\4"):
+        raise UserError(f"{path} is an archive, such as np.savez or torch.save writes: {RAW_IDS}")
+    for dtype in ("int64", "uint32"):
+        if _looks_wider(head, np.dtype(dtype).itemsize // TOKEN_DTYPE.itemsize):
+            how = f"np.fromfile({path.name!r}, '{dtype}').astype('uint16').tofile({path.name!r})"
+            raise UserError(f"{path} holds ids as {dtype}, not as uint16: {how} turns it into that")
+    if len(head) >= 64 and _is_text(head):
+        raise UserError(f"{path} is text, not token ids: {_how_to_prepare(path.parent)}")
+
+
+def _looks_wider(head: bytes, wide: int) -> bool:
+    """Whether these are integers `wide` times as long: of a little-endian one below 65536 all but
+    the first 16 bits are 0. A separator of id 0 after every character looks the same: small ids, and
+    no other 0 among them."""
+    rows = np.frombuffer(head[: len(head) // 8 * 8], TOKEN_DTYPE).reshape(-1, wide)
+    first = rows[:, 0]
+    if len(rows) < 16 or rows[:, 1:].any() or np.count_nonzero(first) <= len(rows) // 2:
+        return False
+    return bool(first.max() > 255 or not first.all())
+
+
+def _is_text(head: bytes) -> bool:
+    """UTF-8, of which the last character may be cut, without the zero bytes that small ids have."""
+    try:
+        return "\0" not in codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
 
 
 def is_prepared(directory: Path) -> bool:
@@ -260,16 +308,22 @@ def _known_beside(directory: Path) -> str:
     return ": make it, with train.bin and val.bin in it"
 
 
-def _tokenizer_of_meta(path: Path) -> CharTokenizer:
-    """The vocabulary of nanoGPT's meta.pkl: {"itos": {0: "\\n", 1: " ", ...}, ...}."""
+def _tokenizer_of_meta(path: Path) -> Tokenizer:
+    """The vocabulary of nanoGPT's meta.pkl: {"itos": {0: "\\n", 1: " ", ...}, ...}. Of vocab_size
+    alone, which is all that nanoGPT's training needs, the ids themselves."""
     try:
         meta = plain(read_small(path, MAX_META))
     except Refused as error:
-        raise UserError(f"{path} is refused: {error}; only dict, str and int are read from a pickle") from None
-    itos = meta.get("itos") if isinstance(meta, dict) else None
+        kinds = "only dict, str and int, list, tuple, float, bool and None are read from a pickle"
+        raise UserError(f"{path} is refused: {error}; {kinds}. {META_WORKS}") from None
+    meta = meta if isinstance(meta, dict) else {}
+    itos, n_vocab = meta.get("itos"), meta.get("vocab_size")
+    if "itos" not in meta and type(n_vocab) is int and 0 < n_vocab < 2**31:
+        return IdsTokenizer(n_vocab)
     if not isinstance(itos, dict) or set(itos) != set(range(len(itos))):
-        raise UserError(f'{path} has no character vocabulary: "itos" should map 0, 1, 2, ... to characters')
+        fault = 'has no character vocabulary: "itos" should map 0, 1, 2, ... to characters'
+        raise UserError(f"{path} {fault}. {META_WORKS}")
     try:
         return CharTokenizer([itos[i] for i in range(len(itos))])
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}. {META_WORKS}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import math
@@ -22,17 +23,18 @@ VALUES = 1 << 21  # in one JSON file: each may take a hundred bytes of memory wh
 
 
 def read_text(path: str | Path) -> str:
-    """The file's text, exactly as stored (line ends too). UserError if unreadable, empty or not UTF-8.
+    """The file's text, see `decode_text`. UserError if unreadable, empty or not UTF-8.
 
     A pipe or a device may have no end: of those at most PIPED bytes are read, and waited for PIPE_S.
     """
     try:
-        # an open that waits for nobody: a pipe may have no writer yet
+        # an open that waits for nobody: a pipe may have no writer yet. And one only: its beginning can be read but once
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
             is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
             raw = file.read() if is_file else _piped(file, path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    check_no_pointer(path, raw)
     return decode_text(raw, str(path))
 
 
@@ -48,11 +50,13 @@ def _piped(file: FileIO, path: str | Path) -> bytes:
 
 
 def decode_text(raw: bytes, where: str) -> str:
-    """UTF-8 bytes as text; UserError naming `where` if there are none or they are not UTF-8."""
+    """UTF-8 bytes as text, as nanoGPT reads it: every line ends in "\\n". A byte order mark is no
+    text. UserError naming `where` if there is none or it is not UTF-8."""
+    raw = raw.removeprefix(codecs.BOM_UTF8)
     if not raw:
         raise UserError(f"{where} is empty: it should hold text in UTF-8")
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 text (byte {error.start} cannot be decoded): convert it first") from None
 
@@ -76,7 +80,26 @@ def own_file(path: Path) -> Path:
     """The path itself. UserError unless it is a file of its directory; a pipe, for one, would be waited for."""
     if not inside(path).is_file():
         raise UserError(f"{path} is {'not a file' if path.exists() else 'missing'}.")
+    return fetched(path)
+
+
+def fetched(path: Path) -> Path:
+    """The path of a file. UserError where that is the pointer that git-lfs leaves in its place."""
+    check_no_pointer(path, beginning(path))
     return path
+
+
+def check_no_pointer(path: str | Path, raw: bytes) -> None:
+    if raw.startswith(b"version https://git-lfs"):
+        what = "a git-lfs pointer, not the file that it stands for"
+        raise UserError(f"{path} is {what}: get that with `git lfs pull`.")
+
+
+def beginning(path: Path, most: int = 64) -> bytes:
+    """Of a file; b"" where it cannot be read, which who reads all of it will say."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(most)
+    return b""
 
 
 def read_small(path: Path, most: int = SMALL) -> bytes:

@@ -17,13 +17,12 @@ NUMBERS_AND_TEXT = (
     | {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
 )
 PLAIN = NUMBERS_AND_TEXT | (
-    {"MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS"}
+    {"BINFLOAT", "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_LIST", "APPEND", "APPENDS"}
+    | {"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
+    | {"MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS"}
     | {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET", "PROTO", "FRAME", "STOP"}
 )
-TORCHS = PLAIN | (
-    {"BINFLOAT", "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_LIST", "APPEND", "APPENDS"}
-    | {"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "GLOBAL", "REDUCE", "BUILD", "BINPERSID"}
-)
+TORCHS = PLAIN | {"GLOBAL", "REDUCE", "BUILD", "BINPERSID"}
 
 BYTES = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1}
 ORDERED, PARAMETER, TENSOR = "collections OrderedDict", "torch._utils _rebuild_parameter", "torch._utils _rebuild_tensor_v2"
@@ -31,6 +30,10 @@ ORDERED, PARAMETER, TENSOR = "collections OrderedDict", "torch._utils _rebuild_p
 
 class Refused(ValueError):
     """What a pickle holds that is not read; the message goes on after its file's name."""
+
+
+class Foreign(Refused):
+    """A value of a kind that is not read: the rest of the pickle may be good."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Mark:
 
 
 def plain(raw: bytes) -> Any:
-    """The dict, string or int that a pickle stands for; Refused where it holds anything else."""
+    """The value that a pickle stands for: dicts (keys are strings or ints), lists, tuples, numbers,
+    strings, None. Refused where it holds anything else."""
     return _Machine(PLAIN, {}).run(raw)
 
 
@@ -106,7 +110,7 @@ class _Machine:
             for operation, argument, _ in pickletools.genops(raw):
                 do = self.operations.get(operation.name)
                 if do is None or type(argument) is bool:  # protocol 0 writes True as an INT
-                    raise Refused(self._why_not(operation.name, argument))
+                    raise self._why_not(operation.name, argument)
                 do(argument)
             return self._pop()
         except Refused:
@@ -114,12 +118,12 @@ class _Machine:
         except (ValueError, LookupError, TypeError) as error:  # cut short, a stack that is empty, a name that is unknown
             raise Refused(f"it is damaged ({type(error).__name__})") from None
 
-    def _why_not(self, operation: str, argument: Any) -> str:
+    def _why_not(self, operation: str, argument: Any) -> Foreign:
         if operation == "STACK_GLOBAL" and all(type(part) is str for part in self.stack[-2:]):
             argument = " ".join(self.stack[-2:])
         if operation in ("GLOBAL", "STACK_GLOBAL", "INST") and isinstance(argument, str):
             return _naming(argument)
-        return f"it has the operation {operation}"
+        return Foreign(f"it has the operation {operation}")
 
     def _pop(self) -> Any:
         self._top()
@@ -167,11 +171,11 @@ def _known(name: str) -> Name:
     storage = re.fullmatch(r"torch (\w+)Storage", name)
     if name in (ORDERED, PARAMETER, TENSOR) or storage is not None and storage[1] in BYTES:
         return Name(name)
-    raise Refused(_naming(name))
+    raise _naming(name)
 
 
-def _naming(name: str) -> str:
-    return f"it names {ascii(name.replace(' ', '.', 1))[1:-1][:80]}"
+def _naming(name: str) -> Foreign:
+    return Foreign(f"it names {ascii(name.replace(' ', '.', 1))[1:-1][:80]}")
 
 
 def _pairs(values: list[Any]) -> dict[Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -33,18 +34,22 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(128 + signal.SIGINT)
 
 
+def a_path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
+
+
 def options_parser(description: str, script: str) -> argparse.ArgumentParser:
     """A parser that knows --out; its default is the directory of `script`, a prepare.py."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     home = Path(script).resolve().parent
-    parser.add_argument("--out", type=Path, default=home, metavar="DIR", help="where to write (default: %(default)s)")
+    parser.add_argument("--out", type=a_path, default=home, metavar="DIR", help="where to write (default: %(default)s)")
     return parser
 
 
 def shakespeare_options(description: str, script: str) -> argparse.Namespace:
     """The command line's --input and --out."""
     parser = options_parser(description, script)
-    parser.add_argument("--input", type=Path, metavar="FILE", help="a UTF-8 text to take instead of downloading one")
+    parser.add_argument("--input", type=a_path, metavar="FILE", help="a UTF-8 text to take instead of downloading one")
     return parser.parse_args()
 
 

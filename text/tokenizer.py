@@ -49,6 +49,9 @@ class Tokenizer(Protocol):
     @property
     def eot(self) -> int | None: ...  # the id that ends a document, where there is one
 
+    @property
+    def note(self) -> str: ...  # a line for the user, where it is not known what the ids stand for
+
     def encode(self, text: str) -> list[int]: ...
 
     def encode_ordinary(self, text: str) -> list[int]: ...
@@ -70,6 +73,7 @@ class GPT2Tokenizer:
     kind = "gpt2"
     n_vocab = 50257
     eot = 50256
+    note = ""
 
     def __init__(self, directory: str | Path | None = None):
         self._directory = directory
@@ -118,6 +122,7 @@ class CharTokenizer:
 
     kind = "char"
     eot = None
+    note = ""
 
     def __init__(self, chars: list[str]):
         self.chars = list(chars)
@@ -172,8 +177,9 @@ class IdsTokenizer:
     kind = "ids"
     eot = None
 
-    def __init__(self, n_vocab: int):
+    def __init__(self, n_vocab: int, note: str = ""):
         self._n_vocab = n_vocab
+        self.note = note
 
     @property
     def n_vocab(self) -> int:
@@ -183,9 +189,8 @@ class IdsTokenizer:
         words = text.split()
         for word in words:
             if not (word.isascii() and word.isdigit()):
-                raise UserError(
-                    f"the model's tokenizer is not known, so a prompt is token ids such as 5 17 3, not {word[:40]!r}"
-                )
+                ids = f"so a prompt is token ids such as 5 17 3, not {word[:40]!r}"
+                raise UserError(f"the model's tokenizer is not known, {ids}. {self.note}".strip())
         return _checked_ids(map(int, words), self.n_vocab)
 
     def encode_ordinary(self, text: str) -> list[int]:

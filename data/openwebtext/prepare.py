@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from errors import UserError
 from text.dataset import make_directory, token_writer
-from text.prepare import options_parser, run
+from text.prepare import a_path, options_parser, run
 from text.tokenizer import GPT2Tokenizer, write_tokenizer
 
 HUB_NAME = "Skylion007/openwebtext"
@@ -71,7 +71,7 @@ def write_split(encoded, path: Path, n_vocab: int) -> int:
 
 def parse_options():
     parser = options_parser("Prepare OpenWebText in GPT-2's tokens.", __file__)
-    parser.add_argument("--input", type=Path, metavar="FILE", help='take documents from JSON Lines, {"text": ...} each')
+    parser.add_argument("--input", type=a_path, metavar="FILE", help='take documents from JSON Lines, {"text": ...} each')
     half = max(1, (os.cpu_count() or 1) // 2)
     parser.add_argument("--num_proc", type=int, default=half, help="processes that encode (default: %(default)s)")
     options = parser.parse_args()
