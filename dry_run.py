@@ -126,7 +126,7 @@ def show(plans: Plans) -> int:
             made.setdefault(layout, plan)
     found = [row(layout, plan, base) for layout, plan in made.items()]
     if launch.rank == 0:
-        print("\n".join(table(options, config, found, own, limit, gpu)))
+        print("\n".join(table(options, config, found, own, limit, gpu)), flush=True)
         if options.report:
             model = {**asdict(config), "parameters": own.split.count()}
             about = {"entry": "train_tp", "dry_run": True, "ranks": ranks, "model": model}

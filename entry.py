@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from errors import Stopped, Unheard, UserError, is_out_of_memory, print_error
+from console import CONTROLS, console
+from errors import ReaderGone, Stopped, Unheard, UserError, is_out_of_memory, print_error
 from grammar import parse, parse_command
 from options import RunOptions, as_dict
 from parallel import mesh
@@ -51,8 +53,14 @@ def run_parsed(parsed: Callable[[], tuple[Main, Any]], prog: str) -> None:
     """Start the world that the options ask for, run main on every rank, and exit.
 
     Exit status: 0; 2 for a user's mistake (one line, no traceback); 1 for an error of ours or of the machine; 130 for
-    Ctrl-C, 143 for SIGTERM. One rank speaks; no rank is left waiting for another.
+    Ctrl-C, 143 for SIGTERM. One rank speaks; no rank is left waiting for another. Where nobody reads standard output any
+    more: 141, as of a program that SIGPIPE ends, and 0 of a rank, as its launcher would make a report of any other.
     """
+    with console():
+        _run_parsed(parsed, prog)
+
+
+def _run_parsed(parsed: Callable[[], tuple[Main, Any]], prog: str) -> None:
     debug = any(word.replace("-", "_").lstrip("_").startswith("debug") for word in sys.argv[1:])
     world = None
     if os.environ.get("RANK", "0") != "0" and {"--help", "-h"} & set(sys.argv):
@@ -65,6 +73,9 @@ def run_parsed(parsed: Callable[[], tuple[Main, Any]], prog: str) -> None:
         tp = tp if isinstance(tp, int) else 0  # bench_tp.py block makes groups of several sizes, of all ranks
         with mesh.start(options, tp, prog, promise) as world:
             main(world, options)
+            sys.stdout.flush()
+    except ReaderGone:
+        _die(0 if "RANK" in os.environ else 128 + signal.SIGPIPE, "", False, world)
     except UserError as error:
         _die(2, f"{prog}: {error}", debug, world)
     except Stopped as stop:
@@ -80,7 +91,8 @@ def _describe(prog: str, error: Exception, world: mesh.World | None, debug: bool
     rank = os.environ.get("RANK", "0")
     if is_out_of_memory(error):
         need = " ".join(getattr(error, "__notes__", ["Use a smaller batch or a larger tp."]))
-        return f"{prog}: rank {rank} is out of memory: {_first_line(error).rstrip('.')}. {need}", debug
+        what = _first_line(error).rpartition("DefaultCPUAllocator: ")[2].rstrip(".")
+        return f"{prog}: rank {rank} is out of memory: {what}. {need}", debug
     if isinstance(error, OSError) and error.filename is not None:
         return f"{prog}: rank {rank}: {error.strerror}: {error.filename}", debug
     if isinstance(error, DriftError):
@@ -109,13 +121,14 @@ def _is_lost_peer(error: Exception) -> bool:
 
 def _die(status: int, message: str, show_traceback: bool, world: mesh.World | None) -> None:
     """Say it once and end this process at once: a tidy shutdown would wait for ranks that are not coming."""
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever is impatient does not break off this
     first = isinstance(sys.exception(), Unheard) or mesh.first_to_fail(world)
-    with contextlib.suppress(OSError):  # a terminal that has been closed
-        if first and show_traceback:
+    if first and message:
+        if show_traceback:
             traceback.print_exc()
-        if first:
-            print(message, file=sys.stderr, flush=True)
+        print(message.translate(CONTROLS), file=sys.stderr, flush=True)
     mesh.linger(world, first)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ReaderGone):
         sys.stdout.flush()
     os._exit(status)

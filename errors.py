@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# as torch says it of a GPU and of the host, the system, and Python of a thread
+OUT_OF_MEMORY = ("out of memory", "defaultcpuallocator", "cannot allocate memory", "can't start new thread")
+
 
 class UserError(Exception):
     """A mistake the user can mend: shown as one line on standard error, exit status 2, no traceback.
@@ -26,9 +29,13 @@ class Stopped(Exception):
         self.status = status
 
 
+class ReaderGone(Exception):
+    """Whoever read standard output has gone, as `| head` does when it has seen enough."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """torch has a class of its own for a GPU's memory, and for the host's a message only."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
 
 
 @contextmanager

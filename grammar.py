@@ -40,7 +40,7 @@ def parse(cls: type[Options], argv: list[str], prog: str, say: Say = print_error
     fails, or sets any of these wrongly. `say` is told of other commands' options in a config file.
     """
     if "--help" in argv or "-h" in argv:
-        print(help_text(cls, prog))
+        print(help_text(cls, prog), flush=True)
         raise SystemExit(0)
     keys = _keys(cls)
     options = cls(**_collect(argv, keys, prog, say))
@@ -61,7 +61,7 @@ def parse_command(commands: Mapping[str, type[EntryOptions]], argv: list[str], p
         raise UserError(f"{prog} needs a command: {_one_of(commands)} ({prog} --help tells more)")
     word, rest = argv[0], argv[1:]
     if word in ("--help", "-h"):
-        print(_commands_text(commands, prog))
+        print(_commands_text(commands, prog), flush=True)
         raise SystemExit(0)
     if word.startswith("-"):
         raise UserError(f"the command comes first: {prog} {'|'.join(commands)} --key=value ..., got {word!r}")

@@ -51,7 +51,7 @@ class RunOptions(EntryOptions):
     comm: str = option("auto", "transport of the collectives", ("auto", "nccl", "gloo", "shm"))
     compile: bool = option(False, "run the model through torch.compile")
     seed: int = option(1337, "seed of every random choice, which are the same at every tp", low=0, high=2**63 - 1)
-    threads: int = option(0, "CPU threads a rank, 0 = cores divided by ranks", low=0)
+    threads: int = option(0, "CPU threads a rank, 0 = cores divided by ranks", low=0, high=1024)
     oversubscribe: bool = option(False, "let several ranks share one GPU, over gloo")
     comm_timeout: float = option(120.0, "seconds to wait in a collective for the other ranks", above=0)
     start_timeout: float = option(30.0, "seconds to wait for all ranks at the start", above=0)

@@ -8,7 +8,8 @@ Standard output has the text and nothing else; notices, the account and figures 
 import json
 import sys
 import time
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,9 +19,10 @@ import report
 from checkpoints.sources import Source, identity, open_for_inference, open_source, reader, schedule_of, tokenizer_of
 from decoding import Decoder, decoder_for
 from entry import run
-from errors import UserError, explaining_memory
+from errors import ReaderGone, UserError, explaining_memory
 from generation import Generation, Listener, Row, Timing, check_prompts, generate
 from options import SampleOptions
+from pages.html import nbytes
 from parallel import peaks
 from parallel.collectives import Axis
 from parallel.ledger import Account
@@ -30,7 +32,7 @@ from parallel.quantized import Gather, quantize, read_bytes
 from sampling import Sampling
 from shard_checkpoint import imbalance
 from speculation import Guesser, Ngrams, SmallModel, Speculation
-from text.files import growing, read_text
+from text.files import growing, naming, read_text
 from text.tokenizer import Tokenizer
 from tp_model import TensorParallelGPT
 
@@ -57,7 +59,7 @@ def main(world: World, options: SampleOptions) -> None:
     if world.is_main:
         for notice in notices(world, source, model, decoder, tokenizer):
             print(notice, file=sys.stderr)
-    with growing(Path(options.out)) if options.out and world.is_main else nullcontext() as out:
+    with samples_file(options.out if world.is_main else "") as out:
         stage = Stage(texts, tokenizer, options, out)
         begun = time.perf_counter()
         try:
@@ -68,6 +70,8 @@ def main(world: World, options: SampleOptions) -> None:
         finally:
             stage.leave()
         seconds = time.perf_counter() - begun
+    if any(world.gather(stage.gone)):
+        raise ReaderGone
     figures = {"load_s": load_s, **rates(result.timing)}
     samples = stage.samples(result) if world.is_main else []
     account, kv_cache_bytes = world.ledger.snapshot(), result.timing.kv_cache_bytes
@@ -76,6 +80,13 @@ def main(world: World, options: SampleOptions) -> None:
     made["utilisation"] = used(world, model, result, decoder).figures(world)
     if world.is_main:
         finish(options, made, result.timing.slid)
+
+
+@contextmanager
+def samples_file(path: str) -> Iterator[IO[str] | None]:
+    """The file of --out, if there is one."""
+    with naming(path), growing(path) if path else nullcontext() as out:
+        yield out
 
 
 def need(world: World, source: Source, options: Any, rows: int = 0) -> str:
@@ -208,7 +219,7 @@ def notices(
     if world.tp.size > 1 and world.device.type == "cuda":
         syncs = model.schedule.points + 1
         size = model.split.count() * next(model.parameters()).element_size()
-        lines.append(f"{source.description} ({size / 1e9:.1f} GB): tp={world.tp.size} makes {syncs} all-reduces a token.")
+        lines.append(f"{source.description} ({nbytes(size)}): tp={world.tp.size} makes {syncs} all-reduces a token.")
     if decoder.why:
         lines.append(f"each token is computed by torch, which is slower: {decoder.why}.")
     return [line for line in lines if line]
@@ -226,19 +237,20 @@ class Stage:
         self.ended: dict[int, Row] = {}  # complete, and waiting for their turn
         self.turn = 0  # the number of the row that is printed now
         self.printed = 0  # characters of it that have been
+        self.gone = False  # nobody reads, and nothing is kept: the rows end
 
     def hear(self, row: Row, token: int) -> bool:
         ended = self.listeners[row.number].hear(token)
         if self.options.stream and row.number == self.turn:
             self._print(row)
-        return ended
+        return ended or self.gone
 
     def end(self, row: Row) -> None:
         self.listeners[row.number].finish()
         self.ended[row.number] = row
         while (done := self.ended.pop(self.turn, None)) is not None:
             self._print(done)
-            print("\n---------------", flush=True)
+            self._say("\n---------------\n")
             self._keep(done)
             self.turn, self.printed = self.turn + 1, 0
 
@@ -246,14 +258,20 @@ class Stage:
         """The prompt and what is final of the row's text, as far as it has not been printed."""
         listener = self.listeners[row.number]
         text = self.texts[row.prompt] + listener.text[: listener.final]
-        print(text[self.printed :], end="", flush=True)
+        self._say(text[self.printed :])
         self.printed = len(text)
+
+    def _say(self, text: str) -> None:
+        try:
+            print(text, end="", flush=True)
+        except ReaderGone:
+            self.gone = not (self.options.out or self.options.report)
 
     def leave(self) -> None:
         """Where a run is broken off within a row, what is said next starts on a line of its own."""
         if self.printed:
-            with suppress(OSError):  # a pipe whose reader is gone may be what broke it off
-                print(flush=True)
+            with suppress(OSError):  # that it cannot be written may be what broke it off
+                self._say("\n")
 
     def _keep(self, row: Row) -> None:
         if self.out is not None:

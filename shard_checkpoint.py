@@ -9,6 +9,7 @@
 import math
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,10 +46,12 @@ from checkpoints.sources import (
     tokenizer_of,
 )
 from checkpoints.tensors import CARRIED, tokenizer_for
-from errors import UserError
+from console import console
+from errors import ReaderGone, UserError
 from grammar import parse_command
 from model import GPTConfig
 from options import EntryOptions, InspectOptions, MergeOptions, SplitOptions, VerifyOptions
+from pages.html import nbytes
 from parallel.partition import Partition, Rule
 from parallel.schedule import Schedule
 from text.tokenizer import TOKENIZER_FILE
@@ -72,7 +75,7 @@ def split(options: SplitOptions) -> None:
     with new_directory(out, options.force, SHARD_FILES) as scratch:
         manifest = write_shards(source, partition, dtype, scratch)
         write_json(scratch / TOKENIZER_FILE, tokenizer.to_json())
-    sizes = [f"{size / 1e6:,.1f} MB" for _, size, _ in manifest.files]
+    sizes = [f"{size / 1e6:,.1f} MB" if size >= 1e5 else nbytes(size) for _, size, _ in manifest.files]
     print(f"{options.out}: {source.description} in {options.tp} shards of {', '.join(sizes)} ({dtype_name(dtype)})")
     for note in filter(None, (imbalance(partition), tokenizer.note)):
         print(note)
@@ -128,7 +131,7 @@ def _check_space(out: Path, need: int) -> None:
     parent = next(parent for parent in out.parents if parent.exists())
     free = shutil.disk_usage(parent).free
     if free < need:
-        raise UserError(f"{out} needs {need / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB free.")
+        raise UserError(f"{out} needs {nbytes(need)} ({need:,} bytes), {parent} has {nbytes(free)} ({free:,} bytes) free.")
 
 
 def merge(options: MergeOptions) -> None:
@@ -290,16 +293,20 @@ COMMANDS: dict[str, tuple[type[EntryOptions], Callable[[Any], None]]] = {
 
 
 def main(argv: list[str]) -> int:
+    with console():
+        return _main(argv)
+
+
+def _main(argv: list[str]) -> int:
     options = None
     torch.set_num_threads(1)  # the threads here are one a file: torch's own would only stand in their way
     try:
         name, options = parse_command({name: cls for name, (cls, _) in COMMANDS.items()}, argv, "shard_checkpoint.py")
         COMMANDS[name][1](options)
-        print(end="", flush=True)  # so that a reader who has gone is noticed here
+        sys.stdout.flush()  # so that a reader who has gone is noticed here
         return 0
-    except BrokenPipeError:  # `inspect | head`: whoever read has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail again
-        return 128 + 13  # as a program that SIGPIPE ends
+    except ReaderGone:  # `inspect | head`: whoever read has seen enough
+        return 128 + signal.SIGPIPE  # as a program that SIGPIPE ends
     except UserError as error:
         if getattr(options, "debug", False):
             raise

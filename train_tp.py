@@ -6,6 +6,8 @@
 import ctypes
 import json
 import math
+import mmap
+import os
 import signal
 import sys
 import time
@@ -27,7 +29,7 @@ from checkpoints.directory import BEGUN, METRICS, after_restart
 from checkpoints.shards import DTYPES
 from checkpoints.sources import Described, Source, common_tokenizer, identity, open_sizes, open_source, reader, schedule_of
 from checkpoints.training import Progress, Saved, Saver
-from errors import Stopped, UserError, explaining_memory, shown
+from errors import ReaderGone, Stopped, UserError, explaining_memory, printable, shown
 from grammar import parse
 from model import GPTConfig
 from options import TrainOptions, as_dict
@@ -36,12 +38,11 @@ from parallel.collectives import all_reduce
 from parallel.data_parallel import Sharding, last_only, replicate, rest
 from parallel.ledger import Account, total
 from parallel.mesh import World, pick_dtype
-from parallel.processes import terminal
 from parallel.replicas import check_alike, checksum
 from parallel.schedule import Schedule
 from parallel.watch import STOPS
 from text.dataset import EVAL_STREAM, Dataset, batch, is_prepared
-from text.files import replacing
+from text.files import naming
 from text.tokenizer import GPT2Tokenizer, Tokenizer
 from tp_model import TensorParallelGPT, held
 
@@ -59,26 +60,25 @@ def main(world: World, options: TrainOptions) -> None:
     if world.is_main:
         report.check_place(options.report, "report")
     dataset = Dataset(Path(options.data_dir) / options.dataset)
+    wandb = start_wandb(options) if world.is_main and options.wandb_log else None
     with directory.writing(world, options):
-        run_in(world, after_restart(world, options), dataset)
+        run_in(world, after_restart(world, options), dataset, wandb)
 
 
-def run_in(world: World, options: TrainOptions, dataset: Dataset) -> None:
+def run_in(world: World, options: TrainOptions, dataset: Dataset, wandb: Any = None) -> None:
     with explaining_memory(lambda: dry_run.need(plans(options), world.size)):
         run = prepare(world, options, dataset)
-        if world.is_main:
-            if not options.eval_only:
-                (run.out_dir / BEGUN).write_text(world.launch.run)
-            print(run.describe(), flush=True)
+        if world.is_main and not options.eval_only:
+            (run.out_dir / BEGUN).write_text(world.launch.run)
         begun = time.perf_counter()
-        train(run)
+        train(run, wandb)
         world.synchronize()
     seconds = time.perf_counter() - begun
     done = run.progress.tokens_seen - run.first.tokens_seen
     timing = {"train_s": seconds, "tokens": done, "tokens_per_s": done / seconds}
     more: dict[str, Any] = {"best_val_loss": run.progress.best_val_loss}
     if world.is_main and not options.eval_only:
-        more["loss_curve"] = loss_curve(run.out_dir / METRICS)
+        more["loss_curve"] = loss_curve(run.out_dir / METRICS) if options.report else {}
     made = report.build("train_tp", world, run.model, world.ledger.snapshot(), timing, seconds, **more)
     made["utilisation"] = used(run, seconds).figures(world)
     if world.is_main:
@@ -87,6 +87,24 @@ def run_in(world: World, options: TrainOptions, dataset: Dataset) -> None:
         print(peaks.text(made["utilisation"], what, str(run.dtype)[6:]))
         if options.report:
             report.write(options.report, made)
+
+
+def start_wandb(options: TrainOptions) -> Any:
+    """wandb's run, begun before anything else is: UserError where it cannot be."""
+    try:
+        import wandb
+
+        out_dir = Path(options.out_dir)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        project, name, config = options.wandb_project, options.wandb_run_name, as_dict(options)
+        return wandb.init(project=project, name=name, config=config, dir=out_dir)
+    except ImportError:
+        raise UserError("--wandb_log=True needs wandb: pip install wandb") from None
+    except Exception as error:  # its own kinds: no login, no network, a wrong project
+        why = printable((str(error).splitlines() or [type(error).__name__])[0], 200)
+        raise UserError(
+            f"wandb does not start: {why} WANDB_MODE=offline keeps the run in {out_dir}/wandb, to be sent later."
+        ) from error
 
 
 def set_up_heap(keep: bool) -> None:
@@ -307,15 +325,27 @@ def report_unused(options: TrainOptions, config: GPTConfig) -> None:
 def start_directory(out_dir: Path, iter_num: int, options: TrainOptions) -> list[Path]:
     """Make out_dir ready: later lines of metrics.jsonl cut. Gives the checkpoints that go when there is a new one."""
     old = directory.make_ready(out_dir, options.init_from == "resume")
-    metrics = out_dir / METRICS
-    lines = metrics.read_text(errors="replace").splitlines() if metrics.is_file() and iter_num else []
-    kept = [line for line in lines if 0 <= iteration_of(line) < iter_num]
-    with replacing(metrics) as file:
-        file.write("".join(line + "\n" for line in kept).encode())
+    cut_metrics(out_dir / METRICS, iter_num)
     return old
 
 
-def iteration_of(line: str) -> int:
+def cut_metrics(metrics: Path, iter_num: int) -> None:
+    """Leave the lines of iterations before iter_num. The others are the last ones, and only those are read: there may be
+    millions. So is one that a kill has left half written."""
+    with open(metrics, "a+b" if iter_num else "w+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        if not end:
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            while end:
+                start = text.rfind(b"\n", 0, end - 1) + 1
+                if text[end - 1 : end] == b"\n" and 0 <= iteration_of(text[start:end]) < iter_num:
+                    break
+                end = start
+        file.truncate(end)
+
+
+def iteration_of(line: str | bytes) -> int:
     """Of a line of metrics.jsonl; -1 for one that is none, such as a kill leaves half written."""
     try:
         number = json.loads(line)["iter"]
@@ -326,8 +356,8 @@ def iteration_of(line: str) -> int:
 
 def loss_curve(metrics: Path) -> dict[str, list[Any]]:
     """What a report has of metrics.jsonl: the loss at CURVE_POINTS iterations or fewer, spread evenly, and all evaluations'."""
-    lines = metrics.read_text(errors="replace").splitlines() if metrics.is_file() else []
-    read = [json.loads(line) for line in lines if iteration_of(line) >= 0]
+    with open(metrics if metrics.is_file() else os.devnull, "rb") as lines:
+        read = [json.loads(line) for line in lines if iteration_of(line) >= 0]
     trained = [line for line in read if "loss" in line]
     trained = trained[:: max(1, -(-len(trained) // CURVE_POINTS))]
     measured = [line for line in read if "val_loss" in line]
@@ -366,10 +396,11 @@ class Signals:
             self.asked, self._since = number, time.monotonic()
 
 
-def train(run: Run) -> None:
+def train(run: Run, wandb: Any = None) -> None:
     """Iterate until max_iters, evaluating and saving in between. Every rank does all of it; rank 0 prints and writes."""
     options, progress, world = run.options, run.progress, run.world
-    log, saver = Log(run), Saver(world, run.out_dir, options.keep_last, options.async_save, run.replaces)
+    log, saver = Log(run, wandb), Saver(world, run.out_dir, options.keep_last, options.async_save, run.replaces)
+    log.say(run.describe())
     if options.eval_only:  # there is nothing to save: Ctrl-C ends it at once
         with world.ledger.during(f"step {progress.iter_num}, evaluation"):
             log.evaluation(progress.iter_num, evaluate(run, options.eval_iters))
@@ -386,7 +417,8 @@ def train(run: Run) -> None:
             lr = learning_rate(options, iter_num)
             with world.ledger.during(f"step {iter_num}"):
                 loss, grad_norm = iterate(run, lr)
-                asked, busy = agree(world, (signals.asked or ORPHANED * world.orphaned, saver.busy))
+                wish = signals.asked or log.asked or ORPHANED * world.orphaned
+                asked, busy = agree(world, (wish, saver.busy))
             seconds = time.perf_counter() - started
             run.seconds.append(seconds)
             check_finite(run, {"": loss})
@@ -604,28 +636,29 @@ def used(run: Run, seconds: float) -> peaks.Use:
 class Log:
     """metrics.jsonl, the terminal and, if asked, wandb: the same numbers. Silent on every rank but 0."""
 
-    def __init__(self, run: Run):
-        self.run, self.options = run, run.options
+    def __init__(self, run: Run, wandb: Any = None):
+        self.run, self.options, self.wandb = run, run.options, wandb
         self.on = run.world.is_main
         show = self.on and self.options.progress and sys.stderr.isatty() and not self.options.eval_only
         self.bar = tqdm(total=self.options.max_iters, initial=run.progress.iter_num, desc="train", unit="it", disable=not show)
         self.losses: dict[str, float] = {}
-        self.wandb: Any = None
+        self.asked = 0  # SIGPIPE where nobody reads any more
         self.path = run.out_dir / METRICS if self.on and not self.options.eval_only else None
-        if self.on and self.options.wandb_log:
-            import wandb
-
-            settings = as_dict(self.options)
-            self.wandb = wandb.init(
-                project=self.options.wandb_project, name=self.options.wandb_run_name, config=settings, dir=run.out_dir
-            )
 
     def say(self, line: str) -> None:
         if self.on:
-            with terminal():
-                self.bar.clear()
+            self.bar.clear()
+            try:
                 print(line, flush=True)
-                self.bar.refresh()
+            except ReaderGone:
+                self.asked = signal.SIGPIPE
+            except OSError as error:
+                self.do_without(error)
+            self.bar.refresh()
+
+    def do_without(self, error: OSError) -> None:
+        """A file of words about the run cannot be written: that is no reason to end it."""
+        print(f"train_tp.py: {error.strerror}: {error.filename}. Training goes on without it.", file=sys.stderr, flush=True)
 
     def iteration(self, iter_num: int, loss: float, lr: float, grad_norm: float, seconds: float, account: Account) -> None:
         if not self.on:
@@ -646,9 +679,8 @@ class Log:
             line |= {"train_loss": self.losses["train"], "val_loss": self.losses["val"]}
             self.losses = {}
         self.write(line)
-        with terminal():
-            self.bar.update()
-            self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        self.bar.update()
+        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if iter_num % self.options.log_interval == 0:
             self.say(
                 f"iter {iter_num}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.3f}, {rate:,.0f} tokens/s, "
@@ -669,16 +701,19 @@ class Log:
 
     def write(self, line: dict[str, Any]) -> None:
         if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                self.path = None
+                self.do_without(error)
         if self.wandb is not None:
             self.wandb.log({key: value for key, value in line.items() if key != "iter"}, step=line["iter"])
 
     def close(self) -> None:
         if self.losses:
             self.write({"iter": self.run.progress.iter_num, "train_loss": self.losses["train"], "val_loss": self.losses["val"]})
-        with terminal():
-            self.bar.close()
+        self.bar.close()
         if self.wandb is not None:
             self.wandb.finish()
 

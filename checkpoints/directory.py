@@ -10,6 +10,7 @@
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import socket
 import stat
@@ -35,7 +36,7 @@ def has_checkpoints(out_dir: Path) -> bool:
 
 def steps(out_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    found = [path for path in out_dir.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    found = [path for path in out_dir.glob("step-*") if path.is_dir() and re.fullmatch(r"step-[0-9]+", path.name)]
     return sorted(found, key=iteration)
 
 

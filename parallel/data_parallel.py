@@ -26,9 +26,8 @@ def replicate(model: nn.Module, dp: Axis, reduce_dtype: torch.dtype = torch.floa
     """
     if dp.size == 1:
         return model
-    ddp = DistributedDataParallel(
-        model, process_group=torch_group(dp), gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False
-    )
+    # there are no buffers to be kept alike
+    ddp = DistributedDataParallel(model, process_group=torch_group(dp), gradient_as_bucket_view=True, init_sync=False)
     ddp.register_comm_hook((dp.at("data_parallel"), reduce_dtype), _average)
     return ddp
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from errors import Unheard, UserError
+from errors import Unheard, UserError, shown
 from native.library import Unavailable
 from parallel.collectives import Axis, GroupTransport, Transport, named
 from parallel.ledger import Entry, Ledger, Track
@@ -30,6 +30,19 @@ from parallel.watch import ANSWER_S, Peer, Watch, first_to_say
 
 # at the start torch's transports give up this much later than the watchdog, which knows more and says it
 LATER_S = 30.0
+
+
+HOW_TO_START = "Start ranks with torchrun --standalone --nproc_per_node=N."
+
+
+def _number(key: str, otherwise: str = "") -> int:
+    """What the environment says there. UserError where that is no whole number."""
+    text = os.environ.get(key, otherwise)
+    if not text:
+        raise UserError(f"{key} is not set. {HOW_TO_START}")
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UserError(f"{key}={shown(text)} is not a whole number. {HOW_TO_START}")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -51,12 +64,12 @@ class Launch:
         if not any(key in os.environ for key in keys):
             _check_alone()
             return cls(0, 1, 0, 1)
-        missing = [key for key in keys if not os.environ.get(key, "").isdigit()]
-        if missing:
-            raise UserError(f"{missing[0]} is not set. Start ranks with torchrun --standalone --nproc_per_node=N.")
-        restarts, run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("TORCHELASTIC_RUN_ID", "")
-        rank, size, local_rank, local_size = (int(os.environ[key]) for key in keys)
-        return cls(rank, size, local_rank, local_size, int(restarts), run, os.getppid() if run else 0)
+        rank, size, local_rank, local_size = map(_number, keys)
+        if rank >= size or local_rank >= local_size or local_size > size:
+            said = ", ".join(f"{key}={os.environ[key]}" for key in keys)
+            raise UserError(f"there is no such rank: {said}. {HOW_TO_START}")
+        restarts, run = _number("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("TORCHELASTIC_RUN_ID", "")
+        return cls(rank, size, local_rank, local_size, restarts, run, os.getppid() if run else 0)
 
     def has_ended(self) -> bool:
         """Whether torchrun is gone: it ends its ranks first, unless it is killed."""
@@ -288,21 +301,25 @@ def check_compiler(device: torch.device) -> None:
 def _store(launch: Launch, seconds: float) -> tuple[Any, bool]:
     """A client of the store through which ranks find each other, and whether this process holds it: torchrun does, or, where
     something else has started the ranks, rank 0. UserError where it is not there within `seconds`."""
-    missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(key)]
-    if missing:
-        raise UserError(f"{missing[0]} is not set. Start ranks with torchrun --standalone --nproc_per_node=N.")
-    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    host, port = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT")
+    if not host:
+        raise UserError(f"MASTER_ADDR is not set. {HOW_TO_START}")
+    if not 0 < port < 2**16:
+        raise UserError(f"MASTER_PORT={port} is no port: those are 1 to {2**16 - 1}.")
     holds, end = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True", time.monotonic() + seconds
 
     def connect() -> Any:
         try:
-            while not holds and not _answers(host, int(port)):  # torch would complain at each attempt
+            while not holds and not _answers(host, port):  # torch would complain at each attempt
                 if time.monotonic() > end:
                     return TimeoutError()
                 time.sleep(0.05)
             limit = timedelta(seconds=max(1.0, end - time.monotonic()))
-            return dist.TCPStore(host, int(port), is_master=holds, timeout=limit, wait_for_workers=False, multi_tenant=True)
-        except (RuntimeError, ValueError, OverflowError) as error:
+            listen = _listening_here(host, port) if holds else None
+            return dist.TCPStore(
+                host, port, None, holds, limit, wait_for_workers=False, multi_tenant=True, master_listen_fd=listen
+            )
+        except (RuntimeError, ValueError, OSError) as error:
             return error
 
     store = answer(connect, None, seconds + ANSWER_S)
@@ -325,6 +342,13 @@ def _answers(host: str, port: int) -> bool:
         socket.create_connection((host, port), 1).close()
         return True
     return False
+
+
+def _listening_here(host: str, port: int) -> int | None:
+    """A socket that only this host reaches, where ranks look for the store at a loopback address; torch would listen to
+    all the world. None elsewhere. OSError where the port cannot be had."""
+    address = socket.gethostbyname(host)
+    return socket.create_server((address, port)).detach() if address.startswith("127.") else None
 
 
 def _check_statements(stated: list[dict[str, Any]]) -> None:
@@ -533,7 +557,9 @@ def first_to_fail(world: World | None) -> bool:
         return world.watch is None or world.watch.is_first()
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return True
-    rank, host, port = os.environ["RANK"], os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "0")
+    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "0")
+    follows = rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size)  # rank 0 speaks for it
 
     def ask() -> bool:
         socket.create_connection((host, int(port)), 1).close()  # torch would try again and again, and complain
@@ -541,4 +567,4 @@ def first_to_fail(world: World | None) -> bool:
         # ranks that fail this early have no name for the attempt yet
         return first_to_say(dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store))
 
-    return answer(ask, rank == "0", ANSWER_S)
+    return answer(ask, not follows, ANSWER_S)

@@ -1,12 +1,9 @@
 """What the processes of a group find out about each other: who still runs, and whether all of them can do a thing."""
 
 import contextlib
-import errno
 import os
-import stat
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from native.library import Unavailable
@@ -33,33 +30,21 @@ def is_running(pid: int) -> bool:
     return process_state(pid) not in ("", "Z", "X")
 
 
-@contextlib.contextmanager
-def terminal() -> Iterator[None]:
-    """Within, what is printed may go to a terminal that has been closed meanwhile: the process goes on without it."""
-    try:
-        yield
-        sys.stdout.flush()
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-        null = os.open(os.devnull, os.O_WRONLY)
-        for stream in (1, 2):
-            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
-                os.dup2(null, stream)
-        os.close(null)
-
-
 def answer(ask: Callable[[], T], otherwise: T, seconds: float) -> T:
     """What `ask` gives; `otherwise` where it fails, or takes longer: it is left to itself then."""
     given = []
 
     def asked() -> None:
-        with contextlib.suppress(RuntimeError, OSError):
+        with contextlib.suppress(Exception):
             given.append(ask())
 
     thread = threading.Thread(target=asked, daemon=True)
-    thread.start()
-    thread.join(seconds)
+    try:
+        thread.start()
+    except RuntimeError:  # there is no memory for a thread
+        asked()
+    else:
+        thread.join(seconds)
     return given[0] if given else otherwise
 
 

@@ -33,6 +33,7 @@ ANSWER_S = 3.0  # how long the store is waited for when a run ends: the process 
 GRACE_S = 2.0  # from the word that a rank has failed to the end of the others
 BEATS = 2  # between two looks at the others
 FAILED = "failed"  # the store's counter of ranks that have found the run to have failed
+BY_A_RANK = "failed by a rank"  # set before that: any process that reaches the store can count there
 ORPHAN_S = 8.0  # how long a run may go on without a launcher before it saves
 # what asks a process to end: SIGHUP where its terminal is closed, the last two what batch systems send ahead of time
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -326,10 +327,17 @@ class Watch:
                     break
         if not self._heard.is_set():
             return
+        with contextlib.suppress(RuntimeError):
+            if not self._failed.check([BY_A_RANK]) and self._failed.add(BY_A_RANK, 1) == 1:
+                said = f"key {FAILED!r} of the run's store was set, and by none of its ranks"
+                line = f"{self.prog}: {said}: another process, which can reach the store, has ended the run."
+                print(line, file=sys.stderr, flush=True)
         before = self._others(self._failed) or {}
         if self._stop.wait(GRACE_S):
             return
         self._kill(self._silent(before, self._others(self._failed) or {}))
+        if self.holds:
+            self.linger(said=True)  # torch complains on ranks whose store goes before they do
         os._exit(1)
 
     def _end(self, line: str, status: int = 1, silent: set[int] | None = None) -> NoReturn:
@@ -354,6 +362,7 @@ class Watch:
 
 def first_to_say(store: Any) -> bool:
     """True on the first rank that asks; all are told by it that the run has failed."""
+    store.set(BY_A_RANK, "1")
     return bool(store.add(FAILED, 1) == 1)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -19,9 +20,11 @@ import torch
 
 import entry
 from errors import UserError, explaining_memory
+from grammar import parse
 from options import RunOptions, TrainOptions
 from parallel import mesh
 from parallel.collectives import all_reduce
+from parallel.data_parallel import replicate
 from parallel.mesh import World
 
 ROOT = Path(__file__).parent.parent
@@ -319,6 +322,135 @@ def test_a_half_set_environment_is_explained(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="WORLD_SIZE is not set. Start ranks with torchrun"):
         mesh.Launch.from_environment()
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"WORLD_SIZE": "0"}, "there is no such rank: RANK=0, WORLD_SIZE=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1. Start ranks with"),
+    ({"LOCAL_WORLD_SIZE": "0"}, "there is no such rank: RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=0. Start ranks"),
+    ({"LOCAL_WORLD_SIZE": "2"}, "there is no such rank: RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2. Start ranks"),
+    ({"RANK": "1"}, "there is no such rank: RANK=1, WORLD_SIZE=1"),
+    ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1' is not a whole number. Start ranks with torchrun"),
+    ({"WORLD_SIZE": "²"}, "WORLD_SIZE='²' is not a whole number."),
+    ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE='999999999999...9999999999999' is not a whole number."),
+    ({"TORCHELASTIC_RESTART_COUNT": "x"}, "TORCHELASTIC_RESTART_COUNT='x' is not a whole number."),
+])  # fmt: skip
+def test_ranks_that_cannot_be(changes: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    for key, value in {**one, **changes}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UserError) as error:
+        mesh.Launch.from_environment()
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("port", ["abc", "70000", "0", "-1", "²", ""])
+def test_ports_that_cannot_be(port: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the one who says so looks for no store there."""
+    for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UserError, match="^MASTER_PORT(=| is not set)"):
+        mesh._store(mesh.Launch(0, 2, 0, 2), 1)
+    assert mesh.first_to_fail(None)
+
+
+@pytest.mark.parametrize("rank, size, says", [("3", "2", True), ("x", "2", True), ("1", "²", True), ("1", "2", False)])
+def test_a_rank_that_cannot_be_says_so_itself(rank: str, size: str, says: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(key, value)
+    assert mesh.first_to_fail(None) == says
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+def test_a_store_of_one_host_listens_to_that_host_alone(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    monkeypatch.setenv("MASTER_ADDR", host)
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    store, holds = mesh._store(mesh.Launch(0, 2, 0, 2), 5)
+    store.set("key", "value")
+    tables = [Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+    sockets = [line.split() for line in sum(tables, [])]
+    assert holds and [at for _, at, _, state, *_ in sockets if state == "0A" and at.endswith(f":{port:04X}")] == [
+        f"0100007F:{port:04X}"
+    ]
+
+
+def test_more_threads_than_a_system_starts_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^--threads must be at most 1024, got 100000$"):
+        parse(RunOptions, ["--threads=100000"], "prog.py")
+
+
+def _set_by_a_stranger(world: World, options: Any) -> None:
+    if world.rank == 0:
+        assert world.watch is not None
+        world.watch.store.add("failed", 1)
+    time.sleep(60)
+
+
+def test_a_run_that_another_process_ends_says_so(tmp_path: Path) -> None:
+    ends = launch(2, _set_by_a_stranger, tmp_path, ["--device=cpu"])
+    assert spoken(ends) == (
+        "prog.py: key 'failed' of the run's store was set, and by none of its ranks: another process, which can reach the "
+        "store, has ended the run.\n"
+    )
+    assert [status for status, _ in ends] == [1, 1]
+
+
+def _too_much(world: World, options: Any) -> None:
+    if world.rank == 1:
+        torch.empty(2**55)
+    time.sleep(60)
+
+
+def _no_thread(world: World, options: Any) -> None:
+    if world.rank == 1:
+        limit = resource.getrlimit(resource.RLIMIT_AS)[1]
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, limit))  # no room for a thread's stack
+        torch.empty(2**30)
+    time.sleep(60)
+
+
+def _no_room_in_python(world: World, options: Any) -> None:
+    if world.rank == 1:
+        bytearray(2**62)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("body", [_too_much, _no_thread, _no_room_in_python])
+def test_a_rank_without_memory_says_so_in_one_line(body: Any, tmp_path: Path) -> None:
+    ends = launch(2, body, tmp_path, ["--device=cpu"])
+    said = spoken(ends)
+    assert said.startswith("prog.py: rank 1 is out of memory: ") and said.count("\n") == 1, said
+    assert said.endswith(". Use a smaller batch or a larger tp.\n") and "enforce fail" not in said
+    assert [status for status, _ in ends] == [1, 1]
+
+
+def _interrupted(world: World, options: Any) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+
+
+def test_a_second_ctrl_c_does_not_break_off_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    linger = mesh.linger
+
+    def impatient(world: World | None, said: bool) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        linger(world, said)
+
+    monkeypatch.setattr(mesh, "linger", impatient)
+    ends = launch(2, _interrupted, tmp_path, ["--device=cpu"])
+    assert spoken(ends) == "prog.py: stopped by Ctrl-C\n"
+    assert [status for status, _ in ends] == [130, 130]
+
+
+def test_ranks_that_are_replicas_start_without_a_word(tmp_path: Path) -> None:
+    """Not torch's either: it warns once a rank."""
+    assert launch(2, _replicated, tmp_path, ["--device=cpu", "--tp=1"], TrainOptions) == [(0, "")] * 2
+
+
+def _replicated(world: World, options: Any) -> None:
+    warnings.simplefilter("always")
+    replicate(torch.nn.Linear(2, 2), world.dp)
 
 
 def torchrun(size: int, *words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:

@@ -164,7 +164,7 @@ def test_split_verify_inspect_merge(tmp_path: Path, capsys: Any, monkeypatch: py
     torch.save(nanogpt(), tmp_path / "ckpt.pt")
     assert run("split", f"--init_from={tmp_path / 'ckpt.pt'}", "--tp=2", f"--out={tmp_path / 's'}") == 0
     assert capsys.readouterr().out == (
-        f"{tmp_path / 's'}: {tmp_path / 'ckpt.pt'} in 2 shards of 0.0 MB, 0.0 MB (float32)\n"
+        f"{tmp_path / 's'}: {tmp_path / 'ckpt.pt'} in 2 shards of 31.3 KB, 28.6 KB (float32)\n"
         "tp=2 over 5 heads: 3,2 (busiest rank does 20% more attention than an even split).\n"
         f"{tmp_path / 'ckpt.pt'} was trained on the dataset shakespeare_char, which is not in data: text is token ids. "
         "--tokenizer=DIR names its directory.\n"

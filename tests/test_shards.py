@@ -424,7 +424,8 @@ def test_too_little_space_is_said_before_any_work(two: Any, monkeypatch: pytest.
     path, words, old, _ = two
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     assert main(words) == 2
-    assert f"{path} needs 0.00 GB, {path.parent} has 0.00 GB free." in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{path} needs 57.2 KB (57,200 bytes), {path.parent} has 1 KB (1,000 bytes) free.\n" in said
     assert digests(path) == old
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,12 +13,10 @@ from ranks import run_ranks
 from test_entry import launch, spoken
 from torch import Tensor
 
-from native import library
 from native.library import Unavailable
 from parallel import shm
 from parallel.collectives import all_reduce
 from parallel.mesh import Launch, World, make_axis, pick_comm
-from parallel.processes import is_running
 from parallel.shm import SLOT_BYTES, ShmTransport
 
 PIECE = SLOT_BYTES // 4  # float32 elements
@@ -275,45 +272,6 @@ def test_auto_says_why_it_goes_over_gloo_and_shm_alone_refuses(tmp_path: Path, m
     assert said.count(line) == 1 and said.count("gloo GroupTransport\n") == 2
     said = spoken(launch(2, _comm, tmp_path, ["--device=cpu", "--comm=shm"]))
     assert said == f"prog.py: --comm=shm: {why}. Use --comm=gloo.\n"
-
-
-def test_a_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library.load("shm")
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "nanotp").iterdir()}
-    library.load("shm")
-    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "nanotp").iterdir()} and len(made) == 1
-
-
-def test_a_cache_that_others_may_have_written_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (tmp_path / "nanotp").mkdir()
-    monkeypatch.setattr(os, "getuid", lambda: 12345)
-    assert library._users_cache() is None
-    with library._cache() as place:
-        assert place.is_dir() and tmp_path not in place.parents
-    assert not place.exists()
-    assert library.load("shm").nanotp_move
-
-
-def test_a_compiler_that_hangs_is_ended_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = tmp_path / "slow"
-    slow.write_text(f"#!/bin/sh\nsleep 1000 &\necho $! > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/child\nwait\n")
-    slow.chmod(0o755)
-    monkeypatch.setenv("CC", str(slow))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-    def waited(compiler: Any, timeout: float) -> None:
-        while not (tmp_path / "child").exists():
-            time.sleep(0.01)
-        raise subprocess.TimeoutExpired("slow", timeout)
-
-    monkeypatch.setattr(subprocess.Popen, "communicate", waited)
-    with pytest.raises(Unavailable, match="slow did not end within 30 s$"):
-        library.load("shm")
-    child = int((tmp_path / "child").read_text())
-    while is_running(child):
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(

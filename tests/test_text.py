@@ -126,6 +126,38 @@ def test_gpt2_files_missing(no_cache, no_package, tmp_path):
         GPT2Tokenizer(tmp_path).encode("a")
 
 
+def _a_strangers_link(place: Path) -> None:
+    place.symlink_to("/etc/passwd")
+
+
+def _a_long_file(place: Path) -> None:
+    with open(place, "wb") as file:
+        file.truncate(40 * 2**20)
+
+
+def _a_pipe(place: Path) -> None:
+    os.mkfifo(place)
+
+
+def _a_directory_that_cannot_be_entered(place: Path) -> None:
+    place.parent.rmdir()
+    place.parent.symlink_to(place.parent)  # as good as one, also for root
+
+
+@pytest.mark.parametrize("make", [_a_strangers_link, _a_long_file, _a_pipe, _a_directory_that_cannot_be_entered])
+def test_gpt2_is_read_from_the_package_where_the_cache_holds_something_else(make, no_cache):
+    """The cache may lie in /tmp, where anybody writes."""
+    make(no_cache / hashlib.sha1(module.ENCODER_URL.encode()).hexdigest())
+    assert GPT2Tokenizer().encode("Hello world") == [15496, 995]
+
+
+@pytest.mark.parametrize("make, message", [(_a_strangers_link, "symbolic link"), (_a_long_file, "41,943,040 bytes")])
+def test_gpt2_without_the_package_names_what_the_cache_holds(make, message, no_cache, no_package):
+    make(no_cache / hashlib.sha1(module.ENCODER_URL.encode()).hexdigest())
+    with pytest.raises(UserError, match=message):
+        GPT2Tokenizer().encode("Hello world")
+
+
 def test_gpt2_files_damaged(no_cache, monkeypatch, package_files):
     name = hashlib.sha1(module.ENCODER_URL.encode()).hexdigest()
     (no_cache / name).write_bytes((package_files / "encoder.json").read_bytes()[:-1])

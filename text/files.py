@@ -7,24 +7,46 @@ import contextlib
 import json
 import math
 import os
+import select
+import stat
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from errors import UserError, printable
 
 SMALL = 1 << 25  # bytes of the largest file that is read whole: a manifest of 100 ranks and 100 layers has 10 MB
+PIPED = 1 << 28  # bytes of a text that comes through a pipe, such as <(zcat book.gz)
+PIPE_S = 30.0  # how long a pipe may give nothing
 VALUES = 1 << 21  # in one JSON file: each may take a hundred bytes of memory where it took two of the file
 
 
 def read_text(path: str | Path) -> str:
-    """The file's text, see `decode_text`. UserError if unreadable, empty or not UTF-8."""
+    """The file's text, see `decode_text`. UserError if unreadable, empty or not UTF-8.
+
+    A pipe or a device may have no end: of those at most PIPED bytes are read, and waited for PIPE_S.
+    """
     try:
-        raw = Path(path).read_bytes()  # at once: a pipe's beginning can be read but once
+        # an open that waits for nobody: a pipe may have no writer yet. And one only: its beginning can be read but once
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+            is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            raw = file.read() if is_file else _piped(file, path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     check_no_pointer(path, raw)
     return decode_text(raw, str(path))
+
+
+def _piped(file: FileIO, path: str | Path) -> bytes:
+    raw = bytearray()
+    while len(raw) <= PIPED:
+        if not select.select([file], [], [], PIPE_S)[0]:
+            raise UserError(f"nothing came out of {path} for {PIPE_S:g} s: write the text into a file.")
+        if not (piece := file.read(1 << 20)):
+            return bytes(raw)
+        raw += piece
+    raise UserError(f"{path} is no file and has more than {PIPED:,} bytes: write the text into a file.")
 
 
 def decode_text(raw: bytes, where: str) -> str:
@@ -123,6 +145,18 @@ def _finite(text: str) -> float:
 
 
 @contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """An OSError within names the file where it names none: a full disk is not said to be that of a
+    file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A new binary file that takes `path`'s place when the block ends well; else `path` stays as it was.
 
@@ -131,7 +165,9 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """
     place = Path(os.path.realpath(path))
     in_place = place.exists() and not (place.is_file() and os.access(place.parent, os.W_OK))
-    temporary = place if in_place else place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    # no process id: two containers may share one
+    beside = place.with_name(f".{place.name}.{os.urandom(8).hex()}.tmp")
+    temporary = place if in_place else beside
     try:
         with open(temporary, "wb") as file:
             yield file

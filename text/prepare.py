@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import http.client
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from errors import UserError
+from console import console
+from errors import ReaderGone, UserError
 from text.dataset import make_directory
 from text.files import decode_text, read_text, replacing
 
@@ -18,11 +20,18 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 
 def run(main: Callable[[], None]) -> None:
     """main(), but a user's mistake ends in one line on standard error and exit status 2."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    with console():
+        try:
+            main()
+            sys.stdout.flush()
+        except ReaderGone:
+            sys.exit(128 + signal.SIGPIPE)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
 
 
 def a_path(text: str) -> Path:

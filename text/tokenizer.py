@@ -270,18 +270,18 @@ def _checked_ids(ids: Iterable[int], n_vocab: int) -> list[int]:
 
 def _find_encoder_json(directory: str | Path | None) -> bytes:
     """encoder.json's content from the first place that has it with the right hash."""
-    damaged = []
-    for path in _encoder_json_places(directory):
-        if not path.is_file():
+    refused = []
+    for path in filter(os.path.isfile, _encoder_json_places(directory)):
+        try:
+            content = read_small(path)
+        except UserError as error:  # the cache is in a place where anybody may write
+            refused.append(str(error))
             continue
-        content = read_small(path)
         if hashlib.sha256(content).hexdigest() == ENCODER_SHA256:
             return content
-        damaged.append(path)
-    if damaged:
-        raise UserError(
-            f"{damaged[0]} is not GPT-2's (its sha256 is not {ENCODER_SHA256[:12]}...): replace or delete it"
-        )
+        refused.append(f"{path} is not GPT-2's (its sha256 is not {ENCODER_SHA256[:12]}...): replace or delete it")
+    if refused:
+        raise UserError(refused[0])
     if directory is not None:
         raise UserError(f"{directory} holds no GPT-2 vocabulary: encoder.json is missing")
     raise UserError(
