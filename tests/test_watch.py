@@ -360,7 +360,7 @@ def _told_to_stop(number: int, world: World, options: Any) -> None:
     time.sleep(30)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_rank_that_is_told_to_stop_says_so(tmp_path: Path, number: signal.Signals) -> None:
     ends = launch(2, partial(_told_to_stop, number), tmp_path, ["--device=cpu"], seconds=15)
     assert f"prog.py: rank 1 was told to stop ({number.name}) " in ends[1][1] and spoken(ends).count("prog.py:") == 1
@@ -371,7 +371,7 @@ def _suspended(world: World, options: Any) -> None:
     """All ranks are stopped while one waits for the other."""
     pids = [peer.pid for peer in world.peers]
     if world.rank == 0 and os.fork() == 0:
-        for number, then in ((signal.SIGSTOP, 4.0), (signal.SIGCONT, 0.0)):
+        for number, then in ((signal.SIGSTOP, 3.5), (signal.SIGCONT, 0.0)):
             for pid in pids:
                 os.kill(pid, number)
             time.sleep(then)
@@ -452,6 +452,7 @@ def test_a_rank_that_finds_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Rank 1 is started alone; where rank 0 should be is nobody, or somebody who listens and says nothing."""
     start = test_entry._rank
     monkeypatch.setattr(test_entry, "_rank", lambda rank, size, *rest: start(1, 2, *rest))
+    monkeypatch.setattr("parallel.mesh.ANSWER_S", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         port = silent.getsockname()[1]
