@@ -32,7 +32,8 @@ from fewer_syncs.scan import Measured, Perplexities, curve, parse_budget, sensit
 from fewer_syncs.speed import check_length, decode_times
 from model import GPT
 from options import CurveOptions, DropOptions, GroupOptions, RepairOptions, ScanOptions
-from parallel.mesh import World, pick_dtype
+from parallel.devices import pick_dtype
+from parallel.mesh import World
 from parallel.partition import Partition
 from parallel.schedule import Schedule, SubBlock
 from shard_checkpoint import SHARD_FILES, place, write_shards

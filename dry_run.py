@@ -18,9 +18,10 @@ from errors import UserError
 from model import GPTConfig
 from options import TrainOptions
 from parallel.collectives import Axis
+from parallel.launch import Launch
 from parallel.loss import chunk_rows
 from parallel.memory import Training
-from parallel.mesh import Launch, sizes
+from parallel.mesh import sizes
 from parallel.partition import Partition
 from parallel.schedule import Schedule
 from tp_model import TensorParallelGPT

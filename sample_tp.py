@@ -25,8 +25,9 @@ from options import SampleOptions
 from pages.html import nbytes
 from parallel import peaks
 from parallel.collectives import Axis
+from parallel.devices import pick_dtype
 from parallel.ledger import Account
-from parallel.mesh import World, pick_dtype
+from parallel.mesh import World
 from parallel.partition import Partition
 from parallel.quantized import Gather, quantize, read_bytes
 from sampling import Sampling

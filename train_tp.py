@@ -36,8 +36,9 @@ from options import TrainOptions, as_dict
 from parallel import peaks
 from parallel.collectives import all_reduce
 from parallel.data_parallel import Sharding, last_only, replicate, rest
+from parallel.devices import pick_dtype
 from parallel.ledger import Account, total
-from parallel.mesh import World, pick_dtype
+from parallel.mesh import World
 from parallel.replicas import check_alike, checksum
 from parallel.schedule import Schedule
 from parallel.watch import STOPS

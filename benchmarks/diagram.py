@@ -14,8 +14,9 @@ from errors import UserError
 from model import GPTConfig
 from options import BenchDiagramOptions, BenchPageOptions
 from pages.diagram import fit, layer, lines
+from parallel.devices import pick_dtype
 from parallel.memory import Training
-from parallel.mesh import World, pick_dtype
+from parallel.mesh import World
 from parallel.partition import Partition
 from parallel.schedule import Schedule
 

@@ -14,8 +14,9 @@ from errors import UserError
 from model import GPTConfig
 from options import BenchBlockOptions
 from parallel.collectives import all_reduce
+from parallel.devices import pick_dtype
 from parallel.ledger import total
-from parallel.mesh import World, first_ranks, pick_dtype
+from parallel.mesh import World, first_ranks
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear")
 WAYS = ("forward", "backward", "step")

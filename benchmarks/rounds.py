@@ -20,7 +20,8 @@ import report
 from benchmarks.contestants import Contestant
 from errors import UserError
 from options import BenchOptions
-from parallel.mesh import World, pick_dtype
+from parallel.devices import pick_dtype
+from parallel.mesh import World
 
 
 def spread(values: list[float]) -> dict[str, float]:

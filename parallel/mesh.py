@@ -1,13 +1,9 @@
-"""Start-up and shutdown: which device, which transport, and the dp x tp mesh. The only reader of torchrun's environment."""
+"""Start-up and shutdown of a run: the roll call, the groups and axes of the dp x tp mesh, how a run ends."""
 
-import contextlib
-import importlib.util
 import os
-import shutil
 import socket
 import sys
 import time
-import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from errors import Unheard, UserError, shown
+from errors import UserError
 from native.library import Unavailable
 from parallel.collectives import Axis, GroupTransport, Transport, named
+from parallel.devices import check_compiler, gpu_name, pick_comm, pick_device, set_threads, share_gpus
+from parallel.launch import Launch, open_store
 from parallel.ledger import Entry, Ledger, Track
 from parallel.processes import answer
 from parallel.roll_call import call_roll, ranks_text
@@ -30,64 +28,6 @@ from parallel.watch import ANSWER_S, Peer, Watch, first_to_say
 
 # at the start torch's transports give up this much later than the watchdog, which knows more and says it
 LATER_S = 30.0
-
-
-HOW_TO_START = "Start ranks with torchrun --standalone --nproc_per_node=N."
-
-
-def _number(key: str, otherwise: str = "") -> int:
-    """What the environment says there. UserError where that is no whole number."""
-    text = os.environ.get(key, otherwise)
-    if not text:
-        raise UserError(f"{key} is not set. {HOW_TO_START}")
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise UserError(f"{key}={shown(text)} is not a whole number. {HOW_TO_START}")
-    return int(text)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What torchrun told this process; one rank when it was started by plain python. restarts: how often torchrun has started
-    the ranks of this host again; run: the name it has for the run; parent: its process, 0 where there is none."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    restarts: int = 0
-    run: str = ""
-    parent: int = 0
-
-    @classmethod
-    def from_environment(cls) -> "Launch":
-        keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        if not any(key in os.environ for key in keys):
-            _check_alone()
-            return cls(0, 1, 0, 1)
-        rank, size, local_rank, local_size = map(_number, keys)
-        if rank >= size or local_rank >= local_size or local_size > size:
-            said = ", ".join(f"{key}={os.environ[key]}" for key in keys)
-            raise UserError(f"there is no such rank: {said}. {HOW_TO_START}")
-        restarts, run = _number("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("TORCHELASTIC_RUN_ID", "")
-        return cls(rank, size, local_rank, local_size, restarts, run, os.getppid() if run else 0)
-
-    def has_ended(self) -> bool:
-        """Whether torchrun is gone: it ends its ranks first, unless it is killed."""
-        return self.parent > 0 and os.getppid() != self.parent
-
-
-def _check_alone() -> None:
-    """UserError where a launcher that sets no RANK has started several processes: each would be a run of its own."""
-    counts = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun", "SLURM_STEP_NUM_TASKS": "srun"}
-    if os.environ.get("SLURM_PROCID", "0") != "0":  # SLURM_NTASKS alone is set in a batch script as well
-        counts["SLURM_NTASKS"] = "srun"
-    for name, launcher in counts.items():
-        count = os.environ.get(name, "")
-        if count.isdigit() and int(count) > 1:
-            raise UserError(
-                f"{launcher} has started {count} processes ({name}), and each would be a run of its own. Start ranks with "
-                f"torchrun --standalone --nproc_per_node={count}, on several nodes as docs/cluster.md has it."
-            )
 
 
 @dataclass(frozen=True)
@@ -173,182 +113,6 @@ def sizes(world_size: int, tp: int, prog: str) -> tuple[int, int]:
             f"{counts} processes: torchrun --standalone --nproc_per_node={low + tp} {prog} ..."
         )
     return world_size // tp, tp
-
-
-def pick_device(device: str, launch: Launch) -> torch.device:
-    """The device of this rank. auto is a GPU where there is one, else the CPU. Several ranks take the
-    GPUs that they see in turn: whether two of them have the same one, the roll call finds out."""
-    try:
-        kind = torch.device("cpu" if device == "auto" else device)
-    except RuntimeError:
-        raise UserError(f"--device={device} is not a device. Use auto, cpu, cuda or cuda:N.") from None
-    if kind.type == "mps" and launch.size > 1:
-        raise UserError(
-            "--device=mps runs one rank only: it has no collectives. Use --device=cpu for several ranks."
-        )
-    if device != "auto" and kind.type != "cuda":
-        return kind
-    count, why = _gpus()
-    if device == "auto" and not count:
-        if why and launch.rank == 0:
-            print(f"no GPU is used: {why}", file=sys.stderr)
-        return kind
-    if not count:
-        raise UserError(f"--device={device}, but {why or 'torch sees no CUDA device'}. Use --device=cpu.")
-    if kind.index is not None and launch.size > 1:
-        raise UserError(
-            f"--device={device} is one GPU and there are {launch.size} ranks. Use --device=cuda, and "
-            f"CUDA_VISIBLE_DEVICES to choose GPUs."
-        )
-    if kind.index is not None and kind.index >= count:
-        raise UserError(f"--device={device}, but this host has {count} CUDA devices.")
-    index = launch.local_rank % count if kind.index is None else kind.index
-    return torch.device("cuda", index)
-
-
-def _gpus() -> tuple[int, str]:
-    """(how many GPUs this process can use, why none where there is a driver that does not work)."""
-    with warnings.catch_warnings(record=True) as said:  # torch warns of a driver that is too old
-        warnings.simplefilter("always")
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    texts = [str(warning.message).strip() for warning in said if "CUDA" in str(warning.message)]
-    return count, texts[0].partition(". ")[0].splitlines()[0].rstrip(".") if texts else ""
-
-
-def gpu_name(device: torch.device) -> str:
-    """What tells a GPU from every other, whatever number a rank has for it; "" for a CPU."""
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
-
-
-def share_gpus(stated: list[dict[str, Any]], oversubscribe: bool) -> bool:
-    """Whether ranks share a GPU, by what each has stated. UserError where they may not."""
-    owner: dict[str, int] = {}
-    for rank, mine in enumerate(stated):
-        other = owner.setdefault(mine["gpu"], rank) if mine["gpu"] else rank
-        if other != rank and not oversubscribe:
-            here = [said["gpu"] for said in stated if said["host"] == mine["host"]]
-            count = len(set(here))
-            raise UserError(
-                f"{len(here)} processes on host {mine['host']} but {count} CUDA devices: ranks {other} and "
-                f"{rank} have the same one. Start {count}, pass --device=cpu, or share a device with "
-                f"--oversubscribe=True."
-            )
-    return 0 < len(owner) < sum(1 for mine in stated if mine["gpu"])
-
-
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The precision of a run: auto is bfloat16 on a GPU that has it, else float32 (never float16 by
-    surprise). UserError for bfloat16 on a GPU that only emulates it."""
-    has = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if dtype == "bfloat16" and not has:
-        name = torch.cuda.get_device_name(device)
-        raise UserError(f"--dtype=bfloat16: {name} has none. Use --dtype=float16 or --dtype=float32.")
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and has else "float32"
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return kinds[dtype]
-
-
-def pick_comm(comm: str, device: torch.device, launch: Launch, tp: int, shared: bool = False) -> str:
-    """The transport: nccl where every rank has a GPU of its own, shm between CPU ranks where no tp
-    group leaves its host, else gloo. shared: two ranks have one GPU."""
-    if comm == "auto":
-        comm = "gloo"
-        if device.type == "cuda" and not shared:
-            comm = "nccl"
-        elif device.type == "cpu" and tp > 1 and launch.local_size % tp == 0:
-            comm = "shm"
-    if comm == "shm" and device.type != "cpu":
-        kind = device.type
-        raise UserError(f"--comm=shm is for ranks on CPU cores, the device is {kind}. Use --comm=auto.")
-    if comm == "shm" and launch.local_size % tp:
-        raise UserError(
-            f"--comm=shm: hosts of {launch.local_size} ranks do not hold whole groups of tp={tp}. "
-            f"Use --comm=gloo."
-        )
-    if comm == "nccl" and device.type != "cuda":
-        raise UserError(f"--comm=nccl needs GPUs, the device is {device.type}. Use --comm=gloo.")
-    if comm == "nccl" and shared:
-        raise UserError("--comm=nccl cannot share a GPU between ranks. Use --comm=gloo.")
-    if comm == "shm" and tp == 1:
-        comm = "gloo"  # the dp axis is torch's own
-    return comm if launch.size > 1 else "none"
-
-
-def set_threads(threads: int, device: torch.device, launch: Launch) -> None:
-    """CPU threads of this rank: its share of the cores it may use, unless told otherwise."""
-    if not threads and device.type == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-        threads = max(1, cores // launch.local_size)
-    if threads:
-        torch.set_num_threads(threads)
-
-
-def check_compiler(device: torch.device) -> None:
-    """UserError where torch.compile has nothing to compile with: a C++ compiler for a CPU; Triton and a C compiler
-    (for what starts its kernels) for a GPU."""
-    gpu = device.type == "cuda"
-    given = os.environ.get("CC" if gpu else "CXX")
-    usual = ("gcc", "clang") if gpu else ("clang++" if sys.platform == "darwin" else "g++",)
-    names = (given,) if given else usual
-    missing = "" if any(map(shutil.which, names)) else f"a compiler ({' or '.join(names)})"
-    if gpu and importlib.util.find_spec("triton") is None:
-        missing = "the package triton"
-    if missing:
-        raise UserError(f"--compile=True needs {missing}, which is not here. Install it, or leave --compile out.")
-
-
-def _store(launch: Launch, seconds: float) -> tuple[Any, bool]:
-    """A client of the store through which ranks find each other, and whether this process holds it: torchrun does, or, where
-    something else has started the ranks, rank 0. UserError where it is not there within `seconds`."""
-    host, port = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT")
-    if not host:
-        raise UserError(f"MASTER_ADDR is not set. {HOW_TO_START}")
-    if not 0 < port < 2**16:
-        raise UserError(f"MASTER_PORT={port} is no port: those are 1 to {2**16 - 1}.")
-    holds, end = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True", time.monotonic() + seconds
-
-    def connect() -> Any:
-        try:
-            while not holds and not _answers(host, port):  # torch would complain at each attempt
-                if time.monotonic() > end:
-                    return TimeoutError()
-                time.sleep(0.05)
-            limit = timedelta(seconds=max(1.0, end - time.monotonic()))
-            listen = _listening_here(host, port) if holds else None
-            return dist.TCPStore(
-                host, port, None, holds, limit, wait_for_workers=False, multi_tenant=True, master_listen_fd=listen
-            )
-        except (RuntimeError, ValueError, OSError) as error:
-            return error
-
-    store = answer(connect, None, seconds + ANSWER_S)
-    if not isinstance(store, Exception | None):
-        return store, holds
-    if holds:
-        fault = f"rank 0 cannot listen at port {port} ({str(store).strip().splitlines()[0]}). Set another MASTER_PORT."
-    elif store is None or isinstance(store, RuntimeError):
-        fault = f"what answers at {host}:{port} is no store: another program has that port. Set another MASTER_PORT."
-    else:
-        fault = (
-            f"rank {launch.rank} (host {socket.gethostname()}) found nobody at {host}:{port} within {seconds:g} s. Is "
-            f"rank 0 there, and can this host reach it? --start_timeout waits longer."
-        )
-    raise Unheard(fault)
-
-
-def _answers(host: str, port: int) -> bool:
-    with contextlib.suppress(OSError):
-        socket.create_connection((host, port), 1).close()
-        return True
-    return False
-
-
-def _listening_here(host: str, port: int) -> int | None:
-    """A socket that only this host reaches, where ranks look for the store at a loopback address; torch would listen to
-    all the world. None elsewhere. OSError where the port cannot be had."""
-    address = socket.gethostbyname(host)
-    return socket.create_server((address, port)).detach() if address.startswith("127.") else None
 
 
 def _check_statements(stated: list[dict[str, Any]]) -> None:
@@ -511,7 +275,7 @@ def start(options: Any, tp: int, prog: str, promise: dict[str, Any]) -> Iterator
     if launch.size == 1:
         yield World(0, 1, device, comm, Axis("tp", ledger=ledger), Axis("dp", ledger=ledger), ledger, launch=launch)
         return
-    store, holds = _store(launch, options.start_timeout)
+    store, holds = open_store(launch, options.start_timeout)
     mine = {**vars(Peer.here()), "device": str(device), "gpu": gpu_name(device), "options": promise}
     attempt, stated = call_roll(store, launch.rank, launch.size, mine, options.start_timeout)
     _check_statements(stated)

@@ -24,7 +24,8 @@ from checkpoints import directory
 from checkpoints.training import steps
 from errors import Stopped, UserError
 from options import TrainOptions
-from parallel.mesh import Launch, World
+from parallel.launch import Launch
+from parallel.mesh import World
 from tp_model import TensorParallelGPT
 
 SHORT: dict[str, Any] = {"max_iters": 4, "eval_interval": 4, "tp": 1}

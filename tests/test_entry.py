@@ -19,10 +19,11 @@ import pytest
 import torch
 
 import entry
+import parallel.launch
 from errors import UserError, explaining_memory
 from grammar import parse
 from options import RunOptions, TrainOptions
-from parallel import mesh
+from parallel import devices, mesh
 from parallel.collectives import all_reduce
 from parallel.data_parallel import replicate
 from parallel.mesh import World
@@ -172,10 +173,10 @@ def test_compile_without_a_compiler(device: str, missing: str, monkeypatch: pyte
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as error:
-        mesh.check_compiler(torch.device(device))
+        devices.check_compiler(torch.device(device))
     assert str(error.value) == f"--compile=True needs {missing}, which is not here. Install it, or leave --compile out."
     monkeypatch.setenv("CXX", sys.executable)
-    mesh.check_compiler(torch.device("cpu"))
+    devices.check_compiler(torch.device("cpu"))
 
 
 def _killed(world: World, options: Any) -> None:
@@ -235,9 +236,9 @@ def test_debug_shows_the_traceback_of_a_mistake(tmp_path: Path) -> None:
 def test_devices_that_cannot_be(device: str, comm: str, size: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    there = mesh.Launch(0, size, 0, size)
+    there = parallel.launch.Launch(0, size, 0, size)
     with pytest.raises(UserError) as error:
-        mesh.pick_comm(comm, mesh.pick_device(device, there), there, size)
+        devices.pick_comm(comm, devices.pick_device(device, there), there, size)
     assert str(error.value) == message
 
 
@@ -258,39 +259,39 @@ def stated(*gpus: str, host: str = "a") -> list[dict[str, Any]]:
 
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, 2)
-    here = [mesh.pick_device("auto", mesh.Launch(rank, 4, rank, 4)) for rank in range(4)]
+    here = [devices.pick_device("auto", parallel.launch.Launch(rank, 4, rank, 4)) for rank in range(4)]
     assert [device.index for device in here] == [0, 1, 0, 1]
-    said = stated(*map(mesh.gpu_name, here))
+    said = stated(*map(devices.gpu_name, here))
     with pytest.raises(UserError) as error:
-        mesh.share_gpus(said, False)
+        devices.share_gpus(said, False)
     assert str(error.value) == (
         "4 processes on host a but 2 CUDA devices: ranks 0 and 2 have the same one. Start 2, pass "
         "--device=cpu, or share a device with --oversubscribe=True."
     )
-    there = mesh.Launch(3, 4, 3, 4)
-    assert mesh.share_gpus(said, True)
-    assert mesh.pick_comm("auto", here[3], there, 2, shared=True) == "gloo"  # nccl cannot share a device
+    there = parallel.launch.Launch(3, 4, 3, 4)
+    assert devices.share_gpus(said, True)
+    assert devices.pick_comm("auto", here[3], there, 2, shared=True) == "gloo"  # nccl cannot share a device
     with pytest.raises(UserError, match="--comm=nccl cannot share a GPU"):
-        mesh.pick_comm("nccl", here[3], there, 2, shared=True)
-    assert not mesh.share_gpus(said[:2], False)
-    assert mesh.pick_comm("auto", here[0], mesh.Launch(0, 2, 0, 2), 2) == "nccl"
+        devices.pick_comm("nccl", here[3], there, 2, shared=True)
+    assert not devices.share_gpus(said[:2], False)
+    assert devices.pick_comm("auto", here[0], parallel.launch.Launch(0, 2, 0, 2), 2) == "nccl"
 
 
 def test_ranks_that_see_one_gpu_each_are_told_apart() -> None:
     """As srun --gpus-per-task=1 starts them: to each rank its GPU is the first, and the only one."""
-    assert not mesh.share_gpus(stated("x", "y") + stated("z", "v", host="b"), False)
-    assert not mesh.share_gpus(stated("", "", ""), False)  # CPUs
+    assert not devices.share_gpus(stated("x", "y") + stated("z", "v", host="b"), False)
+    assert not devices.share_gpus(stated("", "", ""), False)  # CPUs
     with pytest.raises(UserError, match="2 processes on host b but 1 CUDA devices: ranks 2 and 3 have the same one"):
-        mesh.share_gpus(stated("x", "y") + stated("z", "z", host="b"), False)
+        devices.share_gpus(stated("x", "y") + stated("z", "z", host="b"), False)
 
 
 def test_one_gpu_for_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, 2)
-    assert mesh.pick_device("cuda:1", mesh.Launch(0, 1, 0, 1)) == torch.device("cuda", 1)
+    assert devices.pick_device("cuda:1", parallel.launch.Launch(0, 1, 0, 1)) == torch.device("cuda", 1)
     with pytest.raises(UserError, match="--device=cuda:1 is one GPU and there are 2 ranks. Use --device=cuda, and CUDA_VIS"):
-        mesh.pick_device("cuda:1", mesh.Launch(0, 2, 0, 2))
+        devices.pick_device("cuda:1", parallel.launch.Launch(0, 2, 0, 2))
     with pytest.raises(UserError, match="--device=cuda:2, but this host has 2 CUDA devices"):
-        mesh.pick_device("cuda:2", mesh.Launch(0, 1, 0, 1))
+        devices.pick_device("cuda:2", parallel.launch.Launch(0, 1, 0, 1))
 
 
 def test_a_driver_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -302,26 +303,26 @@ def test_a_driver_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch, caps
     gpus(monkeypatch, 2)
     monkeypatch.setattr(torch.cuda, "is_available", old)
     with pytest.raises(UserError, match="--device=cuda, but CUDA initialization: The NVIDIA driver .*11040.. Use --device=cpu"):
-        mesh.pick_device("cuda", mesh.Launch(0, 1, 0, 1))
-    assert mesh.pick_device("auto", mesh.Launch(0, 1, 0, 1)) == torch.device("cpu")
+        devices.pick_device("cuda", parallel.launch.Launch(0, 1, 0, 1))
+    assert devices.pick_device("auto", parallel.launch.Launch(0, 1, 0, 1)) == torch.device("cpu")
     assert capsys.readouterr().err.startswith("no GPU is used: CUDA initialization: The NVIDIA driver on your")
 
 
 def test_bfloat16_on_a_gpu_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, 1, bf16=False)
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-    assert mesh.pick_dtype("auto", gpu) == torch.float32
-    assert mesh.pick_dtype("bfloat16", cpu) == torch.bfloat16 and mesh.pick_dtype("float16", gpu) == torch.float16
+    assert devices.pick_dtype("auto", gpu) == torch.float32
+    assert devices.pick_dtype("bfloat16", cpu) == torch.bfloat16 and devices.pick_dtype("float16", gpu) == torch.float16
     with pytest.raises(UserError, match="--dtype=bfloat16: Tesla T4 has none. Use --dtype=float16 or --dtype=float32."):
-        mesh.pick_dtype("bfloat16", gpu)
+        devices.pick_dtype("bfloat16", gpu)
     gpus(monkeypatch, 1)
-    assert mesh.pick_dtype("auto", gpu) == torch.bfloat16
+    assert devices.pick_dtype("auto", gpu) == torch.bfloat16
 
 
 def test_a_half_set_environment_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="WORLD_SIZE is not set. Start ranks with torchrun"):
-        mesh.Launch.from_environment()
+        parallel.launch.Launch.from_environment()
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -339,7 +340,7 @@ def test_ranks_that_cannot_be(changes: dict[str, str], message: str, monkeypatch
     for key, value in {**one, **changes}.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(UserError) as error:
-        mesh.Launch.from_environment()
+        parallel.launch.Launch.from_environment()
     assert str(error.value).startswith(message)
 
 
@@ -349,7 +350,7 @@ def test_ports_that_cannot_be(port: str, tmp_path: Path, monkeypatch: pytest.Mon
     for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(UserError, match="^MASTER_PORT(=| is not set)"):
-        mesh._store(mesh.Launch(0, 2, 0, 2), 1)
+        parallel.launch.open_store(parallel.launch.Launch(0, 2, 0, 2), 1)
     assert mesh.first_to_fail(None)
 
 
@@ -365,7 +366,7 @@ def test_a_store_of_one_host_listens_to_that_host_alone(host: str, monkeypatch: 
     port = free_port()
     monkeypatch.setenv("MASTER_ADDR", host)
     monkeypatch.setenv("MASTER_PORT", str(port))
-    store, holds = mesh._store(mesh.Launch(0, 2, 0, 2), 5)
+    store, holds = parallel.launch.open_store(parallel.launch.Launch(0, 2, 0, 2), 5)
     store.set("key", "value")
     tables = [Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
     sockets = [line.split() for line in sum(tables, [])]

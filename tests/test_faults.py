@@ -15,7 +15,8 @@ from test_entry import free_port
 import train_tp
 from checkpoints.sources import LATEST
 from options import TrainOptions
-from parallel.mesh import Launch, World
+from parallel.launch import Launch
+from parallel.mesh import World
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run"]
 

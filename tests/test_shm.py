@@ -16,7 +16,9 @@ from torch import Tensor
 from native.library import Unavailable
 from parallel import shm
 from parallel.collectives import all_reduce
-from parallel.mesh import Launch, World, make_axis, pick_comm
+from parallel.devices import pick_comm
+from parallel.launch import Launch
+from parallel.mesh import World, make_axis
 from parallel.shm import SLOT_BYTES, ShmTransport
 
 PIECE = SLOT_BYTES // 4  # float32 elements
