@@ -125,6 +125,7 @@ class Watch:
         self._beat = 0
         self._since: dict[tuple[str, int], float] = {}  # the calls that are under way, and when each was first seen to be
         self._heard = threading.Event()  # that some rank has failed
+        self._lingers = False  # at this rank's end
         self._mute = False  # the store has not answered, or is gone: who asks it again may wait for ever
         self._left: set[int] = set()  # ranks of this host that have come to their end
         self._stop = threading.Event()
@@ -173,6 +174,7 @@ class Watch:
 
     def linger(self, said: bool) -> None:
         """Stay for as long as others need this process, at a run's bad end. said: this rank has said why."""
+        self._lingers = True
         if self.holds:
             end = time.monotonic() + BEAT_S + GRACE_S + ANSWER_S  # others have its store to ask
             while time.monotonic() < end and len(self._ended()) < len(self.peers) - 1:
@@ -336,6 +338,8 @@ class Watch:
         if self._stop.wait(GRACE_S):
             return
         self._kill(self._silent(before, self._others(self._failed) or {}))
+        if self._lingers:
+            return  # it is about to end with a status of its own
         if self.holds:
             self.linger(said=True)  # torch complains on ranks whose store goes before they do
         os._exit(1)
