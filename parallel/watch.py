@@ -203,6 +203,10 @@ class Watch:
             if now - last > 3 * beat + 1:
                 self._since.clear()  # this process has been stopped itself: it was not the others who were late
             last = now
+            if self._lingers:  # the run has failed, and this rank is about to end with a status of its own
+                with contextlib.suppress(RuntimeError):
+                    self._publish()
+                continue
             self._look_at_launcher(now)
             self._look_at_processes()
             for number in STOPS:
@@ -339,7 +343,7 @@ class Watch:
             return
         self._kill(self._silent(before, self._others(self._failed) or {}))
         if self._lingers:
-            return  # it is about to end with a status of its own
+            return
         if self.holds:
             self.linger(said=True)  # torch complains on ranks whose store goes before they do
         os._exit(1)
