@@ -136,6 +136,7 @@ def after_restart(world: World, options: TrainOptions) -> TrainOptions:
 def make_ready(out_dir: Path, resumed: bool) -> list[Path]:
     """Delete what saves that were broken off have left. Gives the checkpoints that go when this run has one of its own:
     those of an earlier run, where this one starts over."""
+    out_dir.mkdir(parents=True, exist_ok=True)
     for left in out_dir.glob(".step-*.tmp*"):
         shutil.rmtree(left, ignore_errors=True)
     metrics, before = out_dir / METRICS, out_dir / BEFORE
