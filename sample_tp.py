@@ -29,7 +29,7 @@ from parallel.devices import pick_dtype
 from parallel.ledger import Account
 from parallel.mesh import World
 from parallel.partition import Partition
-from parallel.quantized import Gather, quantize, read_bytes
+from parallel.quantized import Gather, quantize, read_weights
 from sampling import Sampling
 from shard_checkpoint import imbalance
 from speculation import Guesser, Ngrams, SmallModel, Speculation
@@ -326,8 +326,9 @@ def used(world: World, model: TensorParallelGPT, result: Generation, decoder: De
     seconds = timing.decode_s - decoder.capture_s
     length = sum(min(size, len(row.tokens) - row.new / 2) for row in rows) / len(rows)
     operations = timing.decode_tokens * peaks.operations(model.split, length, False) / seconds
-    read = sum(world.gather(read_bytes(model))) * timing.decode_steps / seconds
-    return peaks.Use(operations, dtype, read)
+    weights = read_weights(model)
+    read = sum(world.gather(sum(w.nbytes for w in weights))) * timing.decode_steps / seconds
+    return peaks.Use(operations, dtype, read, weights)
 
 
 def rates(timing: Timing) -> dict[str, float]:

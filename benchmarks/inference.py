@@ -35,7 +35,7 @@ from parallel.cost import ring_bytes
 from parallel.ledger import Account, total
 from parallel.mesh import World
 from parallel.partition import Partition
-from parallel.quantized import read_bytes
+from parallel.quantized import read_weights
 from parallel.schedule import Schedule
 from sample_tp import drafted, encode, load, read_prompts
 from sampling import Sampling
@@ -142,7 +142,8 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
             model.set_schedule(Schedule.plain(model.config.n_layer))
             plain = decoder_for(model)
             model.set_schedule(schedule)
-        read = sum(world.gather(read_bytes(model)))
+        weights = read_weights(model)
+        read = sum(world.gather(sum(w.nbytes for w in weights)))
         length = len(measured.prompt) + n / 2
         needed = peaks.operations(model.split, length, backward=False)
         dtype = next(model.parameters()).dtype
@@ -161,7 +162,7 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
         def once() -> dict[str, Any]:
             made = step()
             # in the round: a shared machine's changes by the minute
-            most = {"bandwidth": peaks.bandwidth(world), "arithmetic": peaks.arithmetic(world, dtype)}
+            most = {"bandwidth": peaks.bandwidth(world, weights), "arithmetic": peaks.arithmetic(world, dtype)}
             return made | most
 
         def all_syncs() -> dict[str, Any]:
@@ -191,8 +192,8 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
     lines += [
         f"decode of {n} tokens after {len(measured.prompt)}, batch 1, on {world.size} ranks of {torch.get_num_threads()} "
         f"threads: {world.comm}, {decoder.name} step{', int8' if options.quantize else ''}; sync points: {schedule}",
-        f"weights read: {shown([rate / 1e9 for rate in rates])} GB/s, {shown(used, '.0%')} of what all ranks together read "
-        f"at the same time, {shown([most / 1e9 for most in bandwidths])} GB/s (MBU)",
+        f"weights read: {shown([rate / 1e9 for rate in rates])} GB/s, {shown(used, '.0%')} (MBU) of what they are "
+        f"read at alone, by all ranks at once, {shown([most / 1e9 for most in bandwidths])} GB/s",
         f"products: {shown(mfu, '.2%')} of {shown([turn['arithmetic'] / 1e9 for turn in ours])} GFLOP/s (MFU)",
         f"in collectives (rank 0's clock): {shown(shares, '.1%')} of a step; {ours[0]['calls']:.1f} calls and "
         f"{ours[0]['bytes']:,.0f} bytes a token, {ring_bytes(ours[0]['bytes'], world.size):,.0f} sent by a ring",

@@ -1,13 +1,13 @@
 """What the machine gives while all ranks ask for it at once, and how much of that a run has used.
 
-MBU: weights read a second over the bytes that memory gives. MFU: operations of the model's products a
+MBU: bytes of weights that decoding reads a second over those that memory gives. MFU: operations of the model's products a
 second over what a large product of the same precision gets, counted as nanoGPT counts them.
 """
 
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor
 from parallel.mesh import World
 from parallel.partition import Partition
 
-READ_BYTES = 1 << 28  # a rank's buffer: larger than any cache
+COPIED_BYTES = 1 << 28  # in a GPU's memory: more than its cache holds
+LEAST_BYTES = 1 << 14  # of a weight that is read: a call of torch's takes microseconds
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices that are multiplied
 WINDOW_S = 0.05
-WINDOWS = 3  # the best counts: other programs may run beside
+WINDOWS = 5  # the best counts: other programs may run beside
 
 
 def together(world: World, once: Callable[[], object], amount: float) -> float:
@@ -44,20 +45,22 @@ def _room(world: World, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | 
     return made if all(world.gather(made is not None)) else None
 
 
-def bandwidth(world: World) -> float:
-    """Bytes a second: a CPU's when it reads, a GPU's when it copies (a byte read, a byte written)."""
-    copies = world.device.type == "cuda"
-    buffer = _room(world, (2 if copies else 1, READ_BYTES // 4), torch.float32)
+def bandwidth(world: World, weights: list[Tensor]) -> float:
+    """Bytes a second that memory gives: on a CPU for reading these weights themselves, as where they lie
+    matters (its caches, another socket's memory); on a GPU for a copy (a byte read, a byte written)."""
+    if world.device.type != "cuda":
+        words = [w.detach().flatten().view(torch.uint8) for w in weights if w.nbytes >= LEAST_BYTES]
+        words = [w[: len(w) // 8 * 8].view(torch.int64) for w in words]  # summed as fast as they come
+        return together(world, lambda: [w.sum() for w in words], sum(w.nbytes for w in words))
+    buffer = _room(world, (2, COPIED_BYTES // 4), torch.float32)
     if buffer is None:
         return 0.0
-    if not copies:
-        return together(world, buffer.sum, READ_BYTES)
 
     def copy() -> None:
         for _ in range(8):  # long beside the host's wait for the last
             buffer[1].copy_(buffer[0])
 
-    return together(world, copy, 16 * READ_BYTES)
+    return together(world, copy, 16 * COPIED_BYTES)
 
 
 def arithmetic(world: World, dtype: torch.dtype) -> float:
@@ -78,18 +81,19 @@ def operations(split: Partition, length: float, backward: bool) -> float:
 
 @dataclass(frozen=True)
 class Use:
-    """What a run has used a second, of what there was. dtype: of its products. read: bytes of weights,
-    0 where reading them is not what bounds it."""
+    """What a run has used a second, of what there was. dtype: of its products. read: bytes of `weights`
+    over all ranks, 0 where reading them is not what bounds it."""
 
     operations: float
     dtype: torch.dtype
     read: float = 0.0
+    weights: list[Tensor] = field(default_factory=list)
 
     def figures(self, world: World) -> dict[str, Any]:
         """The report's `utilisation`; every rank calls this."""
         found: dict[str, Any] = {}
         if self.read:
-            found["bandwidth_bytes_per_s"] = peak = bandwidth(world)
+            found["bandwidth_bytes_per_s"] = peak = bandwidth(world, self.weights)
             found["mbu"] = round(self.read / peak, 6) if peak else 0.0
         found["peak_operations_per_s"] = peak = arithmetic(world, self.dtype)
         found["mfu"] = round(self.operations / peak, 6) if peak else 0.0
@@ -102,7 +106,7 @@ def text(figures: dict[str, Any], what: str, precision: str) -> str:
     if figures.get("mbu"):
         most = figures["bandwidth_bytes_per_s"] / 1e9
         words.append(
-            f"MBU {figures['mbu']:.1%} of {most:,.1f} GB/s (weights read, of what memory gives)"
+            f"MBU {figures['mbu']:.1%} of the {most:,.1f} GB/s at which its weights can be read"
         )
     if figures.get("mfu"):
         most = figures["peak_operations_per_s"] / 1e9

@@ -144,11 +144,13 @@ def quantization(model: nn.Module) -> str:
     return "int8" if any(isinstance(module, Int8Weight) for module in model.modules()) else ""
 
 
-def read_bytes(model: Any) -> int:
-    """Bytes of this rank's weights that a decode step reads: not the position table, and of an int8 head not the float one."""
-    wte, wpe = model.transformer.wte.weight, model.transformer.wpe.weight
-    skipped = wpe.nbytes + (wte.nbytes if hasattr(model.transformer.wte, "int8") else 0)
-    return weight_bytes(model) - int(skipped)
+def read_weights(model: Any) -> list[Tensor]:
+    """This rank's weights that a decode step reads: not the position table, and beside an int8 head not the float one."""
+    wte, wpe = model.transformer.wte, model.transformer.wpe
+    skipped = [wpe.weight] + [wte.weight] * hasattr(wte, "int8")
+    int8 = [module for module in model.modules() if isinstance(module, Int8Weight)]
+    found = [p.detach() for p in model.parameters() if all(p is not other for other in skipped)]
+    return found + [tensor for module in int8 for tensor in (module.q, module.scale)]
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -18,7 +18,7 @@ from generation import generate
 from model import GPTConfig
 from parallel import peaks
 from parallel.partition import Partition
-from parallel.quantized import read_bytes
+from parallel.quantized import read_weights
 from sampling import Sampling
 from tp_model import TensorParallelGPT
 
@@ -26,8 +26,9 @@ from tp_model import TensorParallelGPT
 def decode(step: Step, name: str = "gpt2") -> None:
     """Decoding after a prompt of 128 in bfloat16: ms a token, and GB/s of weights read beside a copy's."""
     config, dtype, n = step.config(name), torch.bfloat16, 12 if step.tiny else 128
-    model, copied = step.model(config, dtype), peaks.bandwidth(step.world)
-    read = read_bytes(model)
+    model = step.model(config, dtype)
+    weights = read_weights(model)
+    read, copied = sum(w.nbytes for w in weights), peaks.bandwidth(step.world, weights)
     prompt = [(7 * i * i + 3) % (config.vocab_size - 1) for i in range(16 if step.tiny else 128)]
 
     def whole(what: str, decoder: Decoder, tokens: int, temperature: float = 0.0) -> None:

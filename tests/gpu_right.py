@@ -43,7 +43,8 @@ def facts(step: Step) -> None:
         }
         about |= {"cudnn": torch.backends.cudnn.version(), "nccl": str(torch.cuda.nccl.version())}
     step.say("machine", **about)
-    step.say("memory, a copy", GBps=peaks.bandwidth(step.world) / 1e9)
+    buffer = [torch.ones(1 << 24)]  # what a CPU reads; a GPU copies
+    step.say("memory", GBps=peaks.bandwidth(step.world, buffer) / 1e9)
     for dtype in (torch.bfloat16, torch.float32):
         rate = peaks.arithmetic(step.world, dtype) / 1e12
         step.say(f"a {str(dtype)[6:]} product", TFLOPs=rate)
