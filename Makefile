@@ -1,5 +1,5 @@
 # make demo   a small GPT trained, split and sampled on 2 ranks, offline
-# make test   lint, types, tests
+# make test   the tests, in two processes; make check adds lint and types
 # make docs   the walk-through: its commands run again, its quotations and figures rewritten (wants matplotlib)
 PYTHON ?= python3
 BIN = .venv/bin
@@ -20,7 +20,7 @@ demo: .venv/ready
 	$(RANKS) sample_tp.py --init_from=out/demo-shards --prompt="The " --max_new_tokens=300 --temperature=0.5 --seed=7 --report=out/demo-report.json
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 docs: .venv/ready
 	$(BIN)/python docs/quote.py docs/tensor_parallelism.md
