@@ -100,7 +100,7 @@ def imbalance(partition: Partition) -> str:
 
 def write_shards(source: Source, partition: Partition, dtype: torch.dtype, directory: Path) -> Manifest:
     """Write every rank's file and the manifest into `directory`: tensor after tensor, the ranks' parts at the same time."""
-    shapes, rules, ranks = partition.shapes(), partition.rules(), range(partition.tp)
+    shapes, rules, ranks = partition.shapes(), partition.rules, range(partition.tp)
     owned = {name: TensorEntry(shape, Rule(rules[name].dim, rules[name].runs)) for name, shape in shapes.items()}
     files = []
     for rank in ranks:

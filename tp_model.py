@@ -256,7 +256,7 @@ class TensorParallelGPT(nn.Module):
     @torch.no_grad()
     def load(self, read: Read) -> None:
         """Fill every parameter from `read`. The tied head is the embedding table itself: there is no second copy."""
-        rules = self.split.rules()
+        rules = self.split.rules
         for name, parameter in self.named_parameters():
             self.put(name, parameter, read(name, rules[name]))
 
@@ -280,7 +280,7 @@ class TensorParallelGPT(nn.Module):
         return full[: self._owned_rows(name, tensor)]
 
     def _owned_rows(self, name: str, tensor: Tensor) -> int:
-        rule = self.split.rules()[name]
+        rule = self.split.rules[name]
         return tensor.shape[0] if rule.rows is None else rule.owned(self.tp.rank)
 
     def set_schedule(self, schedule: Schedule) -> None:
@@ -395,7 +395,7 @@ class TensorParallelGPT(nn.Module):
         several sub-blocks between two sync points the LayerNorms, and the biases added before its end; where the sequence is
         split all of them, as each has met no other tokens than this rank's."""
         if self.sequence_parallel:
-            rules = self.split.rules()
+            rules = self.split.rules
             return [parameter for name, parameter in self.named_parameters() if rules[name].dim is None]
         found: list[nn.Parameter] = []
         for run in self.schedule.runs():
@@ -418,7 +418,7 @@ class TensorParallelGPT(nn.Module):
         A sharded parameter's squares add up over the ranks; a replicated one's gradient is the same on every rank and
         counts once. Padding rows have no gradient.
         """
-        rules = self.split.rules()
+        rules = self.split.rules
         shared: list[Tensor] = []
         own: list[Tensor] = []
         for name, parameter in self.named_parameters():

@@ -502,7 +502,7 @@ def replicas_are_due(run: Run) -> bool:
 
 def check_replicas(run: Run, batches: Tensor) -> None:
     """DriftError where ranks of a tp group have computed on different tokens, or ranks differ in a parameter they share."""
-    world, rules, step = run.world, run.model.split.rules(), run.progress.iter_num
+    world, rules, step = run.world, run.model.split.rules, run.progress.iter_num
     held_here = {name: held(p)[0] for name, p in run.model.named_parameters()}
     replicated = {name: tensor for name, tensor in held_here.items() if rules[name].dim is None}
     check_alike({"batch": batches, **replicated}, world.tp.at("optimizer"), "tp ranks", step)

@@ -87,7 +87,7 @@ class Case:
         return Split.sized(self.config, tp, self.intermediate)
 
     def rules(self, tp: int) -> dict[str, Rule]:
-        return of_part(self.part, self.split(tp).rules())
+        return of_part(self.part, self.split(tp).rules)
 
     def replicated(self, strategy: str) -> list[str]:
         """The parameters of which a rank has a part of the gradient only."""
@@ -130,7 +130,7 @@ def answers(case: Case, virtual: Split | None = None) -> dict[str, Tensor]:
 def dropped_sync(whole: model.Block, split: Split, x: Tensor) -> Tensor:
     """A layer without the sync point after its attention, ranks as turns of a loop: each rank's MLP reads x, the attention's
     bias and its own heads' output; the sum of all heads and columns reaches the stream."""
-    p, rules = dict(whole.named_parameters()), of_part("layer", split.rules())
+    p, rules = dict(whole.named_parameters()), of_part("layer", split.rules)
 
     def linear(z: Tensor, name: str, rank: int, bias: bool) -> Tensor:
         b = take(p[f"{name}.bias"], rules[f"{name}.bias"], rank) if bias and split.bias else None

@@ -279,7 +279,7 @@ def _shapes(model: TensorParallelGPT) -> Shapes:
 
 
 def _entries(model: TensorParallelGPT) -> dict[str, TensorEntry]:
-    shapes, rules = model.split.shapes(), model.split.rules()
+    shapes, rules = model.split.shapes(), model.split.rules
     return {name: TensorEntry(shape, Rule(rules[name].dim, rules[name].runs)) for name, shape in shapes.items()}
 
 
@@ -343,7 +343,7 @@ def load_optimizer(
     shards.check_tensors({f"{moment}.{name}": shape for moment in MOMENTS for name, shape in shapes.items()})
     for i in range(world.rank, shards.manifest.tp, world.size):
         shards.check_bytes(i)
-    rules, names = model.split.rules(), {p: name for name, p in model.named_parameters()}
+    rules, names = model.split.rules, {p: name for name, p in model.named_parameters()}
     read = reader(shards, model.tp.rank, model.config.block_size)
     state, index = {}, 0
     for group in optimizer.param_groups:

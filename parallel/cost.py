@@ -281,7 +281,7 @@ class Step:
         """Numbers in the gradients of which a rank has a part only, see TensorParallelGPT.partial_gradients."""
         C, vectors = self.split.n_embd, 2 if self.split.bias else 1
         if self.split_tokens:
-            rules = replace(self.split, n_layer=1).rules()
+            rules = replace(self.split, n_layer=1).rules
             return sum(prod(shape) * self.times(name) for name, shape in self.shapes.items() if rules[name].dim is None)
         runs = [run for run in self.schedule.runs() if len(run) > 1]
         return sum(len(run) * vectors * C + (len(run) - 1) * C * self.split.bias for run in runs)

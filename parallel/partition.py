@@ -6,6 +6,7 @@ the optimizer's state, gradient norms and the tests all read it and nothing else
 
 import re
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from errors import UserError
@@ -142,6 +143,7 @@ class Partition:
         shapes |= {"transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,)}
         return {name: shape for name, shape in shapes.items() if self.bias or not name.endswith(".bias")}
 
+    @cached_property
     def rules(self) -> dict[str, Rule]:
         """The table: the split rule of every parameter in `shapes`."""
         ranks = range(self.tp)
@@ -163,13 +165,13 @@ class Partition:
         return {name: next(rule for pattern, rule in table.items() if re.fullmatch(pattern, name)) for name in self.shapes()}
 
     def local_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
-        rules = self.rules()
+        rules = self.rules
         return {name: rules[name].local_shape(shape, rank) for name, shape in self.shapes().items()}
 
     def count(self, rank: int | None = None) -> int:
         """Parameters of the full model, or those that `rank` owns (padding rows are nobody's)."""
         total = 0
-        rules = self.rules()
+        rules = self.rules
         for name, shape in self.shapes().items():
             rule, size = rules[name], 1
             for dim, n in enumerate(shape):

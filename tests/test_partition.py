@@ -64,7 +64,7 @@ def test_heads_of_the_models_that_do_not_divide() -> None:
 @pytest.mark.parametrize("tp", range(1, 6))
 def test_every_entry_has_one_owner(tp: int, bias: bool) -> None:
     split = partition(tp, bias=bias)
-    rules = split.rules()
+    rules = split.rules
     assert list(rules) == list(split.shapes())
     for name, shape in split.shapes().items():
         rule = rules[name]
@@ -80,7 +80,7 @@ def test_every_entry_has_one_owner(tp: int, bias: bool) -> None:
 
 @pytest.mark.parametrize("tp", range(1, 6))
 def test_what_is_split_and_what_is_not(tp: int) -> None:
-    dims = {name.removeprefix("transformer.").replace("h.1.", "h.0."): rule.dim for name, rule in partition(tp).rules().items()}
+    dims = {name.removeprefix("transformer.").replace("h.1.", "h.0."): rule.dim for name, rule in partition(tp).rules.items()}
     assert dims == {
         "wte.weight": 0,
         "wpe.weight": None,
@@ -103,16 +103,16 @@ def test_what_is_split_and_what_is_not(tp: int) -> None:
 
 def test_qkv_runs_by_hand() -> None:
     """5 heads of 4 channels over 2 ranks: heads 0-2 and 3-4, the same heads in q [0, 20), k [20, 40) and v [40, 60)."""
-    rule = partition(2).rules()["transformer.h.1.attn.c_attn.weight"]
+    rule = partition(2).rules["transformer.h.1.attn.c_attn.weight"]
     assert rule.runs == (((0, 12), (20, 32), (40, 52)), ((12, 20), (32, 40), (52, 60)))
-    assert partition(2).rules()["transformer.h.1.attn.c_proj.weight"].runs == (((0, 12),), ((12, 20),))
+    assert partition(2).rules["transformer.h.1.attn.c_proj.weight"].runs == (((0, 12),), ((12, 20),))
 
 
 @pytest.mark.parametrize("tp", range(1, 6))
 def test_a_head_is_whole_on_its_rank(tp: int) -> None:
     """Its rows of q, of k and of v, and the columns of c_proj that read it: without them attention would mix heads."""
     split = partition(tp)
-    rules = split.rules()
+    rules = split.rules
     qkv, proj = rules["transformer.h.0.attn.c_attn.weight"], rules["transformer.h.0.attn.c_proj.weight"]
     for rank in range(tp):
         rows = [i for lo, hi in qkv.runs[rank] for i in range(lo, hi)]

@@ -84,7 +84,7 @@ def equations(model: GPT, idx: Tensor, tp: int, schedule: Schedule) -> Tensor:
     """Logits [B, T, V] of a model whose ranks are lists in one process: h_i = X + own_i + B between sync points, and
     X + B + sum of own_i at one."""
     p, config = dict(model.named_parameters()), model.config
-    rules, C, D = Partition.of(config, tp).rules(), config.n_embd, config.n_embd // config.n_head
+    rules, C, D = Partition.of(config, tp).rules, config.n_embd, config.n_embd // config.n_head
 
     def weight(name: str, rank: int) -> Tensor:
         return take(p[name], rules[name], rank)
@@ -153,7 +153,7 @@ def worst_error(
         "logits": ((last[:, 0] - logits[:, -1]).norm() / logits[:, -1].norm()).item(),
         "loss": abs(ours.item() / loss.item() - 1),
     }
-    rules = model.split.rules()
+    rules = model.split.rules
     for name, p in expected.named_parameters():
         mine = dict(model.named_parameters())[name].grad
         assert p.grad is not None and mine is not None

@@ -143,7 +143,7 @@ def worst_error(
         "loss without gradients": abs(evaluated.item() / loss.item() - 1),
         "gradient norm": abs(model.grad_norm().item() / norm - 1) if dtype == torch.float32 or dropped else 0.0,  # a float32
     }
-    rules = model.split.rules()
+    rules = model.split.rules
     for name, p in model.named_parameters():
         assert p.grad is not None
         part = take(whole[name], rules[name], world.tp.rank)
@@ -210,7 +210,7 @@ def _through_hidden(world: World) -> float:
     theirs = dict(expected.named_parameters())
     errors = [
         ((p.grad - theirs[name].grad).norm() / theirs[name].grad.norm()).item()  # type: ignore[operator, union-attr]
-        for name, p in model.named_parameters() if model.split.rules()[name].dim is None
+        for name, p in model.named_parameters() if model.split.rules[name].dim is None
     ]  # fmt: skip
     return max(errors)
 
@@ -314,7 +314,7 @@ def _slope(world: World, how: dict[str, Any]) -> tuple[float, float]:
 
     loss().backward()
     model.sum_partial_gradients()
-    rules, directions, along = model.split.rules(), [], torch.zeros(2, dtype=torch.float64)  # sharded; replicated
+    rules, directions, along = model.split.rules, [], torch.zeros(2, dtype=torch.float64)  # sharded; replicated
     for i, (name, p) in enumerate(model.named_parameters()):
         assert p.grad is not None
         sharded = rules[name].dim is not None

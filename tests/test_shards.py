@@ -173,7 +173,7 @@ def test_any_tp_reads_its_part(tmp_path: Path, written: int, bias: bool) -> None
     source = ShardSource(tmp_path / "d", verify=(0, 1))
     assert source.config == weights.config
     for tp in TPS:
-        for name, rule in Partition.of(weights.config, tp).rules().items():
+        for name, rule in Partition.of(weights.config, tp).rules.items():
             for rank in range(tp):
                 runs = rule.runs[rank] if rule.runs else ()
                 assert torch.equal(source.read(name, rule.dim, runs), weights.read(name, rule.dim, runs)), (tp, name, rank)
@@ -209,7 +209,7 @@ def test_a_split_that_is_not_ours(tmp_path: Path) -> None:
     write_json(tmp_path / "shards.json", Manifest(CONFIG, 2, "float32", "", tuple(files), entries).as_json())
     source = ShardSource(tmp_path, verify=(0, 1))
     for tp in (1, 3):
-        for name, rule in Partition.of(CONFIG, tp).rules().items():
+        for name, rule in Partition.of(CONFIG, tp).rules.items():
             for rank in range(tp):
                 runs_here = rule.runs[rank] if rule.runs else ()
                 assert torch.equal(source.read(name, rule.dim, runs_here), weights.read(name, rule.dim, runs_here)), name
@@ -611,7 +611,7 @@ def load(directory: Path) -> None:
     """As a run on two ranks loads a model: each checks its share of the bytes, then reads its part."""
     sources = [ShardSource(directory, verify=(rank, 2)) for rank in range(2)]
     for rank, source in enumerate(sources):
-        for name, rule in Partition.of(source.config, 2).rules().items():
+        for name, rule in Partition.of(source.config, 2).rules.items():
             source.read(name, rule.dim, rule.runs[rank] if rule.runs else ())
 
 

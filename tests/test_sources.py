@@ -67,7 +67,7 @@ def check_source(source: Any, expected: dict[str, torch.Tensor]) -> None:
     for name, full in expected.items():
         assert torch.equal(source.read(name, None, ()), full), name
     for tp in (2, source.config.n_head):
-        rules = Partition.of(source.config, tp).rules()
+        rules = Partition.of(source.config, tp).rules
         assert rules.keys() == expected.keys()
         for name, rule in rules.items():
             for rank, runs in enumerate(rule.runs):

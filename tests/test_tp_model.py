@@ -93,7 +93,7 @@ def worst_error(
     assert loss is not None and expected is not None
     loss.backward()
     expected.backward()
-    rules = model.split.rules()
+    rules = model.split.rules
     errors = [abs(loss.item() / expected.item() - 1)]
     full = {name: p.grad for name, p in reference.named_parameters()}
     norm = torch.stack([g.norm() for g in full.values() if g is not None]).norm()
@@ -227,7 +227,7 @@ def _init(world: World) -> dict[str, Tensor]:
 
 def test_every_split_starts_from_the_same_weights() -> None:
     reference = dict(GPT(SMALL).named_parameters())
-    rules = Partition.of(SMALL, 4).rules()
+    rules = Partition.of(SMALL, 4).rules
     for rank, owned in enumerate(run_ranks(4, _init)):
         for name, tensor in owned.items():
             assert torch.equal(tensor, take(reference[name], rules[name], rank).detach())
