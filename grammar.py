@@ -323,7 +323,8 @@ def _launcher(classes: Iterable[type[EntryOptions]]) -> str:
 
 def _help_line(key: _Key) -> str:
     choices = " | ".join(filter(None, key.limits.get("choices") or ()))
-    return key.help + (f" ({choices})" if choices else "") + (" (required)" if key.required else "")
+    also = f", or --{key.limits['also']}" if key.limits.get("also") else ""
+    return key.help + (f" ({choices})" if choices else "") + also + (" (required)" if key.required else "")
 
 
 def _default_text(key: _Key, default: Any) -> str:

@@ -70,6 +70,12 @@ class OddOptions(EntryOptions):
 
 # --- command line -----------------------------------------------------------------------------------------------------
 
+def test_the_help_names_the_second_name_of_an_option() -> None:
+    text = help_text(SampleOptions, "sample_tp.py")
+    (line,) = [line for line in text.splitlines() if line.startswith("  --start=")]
+    assert line.endswith(", or --prompt")
+
+
 def test_nothing_given_means_the_defaults():
     assert train() == TrainOptions()
     assert sample().start == ["\n"]
