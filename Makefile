@@ -20,7 +20,7 @@ demo: .venv/ready
 	$(RANKS) sample_tp.py --init_from=out/demo-shards --prompt="The " --max_new_tokens=300 --temperature=0.5 --seed=7 --report=out/demo-report.json
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 docs: .venv/ready
 	$(BIN)/python docs/quote.py docs/tensor_parallelism.md

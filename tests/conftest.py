@@ -20,9 +20,11 @@ peaks.SIDE, peaks.WINDOW_S = {"cpu": 8}, 1e-4
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that use a GPU come last, and are skipped where there are too few."""
+    """Files with slow tests come first: two processes then end together. Tests that use a GPU come last,
+    and are skipped where there are too few."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    items.sort(key=lambda item: item.get_closest_marker("gpu") is not None)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.get_closest_marker("gpu") is not None, item.path not in slow))
     for item in items:
         marker = item.get_closest_marker("gpu")
         if marker is not None and count < marker.args[0]:
