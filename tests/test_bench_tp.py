@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import run_ranks
 from test_sample_tp import alone
 
@@ -16,6 +18,7 @@ from benchmarks.contestants import Contestant
 from benchmarks.rounds import Bench, compare
 from errors import UserError
 from grammar import parse, parse_command
+from options import BenchDecodeOptions
 from parallel.cost import ring_bytes
 from parallel.mesh import World
 
@@ -42,6 +45,23 @@ def test_the_figures_of_rounds() -> None:
     assert figures["hf"]["tokens/s"] == {"median": 8.0, "min": 5.0, "max": 20.0}
     assert figures["hf"]["ratio"] == {"median": 2.0, "min": 1.0, "max": 4.0}  # of each round, not of the medians
     assert lines[2].split() == ["hf", "8.0", "(5.0", "to", "20.0)", "2.00", "(1.00", "to", "4.00)"]
+
+
+@pytest.mark.parametrize(
+    "device, asked, place",
+    [
+        ("cpu", "bfloat16", {"device": "cpu", "dtype": "float32"}),  # what a user would pick there
+        ("cuda:1", "auto", {"device": "cuda:1", "dtype": "bfloat16"}),
+        ("cuda:1", "float32", {"device": "cuda:1", "dtype": "float32"}),
+    ],
+)
+def test_contestants_compute_where_nanotp_does(
+    device: str, asked: str, place: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    world = replace(alone(), device=torch.device(device))
+    bench = Bench(world, parse(BenchDecodeOptions, [f"--dtype={asked}"], "bench_tp.py"), ())
+    assert bench.place() == place
 
 
 def test_the_ring_formula() -> None:

@@ -19,6 +19,7 @@ import soak
 import test_entry
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 from test_entry import launch, spoken
 from test_training import TINY, letters  # noqa: F401
 
@@ -118,6 +119,19 @@ def test_a_tp_group_that_spans_hosts_is_a_warning(capsys: pytest.CaptureFixture[
     _warn_of_hosts(peers, 2, "prog.py")
     said = "prog.py: tp group 1 (ranks 2-3) spans hosts a, b: every all-reduce of its layers crosses the network. --tp=3 keeps"
     assert capsys.readouterr().err.startswith(said)
+
+
+def _limits(world: World) -> dict[str, tuple[int, float]]:
+    """Of each axis's group: its ranks, and the seconds that torch waits in it."""
+    groups: dict[str, Any] = dict(world.groups)
+    limits = {name: group._get_backend(torch.device("cpu")).options._timeout for name, group in groups.items()}
+    return {name: (groups[name].size(), limit.total_seconds()) for name, limit in limits.items()}
+
+
+def test_every_group_has_the_runs_limit() -> None:
+    """Not torch's default of half an hour. tests/ranks.py asks for 20 s."""
+    assert run_ranks(4, _limits, tp=2) == [{"dp": (2, 20.0), "tp": (2, 20.0)}] * 4
+    assert run_ranks(2, _limits, tp=1) == [{"dp": (2, 20.0)}] * 2  # an axis of one rank has none
 
 
 def _other_weights(world: World, options: Any) -> None:
