@@ -115,7 +115,7 @@ def write(path: str, report: dict[str, Any]) -> None:
 
 def write_figure(path: str | Path, figure: Any) -> None:
     """What matplotlib has drawn, into a file of the kind that its name says."""
-    place = Path(path).expanduser()
+    place = Path(path)
     with replacing(place) as file:
         figure.savefig(file, dpi=120, format=place.suffix[1:] or "png")
 
