@@ -17,14 +17,13 @@ with what a user would pick instead.
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.diagram import diagram, page
-from benchmarks.inference import decode, prefill, start
-from benchmarks.laboratory import block
-from benchmarks.messages import allreduce
-from benchmarks.prediction import predict
-from benchmarks.training import save, train
-from entry import run_commands
-from options import (
+from bench.diagram import diagram, page
+from bench.inference import decode, prefill, start
+from bench.laboratory import block
+from bench.messages import allreduce
+from bench.prediction import predict
+from bench.training import save, train
+from cli.options import (
     BenchAllreduceOptions,
     BenchBlockOptions,
     BenchDecodeOptions,
@@ -36,7 +35,8 @@ from options import (
     BenchStartOptions,
     BenchTrainOptions,
 )
-from parallel.mesh import World
+from world.entry import run_commands
+from world.mesh import World
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[World, Any], None]]] = {
     "decode": (BenchDecodeOptions, decode),

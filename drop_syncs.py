@@ -18,12 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import report
+from base.errors import UserError
 from checkpoints.shards import Sync, check_target, new_directory, write_json
 from checkpoints.sources import Source, common_tokenizer, identity, open_source, reader
-from checkpoints.training import export
-from entry import run_commands
-from errors import UserError
+from cli.options import CurveOptions, DropOptions, GroupOptions, RepairOptions, ScanOptions
 from eval_tp import measure
 from fewer_syncs.curve import draw, read_reports
 from fewer_syncs.distillation import Lessons, repair_run, repair_whole, train_on
@@ -31,15 +29,17 @@ from fewer_syncs.grouping import Groups, Regrouped, damages, group
 from fewer_syncs.scan import Measured, Perplexities, curve, parse_budget, sensitivities, within
 from fewer_syncs.speed import check_length, decode_times
 from model import GPT
-from options import CurveOptions, DropOptions, GroupOptions, RepairOptions, ScanOptions
-from parallel.devices import pick_dtype
-from parallel.mesh import World
-from parallel.partition import Partition
-from parallel.schedule import Schedule, SubBlock
+from plan.partition import Partition
+from plan.schedule import Schedule, SubBlock
+from report import report
 from shard_checkpoint import SHARD_FILES, place, write_shards
 from text.dataset import Dataset
 from text.tokenizer import TOKENIZER_FILE, Tokenizer
 from tp_model import TensorParallelGPT
+from train.checkpoint import export
+from world.devices import pick_dtype
+from world.entry import run_commands
+from world.mesh import World
 
 
 def opened(world: World, options: DropOptions) -> tuple[Source, Dataset, Tokenizer]:

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import report
+from base.errors import UserError, explaining_memory
+from base.files import read_text
 from checkpoints.sources import Source, common_tokenizer, identity, open_for_inference, tokenizer_of
-from entry import run
-from errors import UserError, explaining_memory
-from options import EvalOptions
-from parallel import peaks
+from cli.options import EvalOptions
 from parallel.loss import vocab_parallel_cross_entropy
-from parallel.mesh import World
+from report import report
 from sample_tp import load, need
 from text.dataset import Dataset
-from text.files import read_text
 from tp_model import TensorParallelGPT
+from world import peaks
+from world.entry import run
+from world.mesh import World
 
 HEAD_ROWS = 1024
 

@@ -15,27 +15,27 @@ from typing import IO, Any
 
 import torch
 
-import report
+from base.errors import ReaderGone, UserError, explaining_memory
+from base.files import growing, naming, read_text
 from checkpoints.sources import Source, identity, open_for_inference, open_source, reader, schedule_of, tokenizer_of
-from decoding import Decoder, decoder_for
-from entry import run
-from errors import ReaderGone, UserError, explaining_memory
-from generation import Generation, Listener, Row, Timing, check_prompts, generate
-from options import SampleOptions
-from pages.html import nbytes
-from parallel import peaks
+from cli.options import SampleOptions
+from inference.decoding import Decoder, decoder_for
+from inference.generation import Generation, Listener, Row, Timing, check_prompts, generate
+from inference.sampling import Sampling
+from inference.speculation import Guesser, Ngrams, SmallModel, Speculation
 from parallel.collectives import Axis
-from parallel.devices import pick_dtype
 from parallel.ledger import Account
-from parallel.mesh import World
-from parallel.partition import Partition
 from parallel.quantized import Gather, quantize, read_weights
-from sampling import Sampling
+from plan.partition import Partition
+from report import report
+from report.html import nbytes
 from shard_checkpoint import imbalance
-from speculation import Guesser, Ngrams, SmallModel, Speculation
-from text.files import growing, naming, read_text
 from text.tokenizer import Tokenizer
 from tp_model import TensorParallelGPT
+from world import peaks
+from world.devices import pick_dtype
+from world.entry import run
+from world.mesh import World
 
 
 def main(world: World, options: SampleOptions) -> None:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from base.console import console
+from base.errors import ReaderGone, UserError
 from checkpoints.huggingface import is_conv1d
 from checkpoints.shards import (
     DTYPES,
@@ -46,14 +48,12 @@ from checkpoints.sources import (
     tokenizer_of,
 )
 from checkpoints.tensors import CARRIED, tokenizer_for
-from console import console
-from errors import ReaderGone, UserError
-from grammar import parse_command
+from cli.grammar import parse_command
+from cli.options import EntryOptions, InspectOptions, MergeOptions, SplitOptions, VerifyOptions
 from model import GPTConfig
-from options import EntryOptions, InspectOptions, MergeOptions, SplitOptions, VerifyOptions
-from pages.html import nbytes
-from parallel.partition import Partition, Rule
-from parallel.schedule import Schedule
+from plan.partition import Partition, Rule
+from plan.schedule import Schedule
+from report.html import nbytes
 from text.tokenizer import TOKENIZER_FILE
 
 # What each command writes into a directory, and so may replace with --force.

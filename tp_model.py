@@ -3,7 +3,7 @@
 The classes stand in the same order and their parameters have the same names as in model.py: the difference between the
 two files is the lesson. Every rank runs the same code on the same tokens; what differs is which heads, columns and
 vocabulary rows it holds. A layer's forward pass says two things to the other ranks: one all-reduce after the attention
-heads, one after the MLP's columns. A schedule (parallel/schedule.py) may leave some of them out. With sequence_parallel
+heads, one after the MLP's columns. A schedule (plan/schedule.py) may leave some of them out. With sequence_parallel
 the residual stream and its LayerNorms are split too, by tokens: a layer gathers before its columns and scatters after them.
 
 Shapes: B batch, T tokens, t of them this rank's, C = n_embd, h = this rank's heads, D = head width, m = this rank's MLP
@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from errors import UserError
+from base.errors import UserError
 from model import GPTConfig, KVCache, LayerNorm, adamw, attend, gelu, initial_tensor
 from parallel.collectives import Axis, all_gather, all_reduce
 from parallel.graphs import outside_graphs
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, f, g, gather, share
 from parallel.loss import vocab_parallel_head_loss
-from parallel.partition import VOCAB_MULTIPLE, Partition, Rule, Run, spans
-from parallel.schedule import Schedule, SubBlock
+from plan.partition import VOCAB_MULTIPLE, Partition, Rule, Run, spans
+from plan.schedule import Schedule, SubBlock
 
 if TYPE_CHECKING:
     from parallel.data_parallel import Sharding

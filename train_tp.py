@@ -21,31 +21,30 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import dry_run
-import entry
-import report
-from checkpoints import directory, training
-from checkpoints.directory import BEGUN, METRICS, after_restart
+from base.errors import ReaderGone, Stopped, UserError, explaining_memory, printable, shown
+from base.files import naming
 from checkpoints.shards import DTYPES
 from checkpoints.sources import Described, Source, common_tokenizer, identity, open_sizes, open_source, reader, schedule_of
-from checkpoints.training import Progress, Saved, Saver
-from errors import ReaderGone, Stopped, UserError, explaining_memory, printable, shown
-from grammar import parse
+from cli.grammar import parse
+from cli.options import TrainOptions, as_dict
 from model import GPTConfig
-from options import TrainOptions, as_dict
-from parallel import peaks
 from parallel.collectives import all_reduce
 from parallel.data_parallel import Sharding, last_only, replicate, rest
-from parallel.devices import pick_dtype
 from parallel.ledger import Account, total
-from parallel.mesh import World
 from parallel.replicas import check_alike, checksum
-from parallel.schedule import Schedule
-from parallel.watch import STOPS
+from plan.schedule import Schedule
+from report import report
 from text.dataset import EVAL_STREAM, Dataset, batch, is_prepared
-from text.files import naming
 from text.tokenizer import GPT2Tokenizer, Tokenizer
 from tp_model import TensorParallelGPT, held
+from train import checkpoint as training
+from train import directory, dry_run
+from train.checkpoint import Progress, Saved, Saver
+from train.directory import BEGUN, METRICS, after_restart
+from world import entry, peaks
+from world.devices import pick_dtype
+from world.mesh import World
+from world.watch import STOPS
 
 GPT2_VOCAB = 50304  # nanoGPT's table for GPT-2's 50257 tokens
 ORPHANED = 1000  # beside the numbers of signals: the launcher is gone

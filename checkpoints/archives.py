@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import BinaryIO
 from zipfile import BadZipFile, ZipInfo
 
-from errors import shown
-from text.pickles import Opaque, outline
+from base.errors import shown
+from base.pickles import Opaque, outline
 
 MAX_PICKLE = 1 << 20  # bytes: that of gpt2-xl with its optimizer's state has 200 KB
 

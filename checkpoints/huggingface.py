@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from base.errors import UserError, printable, shown
+from base.files import read_json
 from checkpoints.shards import CODES, Sync, config_from, open_tensors
 from checkpoints.tensors import (
     HEAD,
@@ -21,10 +23,8 @@ from checkpoints.tensors import (
     runs_of,
     tokenizer_for,
 )
-from errors import UserError, printable, shown
 from model import GPTConfig
-from parallel.partition import Partition, Run
-from text.files import read_json
+from plan.partition import Partition, Run
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from base.errors import UserError, printable
+from base.files import beginning, fetched
+from base.pickles import Foreign, Refused
 from checkpoints.archives import check_archive
 from checkpoints.shards import Sync, config_from
 from checkpoints.tensors import (
@@ -19,11 +22,8 @@ from checkpoints.tensors import (
     runs_of,
     tokenizer_for,
 )
-from errors import UserError, printable
 from model import GPTConfig
-from parallel.partition import Partition, Run
-from text.files import beginning, fetched
-from text.pickles import Foreign, Refused
+from plan.partition import Partition, Run
 
 # how a file begins that is none of torch.save's, and what it is
 BEGINNINGS = (

@@ -23,12 +23,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from errors import UserError, printable, shown
+from base.errors import UserError, printable, shown
+from base.files import fetched, json_of, own_file, read_json
+from base.processes import is_running
 from model import GPTConfig
-from parallel.partition import Partition, Rule, Run
-from parallel.processes import is_running
-from parallel.schedule import Schedule
-from text.files import fetched, json_of, own_file, read_json
+from plan.partition import Partition, Rule, Run
+from plan.schedule import Schedule
 
 FORMAT_VERSION = 1
 MANIFEST = "shards.json"
@@ -61,7 +61,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Sync:
-    """A schedule of sync points that weights were made for (parallel/schedule.py), on how many ranks, and how that was found
+    """A schedule of sync points that weights were made for (plan/schedule.py), on how many ranks, and how that was found
     to do: the latter is for people, and may hold any JSON."""
 
     schedule: str

@@ -17,15 +17,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from base.errors import UserError, shown
+from base.files import inside, own_file, read_small
 from checkpoints.huggingface import HUB, HuggingFaceDirectory, from_hub, hub_name
 from checkpoints.nanogpt import NanoGPTCheckpoint
 from checkpoints.shards import MANIFEST, ShardDirectory, Sync
-from errors import UserError, shown
 from model import GPTConfig
-from parallel.partition import Rule, Run
-from parallel.schedule import Schedule
+from plan.partition import Rule, Run
+from plan.schedule import Schedule
 from text.dataset import Dataset, is_prepared
-from text.files import inside, own_file, read_small
 from text.tokenizer import TOKENIZER_FILE, GPT2Tokenizer, IdsTokenizer, Tokenizer, read_tokenizer, tokenizer_from_json
 from tp_model import Read
 

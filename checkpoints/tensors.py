@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from base.errors import UserError, printable
 from checkpoints.shards import DTYPES
-from errors import UserError, printable
-from parallel.partition import Run
+from plan.partition import Run
 from text.tokenizer import GPT2Tokenizer
 
 Held = TypeVar("Held")

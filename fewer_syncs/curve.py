@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import report
-from errors import UserError
+from base.errors import UserError
+from report import report
 
 COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from model import adamw
 from parallel.loss import vocab_parallel_divergence
-from parallel.schedule import SubBlock
+from plan.schedule import SubBlock
 from text.dataset import TokenFile, batch
 from tp_model import Stream, TensorParallelGPT
 

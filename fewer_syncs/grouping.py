@@ -22,7 +22,7 @@ from torch import Tensor
 from checkpoints.shards import Sync
 from checkpoints.sources import Source
 from model import GPT, attend, gelu
-from parallel.partition import Partition, Run
+from plan.partition import Partition, Run
 
 MOST_PARTITIONS = 20_000  # of the heads, tried out
 TOKENS = 256  # whose damages are computed at a time

@@ -16,12 +16,12 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from errors import UserError
+from base.errors import UserError
+from base.files import read_json, replacing
 from eval_tp import measure
-from parallel.mesh import World
-from parallel.schedule import KINDS, Schedule
-from text.files import read_json, replacing
+from plan.schedule import KINDS, Schedule
 from tp_model import TensorParallelGPT
+from world.mesh import World
 
 Measure = Callable[[Schedule], float]  # the perplexity under a schedule
 

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from benchmarks.rounds import spread
-from decoding import decoder_for
-from errors import UserError
-from generation import Sampling, generate
+from base.errors import UserError
+from bench.rounds import spread
+from inference.decoding import decoder_for
+from inference.generation import Sampling, generate
 from parallel.ledger import total
-from parallel.mesh import World
-from parallel.schedule import Schedule
+from plan.schedule import Schedule
 from tp_model import TensorParallelGPT
+from world.mesh import World
 
 ROUNDS = 5  # each schedule has one turn in each, between its neighbours: a shared machine's speed changes by the minute
 PROMPT = 8  # tokens read before

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from parallel.graphs import outside_graphs
 from parallel.ledger import Entry, Ledger, Repeat, Tally, Track, call_text
-from parallel.partition import Run, spans
+from plan.partition import Run, spans
 
 T = TypeVar("T")
 

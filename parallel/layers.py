@@ -17,7 +17,7 @@ from torch import Tensor
 
 from parallel.collectives import Axis, all_reduce, all_reduce_later, gather_tokens, reduce_scatter
 from parallel.graphs import outside_graphs
-from parallel.partition import spans
+from plan.partition import spans
 
 
 class _F(torch.autograd.Function):

@@ -48,7 +48,7 @@ Call = tuple[Entry, int, str]  # what it is accounted to, the message's bytes, a
 
 @dataclass(eq=False)
 class Track:
-    """How far this rank has come along one axis. Collectives write it; parallel/watch.py reads it, from a thread of its own.
+    """How far this rank has come along one axis. Collectives write it; world/watch.py reads it, from a thread of its own.
 
     ranks: those of the world that the axis joins. number: of the last call, counted from 1 and the same on all of them where
     all is well. waiting: that call has not come back. begun: messages that travel while this rank computes, by number. queued:

@@ -1,6 +1,6 @@
 """The transport for ranks on one CPU host: collectives through shared memory, in a few microseconds.
 
-The work is done by native/shm.c. Where that cannot be compiled the ranks agree to go on without, and say why.
+The work is done by parallel/shm.c. Where that cannot be compiled the ranks agree to go on without, and say why.
 
 The memory has no name: it is a file descriptor of rank 0 that the others open through /proc. It is gone with the last
 process that holds it, however that ends, and a small /dev/shm does not limit it.
@@ -9,16 +9,18 @@ process that holds it, however that ends, and a small /dev/shm does not limit it
 import ctypes
 import mmap
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from native.library import Unavailable, load
+from base.native import Unavailable, load
+from base.processes import Exchange, is_running, on_all
 from parallel.collectives import Transport
-from parallel.partition import spans
-from parallel.processes import Exchange, is_running, on_all
+from plan.partition import spans
 
+SOURCE = Path(__file__).with_name("shm.c")
 LINE = 64  # bytes of a rank's header
 SLOT_BYTES = 1 << 20  # two a rank; smaller ones cost more waits, larger ones leave the cache
 PATIENCE_S = 0.1  # how often a waiting rank looks whether its peers are alive, and lets Python see a signal
@@ -33,7 +35,7 @@ _DONE, _DIFFERENT = -1, -2
 
 
 class _Group(ctypes.Structure):
-    """`group` in native/shm.c."""
+    """`group` in parallel/shm.c."""
 
     _fields_ = [
         ("base", ctypes.c_void_p),
@@ -74,7 +76,7 @@ def _attach(pid: int, descriptor: int, nbytes: int) -> mmap.mmap:
 
 
 class ShmTransport:
-    """Collectives of one host's ranks through shared memory; see native/shm.c. All results are the same bits on all ranks.
+    """Collectives of one host's ranks through shared memory; see parallel/shm.c. All results are the same bits on all ranks.
 
     float32 and bfloat16 are added here; what other dtypes there are, and other devices, goes to `other`.
     A call raises RuntimeError that names the rank where a peer has ended, has not come after `timeout` seconds, or has
@@ -98,7 +100,7 @@ class ShmTransport:
         rank, size: in the group. timeout: seconds that a rank is waited for.
         """
         nbytes = size * (LINE + 2 * SLOT_BYTES)
-        move = on_all(exchange, lambda: load("shm")).nanotp_move
+        move = on_all(exchange, lambda: load(SOURCE)).nanotp_move
         move.restype = ctypes.c_int64
         move.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4 + [ctypes.c_void_p, ctypes.c_double]
         descriptor = on_all(exchange, lambda: _create(nbytes) if rank == 0 else None)

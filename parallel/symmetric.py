@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from native.library import Unavailable
+from base.native import Unavailable
+from base.processes import Exchange, on_all
 from parallel.collectives import GroupTransport
-from parallel.processes import Exchange, on_all
 
 # Every rank reads the whole message of every other: from some size on it is faster to read a part of each. torch's own
 # intra-node all-reduce leaves its one-shot kernel at this size.

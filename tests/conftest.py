@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 torch.set_num_threads(1)
 
-from parallel import peaks  # noqa: E402
+from world import peaks  # noqa: E402
 
 # every run ends with a measurement of the machine, of which tests want the form
 peaks.COPIED_BYTES, peaks.LEAST_BYTES = 1 << 12, 8

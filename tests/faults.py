@@ -129,13 +129,13 @@ def is_there(pid: int) -> bool:
 
 def rank(place: Path, phase: str, name: str, argv: list[str]) -> None:
     sys.path[:0] = [str(ROOT)]
-    import entry
     import sample_tp
     import train_tp
     from checkpoints.shards import TensorFile
-    from options import SampleOptions, TrainOptions
+    from cli.options import SampleOptions, TrainOptions
     from parallel.collectives import Axis
     from parallel.ledger import Ledger
+    from world import entry
 
     (place / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
 

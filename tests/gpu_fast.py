@@ -12,15 +12,15 @@ import torch
 from gpu_right import write_letters
 from gpu_steps import ROOT, SHAPES, Step
 
-from benchmarks.contestants import Contestant
-from decoding import Decoder, GraphDecoder, TorchDecoder
-from generation import generate
+from bench.contestants import Contestant
+from inference.decoding import Decoder, GraphDecoder, TorchDecoder
+from inference.generation import generate
+from inference.sampling import Sampling
 from model import GPTConfig
-from parallel import peaks
-from parallel.partition import Partition
 from parallel.quantized import read_weights
-from sampling import Sampling
+from plan.partition import Partition
 from tp_model import TensorParallelGPT
+from world import peaks
 
 
 def decode(step: Step, name: str = "gpt2") -> None:

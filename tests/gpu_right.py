@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from gpu_steps import ROOT, Step
 from torch import Tensor
 
-from decoding import CudaGraphs, GraphDecoder, TorchDecoder
+from inference.decoding import CudaGraphs, GraphDecoder, TorchDecoder
 from model import GPTConfig
-from parallel import peaks
 from parallel.collectives import Axis, GroupTransport
 from parallel.symmetric import MOST_BYTES, SymmetricTransport
 from text.dataset import write_tokens
 from text.tokenizer import IdsTokenizer, write_tokenizer
+from world import peaks
 
 SDPA = ("math", "flash", "efficient", "cudnn", "overrideable")
 SMALL = [

@@ -14,9 +14,9 @@ from torch import Tensor
 from model import GPTConfig
 from parallel.collectives import Axis
 from parallel.ledger import Ledger
-from parallel.mesh import World
-from parallel.partition import Partition
+from plan.partition import Partition
 from tp_model import TensorParallelGPT, take
+from world.mesh import World
 
 ROOT = Path(__file__).parent.parent
 SHAPES = {"gpt2": (12, 12, 768), "gpt2-xl": (48, 25, 1600)}

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from benchmarks.rounds import machine  # noqa: E402
+from bench.rounds import machine  # noqa: E402
 from text.dataset import write_tokens  # noqa: E402
 
 WITHIN = 0.15

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from native.library import Unavailable
+from base.native import Unavailable
 from parallel.collectives import Axis
 from parallel.ledger import Ledger
-from parallel.mesh import World, make_axis, make_groups
+from world.mesh import World, make_axis, make_groups
 
 TIMEOUT = 90.0
 

@@ -34,12 +34,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 
-import entry  # noqa: E402
 import train_tp  # noqa: E402
+from base.processes import is_running  # noqa: E402
 from checkpoints.shards import ShardDirectory  # noqa: E402
 from checkpoints.sources import latest_checkpoint  # noqa: E402
-from options import TrainOptions  # noqa: E402
-from parallel.processes import is_running  # noqa: E402
+from cli.options import TrainOptions  # noqa: E402
+from world import entry  # noqa: E402
 
 LAYOUTS = [(dp, tp) for dp in range(1, 5) for tp in range(1, 5) if 1 < dp * tp <= 4]
 STOP_LIMIT = 5.0  # --comm_timeout: how long a stopped rank is waited for

@@ -14,13 +14,13 @@ from ranks import run_ranks
 from test_sample_tp import alone
 
 import bench_tp
-from benchmarks.contestants import Contestant
-from benchmarks.rounds import Bench, compare
-from errors import UserError
-from grammar import parse, parse_command
-from options import BenchDecodeOptions
-from parallel.cost import ring_bytes
-from parallel.mesh import World
+from base.errors import UserError
+from bench.contestants import Contestant
+from bench.rounds import Bench, compare
+from cli.grammar import parse, parse_command
+from cli.options import BenchDecodeOptions
+from plan.cost import ring_bytes
+from world.mesh import World
 
 TINY = ["--device=cpu", "--n_layer=2", "--n_head=3", "--n_embd=24", "--repeats=2"]
 COMMANDS: dict[str, tuple[type[Any], Callable[[World, Any], None]]] = bench_tp.COMMANDS

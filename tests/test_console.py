@@ -16,19 +16,19 @@ from typing import Any
 import pytest
 from test_entry import launch, spoken
 
-import dry_run
 import sample_tp
 import shard_checkpoint
 import train_tp
+from base.console import Errors, Output
+from base.errors import ReaderGone, UserError
 from checkpoints.sources import latest_checkpoint
-from console import Errors, Output
-from errors import ReaderGone, UserError
-from grammar import parse, parse_command
-from options import SampleOptions, SplitOptions, TrainOptions
-from parallel.mesh import World
+from cli.grammar import parse, parse_command
+from cli.options import SampleOptions, SplitOptions, TrainOptions
 from text import prepare
 from text.dataset import split_and_write
 from text.tokenizer import CharTokenizer
+from train import dry_run
+from world.mesh import World
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "a\x1b]0;title\x07b\x9b2Jc\rd\x7fe\x00\u00e9\n\tf"
@@ -116,7 +116,7 @@ def test_what_was_closed_is_there_and_no_other_file_takes_its_number(
 ) -> None:
     script = (
         f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from console import console\n"
+        "from base.console import console\n"
         "with console():\n"
         "    assert not sys.stdout.isatty() and not sys.stderr.isatty()\n"
         "    print('out'); print('err', file=sys.stderr)\n"

@@ -13,21 +13,21 @@ from ranks import run_ranks
 from test_bench_tp import run
 from test_sample_tp import alone
 
-from benchmarks import prediction
-from benchmarks.elsewhere import PROFILES, SHAPES, pays_from
-from benchmarks.prediction import FITTED, Constants, Job, solve
-from benchmarks.strategies import Case, formula
-from errors import UserError
-from generation import Sampling, generate
+from base.errors import UserError
+from bench import prediction
+from bench.elsewhere import PROFILES, SHAPES, pays_from
+from bench.prediction import FITTED, Constants, Job, solve
+from bench.strategies import Case, formula
+from cli.options import BenchPredictOptions
+from inference.generation import Sampling, generate
 from model import GPTConfig
-from options import BenchPredictOptions
-from parallel.cost import OPTIMIZER, TIED, Hardware, Link, Seconds, Step, fit_link, ring_bytes
 from parallel.ledger import Account
 from parallel.loss import chunk_rows
-from parallel.mesh import World, make_axis
-from parallel.partition import Partition
-from parallel.schedule import Schedule
+from plan.cost import OPTIMIZER, TIED, Hardware, Link, Seconds, Step, fit_link, ring_bytes
+from plan.partition import Partition
+from plan.schedule import Schedule
 from tp_model import TensorParallelGPT
+from world.mesh import World, make_axis
 
 CONFIG = GPTConfig(block_size=16, vocab_size=131, n_layer=3, n_head=6, n_embd=24)
 MACHINE = Hardware("a machine", memory=1e9, peak=1e11, overhead=1e-5, link=Link(1e-5, 1e-9))

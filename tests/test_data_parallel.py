@@ -13,10 +13,10 @@ from test_training import curve, figures, letters, options  # noqa: F401
 
 import train_tp
 from checkpoints.shards import read_manifest
-from options import TrainOptions
+from cli.options import TrainOptions
 from parallel import data_parallel
-from parallel.mesh import World
 from tp_model import held
+from world.mesh import World
 
 # an iteration of 12 rows, which 2, 3 and 4 share: in two micro-batches on each of 2 or 3 ranks
 ROWS: dict[str, Any] = {

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from errors import UserError
+from base.errors import UserError
 from text import dataset as module
 from text.dataset import Dataset, TokenFile, TokenWriter, batch, row_start, split_and_write, token_writer, write_tokens
 from text.prepare import shakespeare_options

@@ -16,16 +16,16 @@ from test_entry import launch, spoken
 from test_tp_model import deaf
 from torch import Tensor
 
-from decoding import MOST_TOKENS, GraphDecoder, NativeDecoder, Replay, TorchDecoder, decoder_for
-from generation import Row, generate
+from inference.decoding import MOST_TOKENS, GraphDecoder, NativeDecoder, Replay, TorchDecoder, decoder_for
+from inference.generation import Row, generate
+from inference.sampling import Sampling
 from model import GPT, GPTConfig
 from parallel import collectives
 from parallel.graphs import outside_graphs
 from parallel.ledger import Tally
-from parallel.mesh import World
 from parallel.quantized import quantize
-from sampling import Sampling
 from tp_model import TensorParallelGPT, take
+from world.mesh import World
 
 # widths that are no multiple of a vector's, heads that do not divide evenly
 ODD = GPTConfig(block_size=40, vocab_size=131, n_layer=3, n_head=5, n_embd=65, activation="gelu_tanh")

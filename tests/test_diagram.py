@@ -11,16 +11,16 @@ from ranks import run_ranks
 from test_bench_tp import run
 from test_sample_tp import alone
 
-from benchmarks.diagram import averaged, kept, outline, rows, scheduled
-from benchmarks.laboratory import line
-from benchmarks.strategies import STRATEGIES, Case, Piece, formula, kept_bytes, summed
-from errors import UserError
+from base.errors import UserError
+from bench.diagram import averaged, kept, outline, rows, scheduled
+from bench.laboratory import line
+from bench.strategies import STRATEGIES, Case, Piece, formula, kept_bytes, summed
 from model import GPTConfig
-from pages.diagram import PAGE, fit, layer, lines
-from parallel.mesh import World
-from parallel.partition import Partition
-from parallel.schedule import Schedule
+from plan.partition import Partition
+from plan.schedule import Schedule
+from report.diagram import PAGE, fit, layer, lines
 from tp_model import TensorParallelGPT
+from world.mesh import World
 
 CONFIG = GPTConfig(block_size=11, vocab_size=67, n_layer=3, n_head=5, n_embd=20)  # 11 tokens and 5 heads over 2, 3, 4 ranks
 

@@ -20,13 +20,13 @@ from test_hostile import ALONE
 from test_training import curve, letters, options, trained  # noqa: F401
 
 import train_tp
-from checkpoints import directory
-from checkpoints.training import steps
-from errors import Stopped, UserError
-from options import TrainOptions
-from parallel.launch import Launch
-from parallel.mesh import World
+from base.errors import Stopped, UserError
+from cli.options import TrainOptions
 from tp_model import TensorParallelGPT
+from train import directory
+from train.checkpoint import steps
+from world.launch import Launch
+from world.mesh import World
 
 SHORT: dict[str, Any] = {"max_iters": 4, "eval_interval": 4, "tp": 1}
 

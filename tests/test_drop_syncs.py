@@ -18,20 +18,20 @@ from test_schedule import equations
 from torch import Tensor
 
 import drop_syncs
+from base.errors import UserError
 from checkpoints.shards import ShardDirectory, read_manifest
-from errors import UserError
+from cli.grammar import parse
 from fewer_syncs.curve import draw, read_reports
 from fewer_syncs.distillation import Lessons, repair_run, repair_whole
 from fewer_syncs.grouping import Regrouped, damages, deal, group, partitions
 from fewer_syncs.scan import Measured, parse_budget, within
-from grammar import parse
 from model import GPT, GPTConfig
 from parallel.loss import vocab_parallel_divergence
-from parallel.mesh import World
-from parallel.partition import Partition, spans
-from parallel.schedule import Schedule
+from plan.partition import Partition, spans
+from plan.schedule import Schedule
 from shard_checkpoint import write_hf
 from tp_model import TensorParallelGPT, take
+from world.mesh import World
 
 CONFIG = GPTConfig(block_size=12, vocab_size=13, n_layer=3, n_head=4, n_embd=16)
 COMMANDS: dict[str, tuple[type[Any], Callable[[World, Any], None]]] = drop_syncs.COMMANDS

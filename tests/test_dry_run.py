@@ -14,23 +14,24 @@ import torch
 from ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile
 
-import dry_run
 import train_tp
-from benchmarks.strategies import kept_bytes
-from dry_run import amount
-from errors import UserError
-from grammar import parse
+from base.errors import UserError
+from base.native import Unavailable, load
+from bench.strategies import kept_bytes
+from cli.grammar import parse
+from cli.options import TrainOptions
 from model import GPTConfig
-from native.library import Unavailable, load
-from options import TrainOptions
 from parallel.collectives import Axis
 from parallel.data_parallel import Sharding, last_only, replicate
 from parallel.loss import chunk_rows
-from parallel.memory import FLOAT, Training
-from parallel.mesh import World, make_axis
-from parallel.partition import Partition, spans
-from parallel.schedule import Schedule
+from parallel.shm import SOURCE
+from plan.memory import FLOAT, Training
+from plan.partition import Partition, spans
+from plan.schedule import Schedule
 from tp_model import Stream, TensorParallelGPT
+from train import dry_run
+from train.dry_run import amount
+from world.mesh import World, make_axis
 
 UNEVEN = GPTConfig(block_size=18, vocab_size=131, n_layer=3, n_head=5, n_embd=40)
 
@@ -186,7 +187,7 @@ def test_the_largest_moment_is_what_torch_hands_out(size: int, tp: int, shape: s
     config = MODELS[shape]
     if tp > 1:
         try:
-            load("shm")
+            load(SOURCE)
         except Unavailable as why:
             pytest.skip(str(why))
     plan = training(config, tp, rows, dp=size // tp, **changes)

@@ -18,15 +18,14 @@ from typing import Any
 import pytest
 import torch
 
-import entry
-import parallel.launch
-from errors import UserError, explaining_memory
-from grammar import parse
-from options import RunOptions, TrainOptions
-from parallel import devices, mesh
+import world.launch
+from base.errors import UserError, explaining_memory
+from cli.grammar import parse
+from cli.options import RunOptions, TrainOptions
 from parallel.collectives import all_reduce
 from parallel.data_parallel import replicate
-from parallel.mesh import World
+from world import devices, entry, mesh
+from world.mesh import World
 
 ROOT = Path(__file__).parent.parent
 
@@ -236,7 +235,7 @@ def test_debug_shows_the_traceback_of_a_mistake(tmp_path: Path) -> None:
 def test_devices_that_cannot_be(device: str, comm: str, size: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    there = parallel.launch.Launch(0, size, 0, size)
+    there = world.launch.Launch(0, size, 0, size)
     with pytest.raises(UserError) as error:
         devices.pick_comm(comm, devices.pick_device(device, there), there, size)
     assert str(error.value) == message
@@ -259,7 +258,7 @@ def stated(*gpus: str, host: str = "a") -> list[dict[str, Any]]:
 
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, 2)
-    here = [devices.pick_device("auto", parallel.launch.Launch(rank, 4, rank, 4)) for rank in range(4)]
+    here = [devices.pick_device("auto", world.launch.Launch(rank, 4, rank, 4)) for rank in range(4)]
     assert [device.index for device in here] == [0, 1, 0, 1]
     said = stated(*map(devices.gpu_name, here))
     with pytest.raises(UserError) as error:
@@ -268,13 +267,13 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         "4 processes on host a but 2 CUDA devices: ranks 0 and 2 have the same one. Start 2, pass "
         "--device=cpu, or share a device with --oversubscribe=True."
     )
-    there = parallel.launch.Launch(3, 4, 3, 4)
+    there = world.launch.Launch(3, 4, 3, 4)
     assert devices.share_gpus(said, True)
     assert devices.pick_comm("auto", here[3], there, 2, shared=True) == "gloo"  # nccl cannot share a device
     with pytest.raises(UserError, match="--comm=nccl cannot share a GPU"):
         devices.pick_comm("nccl", here[3], there, 2, shared=True)
     assert not devices.share_gpus(said[:2], False)
-    assert devices.pick_comm("auto", here[0], parallel.launch.Launch(0, 2, 0, 2), 2) == "nccl"
+    assert devices.pick_comm("auto", here[0], world.launch.Launch(0, 2, 0, 2), 2) == "nccl"
 
 
 def test_ranks_that_see_one_gpu_each_are_told_apart() -> None:
@@ -287,11 +286,11 @@ def test_ranks_that_see_one_gpu_each_are_told_apart() -> None:
 
 def test_one_gpu_for_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, 2)
-    assert devices.pick_device("cuda:1", parallel.launch.Launch(0, 1, 0, 1)) == torch.device("cuda", 1)
+    assert devices.pick_device("cuda:1", world.launch.Launch(0, 1, 0, 1)) == torch.device("cuda", 1)
     with pytest.raises(UserError, match="--device=cuda:1 is one GPU and there are 2 ranks. Use --device=cuda, and CUDA_VIS"):
-        devices.pick_device("cuda:1", parallel.launch.Launch(0, 2, 0, 2))
+        devices.pick_device("cuda:1", world.launch.Launch(0, 2, 0, 2))
     with pytest.raises(UserError, match="--device=cuda:2, but this host has 2 CUDA devices"):
-        devices.pick_device("cuda:2", parallel.launch.Launch(0, 1, 0, 1))
+        devices.pick_device("cuda:2", world.launch.Launch(0, 1, 0, 1))
 
 
 def test_a_driver_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,8 +302,8 @@ def test_a_driver_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch, caps
     gpus(monkeypatch, 2)
     monkeypatch.setattr(torch.cuda, "is_available", old)
     with pytest.raises(UserError, match="--device=cuda, but CUDA initialization: The NVIDIA driver .*11040.. Use --device=cpu"):
-        devices.pick_device("cuda", parallel.launch.Launch(0, 1, 0, 1))
-    assert devices.pick_device("auto", parallel.launch.Launch(0, 1, 0, 1)) == torch.device("cpu")
+        devices.pick_device("cuda", world.launch.Launch(0, 1, 0, 1))
+    assert devices.pick_device("auto", world.launch.Launch(0, 1, 0, 1)) == torch.device("cpu")
     assert capsys.readouterr().err.startswith("no GPU is used: CUDA initialization: The NVIDIA driver on your")
 
 
@@ -322,7 +321,7 @@ def test_bfloat16_on_a_gpu_that_has_none(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_half_set_environment_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="WORLD_SIZE is not set. Start ranks with torchrun"):
-        parallel.launch.Launch.from_environment()
+        world.launch.Launch.from_environment()
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -340,7 +339,7 @@ def test_ranks_that_cannot_be(changes: dict[str, str], message: str, monkeypatch
     for key, value in {**one, **changes}.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(UserError) as error:
-        parallel.launch.Launch.from_environment()
+        world.launch.Launch.from_environment()
     assert str(error.value).startswith(message)
 
 
@@ -350,7 +349,7 @@ def test_ports_that_cannot_be(port: str, tmp_path: Path, monkeypatch: pytest.Mon
     for key, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(UserError, match="^MASTER_PORT(=| is not set)"):
-        parallel.launch.open_store(parallel.launch.Launch(0, 2, 0, 2), 1)
+        world.launch.open_store(world.launch.Launch(0, 2, 0, 2), 1)
     assert mesh.first_to_fail(None)
 
 
@@ -366,7 +365,7 @@ def test_a_store_of_one_host_listens_to_that_host_alone(host: str, monkeypatch: 
     port = free_port()
     monkeypatch.setenv("MASTER_ADDR", host)
     monkeypatch.setenv("MASTER_PORT", str(port))
-    store, holds = parallel.launch.open_store(parallel.launch.Launch(0, 2, 0, 2), 5)
+    store, holds = world.launch.open_store(world.launch.Launch(0, 2, 0, 2), 5)
     store.set("key", "value")
     tables = [Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
     sockets = [line.split() for line in sum(tables, [])]
@@ -454,6 +453,26 @@ def _replicated(world: World, options: Any) -> None:
     replicate(torch.nn.Linear(2, 2), world.dp)
 
 
+def test_a_rank_ends_before_its_interpreter_does(tmp_path: Path) -> None:
+    """gloo's threads need it: one that frees the tensors of the last message without it aborts the process."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit, os, sys\n"
+        "from cli.options import RunOptions\nfrom world import entry\n"
+        "class Last:\n    def __del__(self, write=os.write):\n        write(1, b'finalized ')\n"
+        "sys.last = Last()\n"
+        "atexit.register(lambda: os.write(1, b'atexit '))\n"
+        "entry.run(RunOptions, lambda world, options: None, 'prog.py')\n"
+    )
+    shared = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen([sys.executable, str(script)], env=shared | {"RANK": r, "LOCAL_RANK": r}, stdout=subprocess.PIPE)
+        for r in "01"
+    ]
+    assert [(rank.communicate(timeout=60)[0], rank.wait()) for rank in ranks] == [(b"atexit ", 0)] * 2
+
+
 def torchrun(size: int, *words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -465,7 +484,7 @@ def test_torchrun_ends_within_seconds_of_a_rank_that_is_killed(tmp_path: Path) -
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "import entry, test_entry\nfrom options import RunOptions\n"
+        "import test_entry\nfrom world import entry\nfrom cli.options import RunOptions\n"
         "import time, pathlib\n"
         f"mark = pathlib.Path({str(tmp_path / 'mark')!r})\n"
         "def main(world, options):\n    mark.write_text(str(time.time()))\n    test_entry._killed(world, options)\n"

@@ -17,14 +17,14 @@ from test_sample_tp import alone
 from test_sources import nanogpt
 
 import eval_tp
+from base.errors import UserError
 from checkpoints.sources import open_source, reader
-from errors import UserError
+from cli.grammar import parse
+from cli.options import EvalOptions
 from eval_tp import measure, windows
-from grammar import parse
-from options import EvalOptions
-from parallel.mesh import World
 from text.dataset import write_tokens
 from tp_model import TensorParallelGPT
+from world.mesh import World
 
 SIZE = 16
 VOCAB = 101

@@ -14,9 +14,9 @@ from test_entry import free_port
 
 import train_tp
 from checkpoints.sources import LATEST
-from options import TrainOptions
-from parallel.launch import Launch
-from parallel.mesh import World
+from cli.options import TrainOptions
+from world.launch import Launch
+from world.mesh import World
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run"]
 

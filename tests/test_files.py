@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from errors import UserError
-from text import files
-from text.files import naming, read_text, replacing
+from base import files
+from base.errors import UserError
+from base.files import naming, read_text, replacing
 
 
 @pytest.mark.parametrize("device", ["/dev/zero", "/dev/urandom"])

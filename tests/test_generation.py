@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from ranks import alone, run_ranks
 
-import generation
+from base.errors import UserError
 from checkpoints.sources import open_source, reader
-from decoding import TorchDecoder
-from errors import UserError
-from generation import Listener, Row, check_prompts, generate
+from inference import generation
+from inference.decoding import TorchDecoder
+from inference.generation import Listener, Row, check_prompts, generate
+from inference.sampling import Sampling, candidates, choose, likeliest, noise
 from model import GPT, GPTConfig, KVCache
 from parallel.collectives import Axis
-from parallel.mesh import World
-from parallel.partition import Rule, spans
-from sampling import Sampling, candidates, choose, likeliest, noise
+from plan.partition import Rule, spans
 from text.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
 from tp_model import TensorParallelGPT, take
+from world.mesh import World
 
 SMALL = GPTConfig(block_size=16, vocab_size=523, n_layer=2, n_head=5, n_embd=40)
 PROMPTS = [[7], list(range(100, 116)), [3, 1, 4, 1, 5, 9, 2, 6], list(range(40, 63))]  # shorter, equal, shorter, longer

@@ -11,7 +11,7 @@ from pathlib import Path
 import gpu
 import pytest
 
-from parallel.processes import is_running
+from base.processes import is_running
 
 ROOT = Path(__file__).parent.parent
 

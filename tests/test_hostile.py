@@ -37,19 +37,19 @@ from safetensors.torch import save_file
 from test_shards import CONFIG, FIRST, LN, WTE, load, write
 from test_sources import gpt2, nanogpt
 
-from checkpoints import training
+from base.errors import UserError
+from base.files import SMALL
+from base.pickles import Refused, outline, plain
 from checkpoints.archives import MAX_PICKLE
 from checkpoints.shards import MAX_HEADER, Manifest, TensorEntry, TensorFile, read_manifest, write_json
 from checkpoints.sources import open_source, tokenizer_of
-from errors import UserError
 from fewer_syncs.scan import Perplexities
 from model import GPTConfig
-from parallel.mesh import World
-from parallel.partition import Partition, Rule
+from plan.partition import Partition, Rule
 from text.dataset import Dataset, write_tokens
-from text.files import SMALL
-from text.pickles import Refused, outline, plain
 from tp_model import TensorParallelGPT
+from train import checkpoint as training
+from world.mesh import World
 
 ROOT = Path(__file__).parent.parent
 MEMORY = 300 << 20  # bytes that a case may ask for beyond what the tests have

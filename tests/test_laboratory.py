@@ -13,11 +13,11 @@ from test_bench_tp import run as alone_run
 from test_sample_tp import alone
 from test_tp_model import deaf
 
-from benchmarks.strategies import MISTAKES, STRATEGIES, Case, Piece, answers, formula, summed, wire_bytes
-from errors import UserError
+from base.errors import UserError
+from bench.strategies import MISTAKES, STRATEGIES, Case, Piece, answers, formula, summed, wire_bytes
 from model import GPTConfig
-from parallel.mesh import World
-from parallel.partition import Partition
+from plan.partition import Partition
+from world.mesh import World
 
 CONFIG = GPTConfig(block_size=11, vocab_size=67, n_layer=1, n_head=5, n_embd=20)  # 11 tokens and 5 heads over 2, 3, 4 ranks
 EVERY = [(part, way) for part in ("mlp", "attention", "layer") for way in STRATEGIES if part == "layer" or way != "spd"]

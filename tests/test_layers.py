@@ -14,8 +14,8 @@ from parallel.collectives import Axis
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from parallel.ledger import Ledger
 from parallel.loss import CHUNK_LOGITS, vocab_parallel_cross_entropy, vocab_parallel_head_loss
-from parallel.mesh import World
-from parallel.partition import round_up, spans
+from plan.partition import round_up, spans
+from world.mesh import World
 
 SIZES = [1, 2, 3, 4]
 close = torch.testing.assert_close  # float32's own tolerance (1.3e-6 relative): only the order of sums differs

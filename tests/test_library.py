@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from native import library
-from native.library import Unavailable
-from parallel.processes import is_running
+from base import native
+from base.native import Unavailable
+from base.processes import is_running
+from inference import decoding
+from parallel.shm import SOURCE
 
 
 class Compiler:
@@ -38,7 +40,7 @@ class Compiler:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("made") / "shm.so"
-    library._compile("cc", Path(library.__file__).with_name("shm.c"), place)
+    native._compile("cc", SOURCE, place)
     return place
 
 
@@ -52,7 +54,7 @@ def compiler(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> Com
 
 
 def works() -> bool:
-    return bool(library.load("shm").nanotp_move)
+    return bool(native.load(SOURCE).nanotp_move)
 
 
 def kept(tmp_path: Path) -> list[Path]:
@@ -70,10 +72,10 @@ def test_libraries_that_follow_each_other_through_one_descriptor_are_not_taken_f
 ):
     """The C library knows a library by the name that it was loaded by."""
     for name, function, other in [
-        ("shm", "nanotp_move", "nanotp_embed"),
-        ("decode", "nanotp_embed", "nanotp_move"),
+        (SOURCE, "nanotp_move", "nanotp_embed"),
+        (decoding.SOURCE, "nanotp_embed", "nanotp_move"),
     ]:
-        found = library.load(name)
+        found = native.load(name)
         assert hasattr(found, function) and not hasattr(found, other)
 
 
@@ -111,7 +113,7 @@ def test_a_cache_that_others_may_have_written_is_not_used(
 ) -> None:
     assert works()
     spoil(tmp_path / "nanotp", monkeypatch)
-    assert library._users_cache() is None
+    assert native._users_cache() is None
     assert works() and compiler.runs == 2
 
 
@@ -119,7 +121,7 @@ def test_a_directory_that_takes_the_caches_name_meanwhile_is_not_used(
     compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert works()
-    place, check = tmp_path / "nanotp", library._check_ours
+    place, check = tmp_path / "nanotp", native._check_ours
 
     def swapped(handle: int) -> None:
         check(handle)
@@ -127,7 +129,7 @@ def test_a_directory_that_takes_the_caches_name_meanwhile_is_not_used(
             place.rename(tmp_path / "moved away")
             (tmp_path / "nanotp").write_text("a stranger's")
 
-    monkeypatch.setattr(library, "_check_ours", swapped)
+    monkeypatch.setattr(native, "_check_ours", swapped)
     assert works() and compiler.runs == 1
 
 
@@ -221,7 +223,7 @@ def test_where_no_place_serves_it_is_said(
     with pytest.raises(
         Unavailable, match=r"^shm\.c cannot be compiled and loaded \(failed to map segment"
     ):
-        library.load("shm")
+        native.load(SOURCE)
 
 
 def test_processors_without_a_list_of_their_flags_have_names(
@@ -230,9 +232,9 @@ def test_processors_without_a_list_of_their_flags_have_names(
     """Apple's: machine and processor are arm64 and arm on all of them."""
     monkeypatch.setattr("sys.platform", "darwin")
     monkeypatch.setattr(
-        library.subprocess, "check_output", lambda command, **how: f"{command[-1]} Apple M2\n"
+        native.subprocess, "check_output", lambda command, **how: f"{command[-1]} Apple M2\n"
     )
-    assert library._processor().endswith("machdep.cpu.brand_string Apple M2\n")
+    assert native._processor().endswith("machdep.cpu.brand_string Apple M2\n")
 
 
 # --- compilers ------------------------------------------------------------------------------------------------------
@@ -245,7 +247,7 @@ def test_a_compiler_that_hangs_is_ended_with_what_it_has_started(
     compiler.path.write_text(
         f"#!/bin/sh\nsleep 300 & echo $! > {mark}.new; mv {mark}.new {mark}; wait\n"
     )
-    monkeypatch.setattr(library, "COMPILE_S", 0.01)
+    monkeypatch.setattr(native, "COMPILE_S", 0.01)
 
     def hung(command: Any, **how: Any) -> Any:
         child = started(command, **how)
@@ -253,10 +255,10 @@ def test_a_compiler_that_hangs_is_ended_with_what_it_has_started(
             time.sleep(0.005)
         return child
 
-    started = library.subprocess.Popen
-    monkeypatch.setattr(library.subprocess, "Popen", hung)
+    started = native.subprocess.Popen
+    monkeypatch.setattr(native.subprocess, "Popen", hung)
     with pytest.raises(Unavailable, match="cc did not come to an end within 0.01 s$"):
-        library.load("shm")
+        native.load(SOURCE)
     end = time.monotonic() + 10
     while is_running(int(mark.read_text())) and time.monotonic() < end:
         time.sleep(0.005)

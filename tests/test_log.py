@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import train_tp
-from checkpoints import training
-from errors import UserError
-from options import TrainOptions
+from base.errors import UserError
+from cli.options import TrainOptions
+from train import checkpoint as training
 from train_tp import cut_metrics, iteration_of
 
 

@@ -1,4 +1,4 @@
-"""options.py and grammar.py: nanoGPT's grammar, its config files, and every message word for word."""
+"""cli/options.py and cli/grammar.py: nanoGPT's grammar, its config files, and every message word for word."""
 
 import dataclasses
 import json
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-import options
-from errors import UserError
-from grammar import help_text, parse, parse_command
-from options import (
+from base.errors import UserError
+from cli import options
+from cli.grammar import help_text, parse, parse_command
+from cli.options import (
     EntryOptions,
     EvalOptions,
     InspectOptions,
@@ -27,7 +27,7 @@ from options import (
     option,
 )
 
-ROOT = Path(options.__file__).parent
+ROOT = Path(options.__file__).parent.parent
 RUN_ENTRIES = (SampleOptions, TrainOptions, EvalOptions)
 COMMANDS = {"split": SplitOptions, "merge": MergeOptions, "verify": VerifyOptions, "inspect": InspectOptions}
 EVERY_CLASS = (*RUN_ENTRIES, *COMMANDS.values())
@@ -531,10 +531,10 @@ def test_run_entries_share_the_common_options():
 
 
 def test_options_needs_nothing_but_the_standard_library():
-    code = ("import sys; import grammar; "
+    code = ("import sys; import cli.grammar; "
             "print(sorted({m.partition('.')[0] for m in sys.modules} - sys.stdlib_module_names - {'__main__'}))")
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "['config_files', 'errors', 'grammar', 'options']", done.stderr
+    assert done.stdout.strip() == "['base', 'cli']", done.stderr
 
 
 def test_start_has_a_second_name_that_torchrun_does_not_take_for_its_own():

@@ -20,19 +20,19 @@ from ranks import run_ranks
 
 import bench_tp
 import drop_syncs
-import dry_run
 import eval_tp
 import sample_tp
 import train_tp
-from errors import UserError
-from grammar import parse
-from options import EvalOptions, SampleOptions, TrainOptions
-from pages import account
-from pages.diagram import Message
-from pages.html import nbytes, seconds
-from pages.page import STYLE, headline, page, record
-from parallel.mesh import World
-from report import read, write
+from base.errors import UserError
+from cli.grammar import parse
+from cli.options import EvalOptions, SampleOptions, TrainOptions
+from report import account
+from report.diagram import Message
+from report.html import nbytes, seconds
+from report.page import STYLE, headline, page, record
+from report.report import read, write
+from train import dry_run
+from world.mesh import World
 
 letters, home, unknown = test_training.letters, test_drop_syncs.home, test_sample_tp.unknown
 RESULTS = Path(__file__).parent.parent / "docs" / "results"

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from errors import UserError
+from base.errors import UserError
 from model import GPT, GPTConfig
-from parallel.partition import Partition, Rule, Run, round_up, spans
+from plan.partition import Partition, Rule, Run, round_up, spans
 
 SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 5, "n_embd": 20, "vocab_size": 131, "block_size": 16, "bias": True}
 GPT2_SIZES: dict[str, Any] = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "block_size": 1024, "bias": True}

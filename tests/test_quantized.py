@@ -19,17 +19,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval_tp
 import sample_tp
-from errors import UserError
-from generation import generate
-from grammar import parse
+from base.errors import UserError
+from cli.grammar import parse
+from cli.options import EvalOptions, SampleOptions, TrainOptions
+from inference.generation import generate
+from inference.sampling import Sampling
 from model import GPT, GPTConfig
-from options import EvalOptions, SampleOptions, TrainOptions
 from parallel.layers import ColumnParallelLinear, RowParallelLinear
-from parallel.mesh import World
-from parallel.partition import spans
 from parallel.quantized import Int8Weight, quantize
-from sampling import Sampling
+from plan.partition import spans
 from tp_model import TensorParallelGPT
+from world.mesh import World
 
 SMALL = GPTConfig(block_size=16, vocab_size=131, n_layer=2, n_head=5, n_embd=20)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(1))]

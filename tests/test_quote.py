@@ -12,7 +12,7 @@ import pytest
 
 import bench_tp
 import shard_checkpoint
-from grammar import parse_command
+from cli.grammar import parse_command
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["tensor_parallelism.md"]

@@ -7,8 +7,8 @@ import torch
 from ranks import run_ranks
 from torch import Tensor
 
-from parallel.mesh import World
 from parallel.replicas import DriftError, check_alike, checksum
+from world.mesh import World
 
 WORDS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.int64: torch.int64, torch.uint8: torch.uint8}
 

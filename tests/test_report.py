@@ -10,16 +10,16 @@ import pytest
 import torch
 from ranks import run_ranks
 
-import report
 import sample_tp
-from errors import UserError
-from generation import generate
-from grammar import parse
+from base.errors import UserError
+from cli.grammar import parse
+from cli.options import SampleOptions
+from inference.generation import generate
+from inference.sampling import Sampling
 from model import GPTConfig
-from options import SampleOptions
-from parallel.mesh import World
-from sampling import Sampling
+from report import report
 from tp_model import TensorParallelGPT
+from world.mesh import World
 
 CONFIG = GPTConfig(block_size=16, vocab_size=101, n_layer=3, n_head=3, n_embd=24)
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8]]

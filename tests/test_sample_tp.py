@@ -14,13 +14,13 @@ import torch
 from ranks import run_ranks
 
 import sample_tp
-from errors import UserError
-from grammar import parse
-from options import SampleOptions
+from base.errors import UserError
+from cli.grammar import parse
+from cli.options import SampleOptions
 from parallel.collectives import Axis
 from parallel.ledger import Ledger
-from parallel.mesh import World
 from text.tokenizer import GPT2Tokenizer
+from world.mesh import World
 
 ROOT = Path(__file__).parent.parent
 LINE = "\n---------------\n"

@@ -16,13 +16,13 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from test_training import curve, figures, letters, options  # noqa: F401
 
-import entry
 import train_tp
-from checkpoints import training
+from base.errors import Stopped
 from checkpoints.shards import TensorFile
-from errors import Stopped
-from options import TrainOptions
-from parallel.mesh import World
+from cli.options import TrainOptions
+from train import checkpoint as training
+from world import entry
+from world.mesh import World
 
 
 def _train(world: World, settings: TrainOptions) -> None:

@@ -19,14 +19,14 @@ from test_tp_model import data, deaf
 from test_training import curve, letters, trained  # noqa: F401  letters is a fixture
 from torch import Tensor
 
+from base.errors import UserError
 from checkpoints.shards import Sync, read_manifest
-from decoding import NativeDecoder, TorchDecoder
-from errors import UserError
+from inference.decoding import NativeDecoder, TorchDecoder
 from model import GPT, GPTConfig
-from parallel.mesh import World
-from parallel.partition import Partition
-from parallel.schedule import Schedule
+from plan.partition import Partition
+from plan.schedule import Schedule
 from tp_model import TensorParallelGPT, take
+from world.mesh import World
 
 CONFIG = GPTConfig(block_size=12, vocab_size=67, n_layer=4, n_head=5, n_embd=20)
 SCHEDULES = ["all", "mlp", "every:2", "every:4", "0a,0m,2a", "1a,2m"]

@@ -12,19 +12,19 @@ from test_shm import carrier, message
 from test_tp_model import data, deaf
 from torch import Tensor
 
-from benchmarks.strategies import kept_bytes
-from errors import UserError
-from generation import generate
+from base.errors import UserError
+from bench.strategies import kept_bytes
+from inference.generation import generate
+from inference.sampling import Sampling
 from model import GPTConfig
 from parallel.collectives import GroupTransport, Transport
 from parallel.ledger import total
-from parallel.mesh import World
-from parallel.partition import spans
 from parallel.quantized import quantize
-from parallel.schedule import Schedule
 from parallel.shm import SLOT_BYTES
-from sampling import Sampling
+from plan.partition import spans
+from plan.schedule import Schedule
 from tp_model import Stream, TensorParallelGPT, drop_own, take
+from world.mesh import World
 
 CONFIG = GPTConfig(block_size=11, vocab_size=67, n_layer=2, n_head=5, n_embd=20)  # 11 tokens and 5 heads over 2, 3, 4 ranks
 PLAIN = replace(CONFIG, bias=False, activation="gelu_tanh")

@@ -24,7 +24,7 @@ import shard_checkpoint
 from checkpoints.shards import TensorFile
 from checkpoints.sources import ShardSource, open_source
 from model import GPT, GPTConfig
-from parallel.partition import Partition
+from plan.partition import Partition
 from shard_checkpoint import imbalance, main
 
 ROOT = Path(__file__).parent.parent

@@ -23,12 +23,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from base.errors import UserError
 from checkpoints import shards as shards_module
 from checkpoints.shards import CHUNK, DTYPES, Manifest, ShardDirectory, Sync, TensorEntry, TensorFile, read_manifest, write_json
 from checkpoints.sources import ShardSource
-from errors import UserError
 from model import GPTConfig
-from parallel.partition import Partition, Rule, Run
+from plan.partition import Partition, Rule, Run
 from shard_checkpoint import main, write_shards
 
 CONFIG = GPTConfig(n_layer=2, n_head=5, n_embd=20, vocab_size=131, block_size=16)

@@ -13,13 +13,13 @@ from ranks import run_ranks
 from test_entry import launch, spoken
 from torch import Tensor
 
-from native.library import Unavailable
+from base.native import Unavailable
 from parallel import shm
 from parallel.collectives import all_reduce
-from parallel.devices import pick_comm
-from parallel.launch import Launch
-from parallel.mesh import World, make_axis
 from parallel.shm import SLOT_BYTES, ShmTransport
+from world.devices import pick_comm
+from world.launch import Launch
+from world.mesh import World, make_axis
 
 PIECE = SLOT_BYTES // 4  # float32 elements
 

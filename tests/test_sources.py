@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
+from base.errors import UserError
 from checkpoints import nanogpt as nanogpt_module
 from checkpoints.shards import TensorFile
 from checkpoints.sources import (
@@ -32,10 +33,9 @@ from checkpoints.sources import (
     open_source,
     tokenizer_of,
 )
-from errors import UserError
+from cli.options import SampleOptions
 from model import GPT, GPTConfig
-from options import SampleOptions
-from parallel.partition import Partition
+from plan.partition import Partition
 from shard_checkpoint import main
 
 ROOT = Path(__file__).parent.parent

@@ -17,18 +17,18 @@ from torch import Tensor
 
 import sample_tp
 from checkpoints.shards import write_json
-from decoding import GraphDecoder, NativeDecoder, TorchDecoder
-from generation import Row, generate
-from grammar import parse
+from cli.grammar import parse
+from cli.options import SampleOptions, SplitOptions
+from inference.decoding import GraphDecoder, NativeDecoder, TorchDecoder
+from inference.generation import Row, generate
+from inference.sampling import Sampling
+from inference.speculation import Guesser, Ngrams, Pace, SmallModel, Speculation
 from model import GPT, GPTConfig
-from options import SampleOptions, SplitOptions
-from parallel.mesh import World
 from parallel.quantized import quantize
-from parallel.schedule import Schedule
-from sampling import Sampling
+from plan.schedule import Schedule
 from shard_checkpoint import split as split_source
-from speculation import Guesser, Ngrams, Pace, SmallModel, Speculation
 from tp_model import TensorParallelGPT, take
+from world.mesh import World
 
 CONFIG = replace(SMALL, block_size=64)
 TINY = GPTConfig(block_size=24, vocab_size=523, n_layer=1, n_head=2, n_embd=16)  # a draft that cannot hold the whole text

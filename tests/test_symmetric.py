@@ -16,8 +16,8 @@ from torch.distributed import _symmetric_memory
 from parallel import symmetric
 from parallel.collectives import GroupTransport, all_reduce, all_reduce_later
 from parallel.ledger import total
-from parallel.mesh import World, make_axis
 from parallel.symmetric import MOST_BYTES, SymmetricTransport
+from world.mesh import World, make_axis
 
 
 class Noted:

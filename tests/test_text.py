@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from errors import UserError
+from base.errors import UserError
+from base.files import read_text
 from text import tokenizer as module
-from text.files import read_text
 from text.tokenizer import (
     CharTokenizer,
     GPT2Tokenizer,

@@ -12,9 +12,9 @@ from torch import Tensor
 from model import GPT, GPTConfig
 from parallel import collectives
 from parallel.graphs import outside_graphs
-from parallel.mesh import World
-from parallel.partition import Partition, spans
+from plan.partition import Partition, spans
 from tp_model import TensorParallelGPT, attend_with_own_dropout, take
+from world.mesh import World
 
 SMALL = GPTConfig(block_size=16, vocab_size=131, n_layer=2, n_head=5, n_embd=20)
 

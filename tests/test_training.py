@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 
 import shard_checkpoint
 import train_tp
-from checkpoints import training
+from base.errors import UserError
 from checkpoints.shards import ShardDirectory, read_manifest
-from errors import UserError
+from cli.options import TrainOptions
 from model import GPT, GPTConfig
-from options import TrainOptions
-from parallel.mesh import World
 from parallel.replicas import DriftError
 from text.dataset import EVAL_STREAM, Dataset, batch
 from text.tokenizer import CharTokenizer
+from train import checkpoint as training
+from world.mesh import World
 
 TINY: dict[str, Any] = {
     "dataset": "letters", "n_layer": 2, "n_head": 4, "n_embd": 16, "block_size": 8, "batch_size": 2, "bias": True,

@@ -8,10 +8,10 @@ import torch
 from ranks import run_ranks
 
 from checkpoints.sources import open_source, reader
-from generation import generate
-from parallel.mesh import World
-from sampling import Sampling
+from inference.generation import generate
+from inference.sampling import Sampling
 from tp_model import TensorParallelGPT
+from world.mesh import World
 
 MODELS = [(3, 24, 257), (4, 32, 50257), (5, 40, 257), (12, 48, 257), (25, 100, 50257)]  # heads, width, vocabulary
 BLOCK = 96

@@ -23,14 +23,14 @@ from ranks import run_ranks
 from test_entry import launch, spoken
 from test_training import TINY, letters  # noqa: F401
 
-from errors import UserError
+from base.errors import UserError
+from base.processes import answer, is_running, process_state
 from parallel import collectives
 from parallel.collectives import Axis, all_reduce, all_reduce_later, average_later
 from parallel.ledger import Entry, Ledger, Track, call_text
-from parallel.mesh import World, _check_statements, _warn_of_hosts
-from parallel.processes import answer, is_running, process_state
-from parallel.roll_call import call_roll, ranks_text
-from parallel.watch import Peer, Seen, verdict
+from world.mesh import World, _check_statements, _warn_of_hosts
+from world.roll_call import call_roll, ranks_text
+from world.watch import Peer, Seen, verdict
 
 HOST = socket.gethostname()
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from errors import UserError
-from text.files import beginning, fetched, inside, read_small, replacing
-from text.pickles import Refused, plain
+from base.errors import UserError
+from base.files import beginning, fetched, inside, read_small, replacing
+from base.pickles import Refused, plain
 from text.tokenizer import (
     TOKENIZER_FILE,
     CharTokenizer,

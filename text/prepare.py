@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from console import console
-from errors import ReaderGone, UserError
+from base.console import console
+from base.errors import ReaderGone, UserError
+from base.files import decode_text, read_text, replacing
 from text.dataset import make_directory
-from text.files import decode_text, read_text, replacing
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 

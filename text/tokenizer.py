@@ -17,8 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from errors import UserError, shown
-from text.files import read_json, read_small, replacing
+from base.errors import UserError, shown
+from base.files import read_json, read_small, replacing
 
 if TYPE_CHECKING:
     import tiktoken

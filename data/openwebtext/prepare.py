@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from errors import UserError
+from base.errors import UserError
 from text.dataset import make_directory, token_writer
 from text.prepare import a_path, options_parser, run
 from text.tokenizer import GPT2Tokenizer, write_tokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from errors import UserError
+from base.errors import UserError
 from text.dataset import split_and_write
 from text.prepare import options_parser, run
 from text.tokenizer import CharTokenizer

@@ -1,0 +1,399 @@
+"""Every entry's options as dataclasses. How they are set: cli/grammar.py.
+
+Names that nanoGPT has keep nanoGPT's meaning, and nearly all of them its default, so that its config files and its
+users' habits work here. The exceptions are there because this program also runs on a laptop's processors: device and
+dtype are chosen automatically, and compilation has to be asked for.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None, low: float | None = None,
+           high: float | None = None, above: float | None = None, below: float | None = None,
+           required: bool = False, also: str = "") -> Any:
+    """A dataclass field that knows its line of help and what values it takes; `also` is a second name for it.
+
+    `low` and `high` are allowed themselves, `above` and `below` are not. A required option has "" as its default and
+    may not be left so. A list is copied for each instance.
+    """
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "below": below,
+                "required": required, "also": also}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# The options that hold a path, in every command, and a regular expression of what stands before it.
+PATHS = {
+    **dict.fromkeys(("data_dir", "dataset", "draft", "init_from", "kept", "out", "out_dir"), "^"),
+    **dict.fromkeys(("plot", "report", "scan", "shards", "text", "tokenizer"), "^"),
+    **{"start": "^(?:FILE|PROMPTS):", "prompt": "^FILE:", "reports": "^|, *"},
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What each entry can be told. Each class's docstring is the description that --help shows.
+
+@dataclass(frozen=True, kw_only=True)
+class EntryOptions:
+    """What every command has."""
+
+    debug: bool = option(False, "show the traceback of an error, too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(EntryOptions):
+    """What every entry that torchrun starts has."""
+
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = option("auto", "precision of the computation", ("auto", "float32", "bfloat16", "float16"))
+    comm: str = option("auto", "transport of the collectives", ("auto", "nccl", "gloo", "shm"))
+    compile: bool = option(False, "run the model through torch.compile")
+    seed: int = option(1337, "seed of every random choice, which are the same at every tp", low=0, high=2**63 - 1)
+    threads: int = option(0, "CPU threads a rank, 0 = cores divided by ranks", low=0, high=1024)
+    oversubscribe: bool = option(False, "let several ranks share one GPU, over gloo")
+    comm_timeout: float = option(120.0, "seconds to wait in a collective for the other ranks", above=0)
+    start_timeout: float = option(30.0, "seconds to wait for all ranks at the start", above=0)
+    report: str = option("", "write the run's account: a page to FILE.html, else JSON")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(RunOptions):
+    """Generate text with the model split over all ranks. In float32 the tokens are the same on any number."""
+
+    init_from: str = option("resume", "weights: hub name, HF directory, ckpt.pt, shard or training directory;"
+                                      " resume = out_dir")
+    out_dir: str = option("out", "training directory that init_from=resume reads")
+    start: list[str] = option(["\n"], "prompt; FILE:path reads one, PROMPTS:path one a line; may be repeated",
+                              also="prompt")
+    num_samples: int = option(1, "samples drawn for each prompt", low=1)
+    batch_size: int = option(32, "rows (prompts x samples) generated at a time", low=1)
+    max_new_tokens: int = option(200, "tokens generated for each sample", low=1)
+    temperature: float = option(0.8, "below 1 likelier tokens, above 1 more variety, 0 = greedy", low=0)
+    top_k: int = option(200, "sample among the k likeliest tokens, 0 = all", low=0)
+    top_p: float = option(1.0, "sample among the likeliest tokens that hold this much probability", above=0, high=1)
+    stop: str = option("", "end a sample where this text appears")
+    stream: bool = option(True, "print the text as it is generated")
+    out: str = option("", "keep the samples in this file, one JSON object a line")
+    overflow: str = option("slide", "at block_size tokens: keep the last ones, end the sample, or refuse",
+                           ("slide", "stop", "error"))
+    kv_cache: bool = option(True, "keep keys and values of past tokens instead of computing them again")
+    draft: str = option("", "guess ahead, the same text in fewer passes: ngram, or a small model as in init_from")
+    draft_tokens: int = option(5, "tokens guessed ahead at most", low=1)
+    quantize: str = option("", "int8: the matrices in 8 bits, for less memory and faster decoding", ("", "int8"))
+    sync: str = option("", "sync points: all, mlp, every:K, or a list (0a,0m,1m); default: as the weights say")
+    sequence_parallel: bool = option(False, "split the prompt's activations over the sequence, to save memory")
+    tokenizer: str = option("", "directory with tokenizer.json or meta.pkl, gpt2 or ids; default: what the checkpoint says")
+
+
+# nanoGPT's options come first, in nanoGPT's order; the model and the schedule default to GPT-2 124M on OpenWebText as
+# there. gradient_accumulation_steps counts the whole job's micro-batches (nanoGPT divides by its ranks, this by dp), so
+# an iteration holds the same tokens however many ranks share it.
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(RunOptions):
+    """Train from scratch, fine-tune, resume or evaluate a GPT, tp ranks to a model and world size / tp models."""
+
+    out_dir: str = option("out", "directory of the checkpoints, metrics.jsonl and the tokenizer")
+    eval_interval: int = option(2000, "iterations between two evaluations", low=1)
+    log_interval: int = option(1, "iterations between two printed lines", low=1)
+    eval_iters: int = option(200, "batches of each split in an evaluation", low=1)
+    eval_only: bool = option(False, "evaluate once, then end")
+    always_save_checkpoint: bool = option(True, "save after each evaluation, not only when the loss is the best yet")
+    init_from: str = option("scratch", "scratch, resume, or weights: hub name, HF directory, ckpt.pt, shard directory")
+    wandb_log: bool = option(False, "send the metrics to wandb as well")
+    wandb_project: str = option("nanotp", "wandb project")
+    wandb_run_name: str = option("gpt2", "wandb run name")
+    dataset: str = option("openwebtext", "directory below data_dir with train.bin and val.bin")
+    data_dir: str = option("data", "directory of the datasets")
+    gradient_accumulation_steps: int = option(40, "micro-batches an iteration, over all dp groups together", low=1)
+    batch_size: int = option(12, "sequences in a micro-batch", low=1)
+    block_size: int = option(1024, "tokens in a sequence", low=1)
+    n_layer: int = option(12, "layers", low=1)
+    n_head: int = option(12, "attention heads a layer", low=1)
+    n_embd: int = option(768, "width of the residual stream", low=1)
+    dropout: float = option(0.0, "0 for pretraining, 0.1 or more for fine-tuning", low=0, high=1)
+    bias: bool = option(False, "biases in the linear layers and LayerNorms")
+    learning_rate: float = option(6e-4, "highest learning rate", low=0)
+    max_iters: int = option(600000, "iterations in all", low=0)
+    weight_decay: float = option(0.1, "AdamW's weight decay, on matrices only", low=0)
+    beta1: float = option(0.9, "AdamW's first beta", low=0, below=1)
+    beta2: float = option(0.95, "AdamW's second beta", low=0, below=1)
+    grad_clip: float = option(1.0, "clip the norm of the whole gradient to this, 0 = off", low=0)
+    decay_lr: bool = option(True, "warm up and decay the learning rate; False keeps it constant")
+    warmup_iters: int = option(2000, "iterations of linear warm-up", low=0)
+    lr_decay_iters: int = option(600000, "iteration at which the decay has reached min_lr", low=0)
+    min_lr: float = option(6e-5, "lowest learning rate", low=0)
+    backend: str = option("", "nanoGPT's name for comm, used where comm=auto", ("", "nccl", "gloo"))
+    tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
+    sync: str = option("", "sync points: all, mlp, every:K, or a list (0a,0m,1m); default: as the weights say")
+    activation_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    sequence_parallel: bool = option(False, "split what is between the matrix products over the sequence, to save memory")
+    dp_shard: bool = option(False, "shard parameters, gradients and optimizer state over dp (FSDP2), to save memory")
+    dp_reduce_dtype: str = option("float32", "what gradients travel and are added in over dp", ("float32", "bfloat16"))
+    async_save: bool = option(False, "write checkpoints in the background, from a copy in host memory")
+    save_interval: int = option(0, "iterations between two checkpoints, 0 = at each evaluation", low=0)
+    check_replicas: int = option(500, "iterations between two checks that ranks hold the same parameters, 0 = never", low=0)
+    keep_last: int = option(3, "checkpoints kept in out_dir, 0 = all", low=0)
+    overwrite: bool = option(False, "start over in an out_dir that has checkpoints: they go with the first new one")
+    progress: bool = option(True, "progress bar on a terminal")
+    dry_run: bool = option(False, "print what each layout takes of a rank's memory, then end: 0 it fits, 1 not")
+    memory: str = option("", "with dry_run: what a rank has, such as 80GB or 24GiB")
+    ranks: int = option(0, "with dry_run: the number of ranks asked about, 0 = those that are started", low=0)
+
+    def __post_init__(self) -> None:
+        # Two names for one setting: merged here, so that nothing else needs to know of the second one.
+        if self.backend and self.comm == "auto":
+            object.__setattr__(self, "comm", self.backend)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(RunOptions):
+    """Measure the exact perplexity of a text (--text) or of a prepared dataset (--dataset)."""
+
+    init_from: str = option("resume", "weights: hub name, HF directory, ckpt.pt, shard or training directory;"
+                                      " resume = out_dir")
+    out_dir: str = option("out", "training directory that init_from=resume reads")
+    text: str = option("", "text file to measure")
+    dataset: str = option("", "directory below data_dir to measure instead of a text file")
+    data_dir: str = option("data", "directory of the datasets")
+    split: str = option("val", "which part of the dataset", ("train", "val"))
+    stride: int = option(0, "tokens between two windows, 0 = block_size: windows side by side", low=0)
+    batch_size: int = option(8, "windows in a forward pass", low=1)
+    max_tokens: int = option(0, "measure only this many tokens, 0 = all", low=0)
+    quantize: str = option("", "int8: the matrices in 8 bits, for less memory and faster decoding", ("", "int8"))
+    sync: str = option("", "sync points: all, mlp, every:K, or a list (0a,0m,1m); default: as the weights say")
+    sequence_parallel: bool = option(False, "split activations over the sequence, to save memory")
+    tokenizer: str = option("", "directory with tokenizer.json or meta.pkl, gpt2 or ids; default: what the checkpoint says")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropOptions(RunOptions):
+    """What every step of dropping sync points has: the weights, and a text."""
+
+    init_from: str = option("", "weights as in sample_tp.py", required=True)
+    dataset: str = option("", "directory below data_dir: its training split is learned from, its validation split measured")
+    data_dir: str = option("data", "directory of the datasets")
+    max_tokens: int = option(0, "measure only this many tokens, 0 = all", low=0)
+    batch_size: int = option(16, "sequences in a batch", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOptions(DropOptions):
+    """Group heads with the neurons that depend on them: the same model, which misses less where sync points are dropped."""
+
+    ranks: int = option(2, "tensor-parallel size the groups are for", low=2)
+    tokens: int = option(8192, "tokens of the training split that the groups are chosen on", low=1)
+    out: str = option("", "shard directory to write", required=True)
+    force: bool = option(False, "replace the output where it exists")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanOptions(DropOptions):
+    """Measure the perplexity under many schedules, and find the one with the fewest sync points within a budget."""
+
+    scan: str = option("", "keep what was measured in this file, and go on from it")
+    budget: str = option("", "allowed increase of the perplexity, such as 1%: print the schedule with the fewest sync points")
+    search: str = option("greedy", "drop the cheapest of all that are left each time, or in the order of a first scan",
+                         ("greedy", "order"))
+    schedules: str = option("mlp;every:2", "schedules to measure besides, with semicolons between")
+    decode_tokens: int = option(0, "measure ms a token of these schedules too, over this many new tokens; 0 = no", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairOptions(DropOptions):
+    """Let weights learn to do with fewer sync points what they did with all, and write shards that say so."""
+
+    sync: str = option("", "the schedule: mlp, every:K or a list such as 0a,0m,1m", required=True)
+    steps: int = option(300, "steps for each run between two sync points, 0 = none", low=0)
+    learning_rate: float = option(1e-3, "highest learning rate of those", above=0)
+    whole_steps: int = option(0, "steps end to end after that, on the original's next-token distribution", low=0)
+    whole_learning_rate: float = option(3e-4, "highest learning rate of those", above=0)
+    control: bool = option(True, "train the dense model on the text for as many steps, to see what is not repair")
+    out: str = option("", "shard directory to write", required=True)
+    force: bool = option(False, "replace the output where it exists")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveOptions(RunOptions):
+    """Draw reports of scan and repair in one picture: perplexity lost against sync points left (one process)."""
+
+    reports: str = option("", "reports of scan and repair, with commas between", required=True)
+    plot: str = option("", "the PNG to draw", required=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(RunOptions):
+    """What every measurement has."""
+
+    repeats: int = option(7, "rounds; medians and spreads are over them", low=1)
+    against: str = option("", "contestants that run in turn with nanoTP in each round, with commas between")
+    plot: str = option("", "draw the figures into this PNG (needs matplotlib)")
+    n_layer: int = option(12, "layers of the model that is measured", low=1)
+    n_head: int = option(12, "its attention heads a layer", low=1)
+    n_embd: int = option(768, "the width of its residual stream", low=1)
+    vocab_size: int = option(50257, "the size of its vocabulary", low=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchModelOptions(BenchOptions):
+    """What the measurements of generation have."""
+
+    init_from: str = option("", "weights as in sample_tp.py; default: random ones")
+    prompt_tokens: int = option(128, "length of the prompt", low=1)
+    quantize: str = option("", "int8: the matrices in 8 bits (the contestants' too, where they have that)", ("", "int8"))
+    sync: str = option("", "sync points, as in sample_tp.py")
+    sequence_parallel: bool = option(False, "split the prompt's activations over the sequence, as in sample_tp.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchDecodeOptions(BenchModelOptions):
+    """Decode greedily after a prompt; --against=hf,ctranslate2,one_rank,all_syncs,no_draft (the last three: nanoTP on one
+    thread; with the schedule all; without the draft)."""
+
+    new_tokens: int = option(128, "tokens generated in a round", low=2)
+    prompt: str = option("", "text to decode after, or FILE:path; default: prompt_tokens random ones")
+    draft: str = option("", "guess ahead, as in sample_tp.py")
+    draft_tokens: int = option(5, "tokens guessed ahead at most", low=1)
+    ledger: bool = option(False, "measure what the account costs: every round once with it and once without")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchPrefillOptions(BenchModelOptions):
+    """Read a prompt and choose the first new token; --against=hf,ctranslate2."""
+
+    prompt_tokens: int = option(512, "length of the prompt", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchStartOptions(BenchOptions):
+    """From torchrun to the first token, beside a torchrun of ranks that only import torch and make a gloo group."""
+
+    ranks: int = option(2, "ranks that torchrun starts", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchTrainOptions(BenchOptions):
+    """Train; --against=reference (model.py on all cores in one process, plain AdamW, full logits)."""
+
+    tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
+    batch_size: int = option(4, "sequences in a step", low=1)
+    block_size: int = option(256, "tokens in a sequence", low=1)
+    steps: int = option(3, "steps in a round", low=1)
+    activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSaveOptions(BenchOptions):
+    """How long a run stands still for a checkpoint, saved in front and in the background."""
+
+    tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
+    batch_size: int = option(2, "sequences in an iteration", low=1)
+    block_size: int = option(128, "tokens in a sequence", low=1)
+    steps: int = option(4, "iterations of which the usual time is taken", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchAllreduceOptions(BenchOptions):
+    """All-reduces of many sizes over every transport that can run here."""
+
+    sizes: str = option("1024,3072,16384,65536,262144,1048576,4194304,16777216", "bytes of the messages")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchBlockOptions(BenchOptions):
+    """One MLP, one attention block or one layer under every strategy: naive, megatron, sequence, spd; is it right, what do its
+    ranks say, how long does it take, what does it hold."""
+
+    part: str = option("layer", "what is measured", ("mlp", "attention", "layer"))
+    mistake: str = option("", "beside megatron, the same with a mistake: qkv cut in one piece, bias added on every rank,"
+                              " f or g left out", ("", "qkv", "bias", "no_f", "no_g"))
+    tp: str = option("1,2,4,8", "tensor-parallel sizes; those that there are no ranks for are counted, not run")
+    intermediate: int = option(0, "width of the MLP's hidden layer, 0 = 4 x n_embd", low=0)
+    batch_size: int = option(1, "sequences", low=1)
+    block_size: int = option(128, "tokens in a sequence", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchDiagramOptions(RunOptions):
+    """Draw a layer as its ranks see it, and compare the strategies by formula (one process, nothing runs)."""
+
+    n_layer: int = option(12, "layers", low=1)
+    n_head: int = option(12, "attention heads a layer", low=1)
+    n_embd: int = option(768, "width of the residual stream", low=1)
+    vocab_size: int = option(50257, "the size of the vocabulary", low=2)
+    tp: str = option("2", "tensor-parallel sizes with commas between: the first is drawn, the table has all")
+    sync: str = option("all", "sync points, as in sample_tp.py")
+    sequence_parallel: bool = option(False, "draw it with activations split over the sequence")
+    batch_size: int = option(1, "sequences", low=1)
+    block_size: int = option(128, "tokens in a sequence", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchPageOptions(RunOptions):
+    """Write a report that was kept as a page: --kept=run.json --report=run.html (one process)."""
+
+    kept: str = option("", "the report: JSON, or a page, which carries its own", required=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchPredictOptions(BenchOptions):
+    """What a step takes, reckoned: on this machine, held against what it does take (2 ranks, a few minutes); or, with
+    --hardware, elsewhere: which tp and which sync points, and when one device is faster."""
+
+    hardware: str = option("", "profiles with commas between, all, or custom; default: this machine, measured")
+    model: str = option("gpt2,gpt2-medium,gpt2-large,gpt2-xl,7b-like,13b-like",
+                        "shapes with commas between, all, or custom: that of --n_layer, --n_head, --n_embd and --vocab_size")
+    tp: str = option("1,2,4,8", "tensor-parallel sizes with commas between")
+    mode: str = option("decode", "decode, prefill and train with commas between, or all")
+    batch_size: int = option(1, "sequences", low=1)
+    tokens: int = option(512, "tokens in the cache (decode), or of a sequence that is read", low=1)
+    quantize: str = option("", "int8: weights of 8 bits", ("", "int8"))
+    alpha_us: float = option(0.0, "instead of the profile's: microseconds of a message between two ranks", low=0)
+    link_GBps: float = option(0.0, "instead of the profile's: GB/s of the link", low=0)
+    memory_GBps: float = option(0.0, "instead of the profile's: GB/s that a rank reads from its memory", low=0)
+    peak_tflops: float = option(0.0, "instead of the profile's: TFLOP/s of its products", low=0)
+    memory_GB: float = option(0.0, "instead of the profile's: GB of its memory", low=0)
+    overhead_us: float = option(-1.0, "microseconds of a sub-block beyond reading and products, -1 = the profile's", low=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOptions(EntryOptions):
+    """Split pretrained weights into a shard directory: one file for each of tp ranks, and a manifest."""
+
+    init_from: str = option("", "weights: hub name, HF directory, ckpt.pt, shard or training directory", required=True)
+    tp: int = option(2, "tensor-parallel size: the number of shards", low=1)
+    out: str = option("", "shard directory to write", required=True)
+    dtype: str = option("auto", "precision of the shards; auto keeps the source's",
+                        ("auto", "float32", "bfloat16", "float16"))
+    tokenizer: str = option("", "directory with tokenizer.json or meta.pkl, gpt2 or ids; default: what the checkpoint says")
+    force: bool = option(False, "replace the output where it exists")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(EntryOptions):
+    """Merge a shard directory into one checkpoint that transformers or nanoGPT can read."""
+
+    shards: str = option("", "shard directory to read", required=True)
+    out: str = option("", "directory (hf) or file (nanogpt) to write", required=True)
+    format: str = option("hf", "what to write", ("hf", "nanogpt"))
+    force: bool = option(False, "replace the output where it exists")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(EntryOptions):
+    """Check every byte of a shard directory against its manifest."""
+
+    shards: str = option("", "shard directory to check", required=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(EntryOptions):
+    """Show which rank owns what in a shard directory, and how many bytes."""
+
+    shards: str = option("", "shard directory to show", required=True)
+
+
+def as_dict(options: EntryOptions) -> dict[str, Any]:
+    """The options as plain values that JSON can hold: the mapping shares nothing with `options`."""
+    return dataclasses.asdict(options)
