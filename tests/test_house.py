@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # room's files, and what is not ours. Nobody imports the other files of the root: those are what one runs.
 ORDER = (
     "base", "cli", "plan", "text", "model", "checkpoints", "parallel", "tp_model", "world", "report", "inference", "train",
-    "fewer_syncs", "bench",
+    "bench", "fewer_syncs",
 )  # fmt: skip
 ROOMS = [name for name in ORDER if (ROOT / name).is_dir()]
 SOURCES = [
@@ -58,7 +58,6 @@ UPWARD = {
     ("drop_syncs.py", "shard_checkpoint"),
     ("eval_tp.py", "sample_tp"),
     ("fewer_syncs/scan.py", "eval_tp"),
-    ("fewer_syncs/speed.py", "bench"),
     ("sample_tp.py", "shard_checkpoint"),
 }
 
