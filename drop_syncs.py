@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from base.errors import UserError
+from checkpoints.convert import SHARD_FILES, place, write_shards
 from checkpoints.shards import Sync, check_target, new_directory, write_json
 from checkpoints.sources import Source, common_tokenizer, identity, open_source, reader
 from cli.options import CurveOptions, DropOptions, GroupOptions, RepairOptions, ScanOptions
@@ -32,7 +33,6 @@ from model import GPT
 from plan.partition import Partition
 from plan.schedule import Schedule, SubBlock
 from report import report
-from shard_checkpoint import SHARD_FILES, place, write_shards
 from text.dataset import Dataset
 from text.tokenizer import TOKENIZER_FILE, Tokenizer
 from tp_model import TensorParallelGPT

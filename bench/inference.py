@@ -16,6 +16,7 @@ from tqdm import tqdm
 from base.errors import UserError
 from bench.contestants import DECODERS, PREFILLERS, ROOT
 from bench.rounds import Bench, compare, plot_bars, shown, spread
+from checkpoints.convert import split, write_hf
 from checkpoints.shards import write_json
 from checkpoints.sources import open_source, tokenizer_of
 from cli.options import (
@@ -37,7 +38,6 @@ from plan.cost import ring_bytes
 from plan.partition import Partition
 from plan.schedule import Schedule
 from sample_tp import drafted, encode, load, read_prompts
-from shard_checkpoint import split, write_hf
 from text.tokenizer import Tokenizer
 from tp_model import TensorParallelGPT
 from world import peaks

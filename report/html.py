@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 from xml.etree.ElementTree import Element, tostring
 
+from base.errors import nbytes as nbytes
+
 Content: TypeAlias = "str | Element | None | Iterable[Content]"
 
 # what HTML has no place for: control characters, and the halves of characters that Python keeps of bytes that are no text
@@ -48,13 +50,6 @@ def written(element: Element) -> str:
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
-
-
-def nbytes(n: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if n >= size:
-            return f"{n / size:,.3g} {unit}" if n < 100 * size else f"{n / size:,.0f} {unit}"
-    return f"{n:,.0f} B"
 
 
 def seconds(s: float) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import drop_syncs
 from base.errors import UserError
+from checkpoints.convert import write_hf
 from checkpoints.shards import ShardDirectory, read_manifest
 from cli.grammar import parse
 from fewer_syncs.curve import draw, read_reports
@@ -29,7 +30,6 @@ from model import GPT, GPTConfig
 from parallel.loss import vocab_parallel_divergence
 from plan.partition import Partition, spans
 from plan.schedule import Schedule
-from shard_checkpoint import write_hf
 from tp_model import TensorParallelGPT, take
 from world.mesh import World
 

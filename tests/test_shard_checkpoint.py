@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 import shard_checkpoint
+from checkpoints.convert import hf_config
 from checkpoints.shards import TensorFile
 from checkpoints.sources import ShardSource, open_source
 from model import GPT, GPTConfig
@@ -152,8 +153,8 @@ def test_the_activation_survives_nanogpts_format(tmp_path: Path, capsys: Any) ->
 
 
 def test_gpt2s_end_of_text_is_named(tmp_path: Path) -> None:
-    assert shard_checkpoint.hf_config(GPTConfig(vocab_size=50257), "float32")["eos_token_id"] == 50256
-    assert shard_checkpoint.hf_config(GPTConfig(vocab_size=65), "float32")["eos_token_id"] is None
+    assert hf_config(GPTConfig(vocab_size=50257), "float32")["eos_token_id"] == 50256
+    assert hf_config(GPTConfig(vocab_size=65), "float32")["eos_token_id"] is None
 
 
 # --- what the commands say ------------------------------------------------------------------------------------------

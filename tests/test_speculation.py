@@ -16,6 +16,7 @@ from test_generation import PROMPTS, SMALL, Ends, reference, split
 from torch import Tensor
 
 import sample_tp
+from checkpoints.convert import split as split_source
 from checkpoints.shards import write_json
 from cli.grammar import parse
 from cli.options import SampleOptions, SplitOptions
@@ -26,7 +27,6 @@ from inference.speculation import Guesser, Ngrams, Pace, SmallModel, Speculation
 from model import GPT, GPTConfig
 from parallel.quantized import quantize
 from plan.schedule import Schedule
-from shard_checkpoint import split as split_source
 from tp_model import TensorParallelGPT, take
 from world.mesh import World
 
