@@ -77,25 +77,13 @@ def split(options: SplitOptions) -> None:
         write_json(scratch / TOKENIZER_FILE, tokenizer.to_json())
     sizes = [f"{size / 1e6:,.1f} MB" if size >= 1e5 else nbytes(size) for _, size, _ in manifest.files]
     print(f"{options.out}: {source.description} in {options.tp} shards of {', '.join(sizes)} ({dtype_name(dtype)})")
-    for note in filter(None, (imbalance(partition), tokenizer.note)):
+    for note in filter(None, (partition.imbalance(), tokenizer.note)):
         print(note)
 
 
 def place(path: str) -> Path:
     """Where an --out points, through links: what is replaced is a directory, not the link to it."""
     return Path(os.path.realpath(path))
-
-
-def imbalance(partition: Partition) -> str:
-    """What an uneven split of heads costs, or "" where it is even."""
-    heads = [hi - lo for lo, hi in map(partition.heads, range(partition.tp))]
-    if min(heads) == max(heads):
-        return ""
-    extra = max(heads) * partition.tp / partition.n_head - 1
-    return (
-        f"tp={partition.tp} over {partition.n_head} heads: {','.join(map(str, heads))} "
-        f"(busiest rank does {extra:.0%} more attention than an even split)."
-    )
 
 
 def write_shards(source: Source, partition: Partition, dtype: torch.dtype, directory: Path) -> Manifest:
