@@ -23,12 +23,12 @@ from checkpoints.convert import SHARD_FILES, place, write_shards
 from checkpoints.shards import Sync, check_target, new_directory, write_json
 from checkpoints.sources import Source, common_tokenizer, identity, open_source, reader
 from cli.options import CurveOptions, DropOptions, GroupOptions, RepairOptions, ScanOptions
-from eval_tp import measure
 from fewer_syncs.curve import draw, read_reports
 from fewer_syncs.distillation import Lessons, repair_run, repair_whole, train_on
 from fewer_syncs.grouping import Groups, Regrouped, damages, group
 from fewer_syncs.scan import Measured, Perplexities, curve, parse_budget, sensitivities, within
 from fewer_syncs.speed import check_length, decode_times
+from inference.perplexity import measure
 from model import GPT
 from plan.partition import Partition
 from plan.schedule import Schedule, SubBlock

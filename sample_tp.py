@@ -5,35 +5,28 @@
 Standard output has the text and nothing else; notices, the account and figures go to standard error.
 """
 
-import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import torch
-
-from base.errors import ReaderGone, UserError, explaining_memory
-from base.files import growing, naming, read_text
-from checkpoints.sources import Source, identity, open_for_inference, open_source, reader, schedule_of, tokenizer_of
+from base.errors import ReaderGone, explaining_memory
+from checkpoints.sources import Source, identity, open_for_inference, tokenizer_of
 from cli.options import SampleOptions
 from inference.decoding import Decoder, decoder_for
-from inference.generation import Generation, Listener, Row, Timing, check_prompts, generate
+from inference.generation import Generation, Timing, check_prompts, generate
+from inference.load import drafted, load, need
+from inference.prompts import encode, read_prompts
 from inference.sampling import Sampling
-from inference.speculation import Guesser, Ngrams, SmallModel, Speculation
-from parallel.collectives import Axis
+from inference.speculation import Speculation
+from inference.stage import Stage, samples_file
 from parallel.ledger import Account
-from parallel.quantized import Gather, quantize, read_weights
+from parallel.quantized import read_weights
 from plan.partition import Partition
 from report import report
 from report.html import nbytes
-from shard_checkpoint import imbalance
 from text.tokenizer import Tokenizer
 from tp_model import TensorParallelGPT
 from world import peaks
-from world.devices import pick_dtype
 from world.entry import run
 from world.mesh import World
 
@@ -83,30 +76,6 @@ def main(world: World, options: SampleOptions) -> None:
         finish(options, made, result.timing.slid)
 
 
-@contextmanager
-def samples_file(path: str) -> Iterator[IO[str] | None]:
-    """The file of --out, if there is one."""
-    with naming(path), growing(path) if path else nullcontext() as out:
-        yield out
-
-
-def need(world: World, source: Source, options: Any, rows: int = 0) -> str:
-    """For a run that has no memory left: what the weights take, and the keys and values of the rows."""
-    split, dtype = Partition.of(source.config, world.tp.size), pick_dtype(options.dtype, world.device)
-    weights = split.count(0) * (1 if options.quantize else dtype.itemsize)
-    if options.quantize:  # tokens are looked up in a float table
-        weights += split.local_vocab * split.n_embd * dtype.itemsize
-    lo, hi = split.heads(0)
-    cache = 2 * rows * split.n_layer * (hi - lo) * split.head_dim * split.block_size * dtype.itemsize
-    takes = f"The weights take {weights / 1e9:.2f} GB on rank 0"
-    if cache:
-        takes += f", keys and values of {rows} rows at most {cache / 1e9:.2f} GB"
-    if world.device.type == "cuda":
-        has = torch.cuda.get_device_properties(world.device).total_memory
-        takes += f"; its GPU has {has / 1e9:.2f} GB"
-    return f"{takes}. Use more ranks, --quantize=int8 or a smaller --batch_size."
-
-
 def how_to_sample(options: SampleOptions, tokenizer: Tokenizer) -> Sampling:
     return Sampling(
         n_tokens=tokenizer.n_vocab,
@@ -122,95 +91,11 @@ def how_to_sample(options: SampleOptions, tokenizer: Tokenizer) -> Sampling:
     )
 
 
-def load(world: World, source: Source, options: Any) -> TensorParallelGPT:
-    """The model for inference: each rank reads its own part of the weights."""
-    model = TensorParallelGPT(
-        source.config,
-        world.tp,
-        reader(source, world.tp.rank),
-        device=world.device,
-        dtype=pick_dtype(options.dtype, world.device),
-        schedule=schedule_of(source, options.sync, world.tp.size),
-        sequence_parallel=options.sequence_parallel,
-    )
-    return finished(model, options, world.gather)
-
-
-def finished(model: TensorParallelGPT, options: Any, gather: Gather) -> TensorParallelGPT:
-    """Quantized and compiled, as the options say."""
-    model.eval()
-    if options.quantize:
-        quantize(model, gather)
-    if options.compile:
-        model.compile_blocks()
-    return model
-
-
-def drafted(world: World, options: SampleOptions, tokenizer: Tokenizer, sampling: Sampling) -> Speculation | None:
-    """Who guesses ahead. A small model is whole on every rank, on an axis of its own, along which nothing is said. UserError
-    where its tokens are not those of the model."""
-    if not options.draft:
-        return None
-    guesser: Guesser = Ngrams()
-    if options.draft != "ngram":
-        source = open_source(options.draft, (world.rank, world.size), "draft", also=("ngram",))
-        world.agree("draft", identity(source))
-        theirs = tokenizer_of(source, options.tokenizer)
-        if theirs.to_json() != tokenizer.to_json() or source.config.vocab_size < tokenizer.n_vocab:
-            raise UserError(
-                f"--draft={options.draft} has another vocabulary: {theirs.kind} of {source.config.vocab_size} ids, the model "
-                f"{tokenizer.kind} of {tokenizer.n_vocab}. Use a draft with the model's tokenizer, or --draft=ngram."
-            )
-        dtype = pick_dtype(options.dtype, world.device)
-        model = TensorParallelGPT(source.config, Axis("tp"), reader(source, 0), device=world.device, dtype=dtype)
-        guesser = SmallModel(finished(model, options, lambda mine: [mine]), sampling)
-    return Speculation(guesser, options.draft_tokens)
-
-
-def read_prompts(start: list[str]) -> list[str]:
-    """The prompts of --start: text, FILE:path (one prompt, whole), PROMPTS:path (one a line, empty lines left out)."""
-    prompts: list[str] = []
-    for spec in start:
-        if spec.startswith("FILE:"):
-            prompts.append(read_text(spec.removeprefix("FILE:")))
-        elif spec.startswith("PROMPTS:"):
-            prompts += read_lines(Path(spec.removeprefix("PROMPTS:")))
-        elif any("\ud800" <= char <= "\udfff" for char in spec):  # how Python passes on bytes that are not UTF-8
-            raise UserError(f"--prompt={ascii(spec)[:60]} is not UTF-8 text.")
-        else:
-            prompts.append(spec)
-    return prompts
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a file that are not blank. Not splitlines(): that also cuts at form feeds and the like, within a prompt."""
-    lines = [line for line in read_text(path).split("\n") if line.strip()]
-    if not lines:
-        raise UserError(f"{path} has no prompt: write one a line.")
-    return lines
-
-
-def encode(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """The prompts as ids. UserError where that is not possible, naming the prompt."""
-    prompts = []
-    for i, text in enumerate(texts, 1):
-        try:
-            prompts.append(tokenizer.encode(text))
-        except UserError as error:
-            raise UserError(f"prompt {i} ({text[:40]!r}): {error}") from error
-        if not prompts[-1] and tokenizer.kind == "ids":
-            raise UserError(
-                f"prompt {i} is empty. The model's tokenizer is not known: give token ids, for example --prompt='5 17 3'."
-                f" {tokenizer.note}".rstrip()
-            )
-    return prompts
-
-
 def notices(
     world: World, source: Source, model: TensorParallelGPT, decoder: Decoder, tokenizer: Tokenizer
 ) -> list[str]:
     """What a user would like to know before waiting: an uneven split, a reshard, a model that one device would hold."""
-    lines = [imbalance(Partition.of(source.config, world.tp.size)), tokenizer.note]
+    lines = [Partition.of(source.config, world.tp.size).imbalance(), tokenizer.note]
     written = getattr(getattr(source, "manifest", None), "tp", world.tp.size)
     if written != world.tp.size:
         lines.append(f"the checkpoint is tp={written}, this run tp={world.tp.size}: resharded on load, no file changed.")
@@ -224,78 +109,6 @@ def notices(
     if decoder.why:
         lines.append(f"each token is computed by torch, which is slower: {decoder.why}.")
     return [line for line in lines if line]
-
-
-class Stage:
-    """The audience: prints the rows in order, and writes each to the file of --out when its turn has come.
-
-    With --stream the first row that is not through appears as it is written; a row that ends before its turn waits.
-    """
-
-    def __init__(self, texts: list[str], tokenizer: Tokenizer, options: SampleOptions, out: IO[str] | None):
-        self.texts, self.options, self.out = texts, options, out
-        self.listeners = [Listener(tokenizer, options.stop) for _ in range(len(texts) * options.num_samples)]
-        self.ended: dict[int, Row] = {}  # complete, and waiting for their turn
-        self.turn = 0  # the number of the row that is printed now
-        self.printed = 0  # characters of it that have been
-        self.gone = False  # nobody reads, and nothing is kept: the rows end
-
-    def hear(self, row: Row, token: int) -> bool:
-        ended = self.listeners[row.number].hear(token)
-        if self.options.stream and row.number == self.turn:
-            self._print(row)
-        return ended or self.gone
-
-    def end(self, row: Row) -> None:
-        self.listeners[row.number].finish()
-        self.ended[row.number] = row
-        while (done := self.ended.pop(self.turn, None)) is not None:
-            self._print(done)
-            self._say("\n---------------\n")
-            self._keep(done)
-            self.turn, self.printed = self.turn + 1, 0
-
-    def _print(self, row: Row) -> None:
-        """The prompt and what is final of the row's text, as far as it has not been printed."""
-        listener = self.listeners[row.number]
-        text = self.texts[row.prompt] + listener.text[: listener.final]
-        self._say(text[self.printed :])
-        self.printed = len(text)
-
-    def _say(self, text: str) -> None:
-        try:
-            print(text, end="", flush=True)
-        except ReaderGone:
-            self.gone = not (self.options.out or self.options.report)
-
-    def leave(self) -> None:
-        """Where a run is broken off within a row, what is said next starts on a line of its own."""
-        if self.printed:
-            with suppress(OSError):  # that it cannot be written may be what broke it off
-                self._say("\n")
-
-    def _keep(self, row: Row) -> None:
-        if self.out is not None:
-            sample = {
-                "prompt": self.texts[row.prompt],
-                "sample": row.sample,
-                "text": self.listeners[row.number].text,
-                "tokens": row.tokens[row.prompt_tokens :],
-            }
-            self.out.write(json.dumps(sample, ensure_ascii=False) + "\n")
-            self.out.flush()
-
-    def samples(self, result: Generation) -> list[dict[str, Any]]:
-        """The report's list of samples."""
-        return [
-            {
-                "prompt": self.texts[row.prompt],
-                "prompt_tokens": row.tokens[: row.prompt_tokens],
-                "tokens": row.tokens[row.prompt_tokens :],
-                "text": listener.text,
-            }
-            for row, listener in zip(result.rows, self.listeners, strict=True)
-        ]
 
 
 def per_token(passes: int, account: Account, result: Generation, draft: Speculation | None) -> dict[str, Any]:

@@ -29,20 +29,8 @@ def split(options: SplitOptions) -> None:
     manifest, note = convert.split(options)
     sizes = [f"{size / 1e6:,.1f} MB" if size >= 1e5 else nbytes(size) for _, size, _ in manifest.files]
     print(f"{options.out}: {manifest.source} in {options.tp} shards of {', '.join(sizes)} ({manifest.dtype})")
-    for line in filter(None, (imbalance(Partition.of(manifest.model, options.tp)), note)):
+    for line in filter(None, (Partition.of(manifest.model, options.tp).imbalance(), note)):
         print(line)
-
-
-def imbalance(partition: Partition) -> str:
-    """What an uneven split of heads costs, or "" where it is even."""
-    heads = [hi - lo for lo, hi in map(partition.heads, range(partition.tp))]
-    if min(heads) == max(heads):
-        return ""
-    extra = max(heads) * partition.tp / partition.n_head - 1
-    return (
-        f"tp={partition.tp} over {partition.n_head} heads: {','.join(map(str, heads))} "
-        f"(busiest rank does {extra:.0%} more attention than an even split)."
-    )
 
 
 def merge(options: MergeOptions) -> None:

@@ -30,6 +30,8 @@ from cli.options import (
 )
 from inference.decoding import Decoder, decoder_for
 from inference.generation import generate
+from inference.load import drafted, load
+from inference.prompts import encode, read_prompts
 from inference.sampling import Sampling
 from model import GPTConfig, KVCache, initial_tensor
 from parallel.ledger import Account, total
@@ -37,7 +39,6 @@ from parallel.quantized import read_weights
 from plan.cost import ring_bytes
 from plan.partition import Partition
 from plan.schedule import Schedule
-from sample_tp import drafted, encode, load, read_prompts
 from text.tokenizer import Tokenizer
 from tp_model import TensorParallelGPT
 from world import peaks

@@ -21,7 +21,6 @@ from inference.decoding import Decoder, decoder_for
 from inference.sampling import Sampling, candidates, choose
 from model import KVCache
 from parallel.collectives import all_gather, broadcast
-from text.tokenizer import StreamDecoder, Tokenizer
 from tp_model import TensorParallelGPT
 
 
@@ -332,40 +331,3 @@ def _agree(
     here = best.device if axis.size > 1 else torch.device("cpu")  # one rank tells nobody
     told: list[list[int]] = broadcast(torch.from_numpy(verdict).to(here), axis, "step").tolist()
     return told
-
-
-@dataclass
-class Listener:
-    """Turns a row's tokens into text as they come, and finds its stop text, which is not part of the sample.
-
-    text[:final] will not change any more: whole characters, and nothing that may yet turn out to begin the stop text.
-    """
-
-    tokenizer: Tokenizer
-    stop: str
-    text: str = ""
-    final: int = 0
-
-    def __post_init__(self) -> None:
-        self._decoder = StreamDecoder(self.tokenizer)
-
-    def hear(self, token: int) -> bool:
-        """True where the stop text is complete: the row ends."""
-        self.text += self._decoder.push(token)
-        found = self.text.find(self.stop, self.final) if self.stop else -1
-        if found >= 0:
-            self._decoder.finish()  # the rest of this token, half a character perhaps, comes after the stop text
-            self.text = self.text[:found]
-        self.final = len(self.text) - (0 if found >= 0 else self._held())
-        return found >= 0
-
-    def finish(self) -> str:
-        """The whole text, with whatever was held back."""
-        self.text += self._decoder.finish()
-        self.final = len(self.text)
-        return self.text
-
-    def _held(self) -> int:
-        """Length of the longest end of the text that could begin the stop text."""
-        longest = min(len(self.stop) - 1, len(self.text))
-        return next((n for n in range(longest, 0, -1) if self.text.endswith(self.stop[:n])), 0)

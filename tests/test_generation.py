@@ -18,8 +18,9 @@ from base.errors import UserError
 from checkpoints.sources import open_source, reader
 from inference import generation
 from inference.decoding import TorchDecoder
-from inference.generation import Listener, Row, check_prompts, generate
+from inference.generation import Row, check_prompts, generate
 from inference.sampling import Sampling, candidates, choose, likeliest, noise
+from inference.stage import Listener
 from model import GPT, GPTConfig, KVCache
 from parallel.collectives import Axis
 from plan.partition import Rule, spans

@@ -49,13 +49,8 @@ def test_no_globals_and_no_hooks(path: Path) -> None:
 
 # What is imported against the order, until the entry points are cut
 UPWARD = {
-    ("bench/inference.py", "sample_tp"),
     ("bench/prediction.py", "train_tp"),
     ("bench/training.py", "train_tp"),
-    ("drop_syncs.py", "eval_tp"),
-    ("eval_tp.py", "sample_tp"),
-    ("fewer_syncs/scan.py", "eval_tp"),
-    ("sample_tp.py", "shard_checkpoint"),
 }
 
 
