@@ -29,7 +29,7 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None, low:
 PATHS = {
     **dict.fromkeys(("data_dir", "dataset", "draft", "init_from", "kept", "out", "out_dir"), "^"),
     **dict.fromkeys(("plot", "report", "scan", "shards", "text", "tokenizer"), "^"),
-    **{"start": "^(?:FILE|PROMPTS):", "prompt": "^FILE:", "reports": "^|, *"},
+    **{"start": "^(?:FILE|PROMPTS):", "prompt": "^FILE:"},
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -212,14 +212,6 @@ class RepairOptions(DropOptions):
     control: bool = option(True, "train the dense model on the text for as many steps, to see what is not repair")
     out: str = option("", "shard directory to write", required=True)
     force: bool = option(False, "replace the output where it exists")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurveOptions(RunOptions):
-    """Draw reports of scan and repair in one picture: perplexity lost against sync points left (one process)."""
-
-    reports: str = option("", "reports of scan and repair, with commas between", required=True)
-    plot: str = option("", "the PNG to draw", required=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,6 @@ HEADINGS = {  # of what has no model
     "allreduce": "All-reduces of many sizes",
     "start": "From torchrun to the first token",
     "save": "What a checkpoint costs",
-    "curve": "Schedules, and what repair gives back",
 }
 
 

@@ -135,9 +135,7 @@ def made(letters: Path, home: Path, unknown: Path, tmp_path_factory: pytest.Temp
     with redirect_stdout(StringIO()):
         dry = [*train, f"--report={place / 'dry.json'}", "--dry_run=True", "--ranks=4", "--tp=2"]
         dry_run.show(train_tp.plans(parse(TrainOptions, dry, "train_tp.py")))
-    scans = [json.loads((RESULTS / f"{name}.json").read_text()) for name in ("scan_tp2", "scan_tp3_grouped", "repair_mlp_tp2")]
-    write(str(place / "curve.json"), {"entry": "drop_syncs", "what": "curve", "reports": scans})
-    return found | {"dry": place / "dry.json", "curve": place / "curve.json"}
+    return found | {"dry": place / "dry.json"}
 
 
 TITLES = {  # what people come for, by report
@@ -160,7 +158,6 @@ TITLES = {  # what people come for, by report
     "diagram": ("One layer", "Every strategy"),
     "page": ("Perplexity against",),
     "dry": ("What a rank's memory holds",),
-    "curve": ("Perplexity lost",),
 }
 
 
