@@ -75,7 +75,7 @@ def test_what_an_earlier_attempt_left_in_the_store_is_not_believed(last: int) ->
 
 
 def test_who_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parallel.roll_call.LATER_S", 0.1)
+    monkeypatch.setattr("world.roll_call.LATER_S", 0.1)
     found = attempt(dist.HashStore(), 4, absent=2, seconds=0.3)
     said = "rank 2 did not come within 0.3 s; ranks 0-1, 3 did, on h0, h1, h3. Look at the output of those that are missing"
     assert found[0].startswith(said) and found[1] == found[3] == found[0]
