@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-import train_tp
 from base.errors import UserError
 from bench.elsewhere import ask
 from bench.inference import subject
@@ -25,6 +24,7 @@ from parallel.loss import chunk_rows
 from plan.cost import MODES, Hardware, Link, Seconds, Step, fit_link
 from plan.schedule import Schedule
 from report import report
+from train import loop
 from world.mesh import World, make_axis
 
 ALONE = "one rank"
@@ -178,7 +178,7 @@ class Workshop:
         run, _ = self.stack.enter_context(prepared(world, options, sync=job.sync))
 
         def iterate() -> None:
-            train_tp.iterate(run, 1e-4)
+            loop.iterate(run, 1e-4)
             run.progress.iter_num += 1
 
         model, n = run.model, job.rows * job.tokens
