@@ -17,6 +17,7 @@ import torch
 
 from base.errors import ReaderGone, UserError, explaining_memory
 from base.files import growing, naming, read_text
+from base.numbers import nbytes
 from checkpoints.sources import Source, identity, open_for_inference, open_source, reader, schedule_of, tokenizer_of
 from cli.options import SampleOptions
 from inference.decoding import Decoder, decoder_for
@@ -28,7 +29,6 @@ from parallel.ledger import Account
 from parallel.quantized import Gather, quantize, read_weights
 from plan.partition import Partition
 from report import report
-from report.html import nbytes
 from shard_checkpoint import imbalance
 from text.tokenizer import Tokenizer
 from tp_model import TensorParallelGPT

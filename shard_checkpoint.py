@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from base.console import console
 from base.errors import ReaderGone, UserError
+from base.numbers import nbytes
 from checkpoints.huggingface import is_conv1d
 from checkpoints.shards import (
     DTYPES,
@@ -53,7 +54,6 @@ from cli.options import EntryOptions, InspectOptions, MergeOptions, SplitOptions
 from model import GPTConfig
 from plan.partition import Partition, Rule
 from plan.schedule import Schedule
-from report.html import nbytes
 from text.tokenizer import TOKENIZER_FILE
 
 # What each command writes into a directory, and so may replace with --force.
