@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from base.errors import ReaderGone, explaining_memory
+from base.numbers import nbytes
 from checkpoints.sources import Source, identity, open_for_inference, tokenizer_of
 from cli.options import SampleOptions
 from inference.decoding import Decoder, decoder_for
@@ -23,7 +24,6 @@ from parallel.ledger import Account
 from parallel.quantized import read_weights
 from plan.partition import Partition
 from report import report
-from report.html import nbytes
 from text.tokenizer import Tokenizer
 from tp_model import TensorParallelGPT
 from world import peaks

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from base.console import console
-from base.errors import ReaderGone, UserError, nbytes
+from base.errors import ReaderGone, UserError
+from base.numbers import nbytes
 from checkpoints import convert
 from checkpoints.shards import TensorEntry
 from cli.grammar import parse_command

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from base.errors import UserError, nbytes
+from base.errors import UserError
+from base.numbers import nbytes
 from checkpoints.huggingface import is_conv1d
 from checkpoints.shards import (
     DTYPES,

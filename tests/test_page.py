@@ -24,11 +24,11 @@ import eval_tp
 import sample_tp
 import train_tp
 from base.errors import UserError
+from base.numbers import nbytes, seconds
 from cli.grammar import parse
 from cli.options import EvalOptions, SampleOptions, TrainOptions
 from report import account
 from report.diagram import Message
-from report.html import nbytes, seconds
 from report.page import STYLE, headline, page, record
 from report.report import read, write
 from train import dry_run, metrics, setup
