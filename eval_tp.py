@@ -15,7 +15,7 @@ from base.errors import UserError, explaining_memory
 from base.files import read_text
 from checkpoints.sources import Source, common_tokenizer, identity, open_for_inference, tokenizer_of
 from cli.options import EvalOptions
-from inference.load import load, need
+from inference.load import load, memory_needed
 from inference.perplexity import measure, windows
 from report import report
 from text.dataset import Dataset
@@ -34,34 +34,37 @@ def main(world: World, options: EvalOptions) -> None:
     source = open_for_inference(options, (world.rank, world.size))
     world.agree("weights", identity(source))
     tokens, n_bytes = read_tokens(source, options)
-    stride = options.stride or source.config.block_size
-    if stride > source.config.block_size:
-        raise UserError(f"--stride={stride} is more than block_size={source.config.block_size}: tokens would be left out.")
-    with explaining_memory(lambda: need(world, source, options)):
+    size = source.config.block_size
+    stride = options.stride or size
+    if stride > size:
+        fault = f"--stride={stride} is more than block_size={size}"
+        raise UserError(f"{fault}: tokens would be left out.")
+    with explaining_memory(lambda: memory_needed(world, source, options)):
         model = load(world, source, options)
-    world.synchronize()
-    load_s = time.perf_counter() - started
-    started = time.perf_counter()
-    with world.ledger.during("evaluation"), explaining_memory(lambda: need(world, source, options)):
-        total, count = measure(model, tokens, stride, options.batch_size, show=world.is_main and sys.stderr.isatty())
+        world.synchronize()
+        load_s = time.perf_counter() - started
+        started = time.perf_counter()
+        with world.ledger.during("evaluation"):
+            show = world.is_main and sys.stderr.isatty()
+            total, count = measure(model, tokens, stride, options.batch_size, show)
     seconds = time.perf_counter() - started
     timing = {"load_s": load_s, "eval_s": seconds, "tokens_per_s": count / seconds}
     evaluation = figures(total, count, stride, n_bytes)
-    made = report.build("eval_tp", world, model, world.ledger.snapshot(), timing, seconds, evaluation=evaluation)
+    account = world.ledger.snapshot()
+    made = report.build("eval_tp", world, model, account, timing, seconds, evaluation=evaluation)
     made["utilisation"] = used(model, len(tokens), stride, seconds).figures(world)
     if world.is_main:
         print(report.account_table(made), file=sys.stderr)
-        shown = (f"{key} {value:,.6g}" if isinstance(value, float) else f"{key} {value:,}" for key, value in evaluation.items())
-        print(", ".join(shown))
+        print(", ".join(f"{name} {x:,.6g}" if isinstance(x, float) else f"{name} {x:,}" for name, x in evaluation.items()))
         print(peaks.text(made["utilisation"], "evaluation", made["dtype"]), file=sys.stderr)
         if options.report:
             report.write(options.report, made)
 
 
 def read_tokens(source: Source, options: EvalOptions) -> tuple[Tensor, int]:
-    """The ids to measure, int64, and how many bytes of text the predicted ones stand for (0 if not known).
+    """The ids to measure, int64, and the bytes of text that the predicted ones are (0 if unknown).
 
-    Text is a document: "<|endoftext|>" written in it is text like any other, as where training data is prepared.
+    "<|endoftext|>" in the text is text, as it is where training data is prepared.
     """
     vocab_size, most = source.config.vocab_size, options.max_tokens or sys.maxsize
     n_bytes = 0
@@ -81,23 +84,24 @@ def read_tokens(source: Source, options: EvalOptions) -> tuple[Tensor, int]:
     if len(ids) < 2:
         raise UserError(f"{what} has {len(ids)} tokens: at least 2 are needed to predict one.")
     if ids.max() >= vocab_size:
-        raise UserError(f"{what} has token id {ids.max()}, the model's vocab_size is {vocab_size}: not its tokenizer?")
+        fault = f"{what} has token id {ids.max()}, the model's vocab_size is {vocab_size}"
+        raise UserError(f"{fault}: not its tokenizer?")
     return ids, n_bytes
 
 
 def figures(total: float, count: int, stride: int, n_bytes: int) -> dict[str, float]:
-    """What is reported of `count` tokens whose negative log-likelihoods add up to `total` nats."""
+    """The report's `evaluation` of `count` tokens whose negative log-likelihoods sum to `total` nats."""
     loss = total / count
     if not math.isfinite(loss):
-        raise UserError(
-            f"the loss is {loss}: the model's weights are damaged, or too large for this precision (try --dtype=float32)."
-        )
-    evaluation = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": count, "stride": stride}
-    return evaluation | ({"bits_per_byte": total / math.log(2) / n_bytes} if n_bytes else {})
+        cause = "the model's weights are damaged, or too large for this precision"
+        raise UserError(f"the loss is {loss}: {cause} (try --dtype=float32).")
+    perplexity = math.exp(min(loss, 700))
+    found = {"loss": loss, "perplexity": perplexity, "tokens": count, "stride": stride}
+    return found | ({"bits_per_byte": total / math.log(2) / n_bytes} if n_bytes else {})
 
 
 def used(model: TensorParallelGPT, n: int, stride: int, seconds: float) -> peaks.Use:
-    """What forward passes over n tokens asked of the machine."""
+    """What forward passes over n tokens used of the machine."""
     lengths = [stop - start for start, stop, _ in windows(n, model.config.block_size, stride)]
     operations = sum(length * peaks.operations(model.split, length, False) for length in lengths)
     return peaks.Use(operations / seconds, next(model.parameters()).dtype)

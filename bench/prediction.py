@@ -17,7 +17,8 @@ from bench.rounds import Bench, spread
 from bench.training import prepared
 from cli.options import BenchDecodeOptions, BenchPredictOptions, BenchTrainOptions
 from inference.decoding import Decoder, decoder_for
-from inference.generation import Sampling, generate
+from inference.generation import generate
+from inference.sampling import Sampling
 from model import KVCache
 from parallel.collectives import Axis, all_reduce
 from parallel.loss import chunk_rows
