@@ -43,3 +43,4 @@ def warm() -> Iterator[None]:
     programs = Warm()
     sys.executable = programs.python
     yield
+    programs.close()

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import PYTHON
 
 import world.launch
 from base.errors import UserError, explaining_memory
@@ -467,14 +468,14 @@ def test_a_rank_ends_before_its_interpreter_does(tmp_path: Path) -> None:
     shared = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     ranks = [
-        subprocess.Popen([sys.executable, str(script)], env=shared | {"RANK": r, "LOCAL_RANK": r}, stdout=subprocess.PIPE)
+        subprocess.Popen([PYTHON, str(script)], env=shared | {"RANK": r, "LOCAL_RANK": r}, stdout=subprocess.PIPE)
         for r in "01"
     ]
     assert [(rank.communicate(timeout=60)[0], rank.wait()) for rank in ranks] == [(b"atexit ", 0)] * 2
 
 
 def torchrun(size: int, *words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", *words]
+    command = [PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 

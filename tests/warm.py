@@ -15,6 +15,7 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -48,11 +49,11 @@ os._exit(status)
 
 
 class Warm:
-    """The server and its directory of programs; both end with this process."""
+    """The server and its directory of programs. The server ends with this process."""
 
     def __init__(self) -> None:
-        self._scratch = tempfile.TemporaryDirectory(prefix="warm-")
-        self.place = Path(self._scratch.name)
+        # no TemporaryDirectory: forked ranks would remove it at their ends
+        self.place = Path(tempfile.mkdtemp(prefix="warm-"))
         address = str(self.place / "socket")
         for name, first in (("python", []), ("torchrun", ["-m", "torch.distributed.run"])):
             shim = SHIM.format(python=sys.executable, first=first, address=address)
@@ -64,12 +65,18 @@ class Warm:
         listener.listen(64)
         parent = os.getpid()
         if os.fork() == 0:
-            _serve(listener, parent, str(self.place / "python"))
+            try:
+                _serve(listener, parent, str(self.place / "python"))
+            finally:  # never back into the tests
+                os._exit(1)
         listener.close()
 
     @property
     def python(self) -> str:
         return str(self.place / "python")
+
+    def close(self) -> None:
+        shutil.rmtree(self.place)
 
     def path(self) -> dict[str, str]:
         """PATH of an environment in which these are the python and the torchrun."""
@@ -85,7 +92,10 @@ def _serve(listener: socket.socket, parent: int, executable: str) -> NoReturn:
         client, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
-            _handle(client)
+            try:
+                _handle(client)
+            finally:
+                os._exit(1)
         client.close()
     os._exit(0)
 
@@ -144,9 +154,9 @@ def _become(
         mode = "r" if number == 0 else "w"
         errors = "backslashreplace" if number == 2 else None
         buffering = 1 if number == 2 or os.isatty(number) else -1
-        stream = open(number, mode, buffering, closefd=False, errors=errors)
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)
+        opened = open(number, mode, buffering, closefd=False, errors=errors)
+        setattr(sys, name, opened)
+        setattr(sys, f"__{name}__", opened)
     import torch
 
     if "OMP_NUM_THREADS" in environment:
@@ -167,8 +177,8 @@ def _become(
         print(status, file=sys.stderr)
         status = 1
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(int(status or 0))
 
 
