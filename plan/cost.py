@@ -293,8 +293,11 @@ class Step:
         """Bytes of the weights on this rank, and of the keys and values of its rows; in training the peak that memory.py
         reckons for a GPU."""
         if self.trains:
-            sizes = self.split, self.schedule, 1, self.rows, 1, self.rows, self.width
-            return Training(*sizes, False, True, self.logit_rows, self.split_tokens).peak
+            return Training(
+                split=self.split, dp=1, rows=self.rows, micro_steps=1,
+                eval_rows=self.rows, width=self.width, dropout=False, gpu=True,
+                logit_rows=self.logit_rows, sequence_parallel=self.split_tokens,
+            ).peak  # fmt: skip
         cache = 2 * self.split.n_layer * self.channels * self.rows * (self.past + self.tokens) * self.width
         if self.int8:  # the table is kept for looking up, too
             return self.numbers + self.entries[-1] * self.width + cache
