@@ -92,12 +92,8 @@ class _Key:
 
 
 def _keys(cls: type[EntryOptions]) -> dict[str, _Key]:
-    """The options of a dataclass by name, those it declares itself before those it inherits."""
     hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    owned = (name for owner in cls.__mro__ for name in inspect.get_annotations(owner))
-    names = dict.fromkeys(name for name in owned if name in fields)
-    return {name: _key(fields[name], hints[name]) for name in names}
+    return {field.name: _key(field, hints[field.name]) for field in dataclasses.fields(cls)}
 
 
 def _key(field: "dataclasses.Field[Any]", hint: Any) -> _Key:
@@ -297,6 +293,7 @@ def help_text(cls: type[EntryOptions], prog: str) -> str:
     lines = [usage, "", inspect.getdoc(cls) or "", ""]
     for names in (keys.keys() - common, keys.keys() & common):
         chosen = [key for key in keys.values() if key.name in names]
+        chosen.sort(key=lambda key: key.name == "debug")
         lines += [f"  {shown[key.name]:<{width}}  {_help_line(key)}" for key in chosen] + [""]
     end = "Config files and options count in the order given, the later one wins."
     return "\n".join([*lines, end])
