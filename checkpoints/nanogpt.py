@@ -10,7 +10,7 @@ from torch import Tensor
 from base.errors import UserError, printable
 from base.files import beginning, fetched
 from base.pickles import Foreign, Refused
-from checkpoints.archives import check_archive
+from checkpoints.archives import read_archive
 from checkpoints.runs import runs_of
 from checkpoints.shards import Sync, config_from
 from checkpoints.tensors import (
@@ -94,8 +94,7 @@ class NanoGPTCheckpoint:
 
     def _load(self, verify: tuple[int, int] | None) -> dict[str, Any]:
         try:
-            check_archive(fetched(self.path), verify)
-            raw = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+            raw = read_archive(fetched(self.path), verify)
         except UserError:
             raise
         except Refused as error:

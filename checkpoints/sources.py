@@ -1,8 +1,7 @@
 """Where weights are read from: the hub, a Hugging Face directory, a nanoGPT ckpt.pt, a shard or training directory.
 
 Every source gives any part of any full tensor in nanoGPT's names and orientation, so a rank reads only what it owns,
-at whatever tp. Nothing executes what a file says: safetensors, JSON, and torch.load with weights_only of an archive that has
-been looked through.
+at whatever tp. Nothing executes what a file says.
 """
 
 import difflib
