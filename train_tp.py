@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from base.errors import ReaderGone, Stopped, UserError, explaining_memory, printable, shown
 from base.files import naming
-from checkpoints.shards import DTYPES
+from checkpoints.manifest import DTYPES
 from checkpoints.sources import Described, Source, common_tokenizer, identity, open_sizes, open_source, reader, schedule_of
 from cli.grammar import parse
 from cli.options import TrainOptions, as_dict

@@ -19,9 +19,7 @@ PLAIN = (
     "TUPLE3 MARK EMPTY_DICT DICT SETITEM SETITEMS PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET "
     "LONG_BINGET PROTO FRAME STOP GLOBAL STACK_GLOBAL"
 )
-DAMAGED = (
-    pickle.UnpicklingError, EOFError, struct.error, LookupError, TypeError, ValueError, AttributeError
-)
+STRAY = (EOFError, struct.error, LookupError, TypeError, ValueError, AttributeError)
 
 
 class Refused(ValueError):
@@ -60,7 +58,7 @@ class PlainUnpickler(pickle._Unpickler):
             return super().load()
         except Refused:
             raise
-        except DAMAGED as error:
+        except (pickle.UnpicklingError, *STRAY) as error:
             raise Refused(f"it is damaged ({type(error).__name__})") from None
 
     def find_class(self, module: str, name: str) -> Any:

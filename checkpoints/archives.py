@@ -1,4 +1,4 @@
-"""Read the zip archive that torch.save writes: its pickle as data, its tensors mapped from the file.
+"""Read the zip archive that torch.save writes: its pickle as data, its tensors mapped.
 
 torch.load(weights_only=True, mmap=True) maps whatever lies where the archive says that a record
 begins, compressed or shorter than the tensor made of it, and unpickles calls and keys that take all
@@ -9,10 +9,10 @@ import io
 import pickle
 import struct
 import sys
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-from zipfile import BadZipFile, ZipFile, ZipInfo
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -37,65 +37,60 @@ def read_archive(path: Path, verify: tuple[int, int] | None = None) -> Any:
     kind where the file is damaged or no such archive.
     """
     with open(path, "rb") as file, ZipFile(file) as archive:
-        entries, length = _checked_entries(archive), file.seek(0, 2)
-        starts = _starts(file, archive, length)
+        starts = _starts(file, archive)
         root = archive.filelist[0].filename.partition("/")[0]
-        if entries[f"{root}/data.pkl"].file_size > MAX_PICKLE:
-            raise BadZipFile(f"a pickle of more than {MAX_PICKLE:,} bytes")
-        order = f"{root}/byteorder"
-        swap = order in entries and archive.read(order) != sys.byteorder.encode()
-        mapped = UntypedStorage.from_file(str(path), False, length)
-        records = {
-            name.removeprefix(f"{root}/data/"): mapped[start : start + entries[name].file_size]
-            for name, start in starts.items() if name.startswith(f"{root}/data/")
-        }  # fmt: skip
-        whole = _TensorUnpickler(archive.read(f"{root}/data.pkl"), records, swap).load()
+        pickled, order = archive.getinfo(f"{root}/data.pkl"), f"{root}/byteorder"
+        if pickled.file_size > MAX_PICKLE:
+            raise BadZipFile(f"a pickle of {pickled.file_size:,} bytes")
+        swap = order in starts and archive.read(order) != sys.byteorder.encode()
+        mapped = UntypedStorage.from_file(str(path), False, file.seek(0, 2))
+        records = {}
+        for name, start in starts.items():
+            end = start + archive.getinfo(name).file_size
+            records[name.removeprefix(f"{root}/data/")] = mapped[start:end]
+        whole = _TensorUnpickler(archive.read(pickled), records, swap).load()
         if verify is not None and isinstance(whole, dict) and isinstance(whole.get("model"), dict):
             tensors = (value for value in whole["model"].values() if isinstance(value, Tensor))
             used = {t.untyped_storage().data_ptr() - mapped.data_ptr() for t in tensors}
             rank, size = verify
-            for name in sorted(name for name in starts if starts[name] in used)[rank::size]:
+            for name in [name for name in starts if starts[name] in used][rank::size]:
                 with archive.open(name) as record:
-                    while record.read(1 << 20):  # raises BadZipFile at its end if it is damaged
+                    while record.read(1 << 20):  # at its end BadZipFile if it is damaged
                         pass
         return whole
 
 
-def _checked_entries(archive: ZipFile) -> dict[str, ZipInfo]:
-    """The records by name. BadZipFile unless they are stored as they are, in one folder, under
-    names that differ in more than case (torch ignores it)."""
-    entries = {entry.filename: entry for entry in archive.filelist}
-    roots = {name.partition("/")[0] for name in entries}
-    if len(roots) != 1 or len({name.lower() for name in entries}) != len(archive.filelist):
-        raise BadZipFile("a name stands in it twice, or there are several folders")
-    for name, entry in entries.items():
-        if name != entry.orig_filename or not name.isascii() or not name.isprintable():
-            raise BadZipFile(f"a record is called {shown(entry.orig_filename)}")
-        stored = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
-        if not stored or entry.flag_bits & 1:
-            raise BadZipFile(f"{shown(name)} is compressed or encrypted, which torch.save never does")
-        entry.CRC = entry.CRC or None  # type: ignore[assignment]  # torch was told to write none
-    return entries
+def _starts(file: BinaryIO, archive: ZipFile) -> dict[str, int]:
+    """Where the content of each record begins, in order.
 
-
-def _starts(file: BinaryIO, archive: ZipFile, length: int) -> dict[str, int]:
-    """Where the content of each record begins. BadZipFile unless the records fill the file from its
-    first byte, none reaches into the next, and nothing follows the archive."""
+    BadZipFile unless the records are stored as they are, in one folder, under names that differ in
+    more than case (torch ignores it), and fill the file from its first byte to the archive's
+    directory, each apart, and nothing follows that.
+    """
     starts, edge = {}, 0
-    ordered = sorted(archive.filelist, key=lambda entry: entry.header_offset)
-    for entry in ordered:
+    entries = sorted(archive.filelist, key=lambda entry: entry.header_offset)
+    for entry in entries:
+        name, size, shows = entry.filename, entry.file_size, shown(entry.orig_filename)
+        if name != entry.orig_filename or not name.isascii() or not name.isprintable():
+            raise BadZipFile(f"a record is called {shows}")
+        if entry.compress_type or entry.compress_size != size or entry.flag_bits & 1:
+            raise BadZipFile(f"{shows} is compressed or encrypted, which torch.save never does")
+        entry.CRC = entry.CRC or None  # type: ignore[assignment]  # 0: torch was told to write none
         file.seek(entry.header_offset)
-        signature, name, extra = struct.unpack("<4s22xHH", file.read(30))
-        starts[entry.filename] = entry.header_offset + 30 + name + extra
+        signature, name_size, extra = struct.unpack("<4s22xHH", file.read(30))
+        starts[name] = entry.header_offset + 30 + name_size + extra
         if signature != b"PK\3\4" or entry.header_offset < edge:
-            raise BadZipFile(f"{shown(entry.filename)} is cut short")
-        edge = starts[entry.filename] + entry.file_size
-    file.seek(-42, 2)
-    locator, end = file.read(20), file.read(22)  # the former where a record of 64-bit sizes precedes
+            raise BadZipFile(f"{shows} is cut short")
+        edge = starts[name] + size
+    one_folder = len({name.partition("/")[0] for name in starts}) == 1
+    if not one_folder or len({name.lower() for name in starts}) != len(entries):
+        raise BadZipFile("a name stands in it twice, or there are several folders")
+    length = file.seek(-42, 2) + 42
+    locator, end = file.read(20), file.read()  # the former if there is a record of 64-bit sizes
     whole = end.startswith(b"PK\5\6") and end.endswith(b"\0\0")
     if locator.startswith(b"PK\6\7"):
         whole = whole and int.from_bytes(locator[8:16], "little") == length - 98
-    if not whole or ordered[0].header_offset or edge > archive.start_dir:
+    if not whole or entries[0].header_offset or edge > archive.start_dir:
         raise BadZipFile("its beginning or end is not as torch.save writes it")
     return starts
 
@@ -136,40 +131,33 @@ class _TensorUnpickler(PlainUnpickler):
 
     def load_reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        if type(arguments) is not tuple or not any(function is call for call in CALLS.values()):
+        known = type(arguments) is tuple and any(function is call for call in CALLS.values())
+        made = function(*arguments) if known else None
+        if not isinstance(made, Tensor | dict):
             raise Refused("it calls what makes no tensor")
-        self.append(function(*arguments))
+        self.append(made)
 
     def load_build(self) -> None:
         attributes, target = self.stack.pop(), self.stack[-1]
         # state_dict() adds this one to its OrderedDict; any other could replace a method of it
-        if type(target) is not dict or type(attributes) is not dict or set(attributes) != {"_metadata"}:
+        dicts = type(target) is dict and type(attributes) is dict
+        if not dicts or set(attributes) != {"_metadata"}:
             raise Refused("it sets attributes")
 
     dispatch[pickle.BINPERSID[0]], dispatch[pickle.REDUCE[0]] = load_binpersid, load_reduce
     dispatch[pickle.BUILD[0]] = load_build
 
 
-def _tensor(storage: Any, offset: int, size: Any, stride: Any, requires_grad: Any, hooks: Any) -> Tensor:
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any) -> Any:
     if not isinstance(storage, _Storage):
-        raise Refused("it calls what makes no tensor")
+        return None
     return torch.empty(0, dtype=storage.dtype).set_(storage.data, offset, size, stride)
 
 
-def _parameter(tensor: Any, requires_grad: Any, hooks: Any) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        raise Refused("it calls what makes no tensor")
-    return tensor
-
-
-def _ordered_dict() -> dict[str, Any]:
-    return {}
-
-
-# what torch.save names, by our own function for it. A seventh argument of _rebuild_tensor_v2 would
-# be metadata: bits that say to negate or conjugate what is stored
-CALLS = {
-    "collections.OrderedDict": _ordered_dict,
-    "torch._utils._rebuild_parameter": _parameter,
+# the names that torch.save writes. A seventh argument of _rebuild_tensor_v2 would be metadata: bits
+# that say to negate or conjugate what is stored
+CALLS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": lambda: {},
+    "torch._utils._rebuild_parameter": lambda tensor, grad, hooks: tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
 }

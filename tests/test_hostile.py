@@ -38,11 +38,12 @@ from test_shards import CONFIG, FIRST, LN, WTE, load, write
 from test_sources import gpt2, nanogpt
 
 from base.errors import UserError
-from base.files import SMALL
+from base.files import SMALL, write_json
 from base.pickles import Refused, plain
 from checkpoints.archives import MAX_PICKLE, read_archive
-from checkpoints.shards import MAX_HEADER, Manifest, TensorEntry, TensorFile, read_manifest, write_json
+from checkpoints.manifest import Manifest, TensorEntry, read_manifest
 from checkpoints.sources import open_source, tokenizer_of
+from checkpoints.tensor_file import MAX_HEADER, TensorFile
 from fewer_syncs.scan import Perplexities
 from model import GPTConfig
 from plan.partition import Partition, Rule

@@ -23,17 +23,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from base.errors import UserError
 from checkpoints import nanogpt as nanogpt_module
-from checkpoints.shards import TensorFile
-from checkpoints.sources import (
-    HUB,
-    HuggingFaceDirectory,
-    NanoGPTCheckpoint,
-    ShardSource,
-    open_for_inference,
-    open_sizes,
-    open_source,
-    tokenizer_of,
-)
+from checkpoints.huggingface import HUB_SIZES as HUB
+from checkpoints.huggingface import HuggingFaceDirectory
+from checkpoints.nanogpt import NanoGPTCheckpoint
+from checkpoints.shards import ShardSource
+from checkpoints.sources import open_for_inference, open_sizes, open_source, tokenizer_of
+from checkpoints.tensor_file import TensorFile
 from cli.options import SampleOptions
 from model import GPT, GPTConfig
 from plan.partition import Partition

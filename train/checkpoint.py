@@ -28,22 +28,11 @@ import torch
 from torch import Tensor
 
 from base.errors import UserError
-from base.files import inside, read_json
-from checkpoints.shards import (
-    MANIFEST,
-    Manifest,
-    ShardDirectory,
-    Sync,
-    TensorEntry,
-    TensorFile,
-    dtype_name,
-    publish,
-    read_manifest,
-    shard_name,
-    sync_directory,
-    write_json,
-)
+from base.files import inside, publish, read_json, sync_directory, write_json
+from checkpoints.manifest import MANIFEST, Manifest, Sync, TensorEntry, dtype_name, read_manifest, shard_name
+from checkpoints.shards import ShardDirectory
 from checkpoints.sources import latest_checkpoint, reader
+from checkpoints.tensor_file import TensorFile
 from plan.partition import Partition, Rule
 from text.tokenizer import TOKENIZER_FILE
 from tp_model import TensorParallelGPT

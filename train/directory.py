@@ -21,8 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from base.errors import UserError, printable
-from base.files import inside
-from checkpoints.shards import sync_directory
+from base.files import inside, sync_directory
 from checkpoints.sources import LATEST, latest_checkpoint
 from cli.options import TrainOptions
 from world.mesh import World
