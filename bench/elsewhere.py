@@ -13,7 +13,7 @@ from typing import Any
 
 from base.errors import UserError
 from bench.rounds import Bench
-from checkpoints.sources import GPT2_TOKENS, HUB_SIZES
+from checkpoints.huggingface import GPT2_TOKENS, HUB_SIZES
 from cli.options import BenchPredictOptions
 from model import GPTConfig
 from parallel.loss import chunk_rows

@@ -14,10 +14,10 @@ import torch
 from tqdm import tqdm
 
 from base.errors import UserError
+from base.files import write_json
 from bench.contestants import DECODERS, PREFILLERS, ROOT
 from bench.rounds import Bench, compare, plot_bars, shown, spread
 from checkpoints.convert import split, write_hf
-from checkpoints.shards import write_json
 from checkpoints.sources import open_source, tokenizer_of
 from cli.options import (
     BenchDecodeOptions,

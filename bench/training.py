@@ -13,7 +13,7 @@ import torch
 
 from bench.contestants import TRAINERS
 from bench.rounds import Bench, compare, plot_bars, shown, spread
-from checkpoints.sources import GPT2_TOKENS
+from checkpoints.huggingface import GPT2_TOKENS
 from cli.options import BenchSaveOptions, BenchTrainOptions, TrainOptions
 from parallel.ledger import total
 from text.dataset import Dataset, write_tokens
