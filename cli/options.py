@@ -59,6 +59,13 @@ class RunOptions(EntryOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshOptions(RunOptions):
+    """What every entry has that arranges its ranks as dp x tp."""
+
+    tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleOptions(RunOptions):
     """Generate text with the model split over all ranks. In float32 the tokens are the same on any number."""
 
@@ -91,7 +98,7 @@ class SampleOptions(RunOptions):
 # there. gradient_accumulation_steps counts the whole job's micro-batches (nanoGPT divides by its ranks, this by dp), so
 # an iteration holds the same tokens however many ranks share it.
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(RunOptions):
+class TrainOptions(MeshOptions):
     """Train from scratch, fine-tune, resume or evaluate a GPT, tp ranks to a model and world size / tp models."""
 
     out_dir: str = option("out", "directory of the checkpoints, metrics.jsonl and the tokenizer")
@@ -125,7 +132,6 @@ class TrainOptions(RunOptions):
     lr_decay_iters: int = option(600000, "iteration at which the decay has reached min_lr", low=0)
     min_lr: float = option(6e-5, "lowest learning rate", low=0)
     backend: str = option("", "nanoGPT's name for comm, used where comm=auto", ("", "nccl", "gloo"))
-    tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
     sync: str = option("", "sync points: all, mlp, every:K, or a list (0a,0m,1m); default: as the weights say")
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     sequence_parallel: bool = option(False, "split what is between the matrix products over the sequence, to save memory")
@@ -273,10 +279,9 @@ class BenchStartOptions(BenchOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchTrainOptions(BenchOptions):
+class BenchTrainOptions(BenchOptions, MeshOptions):
     """Train; --against=reference (model.py on all cores in one process, plain AdamW, full logits)."""
 
-    tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
     batch_size: int = option(4, "sequences in a step", low=1)
     block_size: int = option(256, "tokens in a sequence", low=1)
     steps: int = option(3, "steps in a round", low=1)
@@ -284,10 +289,9 @@ class BenchTrainOptions(BenchOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchSaveOptions(BenchOptions):
+class BenchSaveOptions(BenchOptions, MeshOptions):
     """How long a run stands still for a checkpoint, saved in front and in the background."""
 
-    tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
     batch_size: int = option(2, "sequences in an iteration", low=1)
     block_size: int = option(128, "tokens in a sequence", low=1)
     steps: int = option(4, "iterations of which the usual time is taken", low=1)
