@@ -64,6 +64,13 @@ class RunOptions(EntryOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshOptions(RunOptions):
+    """Options of every command that arranges its ranks as dp x tp."""
+
+    tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class InferenceOptions(RunOptions):
     """Options of every command that runs a trained model."""
 
@@ -104,7 +111,7 @@ class SampleOptions(InferenceOptions):
 # job's micro-batches (nanoGPT divides by its ranks, this by dp), so an iteration holds the same
 # tokens on any number of ranks.
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(RunOptions):
+class TrainOptions(MeshOptions):
     """Train from scratch, fine-tune, resume or evaluate a GPT, tp ranks to a model and
     world size / tp models."""
 
@@ -141,7 +148,6 @@ class TrainOptions(RunOptions):
     lr_decay_iters: int = option(600000, "iteration at which the decay has reached min_lr", low=0)
     min_lr: float = option(6e-5, "lowest learning rate", low=0)
     backend: str = option("", "nanoGPT's name for comm, used where comm=auto", ("", "nccl", "gloo"))
-    tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
     sync: str = option("", SYNC)
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
     sequence_parallel: bool = option(False, "split what lies between matrix products over the"
@@ -285,10 +291,9 @@ class BenchStartOptions(BenchOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchTrainOptions(BenchOptions):
+class BenchTrainOptions(BenchOptions, MeshOptions):
     """Train; --against=reference (model.py on all cores in one process, plain AdamW, full logits)."""
 
-    tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
     batch_size: int = option(4, "sequences in a step", low=1)
     block_size: int = option(256, "tokens in a sequence", low=1)
     steps: int = option(3, "steps in a round", low=1)
@@ -296,10 +301,9 @@ class BenchTrainOptions(BenchOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchSaveOptions(BenchOptions):
+class BenchSaveOptions(BenchOptions, MeshOptions):
     """How long a run stands still for a checkpoint, saved in front and in the background."""
 
-    tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
     batch_size: int = option(2, "sequences in an iteration", low=1)
     block_size: int = option(128, "tokens in a sequence", low=1)
     steps: int = option(4, "iterations of which the usual time is taken", low=1)
