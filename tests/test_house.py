@@ -51,7 +51,6 @@ def test_no_globals_and_no_hooks(path: Path) -> None:
 UPWARD = {
     ("bench/inference.py", "sample_tp"),
     ("bench/inference.py", "shard_checkpoint"),
-    ("bench/prediction.py", "train_tp"),
     ("bench/training.py", "train_tp"),
     ("checkpoints/sources.py", "tp_model"),
     ("drop_syncs.py", "eval_tp"),
