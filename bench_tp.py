@@ -13,8 +13,7 @@ round, with the programs that a user would pick instead.
 """
 
 from bench.inference import decode, prefill
-from bench.laboratory import block, diagram, page
-from bench.messages import allreduce
+from bench.laboratory import allreduce, block, diagram, page
 from bench.predict import predict
 from bench.training import save, train
 from cli import options

@@ -68,17 +68,13 @@ def decoding(job: dict[str, Any], generate: Callable[[int], list[int]]) -> Round
     not count. If N is 1, seconds to the first token."""
     n = job["new_tokens"]
 
-    def timed(count: int) -> tuple[float, list[int]]:
-        started = time.perf_counter()
-        tokens = generate(count)
-        return time.perf_counter() - started, tokens
-
     def once() -> dict[str, Any]:
-        first, tokens = timed(1)
-        if n == 1:
-            return {"seconds": first, "tokens": tokens}
-        seconds, tokens = timed(n)
-        return {"seconds": (seconds - first) / (n - 1), "tokens": tokens}
+        seconds = 0.0
+        for count in sorted({1, n}):
+            started = time.perf_counter()
+            tokens = generate(count)
+            seconds = time.perf_counter() - started - seconds
+        return {"seconds": seconds / max(1, n - 1), "tokens": tokens}
 
     generate(2)
     return once
@@ -149,7 +145,7 @@ def one_rank(job: dict[str, Any]) -> Round:
     if job["compile"]:
         model.compile_blocks()
     ours = Subject(model, tokenizer_of(source), job["prompt"], job["new_tokens"], Ledger())
-    once = partial(ours.decode, decoder_for(model))
+    once = partial(ours.measure, decoder_for(model))
     once()
     return once
 
@@ -165,12 +161,9 @@ def reference(job: dict[str, Any]) -> Round:
     torch.set_num_threads(job["threads"])
     device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
     model = GPT(GPTConfig(**job["config"])).to(device)
-    forward: Any = model
-    if job["compile"] and model.config.n_layer > 24:  # one graph of so many would take minutes
-        for block in model.transformer.h:
-            block.compile()
-    elif job["compile"]:
-        forward = torch.compile(model)
+    whole = model.config.n_layer <= 24  # one graph of more layers would take minutes
+    for part in ([model] if whole else model.transformer.h) if job["compile"] else ():
+        part.compile()
     tokens, rows = Dataset(job["dataset"]).train, range(job["batch_size"])
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False, fused=fused)
@@ -178,7 +171,7 @@ def reference(job: dict[str, Any]) -> Round:
     def step(i: int) -> float:
         x, y = (part.to(device) for part in batch(tokens, rows, model.config.block_size, 1, i))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = forward(x, y)[1]
+            loss = model(x, y)[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,9 @@ def write_random(directory: Path, options: BenchModelOptions) -> None:
     sizes = (options.vocab_size, options.n_layer, options.n_head, options.n_embd)
     config = GPTConfig(1024, *sizes, activation="gelu_tanh")
     shapes = Partition.of(config, 1).shapes()
-
-    def read(name: str) -> Tensor:
-        return initial_tensor(name, shapes[name], config.n_layer, options.seed)
-
     directory.mkdir()
-    write_hf(config, torch.float32, read, directory)
+    write_hf(config, torch.float32, lambda name: initial_tensor(
+        name, shapes[name], config.n_layer, options.seed), directory)  # fmt: skip
     # ctranslate2's converter wants a tokenizer: a word for each id
     words = [f"t{i}" for i in range(options.vocab_size - 1)] + ["<|endoftext|>"]
     write_json(directory / "vocab.json", {word: i for i, word in enumerate(words)})
@@ -71,38 +69,36 @@ class Subject:
         model = asdict(self.model.config) | {"parameters": self.model.split.count()}
         return {"model": model, "sync": str(self.model.schedule)}
 
-    def prefill(self) -> dict[str, Any]:
-        """Seconds and account from the prompt to the last of the new tokens."""
-        before, started = self.ledger.snapshot(), time.perf_counter()
-        tokens = generate(self.model, [self.prompt], self.sampling).rows[0].tokens[-self.n :]
-        seconds, account = time.perf_counter() - started, total(self.ledger.since(before))
-        made = {"seconds": seconds, "tokens": tokens, "share": account.seconds / seconds}
-        return made | {"bytes": account.bytes, "calls": account.calls}
-
-    def decode(self, decoder: Decoder, guess: bool = True, record: bool = True) -> dict[str, Any]:
-        """Means over the tokens after the first. guess: with the draft; record: with the ledger."""
+    def measure(self, decoder: Decoder, guess: bool = True, record: bool = True) -> dict[str, Any]:
+        """Generate. If n is 1, seconds and account to the first token, else the mean of the others.
+        guess: with the draft; record: with the ledger on."""
         clocked, captured = ClockedSteps(decoder, self.ledger), decoder.capture_s
-        self.ledger.on, draft = record, self.draft if guess else None
+        draft = self.draft if guess else None
+        self.ledger.on = record
+        before, started = self.ledger.snapshot(), time.perf_counter()
         made = generate(self.model, [self.prompt], self.sampling, None, clocked, draft)
         self.ledger.on = True
-        account, n = total(self.ledger.since(clocked.before)), made.timing.decode_tokens
-        seconds = made.timing.decode_s - (decoder.capture_s - captured)
+        seconds, n = time.perf_counter() - started, 1
+        if self.n > 1:
+            before, n = clocked.before, made.timing.decode_tokens
+            seconds = made.timing.decode_s - (decoder.capture_s - captured)
+        account = total(self.ledger.since(before))
         found = {"seconds": seconds / n, "tokens": made.rows[0].tokens[-self.n :]}
         found |= {"steps": len(clocked.began) / n, "share": account.seconds / seconds}
         return found | {"bytes": account.bytes / n, "calls": account.calls / n}
 
     def all_syncs(self) -> dict[str, Any]:
-        """Decode with all sync points."""
+        """Measure with all sync points."""
         schedule = self.model.schedule
         self.model.set_schedule(Schedule.plain(self.model.config.n_layer))
-        made = self.decode(decoder_for(self.model))
+        made = self.measure(decoder_for(self.model))
         self.model.set_schedule(schedule)
         return made
 
     def ledger_ratio(self, decoder: Decoder, i: int) -> float:
         """A step's time with the ledger over that without; each comes first every other time."""
         order = (True, False) if i % 2 else (False, True)
-        seconds = {on: self.decode(decoder, record=on)["seconds"] for on in order}
+        seconds = {on: self.measure(decoder, record=on)["seconds"] for on in order}
         return seconds[True] / seconds[False]
 
 
@@ -160,13 +156,13 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
 
         def once() -> dict[str, Any]:
             """A step beside the machine's peaks, which change by the minute if others use it."""
-            made, most = ours.decode(decoder), peaks.bandwidth(world, weights)
+            made, most = ours.measure(decoder), peaks.bandwidth(world, weights)
             rate, peak = read * made["steps"] / made["seconds"], peaks.arithmetic(world, dtype)
             made |= {"mbu": rate / most, "mfu": needed / made["seconds"] / peak}
             return made | {"most": most, "rate": rate, "peak": peak}
 
-        ours.decode(decoder)
-        own = {"all_syncs": ours.all_syncs, "no_draft": lambda: ours.decode(decoder, guess=False)}
+        ours.measure(decoder)
+        own = {"all_syncs": ours.all_syncs, "no_draft": lambda: ours.measure(decoder, guess=False)}
         rounds = bench.against(once, job, **own)
         times = range(options.repeats if options.ledger else 0)
         ratios = [ours.ledger_ratio(decoder, i) for i in times]
@@ -209,8 +205,9 @@ def prefill(world: World, options: BenchPrefillOptions) -> None:
     """From a prompt's tokens to the first new one."""
     bench, n = Bench(world, options, PREFILLERS), options.prompt_tokens
     with subject(world, options, 1) as (ours, job):
-        ours.prefill()
-        rounds = bench.against(ours.prefill, job)
+        once = partial(ours.measure, decoder_for(ours.model))
+        once()
+        rounds = bench.against(once, job)
     parties, lines = compare(rounds, "prompt tokens/s", n)
     time_ = shown(column(rounds, "seconds", 1e3))
     lines += [

@@ -1,6 +1,7 @@
 """A part of a layer under every strategy (strategies.py): its errors, messages, time and memory.
 
-`block` runs it on ranks, `diagram` counts it for any shape and draws the layer, in one process.
+`block` runs it on ranks. `diagram` counts it for any shape, and draws the layer. `allreduce`
+measures single messages over every transport.
 """
 
 import math
@@ -13,26 +14,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity
+from torch.profiler import ProfilerActivity, profile
 
 from base.errors import UserError
+from base.native import Unavailable
 from bench import strategies
 from bench.rounds import Bench, numbers, spread, table
 from bench.strategies import MISTAKES, Case, Counts, Piece, answers, formula
-from cli.options import BenchBlockOptions, BenchDiagramOptions, BenchPageOptions
+from cli import options as opt
 from model import GPTConfig
-from parallel.collectives import all_reduce
+from parallel.collectives import Axis, all_reduce
 from parallel.ledger import total
+from plan.cost import ring_bytes
 from plan.memory import Training
 from plan.partition import Partition
 from plan.schedule import Schedule
 from report import report
 from report.diagram import fit, layer, lines
 from world.devices import pick_dtype
-from world.mesh import World, first_ranks
+from world.mesh import World, first_ranks, make_axis
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear")
 WAYS = ("forward", "backward", "step")
+LINEAR = {
+    "columns_error": "columns, side by side, are the full column",
+    "rows_error": "addends add up to the full row",
+}
 WRONG = 0.03  # a relative error that no rounding explains, not even in bfloat16
 NOTES = [
     "forward, back: collectives in a pass; +1: one sum of partial gradients, apart",
@@ -41,37 +48,34 @@ NOTES = [
 ]
 TIMED_NOTES = [
     "error: the largest relative one of output, input gradient and any weight's gradient, against",
-    "one rank in double precision (spd: its own equations); ms: both passes, median; in coll.: their",
-    "share in collectives (rank 0's clock); products: self time of mm, addmm and bmm in both passes",
-    "under the profiler, and its share of them",
+    "one rank in double precision (spd: its own equations); ms: both passes, median; in coll.: the",
+    "share of them (rank 0's clock); products: self time of mm, addmm and bmm under the profiler",
 ]
 
 
 def line(case: Case, strategy: str, tp: int, counts: Counts, **measured: Any) -> dict[str, Any]:
     """A line of the report. weight_bytes: of rank 0, which has most."""
-    weights = ((case.weights[name], rule) for name, rule in case.rules(tp).items())
-    sizes = (math.prod(rule.local_shape(tuple(w.shape), 0)) for w, rule in weights)
+    rules, width = case.rules(tp), case.x.element_size()
+    shapes = (rules[name].local_shape(tuple(full.shape), 0) for name, full in case.weights.items())
     passes = {key: value for key, value in counts.items() if key[0] != "step"}
+    told = [
+        {"direction": way, "op": op, "calls": n, "bytes": nbytes}
+        for (way, op), (n, nbytes) in sorted(counts.items())
+    ]
     return {
-        "strategy": strategy if tp > 1 or strategy in MISTAKES else "one rank",
-        "tp": tp,
+        "strategy": strategy if tp > 1 or strategy in MISTAKES else "one rank", "tp": tp,
         "calls": {way: sum(n for key, (n, _) in counts.items() if key[0] == way) for way in WAYS},
-        "told": [
-            {"direction": way, "op": op, "calls": n, "bytes": nbytes}
-            for (way, op), (n, nbytes) in sorted(counts.items())
-        ],
-        "bytes_told": sum(nbytes for _, nbytes in passes.values()),
+        "told": told, "bytes_told": sum(nbytes for _, nbytes in passes.values()),
         "bytes_on_the_wire": strategies.wire_bytes(passes, strategy, tp),
-        "weight_bytes": case.x.element_size() * sum(sizes),
-        **measured,
-    }
+        "weight_bytes": width * sum(map(math.prod, shapes)), **measured,
+    }  # fmt: skip
 
 
 def strategy_table(rows: list[dict[str, Any]]) -> list[str]:
     """A line for each strategy and tp. A strategy that did not run has no times."""
     timed = any("seconds" in row for row in rows)
     head = [" tp", "strategy", "forward", "back", "KB told", "KB wire", "weights MB", "kept MB"]
-    made = [head + ["error", "ms", "in coll.", "products ms", ""] * timed]
+    made = [head + ["error", "ms", "in coll.", "products ms"] * timed]
     for row in rows:
         name, calls, kept = row["strategy"], row["calls"], row.get("kept_bytes")
         cells = [f"{row['tp']:>3}", name if len(name) < 17 else f"{name[:15]}…"]
@@ -81,8 +85,8 @@ def strategy_table(rows: list[dict[str, Any]]) -> list[str]:
         if "seconds" in row:
             cells += [f"{row['error']:.1e}", f"{1e3 * row['seconds']['median']:,.2f}"]
             cells += [f"{row['share_in_collectives']['median']:.1%}"]
-            cells += [f"{1e3 * row['product_seconds']:,.2f}", f"{row['share_in_products']:.0%}"]
-        made.append(cells + ["", "counted", "", "", ""] * (timed and "seconds" not in row))
+            cells += [f"{1e3 * row['product_seconds']:,.2f} {row['share_in_products']:>4.0%}"]
+        made.append(cells + ["", "counted", "", ""] * (timed and "seconds" not in row))
     return table(made, 2) + NOTES + TIMED_NOTES * timed
 
 
@@ -90,15 +94,14 @@ def strategy_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def together(world: World, piece: Piece) -> float:
-    """Let the ranks of the group begin at the same time; the time."""
+    """The time at which the ranks of the group begin."""
     all_reduce(torch.zeros(1, device=world.device), piece.axis, "step")
     return time.perf_counter()
 
 
 def timed(world: World, piece: Piece) -> dict[str, Any]:
     """The clock and the account of both passes, and the sum of partial gradients after them."""
-    started = together(world, piece)
-    before = world.ledger.snapshot()
+    started, before = together(world, piece), world.ledger.snapshot()
     piece.run()
     world.synchronize()
     seconds = time.perf_counter() - started
@@ -113,13 +116,13 @@ def products(world: World, piece: Piece) -> tuple[float, float]:
     and their share of these passes under the profiler."""
     gpu = world.device.type == "cuda"
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
-    with torch.profiler.profile(activities=kinds) as profile:
+    with profile(activities=kinds) as seen:
         started = together(world, piece)  # a rank's profiler may take a second longer to start
         piece.run()
         world.synchronize()
         passed = time.perf_counter() - started
     self_time = "self_device_time_total" if gpu else "self_cpu_time_total"
-    events = [event for event in profile.key_averages() if event.key in PRODUCTS]
+    events = (event for event in seen.key_averages() if event.key in PRODUCTS)
     seconds = sum(getattr(event, self_time) for event in events) / 1e6
     return seconds, seconds / passed
 
@@ -137,47 +140,43 @@ def measured(
     turns = bench.rounds(lambda: {name: timed(world, piece) for name, piece in pieces.items()}, [])
     for name, piece in pieces.items():
         rounds = [turn["nanotp"][name] for turn in turns]
-        of = [found[name] for found in errors[:tp]]
-        error, where = max((value, where) for found in of for where, value in found.items())
-        outside = {way: max(found[way] for found in of) for way in ("output", "input gradient")}
+        worst = {key: max(found[name][key] for found in errors[:tp]) for key in errors[0][name]}
+        where = max(worst, key=lambda key: worst[key])
         columns, rows = piece.linear_errors()
         seconds, share = products(world, piece)
         yield line(
-            case, name, tp, rounds[0]["counts"], error=error, error_in=where, errors=outside,
+            case, name, tp, rounds[0]["counts"], error=worst[where], error_in=where,
+            errors={way: worst[way] for way in ("output", "input gradient")},
             seconds=spread([turn["seconds"] for turn in rounds]),
             share_in_collectives=spread([turn["share"] for turn in rounds]),
-            product_seconds=seconds, share_in_products=share,
-            kept_bytes=strategies.kept_bytes(piece.body, piece.forward),
-            columns_error=columns, rows_error=rows,
+            product_seconds=seconds, share_in_products=share, columns_error=columns,
+            rows_error=rows, kept_bytes=strategies.kept_bytes(piece.body, piece.forward),
         )  # fmt: skip
 
 
 def words(case: Case, rows: list[dict[str, Any]]) -> Iterator[str]:
     """The lines in words."""
     ran = [row for row in rows if "seconds" in row]
-    if megatron := [row for row in ran if row["strategy"] == "megatron"]:
-        columns, addends = (max(row[f"{of}_error"] for row in megatron) for of in ("columns", "rows"))
-        said = "the ranks' columns, side by side, are the full column layer's output"
-        yield f"{said} (relative error {columns:.1e})"
-        said = "the ranks' addends add up to the full row layer's output"
-        yield f"{said} (relative error {addends:.1e})"
+    right = [row for row in ran if row["strategy"] == "megatron"]
+    for key, fact in LINEAR.items() if right else ():
+        error = max(row[key] for row in right)
+        yield f"the ranks' {fact} layer's output (relative error {error:.1e})"
     name = {"layer": "layer", "mlp": "MLP", "attention": "attention block"}[case.part]
     for row in rows:
         if row["strategy"] in ("one rank", "megatron"):
             calls, counted = row["calls"], "" if row in ran else " (counted)"
-            yield (
-                f"one {name} of {case.config.n_head} heads at tp={row['tp']}, megatron: "
-                f"{calls['forward']} all-reduces forward and {calls['backward']} backward{counted}"
-            )
+            passes = f"{calls['forward']} all-reduces forward and {calls['backward']} backward"
+            heads = f"{case.config.n_head} heads at tp={row['tp']}"
+            yield f"one {name} of {heads}, megatron: {passes}{counted}"
     mistakes = [row for row in rows if row["strategy"] in MISTAKES]
     for row in mistakes:
         outside = ", ".join(f"{way} {error:.1e}" for way, error in row["errors"].items())
-        wrong = row["error"] > WRONG
-        verdict, most = ("wrong", f"most in {row['error_in']}") if wrong else ("right", "at most")
-        found = f"{outside}, {most} {row['error']:.1e}"
-        yield f"{row['strategy']} at tp={row['tp']} is {verdict}: {found}"
-    for name in {row["strategy"] for row in mistakes}:
-        yield f"{name}: {MISTAKES[name]}"
+        verdict, most = ("right", "at most")
+        if row["error"] > WRONG:
+            verdict, most = ("wrong", f"most in {row['error_in']}")
+        found = f"{verdict}: {outside}, {most} {row['error']:.1e}"
+        yield f"{row['strategy']} at tp={row['tp']} is {found}"
+    yield from {f"{row['strategy']}: {MISTAKES[row['strategy']]}" for row in mistakes}
     for row in ran:
         if row["tp"] > 1 and row not in mistakes:
             share = row["share_in_collectives"]
@@ -185,22 +184,22 @@ def words(case: Case, rows: list[dict[str, Any]]) -> Iterator[str]:
             yield f"communication at tp={row['tp']}, {row['strategy']}: {of}"
 
 
-def block(world: World, options: BenchBlockOptions) -> None:
+def block(world: World, options: opt.BenchBlockOptions) -> None:
     bench, T = Bench(world, options), options.block_size
     sizes = sorted(set(numbers(options.tp, "tp")))
     if options.mistake == "qkv" and options.part == "mlp":
-        advice = "Use --part=attention or --part=layer."
-        raise UserError(f"--mistake=qkv: an MLP has no heads. {advice}")
+        parts = "--part=attention or --part=layer"
+        raise UserError(f"--mistake=qkv: an MLP has no heads. Use {parts}.")
     config = GPTConfig(T, options.vocab_size, 1, options.n_head, options.n_embd)
     for tp in sizes:
-        split = strategies.Split.sized(config, tp, options.intermediate)  # or its UserError
-        width = split.n_hidden
+        width = strategies.Split.sized(config, tp, options.intermediate).n_hidden
         if tp > T:
-            fault = "some ranks would have no token."
-            raise UserError(f"block_size={T} is shorter than tp={tp}: {fault}")
-        if tp > width:
-            fault = "some ranks would hold no column."
-            raise UserError(f"tp={tp} is more than intermediate={width}: {fault}")
+            few, lacks = f"block_size={T} is shorter than tp={tp}", "have no token"
+        elif tp > width:
+            few, lacks = f"tp={tp} is more than intermediate={width}", "hold no column"
+        else:
+            continue
+        raise UserError(f"{few}: some ranks would {lacks}.")
     dtype = pick_dtype(options.dtype, world.device)
     batch, intermediate = options.batch_size, options.intermediate
     case = Case.draw(options.part, config, batch, intermediate, dtype, options.seed)
@@ -213,14 +212,53 @@ def block(world: World, options: BenchBlockOptions) -> None:
             rows += [line(case, name, tp, formula(case, name, tp)) for name in names]
     about = {"n_embd": config.n_embd, "n_head": config.n_head, "intermediate": width}
     about |= {"batch_size": batch, "block_size": T}
-    ranks = f"{name_of(dtype)}, {torch.get_num_threads()} threads a rank, {world.comm}"
+    ranks = f"{str(dtype)[6:]}, {torch.get_num_threads()} threads a rank, {world.comm}"
     head = f"{case.part}: {', '.join(f'{key}={value}' for key, value in about.items())}; {ranks}"
     said = [head, *strategy_table(rows), *words(case, rows)]
     bench.finish("block", {"part": options.part, **about, "lines": rows}, said)
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def allreduce(world: World, options: opt.BenchAllreduceOptions) -> None:
+    bench = Bench(world, options)
+    if world.size == 1:
+        command = "torchrun --standalone --nproc_per_node=2 bench_tp.py allreduce"
+        raise UserError(f"bench_tp.py allreduce needs ranks: {command}")
+    sizes, axes = numbers(options.sizes, "sizes", "numbers of bytes"), {}
+    for comm in ("nccl",) if world.device.type == "cuda" else ("shm", "gloo"):
+        try:
+            axes[comm] = make_axis("tp", world.groups.get("tp"), comm, world.ledger)
+        except Unavailable as error:
+            print(f"{comm}: {error}", file=sys.stderr)
+    heads = [head for comm in axes for head in (f"{comm} median", "min", "bus GB/s")]
+    found, rows = [], [["bytes", *heads]]
+    for nbytes in sizes:
+        us = microseconds(world, axes, nbytes, options.repeats)
+        found.append({"bytes": nbytes, "us": us})
+        rows.append([f"{nbytes:,}"])
+        for times in us.values():
+            bus = ring_bytes(nbytes, world.size) / times["median"] / 1e3
+            rows[-1] += [f"{times['median']:,.1f}", f"{times['min']:,.1f}", f"{bus:.2f}"]
+    ranks = f"{world.size} ranks of {torch.get_num_threads()} threads"
+    head = f"all-reduce over {ranks}, float32; microseconds of a call"
+    bench.finish("allreduce", {"sizes": found}, [head, *table(rows, 0)])
+
+
+def microseconds(
+    world: World, axes: dict[str, Axis], nbytes: int, repeats: int
+) -> dict[str, dict[str, float]]:
+    """The spread of an all-reduce's time over each axis, which take turns."""
+    message = torch.randn(max(1, nbytes // 4), device=world.device)
+    warm, calls = 3, max(5, min(300, (1 << 24) // nbytes))
+    times: dict[str, list[float]] = {comm: [] for comm in axes}
+    for _ in range(repeats):
+        for comm, axis in axes.items():
+            world.barrier()
+            for i in range(warm + calls):
+                started = time.perf_counter()
+                all_reduce(message, axis, "forward")
+                world.synchronize()
+                times[comm] += [1e6 * (time.perf_counter() - started)] * (i >= warm)
+    return {comm: spread(found) for comm, found in times.items()}
 
 
 # --- counted --------------------------------------------------------------------------------------
@@ -262,7 +300,7 @@ def counted(
             yield averaged(row, config.n_layer) | size
 
 
-def diagram(world: World, options: BenchDiagramOptions) -> None:
+def diagram(world: World, options: opt.BenchDiagramOptions) -> None:
     if world.size > 1:
         advice = "start it with plain python. --tp is what is drawn."
         raise UserError(f"bench_tp.py diagram is one process: {advice}")
@@ -279,18 +317,18 @@ def diagram(world: World, options: BenchDiagramOptions) -> None:
     dtype = pick_dtype(options.dtype, world.device)
     drawn = layer(split, schedule, options.sequence_parallel)
     rows = list(counted(config, schedule, sizes, batch, dtype))
-    about = f"a layer's two passes by formula, {batch} x {T} tokens, {name_of(dtype)}:"
+    about = f"a layer's two passes by formula, {batch} x {T} tokens, {str(dtype)[6:]}:"
     said = [*lines(drawn), "", about, *strategy_table(rows)]
     print(fit("\n".join(said), sys.stdout.encoding))
     if options.report:
         model = {**asdict(config), "parameters": split.count()}
         model["parameters_per_rank"] = [split.count(rank) for rank in range(split.tp)]
-        figures = {"entry": "bench_tp", "what": "diagram", "tp": split.tp, "dtype": name_of(dtype)}
+        figures = {"entry": "bench_tp", "what": "diagram", "tp": split.tp, "dtype": str(dtype)[6:]}
         figures |= {"sync": str(schedule), "sequence_parallel": drawn.sequence, "batch_size": batch}
         report.write(options.report, {**figures, "model": model, "lines": rows})
 
 
-def page(world: World, options: BenchPageOptions) -> None:
+def page(world: World, options: opt.BenchPageOptions) -> None:
     """A kept report, written again."""
     if world.size > 1:
         raise UserError("bench_tp.py page is one process: start it with plain python.")

@@ -6,7 +6,8 @@ import bisect
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from operator import itemgetter
 from typing import Any
 
 from base.errors import UserError
@@ -15,7 +16,7 @@ from checkpoints.sources import GPT2_TOKENS, HUB_SIZES
 from cli.options import BenchPredictOptions as Options
 from model import GPTConfig
 from parallel.loss import chunk_rows
-from plan.cost import MODES, Hardware, Link, Seconds, Step
+from plan.cost import MODES, Hardware, Link, Step
 from plan.partition import Partition
 from plan.schedule import Schedule
 from world.mesh import World
@@ -27,13 +28,10 @@ NVLINK4, NVLINK3 = Link(4e-6, 1 / 365e9, one_shot=True), Link(4e-6, 1 / 243e9, o
 PCIE, PCIE_HOST = Link(5e-6, 1 / 19e9), Link(7e-6, 1 / 10e9)
 ROCE, ETHERNET = Link(15e-6, 1 / 12e9), Link(40e-6, 1 / 5e9)
 RATED = {  # GB/s, TFLOP/s (bfloat16, dense) and GB of NVIDIA's data sheets
-    "h100-nvlink": (3350, 989, 80, NVLINK4),
-    "a100-nvlink": (2039, 312, 80, NVLINK3),
-    "a100-pcie": (1935, 312, 80, PCIE),
-    "rtx4090-pcie": (1008, 165, 24, PCIE_HOST),
-    "h100-roce": (3350, 989, 80, ROCE),
-    "h100-ethernet": (3350, 989, 80, ETHERNET),
-}
+    "h100-nvlink": (3350, 989, 80, NVLINK4), "a100-nvlink": (2039, 312, 80, NVLINK3),
+    "a100-pcie": (1935, 312, 80, PCIE), "rtx4090-pcie": (1008, 165, 24, PCIE_HOST),
+    "h100-roce": (3350, 989, 80, ROCE), "h100-ethernet": (3350, 989, 80, ETHERNET),
+}  # fmt: skip
 PROFILES = {
     name: Hardware(name, MEMORY * 1e9 * GBps, PEAK * 1e12 * peak, OVERHEAD, link, capacity=1e9 * GB)
     for name, (GBps, peak, GB, link) in RATED.items()
@@ -47,23 +45,7 @@ SHAPES = HUB_SIZES | {
 }  # fmt: skip
 FEWER = ("mlp", "every:2")  # fewer sync points: another function, approximately the same
 
-
-@dataclass(frozen=True)
-class Way:
-    """A layout and its step. strategy: all, sequence, mlp or every:2."""
-
-    tp: int
-    strategy: str
-    step: Step
-    seconds: Seconds
-    fits: bool
-
-    def as_json(self, base: float) -> dict[str, Any]:
-        """base: the seconds that the speed-up is over."""
-        found = {"tp": self.tp, "strategy": self.strategy, "fits": self.fits}
-        found |= {"bytes": self.step.capacity, "seconds": self.seconds.total}
-        found |= {"speedup": base / self.seconds.total, "share": self.seconds.share}
-        return found | {"parts": asdict(self.seconds)}
+Way = dict[str, Any]  # a layout: tp, strategy (all, sequence or one of FEWER), its step and figures
 
 
 # --- the question ---------------------------------------------------------------------------------
@@ -102,8 +84,7 @@ def hardware_of(name: str, options: Options) -> Hardware:
 
 def config_of(name: str, options: Options) -> GPTConfig:
     own = (options.vocab_size, options.n_layer, options.n_head, options.n_embd)
-    sizes = own if name == CUSTOM else (GPT2_TOKENS, *SHAPES[name])
-    return GPTConfig(options.tokens + 1, *sizes)
+    return GPTConfig(options.tokens + 1, *own if name == CUSTOM else (GPT2_TOKENS, *SHAPES[name]))
 
 
 def step_of(config: GPTConfig, tp: int, strategy: str, mode: str, options: Options) -> Step:
@@ -122,16 +103,18 @@ def ways(
     config: GPTConfig, sizes: Iterable[int], hardware: Hardware, mode: str, options: Options
 ) -> list[Way]:
     """All layouts in which the model can be split, fitting or not. UserError if there is none."""
-    found, fault = [], None
-    fewer = FEWER[: 1 + (config.n_layer > 1)]
+    found, fault, fewer = [], None, FEWER[: 1 + (config.n_layer > 1)]
     for tp in sizes:
         for name in ("all", *["sequence"] * (mode != "decode"), *fewer) if tp > 1 else ("all",):
             try:
                 step = step_of(config, tp, name, mode, options)
-                fits = not hardware.capacity or step.capacity <= hardware.capacity
-                found.append(Way(tp, name, step, step.seconds(hardware), fits))
             except UserError as error:
                 fault = error
+                continue
+            size, seconds = step.capacity, step.seconds(hardware)
+            way = {"tp": tp, "strategy": name, "step": step, "bytes": size, "share": seconds.share}
+            way |= {"seconds": seconds.total, "parts": asdict(seconds)}
+            found.append(way | {"fits": not hardware.capacity or size <= hardware.capacity})
     if fault is not None and not found:
         raise fault
     return found
@@ -141,14 +124,7 @@ def ways(
 
 
 def fastest(found: Iterable[Way]) -> Way:
-    return min(found, key=lambda way: way.seconds.total)
-
-
-def exact(found: list[Way]) -> dict[int, Way]:
-    """By tp, the fastest layout that fits and computes the same function as one device."""
-    fitting = [way for way in found if way.fits and way.strategy not in FEWER]
-    sizes = sorted({way.tp for way in fitting})
-    return {tp: fastest(way for way in fitting if way.tp == tp) for tp in sizes}
+    return min(found, key=itemgetter("seconds"))
 
 
 def break_even(step: Step, limit: float, hardware: Hardware) -> float | None:
@@ -176,18 +152,20 @@ def pays_from(hardware: Hardware, tp: int, mode: str, options: Options) -> GPTCo
     return found
 
 
-def too_large(name: str, found: list[Way], hardware: Hardware, options: Options) -> str:
-    """The message for a model that fits in no layout that was asked for, with one that would do."""
-    least = min(found, key=lambda way: way.step.capacity)
-    config, mode = config_of(name, options), least.step.mode
+def too_large(
+    name: str, sizes: list[int], hardware: Hardware, mode: str, options: Options
+) -> UserError:
+    """For a model that fits in no layout that was asked for; names one that would do."""
+    config, gb = config_of(name, options), 1e-9 * hardware.capacity
+    least = min(ways(config, sizes, hardware, mode, options), key=itemgetter("bytes"))
     every = ways(config, range(1, MOST_RANKS + 1), hardware, mode, options)
-    smallest = math.ceil(min(way.step.capacity for way in every) / 1e9)
-    would = [f"--tp={way.tp}" for way in every if way.fits]
-    would += [f"--memory_GB={smallest} at tp={every[-1].tp}"]
-    return (
-        f"--model={name} does not fit {hardware.name} ({hardware.capacity / 1e9:.0f} GB): the "
-        f"layout that takes least, tp={least.tp}, {least.strategy}, takes "
-        f"{least.step.capacity / 1e9:.1f} GB a rank. What would do: {would[0]}."
+    smallest = math.ceil(min(way["bytes"] for way in every) / 1e9)
+    would = [f"--tp={way['tp']}" for way in every if way["fits"]]
+    would += [f"--memory_GB={smallest} at tp={every[-1]['tp']}"]
+    return UserError(
+        f"--model={name} does not fit {hardware.name} ({gb:.0f} GB): the layout that takes least, "
+        f"tp={least['tp']}, {least['strategy']}, takes {least['bytes'] / 1e9:.1f} GB a rank. "
+        f"What would do: {would[0]}."
     )
 
 
@@ -196,30 +174,73 @@ def verdict(
 ) -> tuple[dict[str, Any], list[str]]:
     """A model in the report and in the table: all layouts, the fastest exact one, the fastest with
     fewer sync points, and each tp's break-even alpha. If none fits, the bytes of the smallest."""
-    parameters, best = found[0].step.split.count(), exact(found)
-    line: dict[str, Any] = {"model": name, "parameters": parameters}
-    if not best:
-        return line | {"ways": [], "least_bytes": min(way.step.capacity for way in found)}, []
-    first, *others = best.values()
-    base, top = first.seconds.total, fastest(best.values())
-    line |= {"base_tp": first.tp, "ways": [way.as_json(base) for way in found]}
-    line |= {"best": top.as_json(base)}
-    cells = [name, f"{parameters / 1e6:,.0f}M", f"{1e3 * base:,.2f}", str(first.tp)]
+    line: dict[str, Any] = {"model": name, "parameters": found[0]["step"].split.count()}
+    fitting = [way for way in found if way["fits"]]
+    exact = [way for way in fitting if way["strategy"] not in FEWER]
+    if not exact:
+        return line | {"ways": [], "least_bytes": min(way["bytes"] for way in found)}, []
+    best = {tp: fastest(way for way in exact if way["tp"] == tp) for tp in {w["tp"] for w in exact}}
+    first, top = best[min(best)], fastest(exact)
+
+    def told(way: Way) -> Way:
+        speedup = first["seconds"] / way["seconds"]
+        return {key: way[key] for key in way if key != "step"} | {"speedup": speedup}
+
+    line |= {"base_tp": first["tp"], "ways": [told(way) for way in found], "best": told(top)}
+    ms = f"{1e3 * first['seconds']:,.2f}"
+    cells = [name, f"{line['parameters'] / 1e6:,.0f}M", ms, f"{first['tp']}"]
     for tp in sizes[1:]:
-        none = "no room" if any(way.tp == tp for way in found) else "no split"
-        way = best.get(tp)
-        cells.append(f"{base / way.seconds.total:.2f}x {way.seconds.share:>4.0%}" if way else none)
-    cells += [f"tp {top.tp} {top.strategy}", "-", "-"]
-    if fewer := [way for way in found if way.fits and way.strategy in FEWER]:
-        way = fastest(fewer)
-        line["fewer"] = way.as_json(base)
-        cells[-2] = f"{base / way.seconds.total:.2f}x {way.strategy} {way.tp}"
-    if first.tp == 1 and others:
-        alphas = [break_even(way.step, base, hardware) for way in others]
-        limits = [None if alpha is None else 1e6 * alpha for alpha in alphas]
-        line["alpha_limit_us"] = dict(zip((way.tp for way in others), limits, strict=True))
-        cells[-1] = "never" if limits[0] is None else f"{limits[0]:,.1f} us"
-    return line, cells
+        none = "no room" if any(way["tp"] == tp for way in found) else "no split"
+        at = told(best[tp]) if tp in best else None
+        cells.append(f"{at['speedup']:.2f}x {at['share']:>4.0%}" if at else none)
+    fewer, limit = "-", "-"
+    if len(exact) < len(fitting):
+        line["fewer"] = few = told(fastest(way for way in fitting if way["strategy"] in FEWER))
+        fewer = f"{few['speedup']:.2f}x {few['strategy']} {few['tp']}"
+    if first["tp"] == 1 and len(best) > 1:
+        line["alpha_limit_us"] = limits = {}
+        for tp in sorted(best)[1:]:
+            alpha = break_even(best[tp]["step"], first["seconds"], hardware)
+            limits[tp] = None if alpha is None else 1e6 * alpha
+        smallest = limits[min(limits)]
+        limit = "never" if smallest is None else f"{smallest:,.1f} us"
+    return line, [*cells, f"tp {top['tp']} {top['strategy']}", fewer, limit]
+
+
+def answer(
+    hardware: Hardware, mode: str, models: list[str], sizes: list[int], options: Options
+) -> tuple[dict[str, Any], list[str]]:
+    """The report and the lines of one hardware and mode. A model's line has the first layout that
+    fits, and how many times as fast the others are."""
+    verdicts = []
+    for name in models:
+        found = ways(config_of(name, options), sizes, hardware, mode, options)
+        verdicts.append(verdict(name, found, sizes, hardware))
+    words, pays = [], dict[int, dict[str, int] | None]()
+    for tp in sizes[sizes[0] == 1 :]:
+        config, size, pays[tp] = pays_from(hardware, tp, mode, options), "at no size", None
+        if config is not None:
+            parameters = Partition.of(config, 1).count()
+            pays[tp] = {"n_embd": config.n_embd, "parameters": parameters}
+            size = f"from {parameters / 1e6:,.0f}M parameters on"
+        words.append(f"tp {tp} {size}")
+    reduce, bus = 1e6 * hardware.link.seconds("all_reduce", 0, 2), 1e-9 / hardware.link.beta
+    head = ["", "parameters", "ms", "at tp", *(f"tp {tp}" for tp in sizes[1:])]
+    head += ["best", "fewer syncs", "alpha limit"]
+    lines = [
+        f"{hardware.name}, {mode}: {options.batch_size} x {options.tokens:,} tokens; memory "
+        f"{hardware.memory / 1e9:,.0f} GB/s, products {hardware.peak / 1e12:,.0f} TFLOP/s, "
+        f"{1e6 * hardware.overhead:.0f} us a sub-block, an all-reduce of 2 ranks {reduce:,.0f} us, "
+        f"{bus:,.0f} GB/s",
+        *table([head, *(cells for _, cells in verdicts if cells)]),
+    ]
+    for line in (line for line, cells in verdicts if not cells):
+        least = f"{line['least_bytes'] / 1e9:,.1f} GB a rank"
+        lines.append(f"{line['model']} no room: at least {least}")
+    shape = "128 channels a head, as many layers as heads"
+    lines.append(f"faster than one device: {'; '.join(words)} ({shape})")
+    figures = {"hardware": asdict(hardware), "mode": mode, "lines": [line for line, _ in verdicts]}
+    return figures | {"pays_from": pays}, [*lines, ""]
 
 
 def predict(world: World, options: Options) -> None:
@@ -236,55 +257,14 @@ def predict(world: World, options: Options) -> None:
     if not 1 <= sizes[0] <= sizes[-1] <= MOST_RANKS:
         most = f"sizes are 1 to {MOST_RANKS}, as many ranks as the links are known for."
         raise UserError(f"--tp={options.tp}: {most}")
-    figures, lines = [], []
+    figures, lines, largest = [], [], max(machines, key=lambda machine: machine.capacity)
     for mode in chosen(options.mode, MODES, "mode"):
-        found: dict[tuple[str, str], list[Way]] = {}
-        for name in models:
-            config, largest = config_of(name, options), max(machines, key=lambda m: m.capacity)
-            of = {m.name: ways(config, sizes, m, mode, options) for m in machines}
-            if not any(way.fits for several in of.values() for way in several):
-                raise UserError(too_large(name, of[largest.name], largest, options))
-            found |= {(name, machine): several for machine, several in of.items()}
-        for machine in machines:
-            of = {name: found[name, machine.name] for name in models}
-            made, words = answer(machine, mode, of, sizes, options)
-            figures.append(made)
-            lines += [*words, ""]
+        made = [answer(machine, mode, models, sizes, options) for machine in machines]
+        for i, name in enumerate(models):
+            if not any(figure["lines"][i]["ways"] for figure, _ in made):
+                raise too_large(name, sizes, largest, mode, options)
+        figures += [figure for figure, _ in made]
+        lines += [line for _, said in made for line in said]
     lines.append("These are predictions: nothing was measured. Sources: docs/predictions.md")
     about = {"dtype": options.dtype, "batch_size": options.batch_size, "tokens": options.tokens}
     bench.finish("predict", about | {"predictions": figures}, lines)
-
-
-def answer(
-    hardware: Hardware, mode: str, found: dict[str, list[Way]], sizes: list[int], options: Options
-) -> tuple[dict[str, Any], list[str]]:
-    """The report and the lines of one hardware and mode. A model's line has the first layout that
-    fits, and how many times as fast the others are."""
-    verdicts = [verdict(name, of, sizes, hardware) for name, of in found.items()]
-    head = ["", "parameters", "ms", "at tp", *(f"tp {tp}" for tp in sizes[1:])]
-    head += ["best", "fewer syncs", "alpha limit"]
-    words, pays = [], dict[int, dict[str, int] | None]()
-    for tp in sizes[sizes[0] == 1 :]:
-        config, size = pays_from(hardware, tp, mode, options), "at no size"
-        pays[tp] = None
-        if config is not None:
-            parameters = Partition.of(config, 1).count()
-            pays[tp] = {"n_embd": config.n_embd, "parameters": parameters}
-            size = f"from {parameters / 1e6:,.0f}M parameters on"
-        words.append(f"tp {tp} {size}")
-    reduce, bus = 1e6 * hardware.link.seconds("all_reduce", 0, 2), 1e-9 / hardware.link.beta
-    lines = [
-        f"{hardware.name}, {mode}: {options.batch_size} x {options.tokens:,} tokens; memory "
-        f"{hardware.memory / 1e9:,.0f} GB/s, products {hardware.peak / 1e12:,.0f} TFLOP/s, "
-        f"{1e6 * hardware.overhead:.0f} us a sub-block, an all-reduce of 2 ranks {reduce:,.0f} us, "
-        f"{bus:,.0f} GB/s",
-        *table([head, *(cells for _, cells in verdicts if cells)]),
-    ]
-    for line, cells in verdicts:
-        if not cells:
-            least = f"{line['least_bytes'] / 1e9:,.1f} GB a rank"
-            lines.append(f"{line['model']} no room: at least {least}")
-    shape = "128 channels a head, as many layers as heads"
-    lines.append(f"faster than one device: {'; '.join(words)} ({shape})")
-    figures = {"hardware": asdict(hardware), "mode": mode, "lines": [line for line, _ in verdicts]}
-    return figures | {"pays_from": pays}, lines

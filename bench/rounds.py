@@ -143,5 +143,5 @@ def compare(rounds: list[Round], unit: str, amount: float) -> tuple[dict[str, An
 def collectives(rounds: list[Round], of: str, unit: str) -> str:
     """of: the time that shares are of; unit: what calls and bytes are counted in."""
     first, share = rounds[0]["nanotp"], shown(column(rounds, "share"), ".1%")
-    counted = f"{round(first['calls'], 1)} calls and {first['bytes']:,.0f} bytes{unit}"
+    counted = f"{first['calls']:.{int(unit != '')}f} calls and {first['bytes']:,.0f} bytes{unit}"
     return f"in collectives (rank 0's clock): {share} of {of}; {counted}"

@@ -12,7 +12,6 @@ MISTAKES are megatron with one common mistake, to see what finds it.
 Shapes: B batch, T tokens, t of them this rank's, C = n_embd, M columns, m of them this rank's.
 """
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -169,27 +168,22 @@ def formula(case: Case, strategy: str, tp: int, schedule: Schedule | None = None
     sequence = strategy.startswith("sequence")
     step = Step(split, points, "train", B, T, sequence_parallel=sequence, logit_rows=B * T)
     kinds, messages = KINDS if case.part == "layer" else (case.part,), list(step.messages())
+    calls = [(m.direction, m.op, m.told // FLOAT) for m in messages if m.block in kinds]
+    for widths in map(split.widths, kinds):
+        if strategy == "sequence+kept":
+            calls.remove(("backward", "all_gather", B * T * C))
+        elif strategy == "naive":  # the gather's message is one rank's, padded to the widest
+            calls.append(("forward", "all_gather", B * T * max(widths)))
+            calls.append(("backward", "all_reduce", B * T * sum(widths)))
     partial = sum(case.weights[name].numel() for name in case.partial(strategy))
     if schedule:  # the optimizer's last message is the gradient's norm
         partial = sum(m.told for m in messages if m.block == "optimizer") // FLOAT - 1
-    calls, elements = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-
-    def count(direction: str, op: str, numbers: int, times: int = 1) -> None:
-        calls[direction, op] += times
-        elements[direction, op] += times * numbers
-
-    for m in messages:
-        if m.block in kinds:
-            count(m.direction, m.op, m.told // FLOAT)
-    for widths in map(split.widths, kinds):
-        if strategy == "sequence+kept":
-            count("backward", "all_gather", B * T * C, -1)
-        elif strategy == "naive":  # the gather's message is one rank's, padded to the widest
-            count("forward", "all_gather", B * T * max(widths))
-            count("backward", "all_reduce", B * T * sum(widths))
-    if partial:
-        count("step", "all_reduce", partial)
-    return {key: (n, elements[key] * case.x.element_size()) for key, n in calls.items()}
+    calls += [("step", "all_reduce", partial)] * (partial > 0)
+    counts: Counts = {}
+    for direction, op, elements in calls:
+        n, nbytes = counts.get((direction, op), (0, 0))
+        counts[direction, op] = n + 1, nbytes + elements * case.x.element_size()
+    return counts
 
 
 def summed(account: Account) -> Counts:
@@ -234,8 +228,12 @@ def changed(body: Any, x: Tensor, how: str, split: Split) -> Tensor:
     attention = isinstance(body, CausalSelfAttention)
     column, row = body.c_attn if attention else body.c_fc, body.c_proj
     y = column.local(x if how == "no_f" else f(x, column.axis))
-    own = body.heads if attention else lambda y, cache: gelu(y, body.activation)
-    y = in_full(body, y, split) if how == "naive" else own(y, None)
+    if how == "naive":
+        y = in_full(body, y, split)
+    elif attention:
+        y = body.heads(y, None)
+    else:
+        y = gelu(y, body.activation)
     if how == "bias":
         return g(F.linear(y, row.weight, row.bias), column.axis)
     return F.linear(y, row.weight, row.bias) if how == "no_g" else row(y)
@@ -256,23 +254,16 @@ def in_full(body: Any, y: Tensor, split: Split) -> Tensor:
     return attend(q, k, v, None, 0.0)[..., lo:hi]
 
 
-def in_a_row(rule: Rule) -> Rule:
-    """As many rows for each rank, one rank's after the other's."""
-    runs, lo = [], 0
-    for rank in range(len(rule.runs)):
-        runs.append(((lo, lo + rule.owned(rank)),))
-        lo += rule.owned(rank)
-    return replace(rule, runs=tuple(runs))
-
-
 class Piece:
     """One rank's share of a case under a strategy or with a mistake."""
 
     def __init__(self, case: Case, strategy: str, axis: Axis, device: torch.device | str = "cpu"):
         self.case, self.strategy, self.axis = case, strategy, axis
         self.split, self.rules = case.split(axis.size), case.rules(axis.size)
-        if strategy == "qkv":
-            self.rules |= {n: in_a_row(rule) for n, rule in self.rules.items() if "c_attn" in n}
+        if strategy == "qkv":  # as many rows for each rank, one rank's after the other's
+            unit, heads = 3 * self.split.head_dim, map(self.split.heads, range(axis.size))
+            row = Rule(0, tuple(((unit * lo, unit * hi),) for lo, hi in heads))
+            self.rules |= {name: row for name in self.rules if "c_attn" in name}
         T, sequence = case.x.shape[1], strategy.startswith("sequence") and axis.size > 1
         self.tokens = T if sequence else 0
         self.own = slice(*spans(T, axis.size)[axis.rank]) if sequence else slice(None)  # its tokens
