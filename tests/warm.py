@@ -117,7 +117,7 @@ def _handle(client: socket.socket) -> NoReturn:
         os.close(stream)
     ended = os.pidfd_open(child)
     while True:
-        ready, _, _ = select.select([client, ended], [], [])
+        ready, _, _ = select.select([client.fileno(), ended], [], [])
         if ended in ready:
             break
         number = client.recv(1)
