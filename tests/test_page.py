@@ -1,11 +1,13 @@
 """The page of a report: whole, self-contained, true to the report whatever is in it, and legible where people look at it."""
 
 import copy
+import itertools
 import json
 import random
 import re
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -31,6 +33,7 @@ from report import account
 from report.diagram import Message
 from report.page import STYLE, headline, page, record
 from report.report import read, write
+from report.sections import SECTIONS
 from train import dry_run
 from world.mesh import World
 
@@ -292,7 +295,10 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def test_no_report_fails(made: dict[str, Path]) -> None:
     """Any value of any report may be another one: what a section cannot read is shown as it is."""
     draw = random.Random(1)
-    others: tuple[Any, ...] = (None, "x", -1, 0, 0.0, float("nan"), float("inf"), 1e300, [], {}, [1], {"a": [{}]}, True)
+    others: tuple[Any, ...] = (
+        None, "x", -1, 0, 0.0, float("nan"), float("inf"), 1e300, 1e-320, 10**400, [], {}, [1],
+        {"a": [{}]}, True,
+    )  # fmt: skip
     for path in made.values():
         report = json.loads(path.read_text())
         every = [at for at in places(report) if at]
@@ -307,6 +313,54 @@ def test_no_report_fails(made: dict[str, Path]) -> None:
     odds: list[dict[str, Any]] = [{}, {"comm_account": 5}, {"model": {}, "tp": 2}, {"samples": [1]}, {"new": {"figure": 3}}]
     for odd in odds:
         assert all(key.replace("_", " ") in Reader(page(odd)).said for key in odd if key != "tp")
+
+
+def only(value: Any, shape: Any, optional: bool) -> Any:
+    """The value without what its shape does not name."""
+    if isinstance(shape, list):
+        return [only(item, shape[0], optional) for item in value]
+    if not isinstance(shape, dict):
+        return value
+    if str in shape:
+        return {key: only(item, shape[str], optional) for key, item in value.items()}
+    named = {key.rstrip("?"): inner for key, inner in shape.items() if optional or not key.endswith("?")}
+    return {
+        key: only(value[key], inner, optional)
+        for key, inner in named.items() if value.get(key) is not None
+    }  # fmt: skip
+
+
+def test_a_section_reads_what_its_shape_names(made: dict[str, Path]) -> None:
+    """A key that a section reads and does not name would be a KeyError, which nobody catches."""
+    drawn = set()
+    for path in made.values():
+        report = json.loads(path.read_text())
+        for section in SECTIONS:
+            if section.draw(report) is not None:
+                drawn.add((section.title, *section.shape))
+                for optional in (False, True):
+                    section.make(only(report, section.shape, optional))
+    assert drawn == {(section.title, *section.shape) for section in SECTIONS}
+
+
+def test_a_mistake_in_a_section_surfaces(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no missing section: neither on a page of a report just made nor of one that was kept."""
+
+    def mistaken(report: dict[str, Any]) -> None:
+        raise error("a typing mistake")
+
+    report = json.loads(made["sample"].read_text())
+    found = [i for i, section in enumerate(SECTIONS) if section.draw(report) is not None]
+    assert len(found) == 6
+    for i, error in itertools.product(found, (KeyError, TypeError, AttributeError, ValueError, IndexError)):
+        sections = [*SECTIONS[:i], replace(SECTIONS[i], make=mistaken), *SECTIONS[i + 1 :]]
+        with monkeypatch.context() as patched:
+            patched.setattr("report.page.SECTIONS", sections)
+            with pytest.raises(error, match="a typing mistake"):
+                write(str(tmp_path / "r.html"), report)
+            page({"entry": "another", "model": report["model"]})  # none of this section's
 
 
 def test_what_is_no_page(tmp_path: Path) -> None:
