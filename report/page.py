@@ -94,9 +94,8 @@ def about(report: Report) -> list[str]:
              "tp": "dp {dp} × tp {}" if "dp" in report else "tp {}", "comm": "{}", "device": "{}",
              "dtype": "{}", "source": "{}", "quantize": "{} weights", "decoder": "{} step",
              "sync": "sync points: {}"}
-    found = [(at(report, path), text) for path, text in texts.items()]
-    found = [(value, text) for value, text in found if value and value != "none"]
-    return [text.format(value, dp=report.get("dp")) for value, text in found]
+    return [text.format(value, dp=report.get("dp")) for path, text in texts.items()
+            if (value := at(report, path)) and value != "none"]
 
 
 def headline(report: Report) -> list[tuple[str, str]]:

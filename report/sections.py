@@ -194,9 +194,11 @@ def scan(report: Report) -> Content:
     def drawn(x: Callable[[Report], float], axis: str) -> Element | None:
         series = []
         for name, colour, rows in groups:
-            points = [Point(x(row), row["perplexity"], f"--sync={row['sync']}: {row['loss']:+.2%}",
-                            row["sync"] if rows is others and len(row["sync"]) < 9 else "")
-                      for row in rows]
+            points = []
+            for row in rows:
+                label = row["sync"] if rows is others and len(row["sync"]) < 9 else ""
+                title = f"--sync={row['sync']}: {row['perplexity']:.4f}, {row['loss']:+.2%}"
+                points.append(Point(x(row), row["perplexity"], title, label))
             joined = rows is fewer and x is messages  # fewer messages do not always take less time
             series.append(Series(name, points, colour, joined))
         return chart(series, axis, "perplexity", log=(False, True))
@@ -225,8 +227,9 @@ def curves(report: Report) -> Content:
         if fits(made, SCAN):
             rows = [made["plain"], *made["curve"]]
         elif fits(made, REPAIR):
-            rows = [{**made, "loss": made["evidence"]["loss"]}]
-            title = f"{name}, --sync={made['sync']} repaired: {rows[0]['loss']:+.2%}"
+            loss = made["evidence"]["loss"]
+            rows = [{"points": made["points"], "sync": made["sync"], "loss": loss}]
+            title = f"{name}, --sync={made['sync']} repaired: {loss:+.2%}"
         points = [Point(messages(row), max(100 * row["loss"], LEAST), row["sync"]) for row in rows]
         series.append(Series(title, points, colour))
     axes = "all-reduces a token", f"perplexity lost, % ({LEAST}: that or less)"
@@ -309,11 +312,10 @@ SCAN = {"plain": POINT, "curve": [POINT], "tp": int}
 REPAIR = {"evidence": {"loss": float}, "points": int, "sync": str, "tp": int}
 CURVE = dict.fromkeys(("iter", "loss", "val_iter", "val_loss"), [float])
 RANKS = {f"{kind}_bytes_per_rank": [int] for kind in ("weight", "kv_cache", "peak")}
-LINE = {"tp": int, "strategy": str}
 SECTIONS = (
     Section("One layer, as its ranks see it",
             {"model": MODEL, "tp": FEW, "sync?": str, "comm_account?": ACCOUNT}, diagram),
-    Section("Every strategy", {"lines": [LINE]}, strategies),
+    Section("Every strategy", {"lines": [{"tp": int, "strategy": str}]}, strategies),
     Section("Perplexity against all-reduces", {**SCAN, "others": [POINT], "single": {str: POINT},
                                                "chosen?": POINT, "tokens": int}, scan),
     Section("Perplexity lost against all-reduces",
