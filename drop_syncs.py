@@ -203,7 +203,7 @@ def repair(world: World, options: RepairOptions) -> None:
     say(f"perplexity {dense:.4f} with all sync points, {evidence['before']:.4f} ({evidence['before'] / dense - 1:+.2%}) with "
         f"{schedule.points} of {2 * source.config.n_layer} (--sync={schedule}) before repair")  # fmt: skip
     lessons = Lessons(dataset.train, options.batch_size, options.steps, options.learning_rate, options.seed, 0)
-    runs, before = schedule.runs(), list[SubBlock]()
+    runs, before = schedule.stretches(), list[SubBlock]()
     for i, run in enumerate(runs if options.steps else []):
         if len(run) > 1:
             first, last = repair_run(student, teacher, before, run, replace(lessons, stream=100 + i))

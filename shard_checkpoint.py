@@ -51,7 +51,7 @@ from checkpoints.tensors import CARRIED, tokenizer_for
 from cli.grammar import parse_command
 from cli.options import EntryOptions, InspectOptions, MergeOptions, SplitOptions, VerifyOptions
 from model import GPTConfig
-from plan.partition import Partition, Rule
+from plan.partition import Partition
 from plan.schedule import Schedule
 from report.html import nbytes
 from text.tokenizer import TOKENIZER_FILE
@@ -100,8 +100,8 @@ def imbalance(partition: Partition) -> str:
 
 def write_shards(source: Source, partition: Partition, dtype: torch.dtype, directory: Path) -> Manifest:
     """Write every rank's file and the manifest into `directory`: tensor after tensor, the ranks' parts at the same time."""
-    shapes, rules, ranks = partition.shapes(), partition.rules, range(partition.tp)
-    owned = {name: TensorEntry(shape, Rule(rules[name].dim, rules[name].runs)) for name, shape in shapes.items()}
+    ranks = range(partition.tp)
+    owned = {name: TensorEntry(shape, rule.unpadded) for name, (shape, rule) in partition.table.items()}
     files = []
     for rank in ranks:
         local = {name: entry.rule.local_shape(entry.shape, rank) for name, entry in owned.items()}
@@ -109,7 +109,7 @@ def write_shards(source: Source, partition: Partition, dtype: torch.dtype, direc
 
     def write(name: str, rank: int) -> None:
         rule = owned[name].rule
-        files[rank].write(name, source.read(name, rule.dim, rule.runs[rank] if rule.runs else ()))
+        files[rank].write(name, source.read(name, rule.dim, rule.runs_of(rank)))
 
     # converting, hashing and writing all let go of Python's lock
     with _progress("split", sum(f.total for f in files)) as bar, ThreadPoolExecutor(os.cpu_count()) as pool:

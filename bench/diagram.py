@@ -34,7 +34,10 @@ def kept(config: GPTConfig, strategy: str, tp: int, batch: int, width: int) -> i
     # done naively everything between the two matrix products is there in full, as on one rank
     split = Partition.of(config, 1 if strategy == "naive" else tp)
     sequence = strategy.startswith("sequence")
-    whole = Training(split, Schedule.plain(config.n_layer), 1, batch, 1, batch, width, False, False, 1, sequence)
+    whole = Training(
+        split=split, schedule=Schedule.plain(config.n_layer), dp=1, rows=batch, micro_steps=1, eval_rows=batch, width=width,
+        dropout=False, gpu=False, logit_rows=1, sequence_parallel=sequence,
+    )  # fmt: skip
     gathered = 2 * (whole.tokens - whole.own_tokens) * config.n_embd * width if strategy == "sequence+kept" else 0
     return whole.kept_by_layer(0) + gathered
 
@@ -47,7 +50,7 @@ def scheduled(case: Case, schedule: Schedule) -> Said:
     one, partial = case.x.numel() * case.x.element_size(), 0
     said: Said = {(way, "all_reduce"): (schedule.points, schedule.points * one) for way in ("forward", "backward")}
     norm, bias = (sum(case.weights[name].numel() for name in names if name in case.weights) for names in (NORM, BIAS))
-    for run in schedule.runs():
+    for run in schedule.stretches():
         partial += (norm * len(run) + bias * (len(run) - 1)) if len(run) > 1 else 0
     return said | ({("step", "all_reduce"): (1, partial * case.x.element_size())} if partial else {})
 

@@ -26,7 +26,7 @@ from parallel.collectives import Axis, all_gather, all_reduce
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, f, g
 from parallel.ledger import Account, total
 from plan.cost import ring_bytes
-from plan.partition import Partition, Rule, Run, spans
+from plan.partition import Partition, Rule, Span, spans
 from tp_model import MLP, Block, CausalSelfAttention, Stream, default_dtype, sum_gradients, take
 
 STRATEGIES = ("naive", "megatron", "sequence", "sequence+kept", "spd")
@@ -246,7 +246,7 @@ def mistaken(body: CausalSelfAttention | MLP, x: Tensor, mistake: str) -> Tensor
 def in_a_row(rule: Rule) -> Rule:
     """As many rows for each rank as the rule gives it, one rank's after the other's."""
     owned = [rule.owned(rank) for rank in range(len(rule.runs))]
-    edges: list[Run] = [(sum(owned[:rank]), sum(owned[: rank + 1])) for rank in range(len(owned))]
+    edges: list[Span] = [(sum(owned[:rank]), sum(owned[: rank + 1])) for rank in range(len(owned))]
     return replace(rule, runs=tuple((edge,) for edge in edges))
 
 

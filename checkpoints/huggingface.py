@@ -24,7 +24,7 @@ from checkpoints.tensors import (
     tokenizer_for,
 )
 from model import GPTConfig
-from plan.partition import Partition, Run
+from plan.partition import Partition, Span
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
@@ -147,7 +147,7 @@ class HuggingFaceDirectory:
                         f"{path}: tensor {printable(key)} is not in the index. Save the model again."
                     )
 
-    def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
+    def read(self, name: str, dim: int | None, runs: Iterable[Span]) -> Tensor:
         part = self._slice(name)
         if not is_conv1d(name):
             return runs_of(part, dim, runs)

@@ -23,7 +23,7 @@ from checkpoints.tensors import (
     tokenizer_for,
 )
 from model import GPTConfig
-from plan.partition import Partition, Run
+from plan.partition import Partition, Span
 
 # how a file begins that is none of torch.save's, and what it is
 BEGINNINGS = (
@@ -144,5 +144,5 @@ class NanoGPTCheckpoint:
             raise UserError(f"{self.path}: its tensors claim more bytes than the file has.")
         return found
 
-    def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
+    def read(self, name: str, dim: int | None, runs: Iterable[Span]) -> Tensor:
         return runs_of(self.tensors[name], dim, runs)

@@ -27,7 +27,7 @@ from base.errors import UserError, printable, shown
 from base.files import fetched, json_of, own_file, read_json
 from base.processes import is_running
 from model import GPTConfig
-from plan.partition import Partition, Rule, Run
+from plan.partition import Partition, Rule, Span
 from plan.schedule import Schedule
 
 FORMAT_VERSION = 1
@@ -208,7 +208,7 @@ def _parse_tensor(name: str, raw: Any, tp: int) -> TensorEntry:
     return TensorEntry(tuple(shape), Rule(dim, runs))
 
 
-def _parse_runs(what: str, raw: Any, size: int) -> tuple[Run, ...]:
+def _parse_runs(what: str, raw: Any, size: int) -> tuple[Span, ...]:
     _require(isinstance(raw, list), f"{what}: ranges {shown(raw)} are not a list.")
     for run in raw:
         good = isinstance(run, list) and len(run) == 2 and all(map(_is_count, run)) and run[0] <= run[1] <= size
@@ -216,7 +216,7 @@ def _parse_runs(what: str, raw: Any, size: int) -> tuple[Run, ...]:
     return tuple((lo, hi) for lo, hi in raw)
 
 
-def _check_cover(what: str, runs: tuple[tuple[Run, ...], ...], size: int) -> None:
+def _check_cover(what: str, runs: tuple[tuple[Span, ...], ...], size: int) -> None:
     """UserError unless the runs of all ranks together cover [0, size) once."""
     edge = 0
     for lo, hi in sorted(run for owned in runs for run in owned if run[0] < run[1]):
@@ -316,14 +316,14 @@ class ShardDirectory:
             fault = f"is {dtype} {list(shape)}, the manifest says {code} {list(expected)}"
             _require((dtype, shape) == (code, expected), f"{path}: tensor {name} {fault}.")
 
-    def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
+    def read(self, name: str, dim: int | None, runs: Iterable[Span]) -> Tensor:
         """Runs of a full tensor along `dim`, one after the other; the whole tensor where dim is None."""
         entry = self.manifest.tensors[name]
         if dim is None:
             return self._assemble(name, entry, 0, [(0, entry.shape[0])])
         return self._assemble(name, entry, dim, list(runs))
 
-    def _assemble(self, name: str, entry: TensorEntry, dim: int, runs: list[Run]) -> Tensor:
+    def _assemble(self, name: str, entry: TensorEntry, dim: int, runs: list[Span]) -> Tensor:
         if entry.rule.dim is None:
             return _cat([_narrow(self._file(0).get_slice(name), dim, lo, hi) for lo, hi in runs], dim)
         if entry.rule.dim != dim:

@@ -23,7 +23,7 @@ from checkpoints.huggingface import HUB, HuggingFaceDirectory, from_hub, hub_nam
 from checkpoints.nanogpt import NanoGPTCheckpoint
 from checkpoints.shards import MANIFEST, ShardDirectory, Sync
 from model import GPTConfig
-from plan.partition import Rule, Run
+from plan.partition import Rule, Span
 from plan.schedule import Schedule
 from text.dataset import Dataset, is_prepared
 from text.tokenizer import TOKENIZER_FILE, GPT2Tokenizer, IdsTokenizer, Tokenizer, read_tokenizer, tokenizer_from_json
@@ -61,7 +61,7 @@ class Source(Described, Protocol):
     tokenizer: dict[str, Any] | None
     dataset: str | None
 
-    def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
+    def read(self, name: str, dim: int | None, runs: Iterable[Span]) -> Tensor:
         """Runs of a full tensor along dim, one after the other; the whole where dim is None. May be a view of a file."""
         ...
 
@@ -159,7 +159,7 @@ def reader(source: Source | ShardDirectory, rank: int, block_size: int = 0) -> R
     def read(name: str, rule: Rule) -> Tensor:
         if block_size and name.endswith("transformer.wpe.weight"):
             return source.read(name, 0, [(0, block_size)])
-        return source.read(name, rule.dim, rule.runs[rank] if rule.runs else ())
+        return source.read(name, rule.dim, rule.runs_of(rank))
 
     return read
 

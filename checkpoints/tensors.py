@@ -11,7 +11,7 @@ from torch import Tensor
 
 from base.errors import UserError, printable
 from checkpoints.shards import DTYPES
-from plan.partition import Run
+from plan.partition import Span
 from text.tokenizer import GPT2Tokenizer
 
 Held = TypeVar("Held")
@@ -91,7 +91,7 @@ def check_tied(head: Tensor, table: Tensor, where: str) -> None:
         raise UserError(f"{where}: lm_head.weight differs from wte.weight; only a head tied to the embedding is supported.")
 
 
-def runs_of(part: Any, dim: int | None, runs: Iterable[Run]) -> Tensor:
+def runs_of(part: Any, dim: int | None, runs: Iterable[Span]) -> Tensor:
     """Runs along dim of a safetensors slice or a tensor."""
     if dim is None:
         return part[:]

@@ -22,7 +22,7 @@ from torch import Tensor
 from checkpoints.shards import Sync
 from checkpoints.sources import Source
 from model import GPT, attend, gelu
-from plan.partition import Partition, Run
+from plan.partition import Partition, Span
 
 MOST_PARTITIONS = 20_000  # of the heads, tried out
 TOKENS = 256  # whose damages are computed at a time
@@ -39,7 +39,7 @@ class Regrouped:
         self.description = f"{source.description}, heads and neurons grouped"
         self.sync: Sync | None = None
 
-    def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
+    def read(self, name: str, dim: int | None, runs: Iterable[Span]) -> Tensor:
         full = self.source.read(name, None, ())
         parts = name.split(".")
         if parts[1] == "h" and int(parts[2]) in self.groups:

@@ -20,7 +20,7 @@ from functools import cached_property
 from itertools import accumulate
 from math import prod
 
-from plan.partition import Partition, spans
+from plan.partition import Partition, length, spans
 from plan.schedule import Schedule
 
 FLOAT = 4  # bytes of a parameter, a gradient, a moment, a number of the residual stream, LayerNorm or loss
@@ -29,7 +29,7 @@ MOMENTS = 2  # that AdamW has of each parameter
 BIG = 2  # a message and its result, while a collective runs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """A training run as its memory sees it. Every figure is of the rank that has most: the first of a tp group, which has
     the longest run of heads, columns, vocabulary rows and tokens (`spans`).
@@ -125,8 +125,7 @@ class Training:
     @property
     def channels(self) -> int:
         """Width of this rank's heads, side by side."""
-        lo, hi = self.split.heads(0)
-        return (hi - lo) * self.split.head_dim
+        return length(self.split.channels(0))
 
     @property
     def columns(self) -> int:
@@ -320,4 +319,4 @@ class Training:
     def kv_cache(self) -> int:
         """Bytes of the keys and values of one sequence of block_size tokens, when this model generates text. Training has
         none."""
-        return 2 * self.split.n_layer * self.channels * self.split.block_size * self.width
+        return self.width * self.split.cache_numbers(self.split.block_size)

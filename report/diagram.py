@@ -4,9 +4,11 @@
 """
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from plan.messages import MEGATRON, SEQUENCE, exchanges
 from plan.partition import Partition
 from plan.schedule import KINDS, Schedule
 
@@ -49,8 +51,9 @@ class Message:
 
     @property
     def ways(self) -> list[tuple[str, tuple[str, ...]]]:
-        """(pass, collectives) for each pass in which something is said."""
-        return [(way, ops) for way, ops in (("forward", self.forward), ("backward", self.backward)) if ops]
+        """(pass, collectives) for each pass that has any."""
+        both = ("forward", self.forward), ("backward", self.backward)
+        return [(way, tuple(op.replace("_", "-") for op in ops)) for way, ops in both if ops]
 
     @property
     def words(self) -> list[str]:
@@ -86,8 +89,9 @@ def layer(split: Partition, schedule: Schedule, sequence: bool = False) -> Layer
     """The description. sequence: with sequence parallelism, which a single rank has not."""
     alone, ranks, n = split.tp == 1, range(split.tp), split.n_layer
     sequence = sequence and not alone
-    after = {kind: [schedule.syncs[2 * i + k] for i in range(n)] for k, kind in enumerate(KINDS)}
-    before = {"attention": [True, *after["mlp"][:-1]], "mlp": after["attention"]}  # a run's backward all-reduce is at its start
+    start, end = SEQUENCE if sequence else MEGATRON
+    times = Counter(exchanges(schedule, sequence))
+    names = ("gather", "scatter") if sequence else ("f", "g")
     tokens = f"T/{split.tp}" if sequence else "T"
     shape = f"[B, {tokens}, {split.n_embd}]"
     whose = "own tokens" if sequence else "on every rank"
@@ -100,15 +104,13 @@ def layer(split: Partition, schedule: Schedule, sequence: bool = False) -> Layer
     halves = {}
     for kind, norm in zip(KINDS, ("ln_1", "ln_2"), strict=True):
         places: list[Place] = [Alike("x", f"{shape}, {whose}", stream=True), Alike(norm)]
-        if sequence:
-            places.append(Message("gather", ("all-gather",), ("reduce-scatter", "all-gather"), n, n))
-            places += [owns[kind], Message("scatter", ("reduce-scatter",), ("all-gather",), n, n, sync=True)]
-        elif alone:
+        if alone:
             places.append(owns[kind])
         else:
-            places.append(Message("f", (), ("all-reduce",), sum(before[kind]), n))
-            places += [owns[kind], Message("g", ("all-reduce",), (), sum(after[kind]), n, sync=True)]
-        whole = alone or sequence or any(after[kind])
+            places.append(Message(names[0], *start, times[kind, start], n))
+            places.append(owns[kind])
+            places.append(Message(names[1], *end, times[kind, end], n, sync=True))
+        whole = alone or times[kind, end]
         places.append(Alike("+ bias + x", "" if whole else "each rank its own version of x"))
         halves[kind] = tuple(places)
     return Layer(split, schedule, sequence, halves)

@@ -279,7 +279,7 @@ def _repaired(world: World, sync: str) -> tuple[list[tuple[float, float]], float
     lessons = Lessons(Letters(), 8, 60, 3e-3, 1, 0)  # type: ignore[arg-type]
     before: list[Any] = []
     errors = []
-    for run in schedule.runs():
+    for run in schedule.stretches():
         if len(run) > 1:
             errors.append(repair_run(student, teacher, before, run, lessons))
         before = before + run

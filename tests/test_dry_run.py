@@ -39,7 +39,7 @@ UNEVEN = GPTConfig(block_size=18, vocab_size=131, n_layer=3, n_head=5, n_embd=40
 def training(config: GPTConfig, tp: int, rows: int = 2, sync: str = "all", **changes: Any) -> Training:
     split = Partition.of(config, tp)
     plan = Training(
-        split, Schedule.parse(sync, config.n_layer), dp=1, rows=rows, micro_steps=1, eval_rows=rows, width=4,
+        split=split, schedule=Schedule.parse(sync, config.n_layer), dp=1, rows=rows, micro_steps=1, eval_rows=rows, width=4,
         dropout=config.dropout > 0, gpu=False, logit_rows=chunk_rows(rows * config.block_size, split.local_vocab, "cpu"),
     )  # fmt: skip
     return replace(plan, **changes)

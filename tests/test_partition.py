@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from base.errors import UserError
 from model import GPT, GPTConfig
-from plan.partition import Partition, Rule, Run, round_up, spans
+from plan.partition import Partition, Rule, Span, round_up, spans
 
 SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 5, "n_embd": 20, "vocab_size": 131, "block_size": 16, "bias": True}
 GPT2_SIZES: dict[str, Any] = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "block_size": 1024, "bias": True}
@@ -19,7 +19,7 @@ def partition(tp: int, **changes: Any) -> Partition:
     return Partition(**{**SIZES, **changes}, tp=tp)
 
 
-def sizes(runs: list[Run]) -> list[int]:
+def sizes(runs: list[Span]) -> list[int]:
     return [hi - lo for lo, hi in runs]
 
 
@@ -171,7 +171,7 @@ def test_names_are_nanogpts() -> None:
 
 def test_of_reads_a_config() -> None:
     config = GPTConfig(block_size=8, vocab_size=100, n_layer=1, n_head=3, n_embd=12, bias=False)
-    assert Partition.of(config, 2, 8) == Partition(1, 3, 12, 100, 8, False, 2, 8)
+    assert Partition.of(config, 2) == Partition(1, 3, 12, 100, 8, False, 2)
 
 
 # --- what cannot be split -------------------------------------------------------------------------------------------

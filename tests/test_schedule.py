@@ -48,7 +48,7 @@ SCHEDULES = ["all", "mlp", "every:2", "every:4", "0a,0m,2a", "1a,2m"]
 )
 def test_runs(text: str, runs: list[str]) -> None:
     schedule = Schedule.parse(text, 4)
-    assert [" ".join(f"{layer}{kind[0]}" for layer, kind in run) for run in schedule.runs()] == runs
+    assert [" ".join(f"{layer}{kind[0]}" for layer, kind in run) for run in schedule.stretches()] == runs
     assert schedule.points == len(runs) and schedule.is_plain == (text == "all")
 
 
@@ -109,7 +109,7 @@ def equations(model: GPT, idx: Tensor, tp: int, schedule: Schedule) -> Tensor:
 
     table = p["transformer.wte.weight"]
     X = table[idx] + p["transformer.wpe.weight"][: idx.shape[1]]
-    for run in schedule.runs():
+    for run in schedule.stretches():
         own, biases = [torch.zeros_like(X) for _ in range(tp)], torch.zeros(C, dtype=X.dtype)
         for layer, kind in run:
             own = [o + partial(X + o + biases, layer, kind, rank) for rank, o in enumerate(own)]

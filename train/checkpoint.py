@@ -44,7 +44,7 @@ from checkpoints.shards import (
     write_json,
 )
 from checkpoints.sources import latest_checkpoint, reader
-from plan.partition import Partition, Rule
+from plan.partition import Partition
 from text.tokenizer import TOKENIZER_FILE
 from tp_model import TensorParallelGPT
 from train.directory import has_checkpoints, iteration, point, remove, steps
@@ -279,8 +279,7 @@ def _shapes(model: TensorParallelGPT) -> Shapes:
 
 
 def _entries(model: TensorParallelGPT) -> dict[str, TensorEntry]:
-    shapes, rules = model.split.shapes(), model.split.rules
-    return {name: TensorEntry(shape, Rule(rules[name].dim, rules[name].runs)) for name, shape in shapes.items()}
+    return {name: TensorEntry(shape, rule.unpadded) for name, (shape, rule) in model.split.table.items()}
 
 
 def _write_manifests(model: TensorParallelGPT, files: list[Any], scratch: Path, source: str) -> None:

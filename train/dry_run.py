@@ -83,8 +83,9 @@ class Plans:
         rows = deal.micro_rows * self.config.block_size
         logit_rows = chunk_rows(rows, split.local_vocab, "cuda" if self.gpu else "cpu")
         return Training(
-            split, self.schedule_at(layout.tp), layout.dp, deal.micro_rows, deal.micro_steps,
-            options.batch_size, 2 if half else 4, self.config.dropout > 0, self.gpu, logit_rows, **savings,
+            split=split, schedule=self.schedule_at(layout.tp), dp=layout.dp, rows=deal.micro_rows,
+            micro_steps=deal.micro_steps, eval_rows=options.batch_size, width=2 if half else 4,
+            dropout=self.config.dropout > 0, gpu=self.gpu, logit_rows=logit_rows, **savings,
         )  # fmt: skip
 
 
