@@ -169,10 +169,11 @@ class EvalOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DropOptions(RunOptions):
-    """What every step of dropping sync points has: the weights, and a text."""
+    """Options of every drop_syncs.py command: the weights and a text."""
 
     init_from: str = option("", "weights as in sample_tp.py", required=True)
-    dataset: str = option("", "directory below data_dir: its training split is learned from, its validation split measured")
+    dataset: str = option("", "directory below data_dir: its training split is learned from, its"
+                              " validation split measured")
     data_dir: str = option("data", "directory of the datasets")
     max_tokens: int = option(0, "measure only this many tokens, 0 = all", low=0)
     batch_size: int = option(16, "sequences in a batch", low=1)
@@ -180,7 +181,8 @@ class DropOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupOptions(DropOptions):
-    """Group heads with the neurons that depend on them: the same model, which misses less where sync points are dropped."""
+    """Group heads with the neurons that depend on them: the same model, which loses less when sync
+    points are dropped."""
 
     ranks: int = option(2, "tensor-parallel size the groups are for", low=2)
     tokens: int = option(8192, "tokens of the training split that the groups are chosen on", low=1)
@@ -190,26 +192,32 @@ class GroupOptions(DropOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ScanOptions(DropOptions):
-    """Measure the perplexity under many schedules, and find the one with the fewest sync points within a budget."""
+    """Measure the perplexity under many schedules, and find the one with the fewest sync points
+    within a budget."""
 
     scan: str = option("", "keep what was measured in this file, and go on from it")
-    budget: str = option("", "allowed increase of the perplexity, such as 1%: print the schedule with the fewest sync points")
-    search: str = option("greedy", "drop the cheapest of all that are left each time, or in the order of a first scan",
-                         ("greedy", "order"))
-    schedules: str = option("mlp;every:2", "schedules to measure besides, with semicolons between")
-    decode_tokens: int = option(0, "measure ms a token of these schedules too, over this many new tokens; 0 = no", low=0)
+    budget: str = option("", "allowed increase of the perplexity, such as 1%: print the schedule"
+                             " with the fewest sync points")
+    search: str = option("greedy", "drop the cheapest of all that are left each time, or in the"
+                                   " order of a first scan", ("greedy", "order"))
+    schedules: str = option("mlp;every:2", "more schedules to measure, with semicolons between")
+    decode_tokens: int = option(0, "time decoding of this many new tokens under these schedules,"
+                                   " too; 0 = no", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepairOptions(DropOptions):
-    """Let weights learn to do with fewer sync points what they did with all, and write shards that say so."""
+    """Train weights to compute with fewer sync points what they computed with all of them, and
+    write shards that name the schedule."""
 
     sync: str = option("", "the schedule: mlp, every:K or a list such as 0a,0m,1m", required=True)
-    steps: int = option(300, "steps for each run between two sync points, 0 = none", low=0)
+    steps: int = option(300, "steps for each stretch between two sync points, 0 = none", low=0)
     learning_rate: float = option(1e-3, "highest learning rate of those", above=0)
-    whole_steps: int = option(0, "steps end to end after that, on the original's next-token distribution", low=0)
+    whole_steps: int = option(0, "steps end to end after that, on the original's next-token"
+                                 " distribution", low=0)
     whole_learning_rate: float = option(3e-4, "highest learning rate of those", above=0)
-    control: bool = option(True, "train the dense model on the text for as many steps, to see what is not repair")
+    control: bool = option(True, "train the dense model on the text for as many steps, to see the"
+                                 " effect of training alone")
     out: str = option("", "shard directory to write", required=True)
     force: bool = option(False, "replace the output where it exists")
 

@@ -21,8 +21,8 @@ import drop_syncs
 from base.errors import UserError
 from checkpoints.shards import ShardDirectory, read_manifest
 from cli.grammar import parse
-from fewer_syncs.distillation import Lessons, repair_run, repair_whole
 from fewer_syncs.grouping import Regrouped, damages, deal, group, partitions
+from fewer_syncs.repair import Lessons, repair_stretch, repair_whole
 from fewer_syncs.scan import Measured, parse_budget, within
 from model import GPT, GPTConfig
 from parallel.loss import vocab_parallel_divergence
@@ -281,7 +281,7 @@ def _repaired(world: World, sync: str) -> tuple[list[tuple[float, float]], float
     errors = []
     for run in schedule.stretches():
         if len(run) > 1:
-            errors.append(repair_run(student, teacher, before, run, lessons))
+            errors.append(repair_stretch(student, teacher, before, run, lessons))
         before = before + run
     first, last = repair_whole(student, teacher, lessons)
     return errors, first, last

@@ -54,10 +54,10 @@ UPWARD = {
     ("bench/prediction.py", "train_tp"),
     ("bench/training.py", "train_tp"),
     ("checkpoints/sources.py", "tp_model"),
-    ("drop_syncs.py", "eval_tp"),
-    ("drop_syncs.py", "shard_checkpoint"),
     ("eval_tp.py", "sample_tp"),
-    ("fewer_syncs/scan.py", "eval_tp"),
+    ("fewer_syncs/grouping.py", "shard_checkpoint"),
+    ("fewer_syncs/inputs.py", "eval_tp"),
+    ("fewer_syncs/repair.py", "shard_checkpoint"),
     ("sample_tp.py", "shard_checkpoint"),
 }
 
