@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from base.errors import UserError
@@ -155,15 +155,13 @@ class Repair:
         return {"whole": whole | {"perplexity": made}}
 
     def control(self, after: float) -> float:
-        """Train the teacher on the text for as many steps: the effect of training, not of repair.
-
-        after: the student's perplexity. Returns the teacher's.
-        """
+        """The teacher's perplexity after as many steps on the text. after: the student's."""
         steps = max(self.options.steps, self.options.whole_steps)
         rate = self.options.whole_learning_rate
-        self.teacher.requires_grad_(True)
-        train_on(self.teacher, replace(self.lessons, steps=steps, learning_rate=rate, stream=99))
-        made = self.perplexity(self.teacher)
+        lessons = replace(self.lessons, steps=steps, learning_rate=rate, stream=99)
+        model: Any = self.teacher.requires_grad_(True)
+        learn(model, lessons, "control", lambda x, y: model(x, y)[1])
+        made = self.perplexity(model)
         self.print(
             f"control: the dense model after {steps} more steps on the text: {made:.4f} "
             f"({self.change(made)}); the repaired one is {after / made - 1:+.2%} beside it"
@@ -172,16 +170,18 @@ class Repair:
 
 
 def learn(
-    model: TensorParallelGPT, learners: dict[str, nn.Parameter], lessons: Lessons, name: str,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    model: TensorParallelGPT, lessons: Lessons, name: str,
+    loss: Callable[[Tensor, Tensor], Tensor], learners: tuple[str, ...] = ("",),
 ) -> tuple[float, float]:  # fmt: skip
-    """Minimise `loss(inputs, targets)` over these parameters; every rank calls it.
+    """Minimise `loss(inputs, targets)`; every rank calls it.
 
-    Returns the mean loss of the first and of the last tenth of the steps.
+    learners: the beginnings of the names of the parameters that learn. Returns the mean loss of the
+    first and of the last tenth of the steps.
     """
-    optimizer = adamw(iter(learners.items()), 0.0, lessons.learning_rate, (0.9, 0.95),
-                      model.device.type)  # fmt: skip
-    frozen = [p for name, p in model.named_parameters() if name not in learners]
+    named = [(name, p) for name, p in model.named_parameters() if name.startswith(learners)]
+    frozen = [p for name, p in model.named_parameters() if not name.startswith(learners)]
+    kind = model.device.type
+    optimizer = adamw(iter(named), 0.0, lessons.learning_rate, (0.9, 0.95), kind)
     losses = []
     for p in frozen:
         p.requires_grad_(False)
@@ -193,7 +193,7 @@ def learn(
         model.sum_partial_gradients()
         norm = model.grad_norm().item()
         if math.isfinite(norm):
-            gradients = [p.grad for p in learners.values() if p.grad is not None]
+            gradients = [p.grad for _, p in named if p.grad is not None]
             torch._foreach_mul_(gradients, min(1.0, CLIP / (norm + 1e-6)))
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -216,11 +216,9 @@ def repair_stretch(
             end = teacher.through(start, stretch)
         return (student.through(Stream(start.x), stretch).x - end.x).square().mean()
 
-    modules = [f"transformer.h.{i}.{part}." for i, kind in stretch for part in MODULES[kind]]
-    named = student.named_parameters()
-    learners = {name: p for name, p in named if name.startswith(tuple(modules))}
     name = f"{short_name(stretch[0])} to {short_name(stretch[-1])}"
-    return learn(student, learners, lessons, name, loss)
+    modules = (f"transformer.h.{i}.{part}." for i, kind in stretch for part in MODULES[kind])
+    return learn(student, lessons, name, loss, tuple(modules))
 
 
 def repair_whole(
@@ -234,15 +232,4 @@ def repair_whole(
         found = student.local_logits(student.hidden(x)).flatten(0, 1)
         return vocab_parallel_divergence(found, wanted, student.tp).mean()
 
-    return learn(student, dict(student.named_parameters()), lessons, "end to end", loss)
-
-
-def train_on(model: TensorParallelGPT, lessons: Lessons) -> None:
-    """Plain training on the text."""
-
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        value = model(x, y)[1]
-        assert value is not None
-        return value
-
-    learn(model, dict(model.named_parameters()), lessons, "control", loss)
+    return learn(student, lessons, "end to end", loss)

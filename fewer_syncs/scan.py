@@ -41,26 +41,24 @@ class Measured:
     perplexity: float
     loss: float  # increase of the perplexity over plain Megatron's, as a fraction of that
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self, times: Times) -> dict[str, Any]:
         sync, points = str(self.schedule), self.schedule.points
-        return {"sync": sync, "points": points, "perplexity": self.perplexity, "loss": self.loss}
+        made = {"sync": sync, "points": points, "perplexity": self.perplexity, "loss": self.loss}
+        return made | times.get(sync, {})
 
 
 def scan(world: World, options: ScanOptions) -> None:
-    """The command."""
     need_ranks(world, "scan")
     budget = parse_budget(options.budget) if options.budget else math.inf
     source, dataset, _ = open_inputs(world, options)
     n_layer = source.config.n_layer
     check_length(options.decode_tokens, source.config.block_size)
-    words = map(str.strip, options.schedules.split(";"))
-    named = [Schedule.parse(word, n_layer) for word in words if word]
+    words = filter(None, map(str.strip, options.schedules.split(";")))
+    named = [Schedule.parse(word, n_layer) for word in words]
     if world.is_main:
         report.check_place(options.scan, "scan")
     model = build(world, source, options, Schedule.plain(n_layer))
-    # file names do not identify weights, so numbers of theirs must
-    numbers = sum(p.double().abs().sum().item() for p in model.parameters())
-    weights = world.gather(f"{source.description} {numbers:.9g}")[0]
+    weights = world.gather(f"{source.description} {fingerprint(model):.9g}")[0]
     tokens = validation_tokens(dataset, options)
     known = Perplexities(world, model, tokens, options.scan, options.batch_size, weights)
     plain, single = known.measured(Schedule.plain(n_layer)), sensitivities(known, n_layer)
@@ -69,37 +67,31 @@ def scan(world: World, options: ScanOptions) -> None:
     known.bar.close()
     rows = [plain, *steps, *others]
     chosen = within([*rows, *single.values()], budget) if options.budget else None
-    times: Times = {}
-    if options.decode_tokens:
-        timed = [row.schedule for row in (*rows, chosen) if row]
-        times = decode_times(world, model, timed, tokens.tolist(), options.decode_tokens)
-    if world.is_main:
-        text = f"{source.description}, tp {world.tp.size}, {len(tokens):,} tokens"
-        print(f"{text}: perplexity {plain.perplexity:.4f}")
-        losses = ", ".join(f"{name} {row.loss:+.2%}" for name, row in single.items())
-        print(f"one sync point dropped: {losses}")
-        print(table(rows, times))
-    if world.is_main and chosen:
+    timed = [row.schedule for row in (*rows, chosen) if row]
+    times = decode_times(world, model, timed, tokens.tolist(), options.decode_tokens)
+    if not world.is_main:
+        return
+    text = f"{source.description}, tp {world.tp.size}, {len(tokens):,} tokens"
+    print(f"{text}: perplexity {plain.perplexity:.4f}")
+    losses = ", ".join(f"{name} {row.loss:+.2%}" for name, row in single.items())
+    print(f"one sync point dropped: {losses}\n{table(rows, times)}")
+    if chosen:
         found = f"{chosen.schedule.points} sync points, {chosen.loss:+.3%}"
         print(f"within {options.budget}: --sync={chosen.schedule} ({found})")
-    if world.is_main and options.report:
-        head = {"entry": "drop_syncs", "what": "scan", **about(world, source, tokens)}
-        made = figures(plain, single, steps, others, chosen, times)
-        report.write(options.report, head | made)
+    if options.report:
+        report.write(options.report, {
+            "entry": "drop_syncs", "what": "scan", **about(world, source, tokens),
+            "plain": plain.as_json(times),
+            "single": {name: row.as_json({}) for name, row in single.items()},
+            "curve": [row.as_json(times) for row in steps],
+            "others": [row.as_json(times) for row in others],
+            "chosen": chosen and chosen.as_json(times),
+        })  # fmt: skip
 
 
-def figures(
-    plain: Measured, single: dict[str, Measured], steps: list[Measured], others: list[Measured],
-    chosen: Measured | None, times: Times,
-) -> dict[str, Any]:  # fmt: skip
-    def timed(row: Measured) -> dict[str, Any]:
-        return row.as_json() | times.get(str(row.schedule), {})
-
-    return {
-        "plain": timed(plain), "single": {name: row.as_json() for name, row in single.items()},
-        "curve": list(map(timed, steps)), "others": list(map(timed, others)),
-        "chosen": chosen and timed(chosen),
-    }  # fmt: skip
+def fingerprint(model: TensorParallelGPT) -> float:
+    """A number that tells weights apart: file names do not."""
+    return sum(p.double().abs().sum().item() for p in model.parameters())
 
 
 def table(rows: list[Measured], times: Times) -> str:
@@ -234,9 +226,11 @@ def decode_times(
 ) -> Times:
     """ms_per_token (rank 0's clock) and all_reduces_per_token (counted) of greedy decoding.
 
-    By the schedule's name. n: tokens generated in a turn after the first PROMPT ids of `prompt`.
-    The model keeps the last schedule.
+    By the schedule's name. n: tokens generated in a turn after the first PROMPT ids of `prompt`;
+    if 0, nothing is measured. The model keeps the last schedule.
     """
+    if not n:
+        return {}
     sampling = Sampling(n_tokens=model.config.vocab_size, temperature=0, max_new_tokens=n)
     decoders, times, counts = {}, dict[str, list[float]](), dict[str, float]()
     by_name = {str(schedule): schedule for schedule in schedules}
