@@ -10,7 +10,7 @@ Shapes: B batch, T tokens, t of them this rank's, C = n_embd, h = this rank's he
 columns.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from base.errors import UserError
+from checkpoints.runs import Read
 from model import GPTConfig, KVCache, LayerNorm, adamw, attend, gelu, initial_tensor
 from parallel.collectives import Axis, all_gather, all_reduce
 from parallel.graphs import outside_graphs
@@ -32,8 +33,6 @@ from plan.schedule import Schedule, SubBlock
 
 if TYPE_CHECKING:
     from parallel.data_parallel import Sharding
-
-Read = Callable[[str, Rule], Tensor]  # the entries of one tensor that this rank owns, without padding
 
 
 class CausalSelfAttention(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from base.errors import UserError, printable, shown
 from base.files import read_json
+from checkpoints.runs import runs_of
 from checkpoints.shards import CODES, Sync, config_from, open_tensors
 from checkpoints.tensors import (
     HEAD,
@@ -20,7 +21,6 @@ from checkpoints.tensors import (
     check_all_used,
     check_tied,
     common_dtype,
-    runs_of,
     tokenizer_for,
 )
 from model import GPTConfig

@@ -11,6 +11,7 @@ from base.errors import UserError, printable
 from base.files import beginning, fetched
 from base.pickles import Foreign, Refused
 from checkpoints.archives import check_archive
+from checkpoints.runs import runs_of
 from checkpoints.shards import Sync, config_from
 from checkpoints.tensors import (
     HEAD,
@@ -19,7 +20,6 @@ from checkpoints.tensors import (
     check_all_used,
     check_tied,
     common_dtype,
-    runs_of,
     tokenizer_for,
 )
 from model import GPTConfig

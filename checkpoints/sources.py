@@ -21,13 +21,13 @@ from base.errors import UserError, shown
 from base.files import inside, own_file, read_small
 from checkpoints.huggingface import HUB, HuggingFaceDirectory, from_hub, hub_name
 from checkpoints.nanogpt import NanoGPTCheckpoint
+from checkpoints.runs import Read
 from checkpoints.shards import MANIFEST, ShardDirectory, Sync
 from model import GPTConfig
 from plan.partition import Rule, Span
 from plan.schedule import Schedule
 from text.dataset import Dataset, is_prepared
 from text.tokenizer import TOKENIZER_FILE, GPT2Tokenizer, IdsTokenizer, Tokenizer, read_tokenizer, tokenizer_from_json
-from tp_model import Read
 
 # what their config.json says: layers, heads, width
 HUB_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from base.errors import UserError, printable
 from checkpoints.shards import DTYPES
-from plan.partition import Span
 from text.tokenizer import GPT2Tokenizer
 
 Held = TypeVar("Held")
@@ -89,11 +88,3 @@ def check_tied(head: Tensor, table: Tensor, where: str) -> None:
     same = head.data_ptr() == table.data_ptr() or head.dtype == table.dtype and torch.equal(head, table)
     if not same:
         raise UserError(f"{where}: lm_head.weight differs from wte.weight; only a head tied to the embedding is supported.")
-
-
-def runs_of(part: Any, dim: int | None, runs: Iterable[Span]) -> Tensor:
-    """Runs along dim of a safetensors slice or a tensor."""
-    if dim is None:
-        return part[:]
-    pieces = [part[(slice(None),) * dim + (slice(lo, hi),)] for lo, hi in runs]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)

@@ -21,15 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from base.errors import UserError
+from checkpoints.convert import SHARD_FILES, place, write_shards
+from checkpoints.runs import runs_of
 from checkpoints.shards import Sync, check_target, new_directory, write_json
 from checkpoints.sources import Source
-from checkpoints.tensors import runs_of
 from cli.options import GroupOptions
 from fewer_syncs.inputs import about, open_inputs
 from model import GPT, attend, gelu
 from plan.partition import Partition, Span, length
 from report import report
-from shard_checkpoint import SHARD_FILES, place, write_shards
 from text.tokenizer import TOKENIZER_FILE
 from world.mesh import World
 
@@ -42,10 +42,8 @@ Groups = dict[int, tuple[list[int], list[int]]]  # layer -> (heads, neurons), ra
 def group_heads(world: World, options: GroupOptions) -> None:
     """The command. One process holds the whole model."""
     if world.size > 1:
-        raise UserError(
-            "drop_syncs.py group is one process: start it with plain python. "
-            "--ranks is what the groups are for."
-        )
+        raise UserError("drop_syncs.py group is one process: start it with plain python. --ranks "
+                        "is what the groups are for.")
     out = place(options.out)
     check_target(out, options.force, SHARD_FILES)
     source, dataset, tokenizer = open_inputs(world, options)
@@ -71,10 +69,8 @@ def group_heads(world: World, options: GroupOptions) -> None:
     with new_directory(out, options.force, SHARD_FILES) as scratch:
         write_shards(grouped, split, source.dtype, scratch)
         write_json(scratch / TOKENIZER_FILE, tokenizer.to_json())
-    print(
-        f"{options.out}: {grouped.description} for tp={split.tp}. "
-        f"With all sync points it is the same model."
-    )
+    print(f"{options.out}: {grouped.description} for tp={split.tp}. With all sync points it is "
+          "the same model.")
     if options.report:
         head = {"entry": "drop_syncs", "what": "group", **about(world, source, ids)}
         report.write(options.report, head | {"ranks": split.tp, "layers": layers})
@@ -100,9 +96,8 @@ class Regrouped:
         return runs_of(full, dim, runs)
 
 
-def permuted(
-    full: Tensor, name: str, heads: list[int], neurons: list[int], head_dim: int
-) -> Tensor:
+def permuted(full: Tensor, name: str, heads: list[int], neurons: list[int],
+             head_dim: int) -> Tensor:
     """A layer's tensor in the new order. name: within the layer, such as attn.c_attn.weight."""
     channels = [head_dim * head + i for head in heads for i in range(head_dim)]
     if name.startswith("attn.c_attn."):  # [q | k | v], each by heads

@@ -12,7 +12,7 @@ from torch import Tensor
 from base.errors import UserError
 from checkpoints.sources import Source, common_tokenizer, identity, open_source, reader
 from cli.options import DropOptions
-from eval_tp import measure
+from inference.perplexity import measure
 from plan.schedule import Schedule
 from report import report
 from text.dataset import Dataset
@@ -27,10 +27,8 @@ def open_inputs(world: World, options: DropOptions) -> tuple[Source, Dataset, To
     if world.is_main:
         report.check_place(options.report, "report")
     if not options.dataset:
-        raise UserError(
-            "--dataset is required: the text that is measured and learned from "
-            "(data/NAME/prepare.py makes one)."
-        )
+        raise UserError("--dataset is required: the text that is measured and learned from "
+                        "(data/NAME/prepare.py makes one).")
     source = open_source(options.init_from, (world.rank, world.size))
     world.agree("weights", identity(source))
     dataset = Dataset(Path(options.data_dir) / options.dataset)
@@ -46,22 +44,18 @@ def validation_tokens(dataset: Dataset, options: DropOptions) -> Tensor:
     return torch.from_numpy(dataset.val[: options.max_tokens or len(dataset.val)].astype("int64"))
 
 
-def build(
-    world: World, source: Source, options: DropOptions, schedule: Schedule
-) -> TensorParallelGPT:
+def build(world: World, source: Source, options: DropOptions,
+          schedule: Schedule) -> TensorParallelGPT:
     dtype, read = pick_dtype(options.dtype, world.device), reader(source, world.tp.rank)
-    model = TensorParallelGPT(
-        source.config, world.tp, read, device=world.device, dtype=dtype, schedule=schedule
-    )
+    model = TensorParallelGPT(source.config, world.tp, read, device=world.device, dtype=dtype,
+                              schedule=schedule)
     return model.eval()
 
 
 def need_ranks(world: World, command: str) -> None:
     if world.tp.size == 1:
-        raise UserError(
-            f"drop_syncs.py {command} needs the ranks that the schedule is for: "
-            f"torchrun --standalone --nproc_per_node=2 drop_syncs.py {command} ..."
-        )
+        raise UserError(f"drop_syncs.py {command} needs the ranks that the schedule is for: "
+                        f"torchrun --standalone --nproc_per_node=2 drop_syncs.py {command} ...")
 
 
 def perplexity(model: TensorParallelGPT, tokens: Tensor, batch_size: int) -> float:
@@ -76,4 +70,4 @@ def about(world: World, source: Source, tokens: Tensor) -> dict[str, Any]:
         "source": source.description, "world_size": world.size, "tp": world.tp.size,
         "comm": world.comm, "device": world.device.type, "tokens": len(tokens),
         "model": asdict(source.config),
-    }  # fmt: skip
+    }

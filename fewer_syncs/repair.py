@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from base.errors import UserError
+from checkpoints.convert import SHARD_FILES, place
 from checkpoints.shards import Sync, check_target
 from checkpoints.sources import Source
 from cli.options import RepairOptions
@@ -25,7 +26,6 @@ from model import adamw
 from parallel.loss import vocab_parallel_divergence
 from plan.schedule import MODULES, Schedule, SubBlock, short_name
 from report import report
-from shard_checkpoint import SHARD_FILES, place
 from text.dataset import Dataset, TokenFile, batch
 from tp_model import Stream, TensorParallelGPT
 from train.checkpoint import export
@@ -46,16 +46,15 @@ class Lessons:
     seed: int
     stream: int  # of random batches: every learner has its own
 
-    def batches(
-        self, model: TensorParallelGPT, name: str
-    ) -> Iterator[tuple[float, Tensor, Tensor]]:
+    def batches(self, model: TensorParallelGPT,
+                name: str) -> Iterator[tuple[float, Tensor, Tensor]]:
         """(learning rate, inputs [rows, T], targets [rows, T]) of each step."""
         show, config = model.tp.rank == 0 and sys.stderr.isatty(), model.config
         warm = max(1, self.steps // 10)
         for step in tqdm(range(self.steps), desc=name, unit="step", disable=not show):
             share = min((step + 1) / warm, (self.steps - step) / max(1, self.steps - warm))
             x, y = batch(self.tokens, range(self.rows), config.block_size, self.seed, step,
-                         self.stream, config.vocab_size)  # fmt: skip
+                         self.stream, config.vocab_size)
             yield self.learning_rate * share, x.to(model.device), y.to(model.device)
 
 
@@ -96,14 +95,14 @@ class Repair:
     """The phases of a repair. Each prints what it did and returns its part of the evidence."""
 
     def __init__(self, world: World, options: RepairOptions, source: Source, dataset: Dataset,
-                 schedule: Schedule):  # fmt: skip
+                 schedule: Schedule):
         self.world, self.options, self.schedule = world, options, schedule
         plain = Schedule.plain(source.config.n_layer)
         self.teacher = build(world, source, options, plain).requires_grad_(False)
         self.student = build(world, source, options, schedule)
         self.tokens, rows = validation_tokens(dataset, options), options.batch_size
         self.lessons = Lessons(dataset.train, rows, options.steps, options.learning_rate,
-                               options.seed, 0)  # fmt: skip
+                               options.seed, 0)
         self.dense = self.perplexity(self.teacher)
 
     def print(self, line: str) -> None:
@@ -118,11 +117,9 @@ class Repair:
 
     def start(self) -> dict[str, Any]:
         before, all_points = self.perplexity(self.student), len(self.schedule.syncs)
-        self.print(
-            f"perplexity {self.dense:.4f} with all sync points, {before:.4f} "
-            f"({self.change(before)}) with {self.schedule.points} of {all_points} "
-            f"(--sync={self.schedule}) before repair"
-        )
+        self.print(f"perplexity {self.dense:.4f} with all sync points, {before:.4f} "
+                   f"({self.change(before)}) with {self.schedule.points} of {all_points} "
+                   f"(--sync={self.schedule}) before repair")
         return {"tokens": len(self.tokens), "dense": self.dense, "runs": [], "before": before}
 
     def stretch_by_stretch(self) -> dict[str, Any]:
@@ -147,10 +144,8 @@ class Repair:
         lessons = replace(self.lessons, steps=steps, learning_rate=rate, stream=99)
         first, last = repair_whole(self.student, self.teacher, lessons)
         made = self.perplexity(self.student)
-        self.print(
-            f"after {steps} steps end to end: divergence {first:.3g} -> {last:.3g}, "
-            f"perplexity {made:.4f} ({self.change(made)})"
-        )
+        self.print(f"after {steps} steps end to end: divergence {first:.3g} -> {last:.3g}, "
+                   f"perplexity {made:.4f} ({self.change(made)})")
         whole = {"steps": steps, "learning_rate": rate, "divergence": [first, last]}
         return {"whole": whole | {"perplexity": made}}
 
@@ -162,17 +157,14 @@ class Repair:
         model: Any = self.teacher.requires_grad_(True)
         learn(model, lessons, "control", lambda x, y: model(x, y)[1])
         made = self.perplexity(model)
-        self.print(
-            f"control: the dense model after {steps} more steps on the text: {made:.4f} "
-            f"({self.change(made)}); the repaired one is {after / made - 1:+.2%} beside it"
-        )
+        self.print(f"control: the dense model after {steps} more steps on the text: {made:.4f} "
+                   f"({self.change(made)}); the repaired one is {after / made - 1:+.2%} beside it")
         return made
 
 
-def learn(
-    model: TensorParallelGPT, lessons: Lessons, name: str,
-    loss: Callable[[Tensor, Tensor], Tensor], learners: tuple[str, ...] = ("",),
-) -> tuple[float, float]:  # fmt: skip
+def learn(model: TensorParallelGPT, lessons: Lessons, name: str,
+          loss: Callable[[Tensor, Tensor], Tensor],
+          learners: tuple[str, ...] = ("",)) -> tuple[float, float]:
     """Minimise `loss(inputs, targets)`; every rank calls it.
 
     learners: the beginnings of the names of the parameters that learn. Returns the mean loss of the
@@ -204,10 +196,8 @@ def learn(
     return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
 
 
-def repair_stretch(
-    student: TensorParallelGPT, teacher: TensorParallelGPT, before: list[SubBlock],
-    stretch: list[SubBlock], lessons: Lessons,
-) -> tuple[float, float]:  # fmt: skip
+def repair_stretch(student: TensorParallelGPT, teacher: TensorParallelGPT, before: list[SubBlock],
+                   stretch: list[SubBlock], lessons: Lessons) -> tuple[float, float]:
     """Only the stretch's parameters learn. before: all sub-blocks ahead of it."""
 
     def loss(x: Tensor, _: Tensor) -> Tensor:
@@ -221,9 +211,8 @@ def repair_stretch(
     return learn(student, lessons, name, loss, tuple(modules))
 
 
-def repair_whole(
-    student: TensorParallelGPT, teacher: TensorParallelGPT, lessons: Lessons
-) -> tuple[float, float]:
+def repair_whole(student: TensorParallelGPT, teacher: TensorParallelGPT,
+                 lessons: Lessons) -> tuple[float, float]:
     """All parameters learn the teacher's distribution of the next token."""
 
     def loss(x: Tensor, _: Tensor) -> Tensor:

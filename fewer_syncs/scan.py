@@ -22,7 +22,8 @@ from bench.rounds import spread
 from cli.options import ScanOptions
 from fewer_syncs.inputs import about, build, need_ranks, open_inputs, perplexity, validation_tokens
 from inference.decoding import decoder_for
-from inference.generation import Sampling, generate
+from inference.generation import generate
+from inference.sampling import Sampling
 from parallel.ledger import total
 from plan.schedule import Schedule, short_name
 from report import report
@@ -86,11 +87,11 @@ def scan(world: World, options: ScanOptions) -> None:
             "curve": [row.as_json(times) for row in steps],
             "others": [row.as_json(times) for row in others],
             "chosen": chosen and chosen.as_json(times),
-        })  # fmt: skip
+        })
 
 
 def fingerprint(model: TensorParallelGPT) -> float:
-    """A number that tells weights apart: file names do not."""
+    """A number that identifies weights. File names do not."""
     return sum(p.double().abs().sum().item() for p in model.parameters())
 
 
@@ -111,13 +112,11 @@ class Perplexities:
     """
 
     def __init__(self, world: World, model: TensorParallelGPT, tokens: Tensor, path: str,
-                 batch_size: int, weights: str):  # fmt: skip
+                 batch_size: int, weights: str):
         need = model.config.block_size + 1
         if len(tokens) < need:
-            raise UserError(
-                f"the text has {len(tokens)} tokens; a scan needs at least block_size + 1 = "
-                f"{need}, or it measures nothing."
-            )
+            raise UserError(f"the text has {len(tokens)} tokens; a scan needs at least block_size "
+                            f"+ 1 = {need}, or it measures nothing.")
         self.world, self.model, self.tokens, self.batch_size = world, model, tokens, batch_size
         self.path = Path(path) if path else None
         text, tp = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16], world.tp.size
@@ -194,11 +193,9 @@ def within(measured: list[Measured], budget: float) -> Measured:
     fit = [row for row in dropped if row.loss <= budget]
     if not fit:
         best = min(dropped, key=lambda row: row.loss)
-        raise UserError(
-            f"no schedule that was measured stays within {budget:.3%}: the best, "
-            f"--sync={best.schedule}, loses {best.loss:.3%}. "
-            f"Repair one (drop_syncs.py repair), or allow more."
-        )
+        raise UserError(f"no schedule that was measured stays within {budget:.3%}: the best, "
+                        f"--sync={best.schedule}, loses {best.loss:.3%}. Repair one "
+                        "(drop_syncs.py repair), or allow more.")
     return min(fit, key=lambda row: (row.schedule.points, row.loss))
 
 
@@ -221,9 +218,8 @@ def check_length(n: int, block_size: int) -> None:
         raise UserError(f"--decode_tokens={n}: with a prompt of {PROMPT} tokens {fit}.")
 
 
-def decode_times(
-    world: World, model: TensorParallelGPT, schedules: list[Schedule], prompt: list[int], n: int
-) -> Times:
+def decode_times(world: World, model: TensorParallelGPT, schedules: list[Schedule],
+                 prompt: list[int], n: int) -> Times:
     """ms_per_token (rank 0's clock) and all_reduces_per_token (counted) of greedy decoding.
 
     By the schedule's name. n: tokens generated in a turn after the first PROMPT ids of `prompt`;

@@ -80,7 +80,7 @@ class Message(NamedTuple):
     direction: str
     op: str
     nbytes: int  # as the ledger counts them
-    parts: int = 1  # the whole message is so many times as long
+    parts: int = 1  # the whole message has parts x nbytes
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Step:
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
-        """Of this rank's parameters. All layers are alike, so one stands for all."""
+        """This rank's shapes of a model with one layer: all layers are alike."""
         return replace(self.split, n_layer=1).local_shapes(0)
 
     @property
@@ -243,11 +243,10 @@ class Step:
     def capacity(self) -> int:
         """Bytes of this rank's weights and cache; in training the peak on a GPU by memory.py."""
         if self.trains:
-            return Training(
-                split=self.split, schedule=self.schedule, dp=1, rows=self.rows, micro_steps=1,
-                eval_rows=self.rows, width=self.width, dropout=False, gpu=True,
-                logit_rows=self.logit_rows, sequence_parallel=self.split_tokens,
-            ).peak  # fmt: skip
+            return Training(split=self.split, schedule=self.schedule, dp=1, rows=self.rows,
+                            micro_steps=1, eval_rows=self.rows, width=self.width, dropout=False,
+                            gpu=True, logit_rows=self.logit_rows,
+                            sequence_parallel=self.split_tokens).peak
         cache = self.width * self.split.cache_numbers(self.rows * (self.past + self.tokens))
         if self.int8:  # look-ups read the table in full width
             return self.numbers + self.entries[-1] * self.width + cache

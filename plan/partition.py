@@ -70,9 +70,6 @@ class Rule:
         return (*shape[: self.dim], width, *shape[self.dim + 1 :])
 
 
-REPLICATED = Rule()
-
-
 @dataclass(frozen=True)
 class Partition:
     """The split of a GPT-2 of the given sizes over `tp` ranks.
@@ -100,21 +97,17 @@ class Partition:
         if n_embd % n_head:
             low = n_embd // n_head * n_head
             nearest = " or ".join(str(n) for n in (low, low + n_head) if n)
-            raise UserError(
-                f"n_embd={n_embd} does not divide into n_head={n_head} heads. Use n_embd={nearest}."
-            )
+            raise UserError(f"n_embd={n_embd} does not divide into n_head={n_head} heads. Use "
+                            f"n_embd={nearest}.")
         if tp < 1:
             raise UserError(f"tp={tp}: the tensor-parallel size is at least 1.")
         if tp > n_head:
             even = ", ".join(str(k) for k in range(1, n_head + 1) if n_head % k == 0)
-            raise UserError(
-                f"tp={tp} is more than n_head={n_head}: some ranks would hold no head. "
-                f"Use a tp between 1 and {n_head} (even splits: {even})."
-            )
+            raise UserError(f"tp={tp} is more than n_head={n_head}: some ranks would hold no "
+                            f"head. Use a tp between 1 and {n_head} (even splits: {even}).")
         if tp > self.vocab_size:
-            raise UserError(
-                f"tp={tp} is more than vocab_size={self.vocab_size}: some ranks would hold no row."
-            )
+            raise UserError(f"tp={tp} is more than vocab_size={self.vocab_size}: some ranks would "
+                            "hold no row.")
 
     @property
     def head_dim(self) -> int:
@@ -155,34 +148,28 @@ class Partition:
 
         `lm_head.weight` is `transformer.wte.weight`.
         """
-        C, H, ranks = self.n_embd, self.n_hidden, range(self.tp)
-        channels = [self.channels(rank) for rank in ranks]
-        # c_attn is [q | k | v]: a rank owns its heads' rows of each, not a third of all rows
-        qkv = tuple(tuple((i * C + lo, i * C + hi) for i in range(3)) for lo, hi in channels)
-        heads = tuple((span,) for span in channels)
-        units = tuple((self.columns(rank),) for rank in ranks)
+        C, H, ranks, whole = self.n_embd, self.n_hidden, range(self.tp), Rule()
+        channels, units = list(map(self.channels, ranks)), [(self.columns(rank),) for rank in ranks]
         vocabulary = tuple((self.vocabulary(rank),) for rank in ranks)
+        table_rows = Rule(0, vocabulary, self.local_vocab)
+        # c_attn is [q | k | v]: a rank owns its heads' rows of each, not a third of all rows
+        qkv = (tuple((i * C + lo, i * C + hi) for i in range(3)) for lo, hi in channels)
+        qkv_rows, head_columns = Rule(0, tuple(qkv)), Rule(1, tuple((span,) for span in channels))
+        unit_rows, unit_columns = Rule(0, tuple(units)), Rule(1, tuple(units))
         # c_proj.bias is added once, after the all-reduce, so every rank holds all of it
         block = {
-            "ln_1.weight": ((C,), REPLICATED),
-            "ln_1.bias": ((C,), REPLICATED),
-            "attn.c_attn.weight": ((3 * C, C), Rule(0, qkv)),
-            "attn.c_attn.bias": ((3 * C,), Rule(0, qkv)),
-            "attn.c_proj.weight": ((C, C), Rule(1, heads)),
-            "attn.c_proj.bias": ((C,), REPLICATED),
-            "ln_2.weight": ((C,), REPLICATED),
-            "ln_2.bias": ((C,), REPLICATED),
-            "mlp.c_fc.weight": ((H, C), Rule(0, units)),
-            "mlp.c_fc.bias": ((H,), Rule(0, units)),
-            "mlp.c_proj.weight": ((C, H), Rule(1, units)),
-            "mlp.c_proj.bias": ((C,), REPLICATED),
+            "ln_1.weight": ((C,), whole), "ln_1.bias": ((C,), whole),
+            "attn.c_attn.weight": ((3 * C, C), qkv_rows), "attn.c_attn.bias": ((3 * C,), qkv_rows),
+            "attn.c_proj.weight": ((C, C), head_columns), "attn.c_proj.bias": ((C,), whole),
+            "ln_2.weight": ((C,), whole), "ln_2.bias": ((C,), whole),
+            "mlp.c_fc.weight": ((H, C), unit_rows), "mlp.c_fc.bias": ((H,), unit_rows),
+            "mlp.c_proj.weight": ((C, H), unit_columns), "mlp.c_proj.bias": ((C,), whole),
         }
         table: dict[str, tuple[Shape, Rule]] = {
-            "transformer.wte.weight": ((self.vocab_size, C), Rule(0, vocabulary, self.local_vocab)),
-            "transformer.wpe.weight": ((self.block_size, C), REPLICATED),
+            "transformer.wte.weight": ((self.vocab_size, C), table_rows),
+            "transformer.wpe.weight": ((self.block_size, C), whole),
             **{f"transformer.h.{i}.{n}": block[n] for i in range(self.n_layer) for n in block},
-            "transformer.ln_f.weight": ((C,), REPLICATED),
-            "transformer.ln_f.bias": ((C,), REPLICATED),
+            "transformer.ln_f.weight": ((C,), whole), "transformer.ln_f.bias": ((C,), whole),
         }
         return {name: row for name, row in table.items() if self.bias or not name.endswith(".bias")}
 
@@ -204,3 +191,14 @@ class Partition:
             return sum(map(prod, self.shapes().values()))
         rows = self.table.values()
         return sum(prod(rule.unpadded.local_shape(shape, rank)) for shape, rule in rows)
+
+    def imbalance(self) -> str:
+        """The cost of an uneven split of heads, "" if it is even."""
+        heads = [length(self.heads(rank)) for rank in range(self.tp)]
+        if min(heads) == max(heads):
+            return ""
+        extra = max(heads) * self.tp / self.n_head - 1
+        return (
+            f"tp={self.tp} over {self.n_head} heads: {','.join(map(str, heads))} "
+            f"(busiest rank does {extra:.0%} more attention than an even split)."
+        )

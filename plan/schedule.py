@@ -97,10 +97,8 @@ def _number(word: str, text: str, n_layer: int) -> int:
     option = f"--sync={text if len(text) <= 100 and text.isprintable() else shown(text)}"
     found = re.fullmatch(r"([0-9]{1,9})([am])", word)
     if not found:
-        raise UserError(
-            f"{option}: {shown(word)} is no sub-block. Use all, mlp, every:K, or a list such as "
-            f"0a,0m,1m (layer, then a for attention or m for MLP)."
-        )
+        raise UserError(f"{option}: {shown(word)} is no sub-block. Use all, mlp, every:K, or a "
+                        "list such as 0a,0m,1m (layer, then a for attention or m for MLP).")
     if int(found[1]) >= n_layer:
         layers = f"{n_layer} layers (0 to {n_layer - 1})"
         raise UserError(f"{option}: there is no sub-block {word}, the model has {layers}.")

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from xml.etree.ElementTree import Element
 
+from base.numbers import number
 from report.diagram import Alike, Layer, Message, Own, Place, seen
-from report.html import E, number
+from report.html import E
 
 WIDE = 340  # of a half of a layer
 MIDDLE = WIDE / 2

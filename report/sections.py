@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 from xml.etree.ElementTree import Element
 
+from base.numbers import nbytes, number, plural, seconds, share
 from report import account
 from report.drawing import Series, chart, halves, legend
-from report.html import Content, E, facts, nbytes, number, plural, seconds, share, spread, table, words
+from report.html import Content, E, facts, spread, table, words
 
 Report = dict[str, Any]
 WAYS = ("forward", "backward", "step")

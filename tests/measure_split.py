@@ -26,9 +26,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from checkpoints.convert import write_hf  # noqa: E402
 from model import GPTConfig  # noqa: E402
 from plan.partition import Partition  # noqa: E402
-from shard_checkpoint import write_hf  # noqa: E402
 
 INTERVAL = 0.005
 

@@ -21,11 +21,12 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 import shard_checkpoint
+from checkpoints.convert import hf_config
 from checkpoints.shards import TensorFile
 from checkpoints.sources import ShardSource, open_source
 from model import GPT, GPTConfig
 from plan.partition import Partition
-from shard_checkpoint import imbalance, main
+from shard_checkpoint import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -152,8 +153,8 @@ def test_the_activation_survives_nanogpts_format(tmp_path: Path, capsys: Any) ->
 
 
 def test_gpt2s_end_of_text_is_named(tmp_path: Path) -> None:
-    assert shard_checkpoint.hf_config(GPTConfig(vocab_size=50257), "float32")["eos_token_id"] == 50256
-    assert shard_checkpoint.hf_config(GPTConfig(vocab_size=65), "float32")["eos_token_id"] is None
+    assert hf_config(GPTConfig(vocab_size=50257), "float32")["eos_token_id"] == 50256
+    assert hf_config(GPTConfig(vocab_size=65), "float32")["eos_token_id"] is None
 
 
 # --- what the commands say ------------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ def test_a_tokenizer_that_does_not_belong_is_not_written(tmp_path: Path, capsys:
 
 def test_imbalance() -> None:
     def note(n_head: int, tp: int) -> str:
-        return imbalance(Partition(1, n_head, 4 * n_head, 100, 8, True, tp))
+        return Partition(1, n_head, 4 * n_head, 100, 8, True, tp).imbalance()
 
     assert note(25, 4) == "tp=4 over 25 heads: 7,6,6,6 (busiest rank does 12% more attention than an even split)."
     assert note(25, 8).startswith("tp=8 over 25 heads: 4,3,3,3,3,3,3,3 (busiest rank does 28% more")

@@ -25,11 +25,12 @@ from torch import Tensor
 
 from base.errors import UserError
 from checkpoints import shards as shards_module
+from checkpoints.convert import write_shards
 from checkpoints.shards import CHUNK, DTYPES, Manifest, ShardDirectory, Sync, TensorEntry, TensorFile, read_manifest, write_json
 from checkpoints.sources import ShardSource
 from model import GPTConfig
 from plan.partition import Partition, Rule, Span
-from shard_checkpoint import main, write_shards
+from shard_checkpoint import main
 
 CONFIG = GPTConfig(n_layer=2, n_head=5, n_embd=20, vocab_size=131, block_size=16)
 TPS = range(1, 6)
