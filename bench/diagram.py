@@ -35,11 +35,11 @@ def kept(config: GPTConfig, strategy: str, tp: int, batch: int, width: int) -> i
     split = Partition.of(config, 1 if strategy == "naive" else tp)
     sequence = strategy.startswith("sequence")
     whole = Training(
-        split=split, schedule=Schedule.plain(config.n_layer), dp=1, rows=batch, micro_steps=1, eval_rows=batch, width=width,
+        split=split, dp=1, rows=batch, micro_steps=1, eval_rows=batch, width=width,
         dropout=False, gpu=False, logit_rows=1, sequence_parallel=sequence,
     )  # fmt: skip
     gathered = 2 * (whole.tokens - whole.own_tokens) * config.n_embd * width if strategy == "sequence+kept" else 0
-    return whole.kept_by_layer(0) + gathered
+    return whole.kept_by_layer + gathered
 
 
 NORM, BIAS = ("ln_1.weight", "ln_1.bias"), ("attn.c_proj.bias",)  # the MLP's have the same sizes

@@ -243,9 +243,8 @@ class Step:
     def capacity(self) -> int:
         """Bytes of this rank's weights and cache; in training the peak on a GPU by memory.py."""
         if self.trains:
-            return Training(split=self.split, schedule=self.schedule, dp=1, rows=self.rows,
-                            micro_steps=1, eval_rows=self.rows, width=self.width, dropout=False,
-                            gpu=True, logit_rows=self.logit_rows,
+            return Training(split=self.split, rows=self.rows, eval_rows=self.rows, gpu=True,
+                            width=self.width, logit_rows=self.logit_rows,
                             sequence_parallel=self.split_tokens).peak
         cache = self.width * self.split.cache_numbers(self.rows * (self.past + self.tokens))
         if self.int8:  # look-ups read the table in full width
