@@ -27,7 +27,8 @@ from parallel.collectives import Axis, all_gather, all_reduce
 from parallel.graphs import outside_graphs
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, f, g, gather, share
 from parallel.loss import vocab_parallel_head_loss
-from plan.partition import VOCAB_MULTIPLE, Partition, Rule, Run, spans
+from plan.messages import partial_gradients
+from plan.partition import Partition, Rule, Span, spans
 from plan.schedule import Schedule, SubBlock
 
 if TYPE_CHECKING:
@@ -219,7 +220,6 @@ class TensorParallelGPT(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         activation_checkpointing: bool = False,
-        vocab_multiple: int = VOCAB_MULTIPLE,
         schedule: Schedule | None = None,
         sequence_parallel: bool = False,
         keep_gathered: bool = False,
@@ -228,7 +228,7 @@ class TensorParallelGPT(nn.Module):
         super().__init__()
         self.config, self.tp, self.activation_checkpointing = config, tp, activation_checkpointing
         self.compiled = False
-        self.split = split = Partition.of(config, tp.size, vocab_multiple)
+        self.split = split = Partition.of(config, tp.size)
         self.vocab_lo, self.vocab_hi = split.vocabulary(tp.rank)
         self.schedule = schedule if schedule is not None and tp.size > 1 else Schedule.plain(config.n_layer)
         self.sequence_parallel = sequence_parallel and tp.size > 1
@@ -390,19 +390,9 @@ class TensorParallelGPT(nn.Module):
         return adamw(self.named_parameters(), weight_decay, learning_rate, betas, device_type)
 
     def partial_gradients(self) -> list[nn.Parameter]:
-        """The replicated parameters of which, after a backward pass, every rank has a part of the gradient only: in a run of
-        several sub-blocks between two sync points the LayerNorms, and the biases added before its end; where the sequence is
-        split all of them, as each has met no other tokens than this rank's."""
-        if self.sequence_parallel:
-            rules = self.split.rules
-            return [parameter for name, parameter in self.named_parameters() if rules[name].dim is None]
-        found: list[nn.Parameter] = []
-        for run in self.schedule.runs():
-            for i, (layer, kind) in enumerate(run if len(run) > 1 else []):
-                block: Any = self.transformer.h[layer]
-                norm, body = (block.ln_1, block.attn) if kind == "attention" else (block.ln_2, block.mlp)
-                found += [norm.weight, norm.bias] + ([body.c_proj.bias] if i < len(run) - 1 else [])
-        return [parameter for parameter in found if parameter is not None]
+        """The replicated parameters of which, after a backward pass, a rank has only a part of the gradient."""
+        names = partial_gradients(self.split, self.schedule, self.sequence_parallel)
+        return list(map(self.get_parameter, names))
 
     def sum_partial_gradients(self) -> None:
         """Make them whole: one all-reduce, between the last backward pass and the use of the gradients. Plain Megatron has
@@ -447,7 +437,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], axis: Axis) -> None:
 # start, and most runs have none.
 
 
-def held(tensor: Any) -> tuple[Tensor, Run]:
+def held(tensor: Any) -> tuple[Tensor, Span]:
     """(what this rank stores of a tensor, which rows of it these are): all of it, unless it is sharded over dp."""
     if not hasattr(tensor, "to_local"):
         return tensor, (0, tensor.shape[0])

@@ -168,7 +168,7 @@ def formula(case: Case, strategy: str, tp: int, schedule: Schedule | None = None
     sequence = strategy.startswith("sequence")
     step = Step(split, points, "train", B, T, sequence_parallel=sequence, logit_rows=B * T)
     kinds, messages = KINDS if case.part == "layer" else (case.part,), list(step.messages())
-    calls = [(m.direction, m.op, m.told // FLOAT) for m in messages if m.block in kinds]
+    calls = [(m.direction, m.op, m.nbytes // FLOAT) for m in messages if m.block in kinds]
     for widths in map(split.widths, kinds):
         if strategy == "sequence+kept":
             calls.remove(("backward", "all_gather", B * T * C))
@@ -177,7 +177,7 @@ def formula(case: Case, strategy: str, tp: int, schedule: Schedule | None = None
             calls.append(("backward", "all_reduce", B * T * sum(widths)))
     partial = sum(case.weights[name].numel() for name in case.partial(strategy))
     if schedule:  # the optimizer's last message is the gradient's norm
-        partial = sum(m.told for m in messages if m.block == "optimizer") // FLOAT - 1
+        partial = sum(m.nbytes for m in messages if m.block == "optimizer") // FLOAT - 1
     calls += [("step", "all_reduce", partial)] * (partial > 0)
     counts: Counts = {}
     for direction, op, elements in calls:

@@ -23,7 +23,7 @@ from checkpoints.tensor_file import TensorFile
 from checkpoints.tensors import CARRIED, HEAD, TABLE, tokenizer_for
 from cli.options import MergeOptions, SplitOptions
 from model import GPTConfig
-from plan.partition import Partition, Rule
+from plan.partition import Partition
 from text.tokenizer import TOKENIZER_FILE
 
 # the files that each command writes into a directory, and so may replace with --force
@@ -64,11 +64,8 @@ def write_shards(
     source: Source, partition: Partition, dtype: torch.dtype, directory: Path
 ) -> Manifest:
     """Write every rank's file and the manifest, tensor after tensor, the ranks at the same time."""
-    rules, ranks = partition.rules, range(partition.tp)
-    owned = {
-        name: TensorEntry(shape, Rule(rules[name].dim, rules[name].runs))
-        for name, shape in partition.shapes().items()
-    }
+    ranks, table = range(partition.tp), partition.table
+    owned = {name: TensorEntry(shape, rule.unpadded) for name, (shape, rule) in table.items()}
     files = []
     for rank in ranks:
         local = {name: entry.rule.local_shape(entry.shape, rank) for name, entry in owned.items()}
@@ -76,7 +73,7 @@ def write_shards(
 
     def write(name: str, rank: int) -> None:
         rule = owned[name].rule
-        files[rank].write(name, source.read(name, rule.dim, rule.runs[rank] if rule.runs else ()))
+        files[rank].write(name, source.read(name, rule.dim, rule.runs_of(rank)))
 
     # converting, hashing and writing all release Python's lock
     total = sum(file.total for file in files)

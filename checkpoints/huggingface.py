@@ -18,7 +18,7 @@ from checkpoints.runs import runs_of
 from checkpoints.tensor_file import CODES, open_tensors
 from checkpoints.tensors import HEAD, TABLE, by_plain_name, check_tied, check_weights, tokenizer_for
 from model import GPTConfig
-from plan.partition import Run
+from plan.partition import Span
 
 GPT2_TOKENS = 50257
 # (layers, heads, width) of the hub's models, as their config.json has them
@@ -133,7 +133,7 @@ class HuggingFaceDirectory:
             check_tied(self._slice(HEAD)[:], self._slice(TABLE)[:], where)
         return dtype
 
-    def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
+    def read(self, name: str, dim: int | None, runs: Iterable[Span]) -> Tensor:
         part = self._slice(name)
         if not is_conv1d(name):
             return runs_of(part, dim, runs)

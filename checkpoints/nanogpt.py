@@ -13,7 +13,7 @@ from checkpoints.archives import read_archive
 from checkpoints.manifest import Sync, config_from
 from checkpoints.runs import runs_of
 from checkpoints.tensors import HEAD, TABLE, by_plain_name, check_tied, check_weights, tokenizer_for
-from plan.partition import Partition, Run
+from plan.partition import Partition, Span
 
 # how a file begins that torch.save did not write, and what it is
 BEGINNINGS = {
@@ -101,5 +101,5 @@ class NanoGPTCheckpoint:
         bare = "model" not in parts and any(isinstance(value, Tensor) for value in values)
         raise UserError(f"{self.path} {lacks}{' ' + BARE if bare else ''}")
 
-    def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
+    def read(self, name: str, dim: int | None, runs: Iterable[Span]) -> Tensor:
         return runs_of(self.tensors[name], dim, runs)

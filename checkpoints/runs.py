@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plan.partition import Rule, Run
+from plan.partition import Rule, Span
 
 Read = Callable[[str, Rule], Tensor]  # (name, its rule): the entries that this rank owns, unpadded
 
 
-def runs_of(part: Any, dim: int | None, runs: Iterable[Run]) -> Tensor:
+def runs_of(part: Any, dim: int | None, runs: Iterable[Span]) -> Tensor:
     """Runs along `dim`, concatenated, of a tensor or safetensors slice; all if dim is None."""
     if dim is None:
         return part[:]

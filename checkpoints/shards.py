@@ -14,7 +14,7 @@ from checkpoints.manifest import DTYPES, MANIFEST, read_manifest
 from checkpoints.runs import joined, runs_of
 from checkpoints.tensor_file import CODES, open_tensors, sha256_of
 from checkpoints.tensors import check_tensors
-from plan.partition import Partition, Rule, Run
+from plan.partition import Partition, Rule, Span
 from text.tokenizer import TOKENIZER_FILE, read_tokenizer
 
 
@@ -84,7 +84,7 @@ class ShardDirectory:
             self._open[rank] = file
         return self._open[rank]
 
-    def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
+    def read(self, name: str, dim: int | None, runs: Iterable[Span]) -> Tensor:
         """Runs of a full tensor along `dim`, concatenated; all of it if dim is None."""
         shape, rule = self.manifest.tensors[name].shape, self.manifest.tensors[name].rule
         if rule.dim is None:
@@ -95,7 +95,7 @@ class ShardDirectory:
         return joined([runs_of(self.file(r).get_slice(name), dim, [run]) for r, run in places], dim)
 
 
-def _locate(rule: Rule, lo: int, hi: int) -> Iterator[tuple[int, Run]]:
+def _locate(rule: Rule, lo: int, hi: int) -> Iterator[tuple[int, Span]]:
     """Where the entries [lo, hi) of a full tensor lie, in order: (rank, run of its part)."""
     places = []
     for rank, owned in enumerate(rule.runs):

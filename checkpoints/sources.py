@@ -24,7 +24,7 @@ from checkpoints.nanogpt import NanoGPTCheckpoint
 from checkpoints.runs import Read
 from checkpoints.shards import ShardDirectory, ShardSource
 from model import GPTConfig
-from plan.partition import Rule, Run
+from plan.partition import Rule, Span
 from plan.schedule import Schedule
 from text.dataset import Dataset, is_prepared
 from text.tokenizer import (
@@ -60,7 +60,7 @@ class Source(Protocol):
     tokenizer: dict[str, Any] | None
     dataset: str | None
 
-    def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
+    def read(self, name: str, dim: int | None, runs: Iterable[Span]) -> Tensor:
         """Runs of a full tensor along `dim`, concatenated; all of it if dim is None. May be a view
         of a file."""
         ...

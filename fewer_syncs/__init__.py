@@ -1,1 +1,1 @@
-"""What drop_syncs.py does: measure schedules, group heads with neurons, and repair weights for a schedule."""
+"""The commands of drop_syncs.py: measure schedules, group heads with neurons, repair weights."""

@@ -1,13 +1,14 @@
-"""Which heads live with which neurons: a permutation of the weights under which ranks miss less of each other.
+"""`group`: permute heads and neurons so that ranks miss less of each other's work.
 
-Between the attention and the MLP of a layer that do not synchronise, a rank's neurons see its own heads only. What neuron j
-misses, to first order, is sum over the other ranks' heads h of c_jh = w_j . J P_h, P_h being the head's output, J LayerNorm's
-derivative and w_j the neuron's input weights; it does damage as far as GELU's slope and the neuron's output weights let it
-through. With G_j[h, k] = E[(slope |v_j|)^2 c_jh c_jk] the damage of neuron j on a rank with heads S is the sum of G_j over all
-h, k outside S. Every partition of the heads into the ranks' shares is tried (many, at random, where there are too many), each
-with the neurons dealt so that the damage is small. The dense model computes the same as before: sums in another order.
-(After Sync-Point Drop, arXiv 2502.20727, which scatters heads by their attention maps, and 2609.13846, which deals neurons by
-first-order damage.)
+If a layer's attention and MLP do not synchronise, a rank's neurons see only its own heads. To first
+order neuron j misses the sum over the other ranks' heads h of c_jh = w_j . J P_h, with P_h the
+head's output, J the derivative of LayerNorm and w_j the neuron's input weights. The damage scales
+with GELU's slope and the norm of the neuron's output weights |v_j|. With
+G_j[h, k] = E[(slope |v_j|)^2 c_jh c_jk], neuron j on a rank with heads S does the damage sum of
+G_j[h, k] over all h, k outside S. Every way to deal the heads to the ranks is tried (a random
+sample if there are too many), each with neurons dealt for little damage. The dense model stays the
+same but for the order of sums. (After Sync-Point Drop, arXiv 2502.20727, which deals heads by their
+attention maps, and 2609.13846, which deals neurons by first-order damage.)
 """
 
 import itertools
@@ -19,164 +20,210 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from base.errors import UserError
+from base.files import check_target, new_directory, write_json
+from checkpoints.convert import SHARD_FILES, place, write_shards
 from checkpoints.manifest import Sync
+from checkpoints.runs import runs_of
 from checkpoints.sources import Source
+from cli.options import GroupOptions
+from fewer_syncs.inputs import about, open_inputs
 from model import GPT, attend, gelu
-from plan.partition import Partition, Run
+from plan.partition import Partition, Span, length
+from report import report
+from text.tokenizer import TOKENIZER_FILE
+from world.mesh import World
 
-MOST_PARTITIONS = 20_000  # of the heads, tried out
-TOKENS = 256  # whose damages are computed at a time
+MOST_PARTITIONS = 20_000  # of the heads that are tried
+TOKENS = 256  # processed at a time
 
-Groups = dict[int, tuple[list[int], list[int]]]  # layer -> new order of (heads, neurons): a rank's share comes in one run
+Groups = dict[int, tuple[list[int], list[int]]]  # layer -> (heads, neurons), rank after rank
+
+
+def group_heads(world: World, options: GroupOptions) -> None:
+    """The command. One process holds the whole model."""
+    if world.size > 1:
+        raise UserError("drop_syncs.py group is one process: start it with plain python. --ranks "
+                        "is what the groups are for.")
+    out = place(options.out)
+    check_target(out, options.force, SHARD_FILES)
+    source, dataset, tokenizer = open_inputs(world, options)
+    config, split = source.config, Partition.of(source.config, options.ranks)
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(source.read(name, None, ()))
+    rows = max(1, min(options.tokens, len(dataset.train)) // config.block_size)
+    ids = torch.from_numpy(dataset.train[: rows * config.block_size].astype("int64"))
+    groups: Groups = {}
+    layers: list[dict[str, Any]] = []
+    print(f"{'layer':>5} {'damage as it is':>16} {'grouped':>10}   heads of each rank")
+    for layer, G in enumerate(damages(model, ids.view(rows, -1))):
+        heads, neurons, damage, before = group(G, split)
+        groups[layer] = heads, neurons
+        parts = (heads[slice(*split.heads(rank))] for rank in range(split.tp))
+        shares = " | ".join(",".join(map(str, part)) for part in parts)
+        figures = {"damage_as_it_is": before, "damage_grouped": damage}
+        layers.append({"layer": layer, **figures, "heads_of_each_rank": shares})
+        print(f"{layer:>5} {before:>16.4g} {damage / before if before else 1.0:>10.1%}   {shares}")
+    grouped = Regrouped(source, groups)
+    with new_directory(out, options.force, SHARD_FILES) as scratch:
+        write_shards(grouped, split, source.dtype, scratch)
+        write_json(scratch / TOKENIZER_FILE, tokenizer.to_json())
+    print(f"{options.out}: {grouped.description} for tp={split.tp}. With all sync points it is "
+          "the same model.")
+    if options.report:
+        head = {"entry": "drop_syncs", "what": "group", **about(world, source, ids)}
+        report.write(options.report, head | {"ranks": split.tp, "layers": layers})
 
 
 class Regrouped:
-    """A source whose heads and neurons stand in another order. It reads whole tensors, and permutes them."""
+    """A source with heads and neurons in another order. It reads whole tensors and permutes
+    them."""
 
     def __init__(self, source: Source, groups: Groups):
-        self.source, self.groups = source, groups
-        self.config, self.dtype, self.tokenizer, self.dataset = source.config, source.dtype, source.tokenizer, source.dataset
+        self.source, self.groups, self.config = source, groups, source.config
+        self.dtype, self.tokenizer, self.dataset = source.dtype, source.tokenizer, source.dataset
         self.description = f"{source.description}, heads and neurons grouped"
         self.sync: Sync | None = None
 
-    def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
+    def read(self, name: str, dim: int | None, runs: Iterable[Span]) -> Tensor:
         full = self.source.read(name, None, ())
         parts = name.split(".")
         if parts[1] == "h" and int(parts[2]) in self.groups:
-            full = permuted(full, ".".join(parts[3:]), *self.groups[int(parts[2])], self.config.n_embd // self.config.n_head)
-        if dim is None:
-            return full
-        return torch.cat([full.narrow(dim, lo, hi - lo) for lo, hi in runs], dim=dim)
+            heads, neurons = self.groups[int(parts[2])]
+            head_dim = self.config.n_embd // self.config.n_head
+            full = permuted(full, ".".join(parts[3:]), heads, neurons, head_dim)
+        return runs_of(full, dim, runs)
 
 
-def permuted(full: Tensor, name: str, heads: list[int], neurons: list[int], head_dim: int) -> Tensor:
-    """A layer's tensor with its heads and neurons in a new order. name: within the layer, such as attn.c_attn.weight."""
-    channels = torch.tensor([head_dim * head + i for head in heads for i in range(head_dim)])
-    if name.startswith("attn.c_attn."):  # q, k and v, each by heads
+def permuted(full: Tensor, name: str, heads: list[int], neurons: list[int],
+             head_dim: int) -> Tensor:
+    """A layer's tensor in the new order. name: within the layer, such as attn.c_attn.weight."""
+    channels = [head_dim * head + i for head in heads for i in range(head_dim)]
+    if name.startswith("attn.c_attn."):  # [q | k | v], each by heads
         return torch.cat([part[channels] for part in full.chunk(3)])
     if name == "attn.c_proj.weight":
         return full[:, channels]
     if name.startswith("mlp.c_fc."):
-        return full[torch.tensor(neurons)]
-    return full[:, torch.tensor(neurons)] if name == "mlp.c_proj.weight" else full
+        return full[neurons]
+    return full[:, neurons] if name == "mlp.c_proj.weight" else full
 
 
 @torch.no_grad()
 def damages(model: GPT, idx: Tensor) -> Iterator[Tensor]:
-    """For each layer G [n_hidden, n_head, n_head] in float64, over the tokens idx [B, T] of a calibration text."""
+    """G [n_hidden, n_head, n_head] of each layer, float64, over the tokens idx [B, T]."""
     blocks: Any = model.transformer.h
     H = model.config.n_head
     x = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(idx.shape[1]))
     for block in blocks:
-        q, k, v = block.attn.c_attn(block.ln_1(x)).unflatten(-1, (3 * H, -1)).transpose(1, 2).split(H, dim=1)
+        heads = block.attn.c_attn(block.ln_1(x)).unflatten(-1, (3 * H, -1)).transpose(1, 2)
+        q, k, v = heads.split(H, dim=1)
         y = attend(q, k, v, None, 0.0).unflatten(-1, (H, -1))  # [B, T, H, D]
         weight = block.attn.c_proj.weight.unflatten(-1, (H, -1))  # [C, H, D]
-        outputs = torch.einsum("bthd,chd->bthc", y, weight).flatten(0, 1)  # P_h of every token, [B T, H, C]
+        outputs = torch.einsum("bthd,chd->bthc", y, weight).flatten(0, 1)  # P_h, [B T, H, C]
         x = x + block.attn(block.ln_1(x))
         yield _damage(block, x.flatten(0, 1), outputs)
         x = x + block.mlp(block.ln_2(x))
 
 
 def _damage(block: Any, x: Tensor, outputs: Tensor) -> Tensor:
-    """G of one layer. x [n, C]: what enters its MLP part; outputs [n, H, C]: the heads' addends of it."""
-    made = torch.zeros(block.mlp.c_fc.weight.shape[0], outputs.shape[1], outputs.shape[1], dtype=torch.float64)
-    strength = block.mlp.c_proj.weight.norm(dim=0)  # |v_j|
+    """G of one layer. x [n, C]: the input of ln_2; outputs [n, H, C]: the heads' terms of it."""
+    H, mlp = outputs.shape[1], block.mlp
+    G = torch.zeros(mlp.c_fc.weight.shape[0], H, H, dtype=torch.float64)
+    norm = mlp.c_proj.weight.norm(dim=0)  # |v_j|
     for h, p in zip(x.split(TOKENS), outputs.split(TOKENS), strict=True):
-        z = block.mlp.c_fc(block.ln_2(h))
-        sigma = (h.var(dim=-1, unbiased=False) + 1e-5).sqrt()
-        unit = ((h - h.mean(dim=-1, keepdim=True)) / sigma.unsqueeze(-1)).unsqueeze(1)  # what LayerNorm gives, [n, 1, C]
+        sigma = (h.var(dim=-1, unbiased=False) + 1e-5).sqrt()[:, None, None]
+        unit = (h - h.mean(dim=-1, keepdim=True)).unsqueeze(1) / sigma  # [n, 1, C]
         moved = p - p.mean(dim=-1, keepdim=True) - unit * (unit * p).mean(dim=-1, keepdim=True)
-        seen = block.ln_2.weight * moved / sigma[:, None, None]  # [n, H, C]
-        c = F.linear(seen, block.mlp.c_fc.weight) * (_slope(z, block.mlp.activation) * strength).unsqueeze(1)  # [n, H, m]
-        made += torch.einsum("nhm,nkm->mhk", c, c).double()
-    return made / len(x)
+        seen = block.ln_2.weight * moved / sigma  # J P_h, [n, H, C]
+        slope = _slope(mlp.c_fc(block.ln_2(h)), mlp.activation)
+        c = F.linear(seen, mlp.c_fc.weight) * (slope * norm).unsqueeze(1)  # [n, H, n_hidden]
+        G += torch.einsum("nhm,nkm->mhk", c, c).double()
+    return G / len(x)
 
 
 def _slope(z: Tensor, activation: str) -> Tensor:
+    """The derivative of GELU at z."""
     with torch.enable_grad():
         z = z.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(gelu(z, activation).sum(), z)
-    return slope
+        return torch.autograd.grad(gelu(z, activation).sum(), z)[0]
 
 
 def group(G: Tensor, split: Partition) -> tuple[list[int], list[int], float, float]:
-    """The order of heads and of neurons that does the least damage, that damage, and the one of the order as it is."""
-    sizes = [hi - lo for lo, hi in map(split.heads, range(split.tp))]
-    columns = [hi - lo for lo, hi in map(split.columns, range(split.tp))]
-    best: tuple[float, list[int], list[int]] | None = None
-    for shares in partitions(split.n_head, sizes):
-        cost = torch.stack([_missed(G, share) for share in shares])  # [tp, neurons]
-        neurons, damage = deal(cost, columns)
-        if best is None or damage < best[0]:
-            best = damage, [head for share in shares for head in share], neurons
-    assert best is not None
-    as_it_is = torch.stack([_missed(G, range(*split.heads(rank))) for rank in range(split.tp)])
-    owners = torch.repeat_interleave(torch.arange(split.tp), torch.tensor(columns))
-    return best[1], best[2], best[0], float(as_it_is.gather(0, owners.unsqueeze(0)).sum())
+    """(heads, neurons, their damage, the damage of the order as it is), least damage found."""
+    ranks = range(split.tp)
+    columns = [length(split.columns(rank)) for rank in ranks]
+
+    def dealt(shares: list[tuple[int, ...]]) -> tuple[float, list[int], list[int]]:
+        neurons, damage = deal(torch.stack([_missed(G, share) for share in shares]), columns)
+        return damage, [head for share in shares for head in share], neurons
+
+    every = partitions(split.n_head, [length(split.heads(rank)) for rank in ranks])
+    damage, heads, neurons = min(map(dealt, every), key=lambda found: found[0])
+    missed = [_missed(G, range(*split.heads(rank))) for rank in ranks]
+    before = sum(float(m[slice(*split.columns(rank))].sum()) for rank, m in enumerate(missed))
+    return heads, neurons, damage, before
 
 
 def _missed(G: Tensor, share: Iterable[int]) -> Tensor:
-    """The damage [neurons] where a rank has the heads of `share`."""
-    others = torch.tensor(sorted(set(range(G.shape[1])) - set(share)), dtype=torch.int64)
+    """The damage [n_hidden] of each neuron on a rank with the heads of `share`."""
+    others = sorted({*range(G.shape[1])} - {*share})
     return G[:, others][:, :, others].sum(dim=(1, 2))
 
 
 def partitions(n: int, sizes: list[int]) -> Iterator[list[tuple[int, ...]]]:
-    """Ways to deal n heads to ranks with shares of these sizes; ranks of equal share are not told apart. MOST_PARTITIONS at
-    random, always the same ones, where there are more."""
-    count = math.factorial(n)
-    for size in sizes:
-        count //= math.factorial(size)
-    if count > MOST_PARTITIONS:
-        stream = torch.Generator().manual_seed(0)
-        for i in range(MOST_PARTITIONS):
-            order = list(range(n)) if i == 0 else torch.randperm(n, generator=stream).tolist()
-            yield [tuple(sorted(order[sum(sizes[:r]) : sum(sizes[: r + 1])])) for r in range(len(sizes))]
+    """The ways to deal n heads to ranks in shares of these sizes. Ranks with shares of one size are
+    interchangeable. If there are more than MOST_PARTITIONS, so many at random, always the same."""
+    if math.factorial(n) // math.prod(map(math.factorial, sizes)) <= MOST_PARTITIONS:
+        yield from _partitions(range(n), sizes)
         return
+    stream = torch.Generator().manual_seed(0)
+    for i in range(MOST_PARTITIONS):
+        order = torch.randperm(n, generator=stream) if i else torch.arange(n)
+        yield [tuple(sorted(part.tolist())) for part in order.split(sizes)]
 
-    def rest(left: frozenset[int], r: int, before: tuple[int, ...]) -> Iterator[list[tuple[int, ...]]]:
-        if r == len(sizes):
-            yield []
-            return
-        for share in itertools.combinations(sorted(left), sizes[r]):
-            if r and sizes[r] == sizes[r - 1] and share < before:
-                continue  # the same shares, named differently
-            for others in rest(left - set(share), r + 1, share):
+
+def _partitions(heads: Iterable[int], sizes: list[int]) -> Iterator[list[tuple[int, ...]]]:
+    if not sizes:
+        yield []
+        return
+    for share in itertools.combinations(heads, sizes[0]):
+        for others in _partitions(sorted({*heads} - {*share}), sizes[1:]):
+            if not others or len(others[0]) < len(share) or others[0] > share:
                 yield [share, *others]
-
-    yield from rest(frozenset(range(n)), 0, ())
 
 
 def deal(cost: Tensor, columns: list[int]) -> tuple[list[int], float]:
-    """Neurons in the order of the ranks they go to, columns[r] to rank r, and the sum of their costs. cost: [tp, neurons].
+    """(neurons in the order of their ranks, columns[r] of rank r; their cost). cost: [tp,
+    n_hidden].
 
-    Neurons choose in turn, those first that have most to lose; then pairs change places for as long as that helps. For two
-    ranks the first is already the best there is.
+    The neurons with most to lose choose first, then pairs are exchanged while that helps. For two
+    ranks the order by the difference of costs is the optimum.
     """
     tp, n = cost.shape
+    owner = torch.ones(n, dtype=torch.int64)
     if tp == 2:
-        order = (cost[0] - cost[1]).argsort(stable=True)
-        owner = torch.ones(n, dtype=torch.int64)
-        owner[order[: columns[0]]] = 0
+        owner[(cost[0] - cost[1]).argsort(stable=True)[: columns[0]]] = 0
     else:
-        room, owner = list(columns), torch.zeros(n, dtype=torch.int64)
-        two = cost.topk(2, dim=0, largest=False).values
-        for j in (two[0] - two[1]).argsort(stable=True).tolist():
+        room, (first, second) = list(columns), cost.topk(2, dim=0, largest=False).values
+        for j in (first - second).argsort(stable=True).tolist():
             rank = min((r for r in range(tp) if room[r]), key=lambda r: float(cost[r, j]))
-            owner[j], room[rank] = rank, room[rank] - 1
-        while _swap(cost, owner):
+            owner[j] = rank
+            room[rank] -= 1
+        while _exchange(cost, owner):
             pass
     total = float(cost.gather(0, owner.unsqueeze(0)).sum())
     return owner.argsort(stable=True).tolist(), total
 
 
-def _swap(cost: Tensor, owner: Tensor) -> bool:
-    """Exchange the one pair of neurons of two ranks that gains most, for every pair of ranks; whether any did."""
-    better = False
+def _exchange(cost: Tensor, owner: Tensor) -> bool:
+    """Of each two ranks exchange the pair of neurons that gains most. False if none gains."""
+    gained = False
     for a, b in itertools.combinations(range(len(cost)), 2):
-        mine, theirs = (owner == a).nonzero().squeeze(1), (owner == b).nonzero().squeeze(1)
-        gain_a, gain_b = (cost[a] - cost[b])[mine], (cost[b] - cost[a])[theirs]
-        if len(mine) and len(theirs) and float(gain_a.max() + gain_b.max()) > 1e-12 * float(cost.abs().max()):
-            owner[mine[gain_a.argmax()]], owner[theirs[gain_b.argmax()]] = b, a
-            better = True
-    return better
+        in_a, in_b = ((owner == rank).nonzero().squeeze(1) for rank in (a, b))
+        gain_a, gain_b = (cost[a] - cost[b])[in_a], (cost[b] - cost[a])[in_b]
+        if float(gain_a.max() + gain_b.max()) > 1e-12 * float(cost.abs().max()):
+            owner[in_a[gain_a.argmax()]], owner[in_b[gain_b.argmax()]] = b, a
+            gained = True
+    return gained

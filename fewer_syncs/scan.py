@@ -1,6 +1,6 @@
-"""The sensitivity scan: the exact perplexity of a text under many schedules, and the search among them.
+"""`scan`: the exact perplexity of a text under many schedules, and the search among them.
 
-What has been measured is kept in a file after each measurement, so a scan that was broken off goes on where it stood.
+A file keeps every measurement, so an interrupted scan resumes.
 """
 
 import hashlib
@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,127 +18,229 @@ from tqdm import tqdm
 
 from base.errors import UserError
 from base.files import read_json, replacing
-from inference.perplexity import measure
-from plan.schedule import KINDS, Schedule
+from bench.rounds import spread
+from cli.options import ScanOptions
+from fewer_syncs.inputs import about, build, need_ranks, open_inputs, perplexity, validation_tokens
+from inference.decoding import decoder_for
+from inference.generation import generate
+from inference.sampling import Sampling
+from parallel.ledger import total
+from plan.schedule import Schedule, short_name
+from report import report
 from tp_model import TensorParallelGPT
 from world.mesh import World
 
-Measure = Callable[[Schedule], float]  # the perplexity under a schedule
+ROUNDS = 5  # of decoding; in each every schedule has a turn, as a shared machine's speed changes
+PROMPT = 8  # tokens before decoding
+
+Times = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A schedule and what it costs. loss: the increase of the perplexity over plain Megatron's, as a fraction of that."""
-
     schedule: Schedule
     perplexity: float
-    loss: float
+    loss: float  # increase of the perplexity over plain Megatron's, as a fraction of that
 
-    def as_json(self) -> dict[str, Any]:
-        return {"sync": str(self.schedule), "points": self.schedule.points, "perplexity": self.perplexity, "loss": self.loss}
+    def as_json(self, times: Times) -> dict[str, Any]:
+        sync, points = str(self.schedule), self.schedule.points
+        made = {"sync": sync, "points": points, "perplexity": self.perplexity, "loss": self.loss}
+        return made | times.get(sync, {})
+
+
+def scan(world: World, options: ScanOptions) -> None:
+    need_ranks(world, "scan")
+    budget = parse_budget(options.budget) if options.budget else math.inf
+    source, dataset, _ = open_inputs(world, options)
+    n_layer = source.config.n_layer
+    check_length(options.decode_tokens, source.config.block_size)
+    words = filter(None, map(str.strip, options.schedules.split(";")))
+    named = [Schedule.parse(word, n_layer) for word in words]
+    if world.is_main:
+        report.check_place(options.scan, "scan")
+    model = build(world, source, options, Schedule.plain(n_layer))
+    weights = world.gather(f"{source.description} {fingerprint(model):.9g}")[0]
+    tokens = validation_tokens(dataset, options)
+    known = Perplexities(world, model, tokens, options.scan, options.batch_size, weights)
+    plain, single = known.measured(Schedule.plain(n_layer)), sensitivities(known, n_layer)
+    steps = list(curve(known, n_layer, options.search == "greedy", budget))
+    others = [known.measured(schedule) for schedule in named]
+    known.bar.close()
+    rows = [plain, *steps, *others]
+    chosen = within([*rows, *single.values()], budget) if options.budget else None
+    timed = [row.schedule for row in (*rows, chosen) if row]
+    times = decode_times(world, model, timed, tokens.tolist(), options.decode_tokens)
+    if not world.is_main:
+        return
+    text = f"{source.description}, tp {world.tp.size}, {len(tokens):,} tokens"
+    print(f"{text}: perplexity {plain.perplexity:.4f}")
+    losses = ", ".join(f"{name} {row.loss:+.2%}" for name, row in single.items())
+    print(f"one sync point dropped: {losses}\n{table(rows, times)}")
+    if chosen:
+        found = f"{chosen.schedule.points} sync points, {chosen.loss:+.3%}"
+        print(f"within {options.budget}: --sync={chosen.schedule} ({found})")
+    if options.report:
+        report.write(options.report, {
+            "entry": "drop_syncs", "what": "scan", **about(world, source, tokens),
+            "plain": plain.as_json(times),
+            "single": {name: row.as_json({}) for name, row in single.items()},
+            "curve": [row.as_json(times) for row in steps],
+            "others": [row.as_json(times) for row in others],
+            "chosen": chosen and chosen.as_json(times),
+        })
+
+
+def fingerprint(model: TensorParallelGPT) -> float:
+    """A number that identifies weights. File names do not."""
+    return sum(p.double().abs().sum().item() for p in model.parameters())
+
+
+def table(rows: list[Measured], times: Times) -> str:
+    timed = "  ms a token" if times else ""
+    lines = [f"{'sync points':>11} {'perplexity':>11} {'loss':>9}{timed}   schedule"]
+    for row in rows:
+        ms = f"{times[str(row.schedule)]['ms_per_token']['median']:>12.3f}" if times else ""
+        figures = f"{row.schedule.points:>11} {row.perplexity:>11.4f} {row.loss:>+9.2%}"
+        lines.append(f"{figures}{ms}   {row.schedule}")
+    return "\n".join(lines)
 
 
 class Perplexities:
-    """The perplexity of one text under any schedule of a model, each measured once; alike on all ranks.
+    """Measures the perplexity of a text under each schedule once. All ranks have the same results.
 
-    path: where they are kept, "" for nowhere. A file of other weights, another text or another tp is a UserError.
+    path: the file that keeps them, "" for none. UserError if it is of other weights, text or tp.
     """
 
-    def __init__(self, world: World, model: TensorParallelGPT, tokens: Tensor, path: str, batch_size: int, weights: str):
-        size = model.config.block_size
-        if len(tokens) <= size:
-            raise UserError(
-                f"the text has {len(tokens)} tokens; a scan needs at least block_size + 1 = {size + 1}, or it measures nothing."
-            )
+    def __init__(self, world: World, model: TensorParallelGPT, tokens: Tensor, path: str,
+                 batch_size: int, weights: str):
+        need = model.config.block_size + 1
+        if len(tokens) < need:
+            raise UserError(f"the text has {len(tokens)} tokens; a scan needs at least block_size "
+                            f"+ 1 = {need}, or it measures nothing.")
         self.world, self.model, self.tokens, self.batch_size = world, model, tokens, batch_size
         self.path = Path(path) if path else None
-        digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
-        self.about = {"weights": weights, "text": digest, "tokens": len(tokens), "tp": world.tp.size}
-        # one rank reads: all go on from the same
+        text, tp = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16], world.tp.size
+        self.about = {"weights": weights, "text": text, "tokens": len(tokens), "tp": tp}
+        # rank 0 alone reads, so that all ranks start from the same results
         self.known: dict[str, float] = world.gather(self._read() if world.is_main else None)[0]
-        self.bar = tqdm(desc="scan", unit="schedule", disable=not (world.is_main and sys.stderr.isatty()))
+        shown = world.is_main and sys.stderr.isatty()
+        self.bar = tqdm(desc="scan", unit="schedule", disable=not shown)
 
     def _read(self) -> dict[str, float]:
         if self.path is None or not os.path.lexists(self.path):
             return {}
         raw = read_json(self.path)
-        about, known = (raw.get("about"), raw.get("perplexity")) if isinstance(raw, dict) else (None, None)
-        if not isinstance(known, dict) or not all(isinstance(value, float) and value >= 1 for value in known.values()):
+        known = raw.get("perplexity") if isinstance(raw, dict) else None
+        values = known.values() if isinstance(known, dict) else [None]
+        if known is None or not all(isinstance(value, float) and value >= 1 for value in values):
             raise UserError(f"{self.path} is not a scan's: name another file with --scan.")
-        if about != self.about:
-            raise UserError(f"{self.path} is of other weights, another text or another tp: name another file with --scan.")
+        if raw.get("about") != self.about:
+            other = "of other weights, another text or another tp"
+            raise UserError(f"{self.path} is {other}: name another file with --scan.")
         return known
 
     def __call__(self, schedule: Schedule) -> float:
         name = str(schedule)
         if name not in self.known:
             self.model.set_schedule(schedule)
-            total, count = measure(self.model, self.tokens, self.model.config.block_size, self.batch_size)
-            self.known[name] = math.exp(min(700, total / count))  # in this order what is not a number counts as 700
+            found = perplexity(self.model, self.tokens, self.batch_size)
+            self.known[name] = min(math.exp(700), found)  # in this order NaN is e^700
             if self.world.is_main and self.path is not None:
+                kept = {"about": self.about, "perplexity": self.known}
                 with replacing(self.path) as file:
-                    file.write(json.dumps({"about": self.about, "perplexity": self.known}, indent=1).encode() + b"\n")
+                    file.write(json.dumps(kept, indent=1).encode() + b"\n")
         self.bar.update()
         return self.known[name]
 
     def measured(self, schedule: Schedule) -> Measured:
-        perplexity, plain = self(schedule), self(Schedule.plain(self.model.config.n_layer))
-        return Measured(schedule, perplexity, perplexity / plain - 1)
+        found, plain = self(schedule), self(Schedule.plain(self.model.config.n_layer))
+        return Measured(schedule, found, found / plain - 1)
 
 
-def sensitivities(perplexities: Perplexities, n_layer: int) -> list[tuple[str, Measured]]:
-    """What it costs to drop the sync point after each sub-block, all others staying; the least sensitive first."""
-    every = range(2 * n_layer)
-    found = []
-    for i in every[:-1]:
-        made = perplexities.measured(Schedule.after((j for j in every if j != i), n_layer))
-        found.append((f"{i // 2}{KINDS[i % 2][0]}", made))
-    return sorted(found, key=lambda pair: pair[1].loss)
+def sensitivities(known: Perplexities, n_layer: int) -> dict[str, Measured]:
+    """Each sync point but the last dropped alone, by the sub-block's name, least loss first."""
+    found = {}
+    for i, (sub_block,) in enumerate(Schedule.plain(n_layer).stretches()[:-1]):
+        kept = (j for j in range(2 * n_layer) if j != i)
+        found[short_name(sub_block)] = known.measured(Schedule.after(kept, n_layer))
+    return dict(sorted(found.items(), key=lambda pair: pair[1].loss))
 
 
-def curve(perplexities: Perplexities, n_layer: int, greedy: bool, limit: float) -> Iterator[Measured]:
-    """Schedules with ever fewer sync points, until one costs more than `limit` (included) or one point is left.
+def curve(known: Perplexities, n_layer: int, greedy: bool, limit: float) -> Iterator[Measured]:
+    """Schedules with ever fewer sync points, down to one, or to the first that loses over `limit`.
 
-    greedy: of all points that are left, the one whose going costs least is dropped next: about 2 n_layer^2 measurements.
-    Otherwise they are dropped in the order of their sensitivities: about 4 n_layer.
+    greedy: drop next what costs least of all that are left: about 2 n_layer^2 measurements.
+    Else drop in the order of sensitivities: about 4 n_layer.
     """
     points = set(range(2 * n_layer))
-    order = [] if greedy else [_number(name) for name, _ in sensitivities(perplexities, n_layer)]
+    order = [] if greedy else list(sensitivities(known, n_layer).values())
     while len(points) > 1:
-        if greedy:
-            options = [perplexities.measured(Schedule.after(points - {i}, n_layer)) for i in sorted(points)[:-1]]
-            best = min(options, key=lambda made: made.loss)
-        else:
-            best = perplexities.measured(Schedule.after(points - {order.pop(0)}, n_layer))
+        drop = sorted(points)[:-1] if greedy else [order.pop(0).schedule.syncs.index(False)]
+        found = [known.measured(Schedule.after(points - {i}, n_layer)) for i in drop]
+        best = min(found, key=lambda row: row.loss)
         points = {i for i, sync in enumerate(best.schedule.syncs) if sync}
         yield best
         if best.loss > limit:
             return
 
 
-def _number(name: str) -> int:
-    return 2 * int(name[:-1]) + "am".index(name[-1])
-
-
 def within(measured: list[Measured], budget: float) -> Measured:
-    """The one with the fewest sync points whose loss is at most `budget`, of those with as few the best. UserError where
-    there is none with fewer than plain Megatron has."""
-    fit = [made for made in measured if made.loss <= budget and not made.schedule.is_plain]
+    """The best of the schedules with the fewest sync points that lose at most `budget`.
+
+    UserError if there is none but plain Megatron.
+    """
+    dropped = [row for row in measured if not row.schedule.is_plain]
+    fit = [row for row in dropped if row.loss <= budget]
     if not fit:
-        best = min((made for made in measured if not made.schedule.is_plain), key=lambda made: made.loss)
-        raise UserError(
-            f"no schedule that was measured stays within {budget:.3%}: the best, --sync={best.schedule}, loses "
-            f"{best.loss:.3%}. Repair one (drop_syncs.py repair), or allow more."
-        )
-    return min(fit, key=lambda made: (made.schedule.points, made.loss))
+        best = min(dropped, key=lambda row: row.loss)
+        raise UserError(f"no schedule that was measured stays within {budget:.3%}: the best, "
+                        f"--sync={best.schedule}, loses {best.loss:.3%}. Repair one "
+                        "(drop_syncs.py repair), or allow more.")
+    return min(fit, key=lambda row: (row.schedule.points, row.loss))
 
 
 def parse_budget(text: str) -> float:
-    """The text "1%" or "0.01" as a fraction. UserError for what is neither."""
+    """The text "1%" or "0.01" as a fraction; UserError for any other."""
     try:
         budget = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         budget = math.nan
     if not 0 <= budget < math.inf:
-        raise UserError(f"--budget={text} is no share of the perplexity: write --budget=1% or --budget=0.01.")
+        ways = "write --budget=1% or --budget=0.01"
+        raise UserError(f"--budget={text} is no share of the perplexity: {ways}.")
     return budget
+
+
+def check_length(n: int, block_size: int) -> None:
+    """UserError if n tokens exceed the context, or are too few to time. 0: no measurement."""
+    if n == 1 or PROMPT + n > block_size and n:
+        fit = f"use 2 to {block_size - PROMPT}, or 0 for none"
+        raise UserError(f"--decode_tokens={n}: with a prompt of {PROMPT} tokens {fit}.")
+
+
+def decode_times(world: World, model: TensorParallelGPT, schedules: list[Schedule],
+                 prompt: list[int], n: int) -> Times:
+    """ms_per_token (rank 0's clock) and all_reduces_per_token (counted) of greedy decoding.
+
+    By the schedule's name. n: tokens generated in a turn after the first PROMPT ids of `prompt`;
+    if 0, nothing is measured. The model keeps the last schedule.
+    """
+    if not n:
+        return {}
+    sampling = Sampling(n_tokens=model.config.vocab_size, temperature=0, max_new_tokens=n)
+    decoders, times, counts = {}, dict[str, list[float]](), dict[str, float]()
+    by_name = {str(schedule): schedule for schedule in schedules}
+    for turn in range(ROUNDS + 1):  # the first one warms up
+        for name, schedule in by_name.items():
+            model.set_schedule(schedule)
+            if not turn:
+                decoders[name] = decoder_for(model)
+            world.barrier()
+            before = world.ledger.snapshot()
+            timing = generate(model, [prompt[:PROMPT]], sampling, decoder=decoders[name]).timing
+            counts[name] = total(world.ledger.since(before), op="all_reduce").calls / n
+            if turn:
+                ms = 1e3 * timing.decode_s / timing.decode_tokens
+                times.setdefault(name, []).append(ms)
+    figures = ((name, spread(ms), counts[name]) for name, ms in times.items())
+    return {name: {"ms_per_token": ms, "all_reduces_per_token": n} for name, ms, n in figures}

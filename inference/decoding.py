@@ -343,7 +343,7 @@ class NativeDecoder:
 
     def _points(self) -> Iterator[_Point]:
         """What follows each sub-block of the schedule."""
-        for run in self.model.schedule.runs():
+        for run in self.model.schedule.stretches():
             passed = None  # the sum of the run's biases
             for i, (layer, kind) in enumerate(run):
                 block: Any = self.model.transformer.h[layer]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from parallel.graphs import outside_graphs
 from parallel.ledger import Entry, Ledger, Repeat, Tally, Track, call_text
-from plan.partition import Run, spans
+from plan.partition import Span, spans
 
 T = TypeVar("T")
 
@@ -114,7 +114,7 @@ class GroupTransport:
         parts = self.all_gather(_padded(x, runs))
         return torch.cat([part[:, : hi - lo] for part, (lo, hi) in zip(parts, runs, strict=True)], dim=1)
 
-    def _spans(self, tokens: int) -> list[Run]:
+    def _spans(self, tokens: int) -> list[Span]:
         return spans(tokens, dist.get_world_size(self.group))
 
 
@@ -123,7 +123,7 @@ def _own(x: Tensor, lo: int, hi: int) -> Tensor:
     return x[:, lo:hi].clone(memory_format=torch.contiguous_format)
 
 
-def _padded(x: Tensor, runs: list[Run]) -> Tensor:
+def _padded(x: Tensor, runs: list[Span]) -> Tensor:
     """x [B, t, C] with zeros after its last token, as long as the longest of the runs (the first)."""
     return F.pad(x, (0, 0, 0, runs[0][1] - x.shape[1]))
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from plan.partition import Partition, spans
+from plan.partition import Partition, length, spans
 
 FLOAT = 4  # bytes of a parameter, a gradient, a moment, a number of the residual stream
 ID = 8  # bytes of a token id
@@ -103,13 +103,11 @@ class Training:
     @property
     def channels(self) -> int:
         """Width of this rank's heads, side by side."""
-        lo, hi = self.split.heads(0)
-        return (hi - lo) * self.split.head_dim
+        return length(self.split.channels(0))
 
     @property
     def columns(self) -> int:
-        lo, hi = self.split.columns(0)
-        return hi - lo
+        return length(self.split.columns(0))
 
     @property
     def _half_weights(self) -> int:
@@ -206,4 +204,4 @@ class Training:
     @property
     def kv_cache(self) -> int:
         """Bytes of keys and values of one sequence of block_size tokens, in generation."""
-        return 2 * self.split.n_layer * self.channels * self.split.block_size * self.width
+        return self.width * self.split.cache_numbers(self.split.block_size)

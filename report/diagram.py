@@ -4,9 +4,11 @@
 """
 
 import textwrap
+from collections import Counter
 from dataclasses import dataclass
 
 from base.numbers import plural
+from plan.messages import MEGATRON, SEQUENCE, exchanges
 from plan.partition import Partition
 from plan.schedule import KINDS, Schedule
 
@@ -59,7 +61,9 @@ class Message:
     @property
     def passes(self) -> dict[str, tuple[str, ...]]:
         passes = {"forward": self.forward, "backward": self.backward}
-        return {name: ops for name, ops in passes.items() if ops}
+        return {
+            name: tuple(op.replace("_", "-") for op in ops) for name, ops in passes.items() if ops
+        }
 
     @property
     def words(self) -> list[str]:
@@ -96,9 +100,9 @@ def layer(split: Partition, schedule: Schedule, sequence: bool = False) -> Layer
     """The description. sequence: with sequence parallelism, which has no effect on one rank."""
     alone, ranks, n = split.tp == 1, range(split.tp), split.n_layer
     sequence = sequence and not alone
-    after = {kind: schedule.syncs[k::2] for k, kind in enumerate(KINDS)}
-    # f all-reduces in backward where a run of sub-blocks starts, so after a sync point
-    before = {"attention": (True, *after["mlp"][:-1]), "mlp": after["attention"]}
+    start, end = SEQUENCE if sequence else MEGATRON
+    times = Counter(exchanges(schedule, sequence))
+    names = ("gather", "scatter") if sequence else ("f", "g")
     tokens, owner = (f"T/{split.tp}", "own tokens") if sequence else ("T", "on every rank")
     stream = Shared("x", f"[B, {tokens}, {split.n_embd}], {owner}", stream=True)
     heads = [f"head {lo}" if hi - lo == 1 else f"heads {lo}–{hi - 1}"
@@ -109,17 +113,12 @@ def layer(split: Partition, schedule: Schedule, sequence: bool = False) -> Layer
     halves = {}
     for kind, norm, shares in zip(KINDS, ("ln_1", "ln_2"), (heads, units), strict=True):
         places: list[Place] = [Sharded(work[kind], tuple(shares))]
-        if sequence:
-            scatter = Message("scatter", ("reduce-scatter",), ("all-gather",), n, n, sync=True)
-            gather = Message("gather", ("all-gather",), ("reduce-scatter", "all-gather"), n, n)
-            places = [gather, *places, scatter]
-        elif not alone:
-            f = Message("f", (), ("all-reduce",), sum(before[kind]), n)
-            g = Message("g", ("all-reduce",), (), sum(after[kind]), n, sync=True)
-            places = [f, *places, g]
-        whole = alone or sequence or any(after[kind])
-        end = Shared("+ bias + x", "" if whole else "each rank its own version of x")
-        halves[kind] = (stream, Shared(norm), *places, end)
+        if not alone:
+            first = Message(names[0], *start, times[kind, start], n)
+            places = [first, *places, Message(names[1], *end, times[kind, end], n, sync=True)]
+        whole = alone or times[kind, end]
+        added = Shared("+ bias + x", "" if whole else "each rank its own version of x")
+        halves[kind] = (stream, Shared(norm), *places, added)
     return Layer(split, schedule, sequence, halves)
 
 

@@ -57,7 +57,7 @@ def counted(messages: Any) -> dict[tuple[str, str, str], tuple[int, int]]:
     calls, told = Counter[Any](), Counter[Any]()
     for message in messages:
         calls[message[:3]] += 1
-        told[message[:3]] += message.told
+        told[message[:3]] += message.nbytes
     return {key: (calls[key], told[key]) for key in calls}
 
 
@@ -120,7 +120,7 @@ def test_a_layer_says_what_the_laboratory_says_of_it(strategy: str, sync: str, s
     said = Counter[Any]()
     for message in one.messages():
         if message.block in ("attention", "mlp"):
-            said[message.direction, message.op] += message.told
+            said[message.direction, message.op] += message.nbytes
     wanted = {key: told for key, (_, told) in formula(case, strategy, tp).items() if key[0] != "step"}
     assert said == wanted
 

@@ -1,4 +1,4 @@
-"""drop_syncs.py: grouping changes nothing but what ranks miss, the scan is exact and goes on where it stood, repair repairs."""
+"""drop_syncs.py: grouping keeps the model, the scan is exact and resumes, repair repairs."""
 
 import itertools
 import json
@@ -23,8 +23,8 @@ from checkpoints.convert import write_hf
 from checkpoints.manifest import read_manifest
 from checkpoints.shards import ShardDirectory
 from cli.grammar import parse
-from fewer_syncs.distillation import Lessons, repair_run, repair_whole
 from fewer_syncs.grouping import Regrouped, damages, deal, group, partitions
+from fewer_syncs.repair import Lessons, repair_stretch, repair_whole
 from fewer_syncs.scan import Measured, parse_budget, within
 from model import GPT, GPTConfig
 from parallel.loss import vocab_parallel_divergence
@@ -49,20 +49,27 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids = (np.cumsum(np.random.default_rng(0).choice([1, 1, 2, 5], 3000)) % 13).astype("<u2")
     ids[:2500].tofile(home / "letters" / "train.bin")
     ids[2500:].tofile(home / "letters" / "val.bin")
-    (home / "letters" / "tokenizer.json").write_text(json.dumps({"kind": "char", "chars": list("abcdefghijklm")}))
+    (home / "letters" / "tokenizer.json").write_text(
+        json.dumps({"kind": "char", "chars": list("abcdefghijklm")})
+    )
     return home
 
 
 def run(world: World, command: str, home: Path, *words: str) -> str:
     out = StringIO()
     cls, main = COMMANDS[command]
-    common = [f"--init_from={home / 'weights'}", "--dataset=letters", f"--data_dir={home}", "--device=cpu"]
+    common = [
+        f"--init_from={home / 'weights'}",
+        "--dataset=letters",
+        f"--data_dir={home}",
+        "--device=cpu",
+    ]
     with redirect_stdout(out), redirect_stderr(StringIO()):
         main(world, parse(cls, [*common, *words], f"drop_syncs.py {command}"))
     return out.getvalue()
 
 
-# --- grouping -------------------------------------------------------------------------------------------------------
+# --- grouping -------------------------------------------------------------------------------------
 
 
 class Source:
@@ -73,7 +80,11 @@ class Source:
 
     def read(self, name: str, dim: int | None, runs: Any) -> Tensor:
         full = self.state[name].detach()
-        return full if dim is None else torch.cat([full.narrow(dim, lo, hi - lo) for lo, hi in runs], dim=dim)
+        return (
+            full
+            if dim is None
+            else torch.cat([full.narrow(dim, lo, hi - lo) for lo, hi in runs], dim=dim)
+        )
 
 
 def regrouped(model: GPT, tp: int, idx: Tensor) -> tuple[GPT, list[tuple[float, float]]]:
@@ -82,7 +93,8 @@ def regrouped(model: GPT, tp: int, idx: Tensor) -> tuple[GPT, list[tuple[float, 
         heads, neurons, damage, before = group(G, Partition.of(model.config, tp))
         groups[layer] = heads, neurons
         found.append((damage, before))
-    source, made = Regrouped(Source(model), groups), GPT(model.config).eval()  # type: ignore[arg-type]
+    source = Regrouped(Source(model), groups)  # type: ignore[arg-type]
+    made = GPT(model.config).eval()
     with torch.no_grad():
         for name, p in made.named_parameters():
             p.copy_(source.read(name, None, ()))
@@ -98,12 +110,16 @@ def test_a_grouped_model_is_the_same_and_misses_less() -> None:
         assert all(damage < 0.95 * before for damage, before in found)
         torch.testing.assert_close(made(idx, idx)[0].double(), exact, rtol=1e-4, atol=1e-4)
         schedule = Schedule.parse("mlp", 3)
-        errors = [(equations(m.double(), idx, tp, schedule) - exact).square().mean().item() for m in (model, made)]
+        errors = [
+            (equations(m.double(), idx, tp, schedule) - exact).square().mean().item()
+            for m in (model, made)
+        ]
         assert errors[1] < errors[0]
 
 
 def test_damage_is_what_it_says() -> None:
-    """Against the change of the MLP's output, when the other heads' outputs are nearly nothing: there first order is all."""
+    """Against the change of the MLP's output, when the other heads' outputs are nearly nothing:
+    there first order is all."""
     model = reference(CONFIG).double()
     block: Any = model.transformer.h[0]
     with torch.no_grad():
@@ -121,7 +137,9 @@ def test_damage_is_what_it_says() -> None:
             for head in missing:
                 block.attn.c_proj.weight[:, head * width : (head + 1) * width] = 0
         less = torch.nn.functional.gelu(block.mlp.c_fc(block.ln_2(x + block.attn(block.ln_1(x)))))
-        seen = ((hidden - less) * block.mlp.c_proj.weight.norm(dim=0)).square().flatten(0, 1).mean(0)
+        seen = (
+            ((hidden - less) * block.mlp.c_proj.weight.norm(dim=0)).square().flatten(0, 1).mean(0)
+        )
         told = G[:, missing][:, :, missing].sum((1, 2))
         assert C == 16 and ((seen - told).norm() / seen.norm()).item() < 1e-2
 
@@ -131,19 +149,28 @@ def test_partitions_and_dealing_are_the_best_there_are() -> None:
     assert len(list(partitions(4, [2, 1, 1]))) == 6
     stream = torch.Generator().manual_seed(1)
     for tp, n in ((2, 6), (3, 6)):
-        cost, sizes = torch.rand(tp, n, generator=stream, dtype=torch.float64), [hi - lo for lo, hi in spans(n, tp)]
+        cost, sizes = (
+            torch.rand(tp, n, generator=stream, dtype=torch.float64),
+            [hi - lo for lo, hi in spans(n, tp)],
+        )
         order, total = deal(cost, sizes)
         owners = [r for r, size in enumerate(sizes) for _ in range(size)]
         assert sorted(order) == list(range(n))
         assert total == pytest.approx(sum(cost[r, j] for r, j in zip(owners, order, strict=True)))
-        best = min(sum(cost[r, j] for r, j in zip(owners, p, strict=True)) for p in itertools.permutations(range(n)))
+        best = min(
+            sum(cost[r, j] for r, j in zip(owners, p, strict=True))
+            for p in itertools.permutations(range(n))
+        )
         assert total <= 1.05 * best if tp > 2 else total == pytest.approx(best)
 
 
 def test_group_writes_shards_of_the_same_model(home: Path, tmp_path: Path) -> None:
     said = run(alone(), "group", home, "--ranks=3", f"--out={tmp_path / 'g'}")
     known = json.loads((tmp_path / "g" / "tokenizer.json").read_text())
-    assert known == {"kind": "char", "chars": list("abcdefghijklm")}  # the dataset's: these weights say nothing of it
+    assert known == {
+        "kind": "char",
+        "chars": list("abcdefghijklm"),
+    }  # the dataset's: these weights say nothing of it
     assert "heads and neurons grouped for tp=3" in said and read_manifest(tmp_path / "g").tp == 3
     shards, model = ShardDirectory(tmp_path / "g"), GPT(CONFIG).eval()
     with torch.no_grad():
@@ -153,7 +180,7 @@ def test_group_writes_shards_of_the_same_model(home: Path, tmp_path: Path) -> No
     torch.testing.assert_close(model(idx)[0], reference(CONFIG)(idx)[0], rtol=1e-4, atol=1e-4)
 
 
-# --- scan -----------------------------------------------------------------------------------------------------------
+# --- scan -----------------------------------------------------------------------------------------
 
 
 def _scan(world: World, home: Path, words: list[str]) -> str:
@@ -162,7 +189,13 @@ def _scan(world: World, home: Path, words: list[str]) -> str:
 
 def test_the_scan_measures_the_equations_and_goes_on(home: Path, tmp_path: Path) -> None:
     path, saved = tmp_path / "r.json", tmp_path / "scan.json"
-    words = [f"--scan={saved}", f"--report={path}", "--max_tokens=121", "--search=greedy", "--schedules=mlp;every:3"]
+    words = [
+        f"--scan={saved}",
+        f"--report={path}",
+        "--max_tokens=121",
+        "--search=greedy",
+        "--schedules=mlp;every:3",
+    ]
     first = run_ranks(2, _scan, home, words)
     assert first[1] == "" and "one sync point dropped: " in first[0]
     made = json.loads(path.read_text())
@@ -172,13 +205,17 @@ def test_the_scan_measures_the_equations_and_goes_on(home: Path, tmp_path: Path)
     rows = [made["plain"], *made["single"].values(), *made["curve"], *made["others"]]
     for row in rows:
         logits = equations(model, idx, 2, Schedule.parse(row["sync"], 3))
-        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).exp().item()
+        expected = (
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).exp().item()
+        )
         assert row["perplexity"] == pytest.approx(expected, rel=1e-5)
         assert row["loss"] == pytest.approx(row["perplexity"] / made["plain"]["perplexity"] - 1)
     assert [row["points"] for row in made["curve"]] == [5, 4, 3, 2, 1]
     # broken off half way, it goes on from what is in the file: wrong figures there are believed
     half = json.loads(saved.read_text())
-    half["perplexity"] = {name: value for name, value in half["perplexity"].items() if name == "all"}
+    half["perplexity"] = {
+        name: value for name, value in half["perplexity"].items() if name == "all"
+    }
     half["perplexity"]["mlp"] = 77.0
     saved.write_text(json.dumps(half))
     run_ranks(2, _scan, home, words)
@@ -197,8 +234,12 @@ def test_a_budget(home: Path, tmp_path: Path) -> None:
 def test_the_fewest_points_win() -> None:
     losses = {"mlp": 0.02, "every:2": 0.03, "all": 0.0}
     made = [Measured(Schedule.parse(text, 4), 1.0 + loss, loss) for text, loss in losses.items()]
-    assert str(within(made, 0.05).schedule) == "every:2" and str(within(made, 0.025).schedule) == "mlp"
-    with pytest.raises(UserError, match="no schedule that was measured stays within 1.000%: the best, --sync=mlp, "):
+    assert (
+        str(within(made, 0.05).schedule) == "every:2" and str(within(made, 0.025).schedule) == "mlp"
+    )
+    with pytest.raises(
+        UserError, match="no schedule that was measured stays within 1.000%: the best, --sync=mlp, "
+    ):
         within(made, 0.01)
     assert (parse_budget("1%"), parse_budget("0.5")) == (0.01, 0.5)
     for text in ("", "-1%", "one", "nan"):
@@ -212,7 +253,10 @@ def test_the_fewest_points_win() -> None:
         (["--max_tokens=12"], "the text has 12 tokens; a scan needs at least block_size + 1 = 13"),
         (["--schedules=9m"], "there is no sub-block 9m"),
         (["--dataset="], "--dataset is required"),
-        (["--decode_tokens=5"], "--decode_tokens=5: with a prompt of 8 tokens use 2 to 4, or 0 for none."),
+        (
+            ["--decode_tokens=5"],
+            "--decode_tokens=5: with a prompt of 8 tokens use 2 to 4, or 0 for none.",
+        ),
         (["--decode_tokens=1"], "--decode_tokens=1: with a prompt"),
     ],
 )
@@ -228,7 +272,7 @@ def test_one_rank_has_no_sync_points(home: Path) -> None:
             run(alone(), command, home, *(["--sync=mlp", "--out=x"] if command == "repair" else []))
 
 
-# --- repair ---------------------------------------------------------------------------------------------------------
+# --- repair ---------------------------------------------------------------------------------------
 
 
 def _divergence(world: World, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,7 +288,9 @@ def test_the_divergence_and_its_gradient() -> None:
     stream = torch.Generator().manual_seed(0)
     z, t = torch.randn(2, 5, 13, generator=stream, dtype=torch.float64) * 4
     z.requires_grad_()
-    expected = torch.nn.functional.kl_div(z.log_softmax(-1), t.softmax(-1), reduction="none").sum(-1)
+    expected = torch.nn.functional.kl_div(z.log_softmax(-1), t.softmax(-1), reduction="none").sum(
+        -1
+    )
     (expected * torch.arange(5)).sum().backward()
     ranks = run_ranks(3, _divergence, z.detach(), t)
     assert z.grad is not None
@@ -257,7 +303,9 @@ class Letters:
     """Random letters as a file of tokens."""
 
     def __init__(self) -> None:
-        self.ids = (np.cumsum(np.random.default_rng(1).choice([1, 1, 2, 5], 2000)) % 13).astype("<u2")
+        self.ids = (np.cumsum(np.random.default_rng(1).choice([1, 1, 2, 5], 2000)) % 13).astype(
+            "<u2"
+        )
         self.path = Path("letters")
 
     def __len__(self) -> int:
@@ -280,9 +328,9 @@ def _repaired(world: World, sync: str) -> tuple[list[tuple[float, float]], float
     lessons = Lessons(Letters(), 8, 60, 3e-3, 1, 0)  # type: ignore[arg-type]
     before: list[Any] = []
     errors = []
-    for run in schedule.runs():
+    for run in schedule.stretches():
         if len(run) > 1:
-            errors.append(repair_run(student, teacher, before, run, lessons))
+            errors.append(repair_stretch(student, teacher, before, run, lessons))
         before = before + run
     first, last = repair_whole(student, teacher, lessons)
     return errors, first, last
@@ -303,14 +351,29 @@ def _repair(world: World, home: Path, words: list[str]) -> str:
 
 def test_repair_writes_shards_that_carry_the_schedule(home: Path, tmp_path: Path) -> None:
     path, out = tmp_path / "r.json", tmp_path / "out"
-    words = [f"--out={out}", "--sync=mlp", "--steps=10", "--whole_steps=10", f"--report={path}", "--learning_rate=0.003"]
+    words = [
+        f"--out={out}",
+        "--sync=mlp",
+        "--steps=10",
+        "--whole_steps=10",
+        f"--report={path}",
+        "--learning_rate=0.003",
+    ]
     said = run_ranks(2, _repair, home, words)[0]
     evidence = json.loads(path.read_text())["evidence"]
     manifest = read_manifest(out)
     assert manifest.sync is not None and (manifest.sync.schedule, manifest.sync.tp) == ("mlp", 2)
-    assert manifest.sync.evidence == {key: value for key, value in evidence.items() if key != "control"}
-    assert evidence["after"] == evidence["whole"]["perplexity"] != evidence["before"] and len(evidence["runs"]) == 3
+    assert manifest.sync.evidence == {
+        key: value for key, value in evidence.items() if key != "control"
+    }
+    assert (
+        evidence["after"] == evidence["whole"]["perplexity"] != evidence["before"]
+        and len(evidence["runs"]) == 3
+    )
     assert "control: the dense model after 10 more steps" in said
-    for extra, message in (([], "exists. Choose another place"), (["--sync=all", "--force"], "drops no sync point")):
+    for extra, message in (
+        ([], "exists. Choose another place"),
+        (["--sync=all", "--force"], "drops no sync point"),
+    ):
         with pytest.raises(AssertionError, match=message):
             run_ranks(2, _repair, home, [*words, *extra])

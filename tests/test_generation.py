@@ -332,7 +332,9 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(tp: int) -> None:
 
 def test_padding_rows_change_no_token() -> None:
     model = reference(seed=2)
-    padded = TensorParallelGPT(SMALL, alone(), vocab_multiple=512).eval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("plan.partition.VOCAB_MULTIPLE", 512)
+        padded = TensorParallelGPT(SMALL, alone()).eval()
     padded.load(lambda name, rule: take(dict(model.named_parameters())[name].detach(), rule, 0))
     with torch.no_grad():
         padded.transformer.wte.weight[523:] = 1e4

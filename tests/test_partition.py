@@ -1,4 +1,4 @@
-"""The split as arithmetic: every entry of every parameter has one owner, heads stay whole, and nothing has to divide."""
+"""The split as arithmetic: every entry has one owner, heads stay whole, nothing has to divide."""
 
 from collections import Counter
 from typing import Any
@@ -9,17 +9,31 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from base.errors import UserError
 from model import GPT, GPTConfig
-from plan.partition import Partition, Rule, Run, round_up, spans
+from plan.partition import Partition, Rule, Span, round_up, spans
 
-SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 5, "n_embd": 20, "vocab_size": 131, "block_size": 16, "bias": True}
-GPT2_SIZES: dict[str, Any] = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "block_size": 1024, "bias": True}
+SIZES: dict[str, Any] = {
+    "n_layer": 2,
+    "n_head": 5,
+    "n_embd": 20,
+    "vocab_size": 131,
+    "block_size": 16,
+    "bias": True,
+}
+GPT2_SIZES: dict[str, Any] = {
+    "n_layer": 12,
+    "n_head": 12,
+    "n_embd": 768,
+    "vocab_size": 50257,
+    "block_size": 1024,
+    "bias": True,
+}
 
 
 def partition(tp: int, **changes: Any) -> Partition:
     return Partition(**{**SIZES, **changes}, tp=tp)
 
 
-def sizes(runs: list[Run]) -> list[int]:
+def sizes(runs: list[Span]) -> list[int]:
     return [hi - lo for lo, hi in runs]
 
 
@@ -28,7 +42,7 @@ def heads(n_head: int, tp: int) -> list[int]:
     return sizes([split.heads(rank) for rank in range(tp)])
 
 
-# --- spans ----------------------------------------------------------------------------------------------------------
+# --- spans ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("parts", range(1, 10))
@@ -37,7 +51,9 @@ def test_spans_tile_the_range_as_evenly_as_can_be(parts: int) -> None:
         runs = spans(n, parts)
         assert [i for lo, hi in runs for i in range(lo, hi)] == list(range(n))
         assert len(runs) == parts
-        assert sizes(runs) == [len(part) for part in torch.empty(n).tensor_split(parts)]  # the longer ones come first
+        assert sizes(runs) == [
+            len(part) for part in torch.empty(n).tensor_split(parts)
+        ]  # the longer ones come first
 
 
 def test_spans_of_nothing_are_refused() -> None:
@@ -57,7 +73,7 @@ def test_heads_of_the_models_that_do_not_divide() -> None:
     assert heads(5, 5) == [1, 1, 1, 1, 1]
 
 
-# --- the table ------------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -80,7 +96,10 @@ def test_every_entry_has_one_owner(tp: int, bias: bool) -> None:
 
 @pytest.mark.parametrize("tp", range(1, 6))
 def test_what_is_split_and_what_is_not(tp: int) -> None:
-    dims = {name.removeprefix("transformer.").replace("h.1.", "h.0."): rule.dim for name, rule in partition(tp).rules.items()}
+    dims = {
+        name.removeprefix("transformer.").replace("h.1.", "h.0."): rule.dim
+        for name, rule in partition(tp).rules.items()
+    }
     assert dims == {
         "wte.weight": 0,
         "wpe.weight": None,
@@ -102,18 +121,26 @@ def test_what_is_split_and_what_is_not(tp: int) -> None:
 
 
 def test_qkv_runs_by_hand() -> None:
-    """5 heads of 4 channels over 2 ranks: heads 0-2 and 3-4, the same heads in q [0, 20), k [20, 40) and v [40, 60)."""
+    """5 heads of 4 channels over 2 ranks: heads 0-2 and 3-4, the same heads in q [0, 20), k [20,
+    40) and v [40, 60)."""
     rule = partition(2).rules["transformer.h.1.attn.c_attn.weight"]
     assert rule.runs == (((0, 12), (20, 32), (40, 52)), ((12, 20), (32, 40), (52, 60)))
-    assert partition(2).rules["transformer.h.1.attn.c_proj.weight"].runs == (((0, 12),), ((12, 20),))
+    assert partition(2).rules["transformer.h.1.attn.c_proj.weight"].runs == (
+        ((0, 12),),
+        ((12, 20),),
+    )
 
 
 @pytest.mark.parametrize("tp", range(1, 6))
 def test_a_head_is_whole_on_its_rank(tp: int) -> None:
-    """Its rows of q, of k and of v, and the columns of c_proj that read it: without them attention would mix heads."""
+    """Its rows of q, of k and of v, and the columns of c_proj that read it: without them attention
+    would mix heads."""
     split = partition(tp)
     rules = split.rules
-    qkv, proj = rules["transformer.h.0.attn.c_attn.weight"], rules["transformer.h.0.attn.c_proj.weight"]
+    qkv, proj = (
+        rules["transformer.h.0.attn.c_attn.weight"],
+        rules["transformer.h.0.attn.c_proj.weight"],
+    )
     for rank in range(tp):
         rows = [i for lo, hi in qkv.runs[rank] for i in range(lo, hi)]
         columns = [i for lo, hi in proj.runs[rank] for i in range(lo, hi)]
@@ -131,7 +158,7 @@ def test_the_table_in_memory_is_padded_alike_on_all_ranks(tp: int) -> None:
         assert split.local_vocab % 64 == 0 and hi - lo <= split.local_vocab < hi - lo + 65
 
 
-# --- counts and names, against model.py and transformers ------------------------------------------------------------
+# --- counts and names, against model.py and transformers ------------------------------------------
 
 
 def test_gpt2_has_124439808_parameters() -> None:
@@ -147,7 +174,9 @@ def test_the_ranks_own_the_full_count_once(tp: int, bias: bool) -> None:
     split = partition(tp, bias=bias)
     whole = dict(GPT(GPTConfig(**{**SIZES, "bias": bias})).named_parameters())
     everywhere = ("ln_1", "ln_2", "ln_f", "wpe", "c_proj.bias")
-    replicated = sum(p.numel() for name, p in whole.items() if any(part in name for part in everywhere))
+    replicated = sum(
+        p.numel() for name, p in whole.items() if any(part in name for part in everywhere)
+    )
     assert split.count() == sum(p.numel() for p in whole.values())
     assert sum(split.count(rank) for rank in range(tp)) == split.count() + (tp - 1) * replicated
 
@@ -155,7 +184,9 @@ def test_the_ranks_own_the_full_count_once(tp: int, bias: bool) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_names_and_shapes_are_those_of_the_model(bias: bool) -> None:
     model = GPT(GPTConfig(**{**SIZES, "bias": bias}))
-    assert partition(3, bias=bias).shapes() == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert partition(3, bias=bias).shapes() == {
+        name: tuple(p.shape) for name, p in model.named_parameters()
+    }
 
 
 def test_names_are_nanogpts() -> None:
@@ -164,17 +195,20 @@ def test_names_are_nanogpts() -> None:
         state = GPT2LMHeadModel(GPT2Config()).state_dict()
     assert state.pop("lm_head.weight").shape == state["transformer.wte.weight"].shape
     conv1d = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-    expected = {name: tuple(t.shape[::-1] if name.endswith(conv1d) else t.shape) for name, t in state.items()}
+    expected = {
+        name: tuple(t.shape[::-1] if name.endswith(conv1d) else t.shape)
+        for name, t in state.items()
+    }
     assert Partition(**GPT2_SIZES, tp=1).shapes() == expected
     assert sum(t.numel() for t in state.values()) == 124_439_808
 
 
 def test_of_reads_a_config() -> None:
     config = GPTConfig(block_size=8, vocab_size=100, n_layer=1, n_head=3, n_embd=12, bias=False)
-    assert Partition.of(config, 2, 8) == Partition(1, 3, 12, 100, 8, False, 2, 8)
+    assert Partition.of(config, 2) == Partition(1, 3, 12, 100, 8, False, 2)
 
 
-# --- what cannot be split -------------------------------------------------------------------------------------------
+# --- what cannot be split -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -196,7 +230,11 @@ def test_of_reads_a_config() -> None:
         (-1, {}, "tp=-1: the tensor-parallel size is at least 1."),
         (4, {"vocab_size": 3}, "tp=4 is more than vocab_size=3: some ranks would hold no row."),
         (1, {"n_head": 3}, "n_embd=20 does not divide into n_head=3 heads. Use n_embd=18 or 21."),
-        (1, {"n_head": 12, "n_embd": 7}, "n_embd=7 does not divide into n_head=12 heads. Use n_embd=12."),
+        (
+            1,
+            {"n_head": 12, "n_embd": 7},
+            "n_embd=7 does not divide into n_head=12 heads. Use n_embd=12.",
+        ),
     ],
 )
 def test_messages(tp: int, changes: dict[str, int], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Schedules of sync points: their grammar, and the ranks' arithmetic against its equations in double precision."""
+"""Schedules of sync points: their grammar, and the ranks' arithmetic against the equations."""
 
 import json
 from dataclasses import replace
@@ -32,7 +32,7 @@ CONFIG = GPTConfig(block_size=12, vocab_size=67, n_layer=4, n_head=5, n_embd=20)
 SCHEDULES = ["all", "mlp", "every:2", "every:4", "0a,0m,2a", "1a,2m"]
 
 
-# --- the grammar ----------------------------------------------------------------------------------------------------
+# --- the grammar ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -48,11 +48,15 @@ SCHEDULES = ["all", "mlp", "every:2", "every:4", "0a,0m,2a", "1a,2m"]
 )
 def test_runs(text: str, runs: list[str]) -> None:
     schedule = Schedule.parse(text, 4)
-    assert [" ".join(f"{layer}{kind[0]}" for layer, kind in run) for run in schedule.runs()] == runs
+    assert [
+        " ".join(f"{layer}{kind[0]}" for layer, kind in run) for run in schedule.stretches()
+    ] == runs
     assert schedule.points == len(runs) and schedule.is_plain == (text == "all")
 
 
-@given(st.integers(1, 6).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, 2 * n - 1)))))
+@given(
+    st.integers(1, 6).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, 2 * n - 1))))
+)
 @settings(deadline=None, derandomize=True)
 def test_what_a_schedule_is_called_makes_it_again(drawn: tuple[int, set[int]]) -> None:
     n_layer, points = drawn
@@ -77,12 +81,12 @@ def test_what_is_no_schedule(text: str, message: str) -> None:
     assert message in str(caught.value)
 
 
-# --- the equations --------------------------------------------------------------------------------------------------
+# --- the equations --------------------------------------------------------------------------------
 
 
 def equations(model: GPT, idx: Tensor, tp: int, schedule: Schedule) -> Tensor:
-    """Logits [B, T, V] of a model whose ranks are lists in one process: h_i = X + own_i + B between sync points, and
-    X + B + sum of own_i at one."""
+    """Logits [B, T, V] of a model whose ranks are lists in one process: h_i = X + own_i + B between
+    sync points, and X + B + sum of own_i at one."""
     p, config = dict(model.named_parameters()), model.config
     rules, C, D = Partition.of(config, tp).rules, config.n_embd, config.n_embd // config.n_head
 
@@ -94,8 +98,14 @@ def equations(model: GPT, idx: Tensor, tp: int, schedule: Schedule) -> Tensor:
 
     def partial(h: Tensor, layer: int, kind: str, rank: int) -> Tensor:
         at = f"transformer.h.{layer}."
-        into, out = at + ("attn.c_attn" if kind == "attention" else "mlp.c_fc"), at + ("attn" if kind == "attention" else "mlp")
-        z = norm(h, at + ("ln_1" if kind == "attention" else "ln_2")) @ weight(into + ".weight", rank).T
+        into, out = (
+            at + ("attn.c_attn" if kind == "attention" else "mlp.c_fc"),
+            at + ("attn" if kind == "attention" else "mlp"),
+        )
+        z = (
+            norm(h, at + ("ln_1" if kind == "attention" else "ln_2"))
+            @ weight(into + ".weight", rank).T
+        )
         if config.bias:
             z = z + weight(into + ".bias", rank)
         if kind == "attention":
@@ -109,17 +119,20 @@ def equations(model: GPT, idx: Tensor, tp: int, schedule: Schedule) -> Tensor:
 
     table = p["transformer.wte.weight"]
     X = table[idx] + p["transformer.wpe.weight"][: idx.shape[1]]
-    for run in schedule.runs():
+    for stretch in schedule.stretches():
         own, biases = [torch.zeros_like(X) for _ in range(tp)], torch.zeros(C, dtype=X.dtype)
-        for layer, kind in run:
+        for layer, kind in stretch:
             own = [o + partial(X + o + biases, layer, kind, rank) for rank, o in enumerate(own)]
             if config.bias:
-                biases = biases + p[f"transformer.h.{layer}.{'attn' if kind == 'attention' else 'mlp'}.c_proj.bias"]
+                body = "attn" if kind == "attention" else "mlp"
+                biases = biases + p[f"transformer.h.{layer}.{body}.c_proj.bias"]
         X = X + biases + torch.stack(own).sum(0)
     return norm(X, "transformer.ln_f") @ table.T
 
 
-def sharded(world: World, config: GPTConfig, sync: str, dtype: torch.dtype, checkpointing: bool = False) -> TensorParallelGPT:
+def sharded(
+    world: World, config: GPTConfig, sync: str, dtype: torch.dtype, checkpointing: bool = False
+) -> TensorParallelGPT:
     state = dict(reference(config).named_parameters())
     return TensorParallelGPT(
         config,
@@ -132,9 +145,15 @@ def sharded(world: World, config: GPTConfig, sync: str, dtype: torch.dtype, chec
 
 
 def worst_error(
-    world: World, config: GPTConfig, sync: str, dtype: torch.dtype, dropped: tuple[str, str, str] | None, checkpointing: bool
+    world: World,
+    config: GPTConfig,
+    sync: str,
+    dtype: torch.dtype,
+    dropped: tuple[str, str, str] | None,
+    checkpointing: bool,
 ) -> tuple[float, str]:
-    """Largest relative error of logits, loss and any parameter's gradient against the equations, and where."""
+    """Largest relative error of logits, loss and any parameter's gradient against the equations,
+    and where."""
     if dropped:
         deaf(*dropped)
     idx, targets = data(config)
@@ -158,7 +177,9 @@ def worst_error(
         mine = dict(model.named_parameters())[name].grad
         assert p.grad is not None and mine is not None
         part = take(p.grad, rules[name], world.tp.rank)
-        whole = p.grad if ".c_attn.bias" in name else part  # a key's bias has no gradient but for rounding
+        whole = (
+            p.grad if ".c_attn.bias" in name else part
+        )  # a key's bias has no gradient but for rounding
         errors[name] = ((model.owned(name, mine) - part).norm() / whole.norm()).item()
     worst = max(errors, key=lambda name: errors[name])
     return errors[worst], worst
@@ -168,24 +189,38 @@ def worst_error(
 @pytest.mark.parametrize("tp", [1, 2, 3, 4])
 def test_forward_and_every_gradient_are_the_equations(tp: int, sync: str) -> None:
     for config in (CONFIG, replace(CONFIG, bias=False, activation="gelu_tanh")):
-        for rank in run_ranks(tp, worst_error, config, sync if tp > 1 else "all", torch.float64, None, False):
+        for rank in run_ranks(
+            tp, worst_error, config, sync if tp > 1 else "all", torch.float64, None, False
+        ):
             assert rank[0] < 1e-9, rank  # heads: 5 over 2, 3 and 4 ranks
 
 
 def test_float32_and_activation_checkpointing() -> None:
     for checkpointing in (False, True):
-        for rank in run_ranks(3, worst_error, CONFIG, "every:2", torch.float32, None, checkpointing):
+        for rank in run_ranks(
+            3, worst_error, CONFIG, "every:2", torch.float32, None, checkpointing
+        ):
             assert rank[0] < 1e-5, rank
 
 
 @pytest.mark.parametrize(
     "dropped",
-    [("mlp", "forward", "all_reduce"), ("attention", "backward", "all_reduce"), ("optimizer", "step", "all_reduce")],
+    [
+        ("mlp", "forward", "all_reduce"),
+        ("attention", "backward", "all_reduce"),
+        ("optimizer", "step", "all_reduce"),
+    ],
     ids="-".join,
 )
 @pytest.mark.parametrize("sync", ["mlp", "every:2"])
 def test_every_sum_is_needed(dropped: tuple[str, str, str], sync: str) -> None:
-    assert max(rank[0] for rank in run_ranks(2, worst_error, CONFIG, sync, torch.float64, dropped, False)) > 1e-3
+    assert (
+        max(
+            rank[0]
+            for rank in run_ranks(2, worst_error, CONFIG, sync, torch.float64, dropped, False)
+        )
+        > 1e-3
+    )
 
 
 def test_a_parameter_left_out_of_the_sum_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +229,11 @@ def test_a_parameter_left_out_of_the_sum_is_noticed(monkeypatch: pytest.MonkeyPa
     for left_out in names:
 
         def without(self: TensorParallelGPT, left_out: str = left_out) -> list[torch.nn.Parameter]:
-            gone = {id(p) for name, p in self.named_parameters() if name == f"transformer.h.1.{left_out}"}
+            gone = {
+                id(p)
+                for name, p in self.named_parameters()
+                if name == f"transformer.h.1.{left_out}"
+            }
             return [p for p in whole(self) if id(p) not in gone]
 
         monkeypatch.setattr(TensorParallelGPT, "partial_gradients", without)
@@ -202,7 +241,7 @@ def test_a_parameter_left_out_of_the_sum_is_noticed(monkeypatch: pytest.MonkeyPa
         assert where == f"transformer.h.1.{left_out}"
 
 
-# --- what is said, and what is not ----------------------------------------------------------------------------------
+# --- what is said, and what is not ----------------------------------------------------------------
 
 
 def _account(world: World, sync: str) -> tuple[dict[str, int], int]:
@@ -213,23 +252,36 @@ def _account(world: World, sync: str) -> tuple[dict[str, int], int]:
         assert loss is not None
         loss.backward()
         model.sum_partial_gradients()
-    seen = sum(event.count for event in profile.key_averages() if event.key in ("gloo:all_reduce", "gloo:all_gather"))
+    seen = sum(
+        event.count
+        for event in profile.key_averages()
+        if event.key in ("gloo:all_reduce", "gloo:all_gather")
+    )
     told = {f"{e.layer} {e.block} {e.direction}": t.calls for e, t in world.ledger.tallies.items()}
     return told, seen
 
 
 def test_one_all_reduce_a_run_forward_and_backward() -> None:
-    once = {"None embedding forward": 1, "None head backward": 1, "None loss forward": 1, "None optimizer step": 1}
+    once = {
+        "None embedding forward": 1,
+        "None head backward": 1,
+        "None loss forward": 1,
+        "None optimizer step": 1,
+    }
     for sync, layers in (("mlp", [0, 1, 2, 3]), ("every:2", None)):
         told, seen = run_ranks(2, _account, sync, comm="gloo")[0]
         assert seen == sum(told.values())
         ends, begins = (layers, layers) if layers else ([1, 3], [0, 2])
-        assert told == once | {f"{i} mlp forward": 1 for i in ends} | {f"{i} attention backward": 1 for i in begins}
+        assert told == once | {f"{i} mlp forward": 1 for i in ends} | {
+            f"{i} attention backward": 1 for i in begins
+        }
 
 
 def _plain(world: World) -> bool:
     idx, _ = data(CONFIG)
-    here, there = (sharded(world, CONFIG, sync, torch.float32) for sync in ("all", "0a,0m,1a,1m,2a,2m,3a,3m"))
+    here, there = (
+        sharded(world, CONFIG, sync, torch.float32) for sync in ("all", "0a,0m,1a,1m,2a,2m,3a,3m")
+    )
     return torch.equal(here.hidden(idx), there.hidden(idx)) and not here.partial_gradients()
 
 
@@ -256,7 +308,8 @@ def test_dropout_leaves_ranks_in_agreement() -> None:
 
 
 def _stepped(world: World, config: GPTConfig, sync: str, kind: Any) -> list[Tensor]:
-    """This rank's logits after each token of a few texts that follow prompts of different lengths."""
+    """This rank's logits after each token of a few texts that follow prompts of different
+    lengths."""
     model = sharded(world, config, sync, torch.float32).eval()
     decoder, texts = kind(model), TEXTS
     cache = model.new_cache(len(texts))
@@ -265,7 +318,11 @@ def _stepped(world: World, config: GPTConfig, sync: str, kind: Any) -> list[Tens
         lengths, found = [len(text) - STEPS for text in texts], []
         for i in range(STEPS):
             cache.advance([n + i for n in lengths])
-            found.append(decoder.logits([[text[n + i]] for text, n in zip(texts, lengths, strict=True)], cache)[:, -1].clone())
+            found.append(
+                decoder.logits(
+                    [[text[n + i]] for text, n in zip(texts, lengths, strict=True)], cache
+                )[:, -1].clone()
+            )
     return found
 
 
@@ -279,17 +336,22 @@ def test_decode_steps_are_the_equations(sync: str, kind: Any) -> None:
     for config in (CONFIG, replace(CONFIG, bias=False)):
         schedule, model = Schedule.parse(sync, config.n_layer), reference(config).double()
         whole = [equations(model, torch.tensor([text]), 3, schedule)[0, -STEPS:] for text in TEXTS]
-        plain = [equations(model, torch.tensor([text]), 3, Schedule.plain(4))[0, -STEPS:] for text in TEXTS]
+        plain = [
+            equations(model, torch.tensor([text]), 3, Schedule.plain(4))[0, -STEPS:]
+            for text in TEXTS
+        ]
         ranks = run_ranks(3, _stepped, config, sync, kind)
         for i in range(STEPS):
             ours = torch.cat([rank[i] for rank in ranks], dim=-1).double()
             expected = torch.stack([logits[i] for logits in whole])
             assert ((ours - expected).norm() / expected.norm()).item() < 1e-5
             other = torch.stack([logits[i] for logits in plain])
-            assert sync == "all" or ((other - expected).norm() / expected.norm()).item() > 1e-2  # or nothing would be shown
+            assert (
+                sync == "all" or ((other - expected).norm() / expected.norm()).item() > 1e-2
+            )  # or nothing would be shown
 
 
-# --- the option -----------------------------------------------------------------------------------------------------
+# --- the option -----------------------------------------------------------------------------------
 
 
 def _sample(world: World, weights: Path, *words: str) -> tuple[str, str, list[str]]:
@@ -297,7 +359,9 @@ def _sample(world: World, weights: Path, *words: str) -> tuple[str, str, list[st
 
 
 def _sampled(tp: int, weights: Path, *words: str) -> tuple[str, str]:
-    return run_ranks(tp, _sample, weights, "--prompt=5 17 3", "--temperature=0", "--overflow=stop", *words)[0][:2]
+    return run_ranks(
+        tp, _sample, weights, "--prompt=5 17 3", "--temperature=0", "--overflow=stop", *words
+    )[0][:2]
 
 
 def test_sampling_obeys_the_schedule_of_the_shards(tmp_path: Path) -> None:
@@ -306,8 +370,13 @@ def test_sampling_obeys_the_schedule_of_the_shards(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     text, said = _sampled(2, tmp_path / "made", f"--report={report}")
     made = json.loads(report.read_text())
-    assert "ranks synchronise after 2 of 4 sub-blocks (--sync=mlp)" in said and "; sync points: mlp" in said
-    assert made["sync"] == "mlp" and all(layer["attention"] == {} for layer in made["comm_account"]["layers"])
+    assert (
+        "ranks synchronise after 2 of 4 sub-blocks (--sync=mlp)" in said
+        and "; sync points: mlp" in said
+    )
+    assert made["sync"] == "mlp" and all(
+        layer["attention"] == {} for layer in made["comm_account"]["layers"]
+    )
     assert _sampled(2, tmp_path / "plain", "--sync=mlp")[0] == text
     plain, said = _sampled(2, tmp_path / "made", "--sync=all", f"--report={report}")
     assert json.loads(report.read_text())["sync"] == "all" and "sync points" not in said
@@ -319,7 +388,10 @@ def test_a_schedule_for_another_tp_is_refused(tmp_path: Path) -> None:
     for tp in (1, 3):
         with pytest.raises((UserError, AssertionError)) as caught:
             _sampled(tp, tmp_path / "made")
-        assert f"was made for --sync=mlp on tp=2 ranks, and this run has tp={tp}. Start 2 ranks" in str(caught.value)
+        assert (
+            f"was made for --sync=mlp on tp=2 ranks, and this run has tp={tp}. Start 2 ranks"
+            in str(caught.value)
+        )
         assert _sampled(tp, tmp_path / "made", "--sync=all")[0]
 
 
@@ -331,10 +403,14 @@ def test_training_under_a_schedule(letters: Path, tmp_path: Path) -> None:  # no
     trained(letters, tmp_path / "half", 2, 2, sync="mlp", max_iters=10)
     resumed = trained(letters, tmp_path / "half", 2, 2, init_from="resume")
     np.testing.assert_array_equal(resumed, whole)
-    with pytest.raises(AssertionError, match="was made for --sync=mlp on tp=2 ranks, and this run has tp=1"):
+    with pytest.raises(
+        AssertionError, match="was made for --sync=mlp on tp=2 ranks, and this run has tp=1"
+    ):
         trained(letters, tmp_path / "half", 1, 1, init_from="resume")
 
 
-def test_data_parallel_replicas_agree_under_a_schedule(letters: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_data_parallel_replicas_agree_under_a_schedule(
+    letters: Path, tmp_path: Path  # noqa: F811
+) -> None:
     one, two = (trained(letters, tmp_path / str(size), size, 2, sync="mlp") for size in (2, 4))
     np.testing.assert_allclose(one, two, rtol=1e-4)

@@ -31,7 +31,7 @@ from checkpoints.manifest import DTYPES, Manifest, Sync, TensorEntry, read_manif
 from checkpoints.shards import ShardDirectory, ShardSource
 from checkpoints.tensor_file import CHUNK, TensorFile
 from model import GPTConfig
-from plan.partition import Partition, Rule, Run
+from plan.partition import Partition, Rule, Span
 from shard_checkpoint import main
 
 CONFIG = GPTConfig(n_layer=2, n_head=5, n_embd=20, vocab_size=131, block_size=16)
@@ -50,11 +50,11 @@ class Weights:
         shapes = Partition.of(config, 1).shapes()
         self.full = {name: torch.randn(shape, generator=stream) for name, shape in shapes.items()}
 
-    def read(self, name: str, dim: int | None, runs: Iterable[Run]) -> Tensor:
+    def read(self, name: str, dim: int | None, runs: Iterable[Span]) -> Tensor:
         return self.full[name] if dim is None else take(self.full[name], dim, runs)
 
 
-def take(full: Tensor, dim: int, runs: Iterable[Run]) -> Tensor:
+def take(full: Tensor, dim: int, runs: Iterable[Span]) -> Tensor:
     """Runs of a tensor along dim, by numpy."""
     index = [i for lo, hi in runs for i in range(lo, hi)]
     return torch.from_numpy(np.take(full.numpy(), index, axis=dim))
@@ -200,7 +200,7 @@ def test_a_split_that_is_not_ours(tmp_path: Path) -> None:
     entries, parts = {}, cast(list[dict[str, Tensor]], [{}, {}])
     for name, full in weights.full.items():
         dim, size = full.dim() - 1, full.shape[-1]
-        runs: tuple[tuple[Run, ...], ...] = (((3, 5), (0, 2), (7, size)), ((5, 5), (2, 3), (5, 7)))
+        runs: tuple[tuple[Span, ...], ...] = (((3, 5), (0, 2), (7, size)), ((5, 5), (2, 3), (5, 7)))
         entries[name] = TensorEntry(tuple(full.shape), Rule() if "ln_" in name else Rule(dim, runs))
         for rank in range(2):
             parts[rank][name] = full if "ln_" in name else take(full, dim, runs[rank])

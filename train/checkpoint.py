@@ -33,7 +33,7 @@ from checkpoints.manifest import MANIFEST, Manifest, Sync, TensorEntry, dtype_na
 from checkpoints.shards import ShardDirectory
 from checkpoints.sources import latest_checkpoint, reader
 from checkpoints.tensor_file import TensorFile
-from plan.partition import Partition, Rule
+from plan.partition import Partition
 from text.tokenizer import TOKENIZER_FILE
 from tp_model import TensorParallelGPT
 from train.directory import has_checkpoints, iteration, point, remove, steps
@@ -236,10 +236,9 @@ def _write(
 
 def _entries(model: TensorParallelGPT, prefixes: Sequence[str]) -> dict[str, TensorEntry]:
     """The tensors of a file: the parameters once for each prefix."""
-    shapes, rules = model.split.shapes(), model.split.rules
     return {
-        prefix + name: TensorEntry(shape, Rule(rules[name].dim, rules[name].runs))
-        for prefix in prefixes for name, shape in shapes.items()
+        prefix + name: TensorEntry(shape, rule.unpadded)
+        for prefix in prefixes for name, (shape, rule) in model.split.table.items()
     }  # fmt: skip
 
 
