@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from base.errors import UserError
+from base.files import check_target, new_directory, write_json
 from checkpoints.convert import SHARD_FILES, place, write_shards
-from checkpoints.shards import Sync, check_target, new_directory, write_json
+from checkpoints.manifest import Sync
 from checkpoints.sources import Source, common_tokenizer, identity, open_source, reader
 from cli.options import DropOptions, GroupOptions, RepairOptions, ScanOptions
 from fewer_syncs.distillation import Lessons, repair_run, repair_whole, train_on

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints.shards import Sync
+from checkpoints.manifest import Sync
 from checkpoints.sources import Source
 from model import GPT, attend, gelu
 from plan.partition import Partition, Run
