@@ -89,7 +89,7 @@ class Saver:
         self._copies: dict[str, Tensor] = {}
         self._writing: Future[list[File]] | None = None
         self._publishing: Future[Path] | None = None
-        self._describe: Callable[[list[list[File]]], Path]  # of the save under way
+        self._completion: Callable[[list[list[File]]], Path]  # of the save under way
         self._began = self._stall = 0.0
 
     @property
@@ -112,7 +112,7 @@ class Saver:
         # a fresh name: a rank of a run that was just killed may still be writing
         scratch = self.world.gather(scratch)[0]
         state = {"progress": dict(vars(progress)), "options": options}  # as of now
-        self._describe = partial(self._name, model, tokenizer, state, scratch, path)
+        self._completion = partial(self._complete, model, tokenizer, state, scratch, path)
         tensors: Tensors = _tensors(model, optimizer)
         write = partial(_write_both, model, scratch / shard_name(model.tp.rank, model.tp.size))
         if self.background:
@@ -161,9 +161,9 @@ class Saver:
             return
         files, self._writing = self.world.gather(self._writing.result()), None
         if self.world.is_main:
-            self._publishing = self._thread.submit(self._describe, [pair for pair in files if pair])
+            self._publishing = self._thread.submit(self._completion, [f for f in files if f])
 
-    def _name(
+    def _complete(
         self, model: TensorParallelGPT, tokenizer: dict[str, Any], state: dict[str, Any],
         scratch: Path, path: Path, files: list[list[File]],
     ) -> Path:  # fmt: skip

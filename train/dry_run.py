@@ -6,7 +6,7 @@
 import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -42,80 +42,54 @@ SHORT = {"dp_shard": "shard", "sequence_parallel": "seq", "activation_checkpoint
 GPU_BASE = 10**9
 
 
-@dataclass(frozen=True)
-class Layout:
-    """One way to run: tp, dp and the options that save memory."""
+def sizes_of(options: TrainOptions) -> tuple[GPTConfig, Described | None]:
+    """The model's sizes, and its weights' description if there are any. Reads no tensors."""
+    source: Described | None = None
+    if options.init_from == "resume":
+        source = open_sizes(str(read_state(Path(options.out_dir))[0]))
+    elif options.init_from != "scratch":
+        source = open_sizes(options.init_from)
+    place = Path(options.data_dir) / options.dataset
+    dataset = Dataset(place) if is_prepared(place) else None
+    return make_config(options, dataset, source), source
 
-    tp: int
-    dp: int
-    dp_shard: bool
-    sequence_parallel: bool
-    activation_checkpointing: bool
 
-
-@dataclass(frozen=True)
-class Plans:
-    """The memory of a run on one rank, in any layout. source: of the weights, None if drawn."""
-
-    options: TrainOptions
-    config: GPTConfig
-    source: Described | None
-
-    @classmethod
-    def of(cls, options: TrainOptions) -> "Plans":
-        """Reads the sizes of the weights and the vocabulary of the dataset, if there is one."""
-        source: Described | None = None
-        if options.init_from == "resume":
-            source = open_sizes(str(read_state(Path(options.out_dir))[0]))
-        elif options.init_from != "scratch":
-            source = open_sizes(options.init_from)
-        place = Path(options.data_dir) / options.dataset
-        dataset = Dataset(place) if is_prepared(place) else None
-        return cls(options, make_config(options, dataset, source), source)
-
-    @property
-    def gpu(self) -> bool:
-        device = self.options.device
-        return device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
-
-    def asked(self, ranks: int) -> Layout:
-        """The run's own layout."""
-        options = self.options
-        dp, tp = sizes(ranks, options.tp, "train_tp.py")
-        shard, sequence = options.dp_shard and dp > 1, options.sequence_parallel and tp > 1
-        return Layout(tp, dp, shard, sequence, options.activation_checkpointing)
-
-    def training(self, layout: Layout) -> Training:
-        """UserError if the layout is impossible: too many ranks, or rows that do not divide."""
-        options, tp, size = self.options, layout.tp, self.config.block_size
-        split = Partition.of(self.config, tp)
-        if tp > 1:
-            schedule = pick_schedule(options, self.config, self.source, tp)
-            if layout.sequence_parallel and (tp > size or not schedule.is_plain):
-                raise UserError(
-                    "--sequence_parallel=True needs --sync=all and a token for every rank: "
-                    f"--sync={schedule} and block_size={size} on tp={tp}."
-                )
-        rows = Rows.of(options, 0, layout.dp)
-        half = options.dtype in ("bfloat16", "float16") or options.dtype == "auto" and self.gpu
-        kind = "cuda" if self.gpu else "cpu"
-        return Training(
-            split=split, dp=layout.dp, rows=rows.micro_rows, micro_steps=rows.micro_steps,
-            eval_rows=options.batch_size, width=2 if half else 4,
-            dropout=self.config.dropout > 0, gpu=self.gpu,
-            logit_rows=chunk_rows(rows.micro_rows * size, split.local_vocab, kind),
-            **{name: getattr(layout, name) for name in SHORT},
-        )  # fmt: skip
+def training(
+    options: TrainOptions, config: GPTConfig, source: Described | None, ranks: int
+) -> Training:
+    """The run's plan. UserError if its layout is impossible on so many ranks."""
+    dp, tp = sizes(ranks, options.tp, "train_tp.py")
+    split, size = Partition.of(config, tp), config.block_size
+    sequence_parallel = options.sequence_parallel and tp > 1
+    if tp > 1:
+        schedule = pick_schedule(options, config, source, tp)
+        if sequence_parallel and (tp > size or not schedule.is_plain):
+            raise UserError(
+                "--sequence_parallel=True needs --sync=all and a token for every rank: "
+                f"--sync={schedule} and block_size={size} on tp={tp}."
+            )
+    rows, auto = Rows.of(options, 0, dp), torch.cuda.is_available()
+    gpu = options.device.startswith("cuda") or options.device == "auto" and auto
+    half = options.dtype in ("bfloat16", "float16") or options.dtype == "auto" and gpu
+    tokens = rows.micro_rows * size
+    return Training(
+        split=split, dp=dp, rows=rows.micro_rows, micro_steps=rows.micro_steps,
+        eval_rows=options.batch_size, width=2 if half else 4, dropout=config.dropout > 0, gpu=gpu,
+        logit_rows=chunk_rows(tokens, split.local_vocab, "cuda" if gpu else "cpu"),
+        dp_shard=options.dp_shard and dp > 1, sequence_parallel=sequence_parallel,
+        activation_checkpointing=options.activation_checkpointing,
+    )  # fmt: skip
 
 
 def need(options: TrainOptions, ranks: int) -> str:
     """A note for a run that is out of memory: what it takes, and what the GPU has."""
-    plans = Plans.of(options)
-    peak = plans.training(plans.asked(ranks)).peak
-    takes = f"takes {peak / 1e9:.1f} GB a rank beside Python and torch"
-    if plans.gpu:
+    plan = training(options, *sizes_of(options), ranks)
+    takes = f"takes {(plan.peak + GPU_BASE * plan.gpu) / 1e9:.1f} GB a rank"
+    if plan.gpu:
         has = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        takes = f"takes {(GPU_BASE + peak) / 1e9:.1f} GB a rank, its GPU has {has / 1e9:.1f} GB"
+        takes += f", its GPU has {has / 1e9:.1f} GB"
+    else:
+        takes += " beside Python and torch"
     return f"By the dry run it {takes}: --dry_run=True shows layouts that take less."
 
 
@@ -124,22 +98,21 @@ def show(options: TrainOptions) -> int:
 
     UserError if the run's own layout is impossible or --memory is no amount.
     """
-    plans, launch = Plans.of(options), Launch.from_environment()
+    (config, source), launch = sizes_of(options), Launch.from_environment()
     report.check_place(options.report, "report")
     limit = amount(options.memory) if options.memory else 0
     ranks = options.ranks or launch.size
-    asked = plans.asked(ranks)
-    own = plans.training(asked)
-    made = {asked: own}
-    for layout in layouts(ranks):
+    own = training(options, config, source, ranks)
+    plans = {own: None}  # a set in order
+    for layout in layouts(options, ranks):
         with contextlib.suppress(UserError):
-            made.setdefault(layout, plans.training(layout))
-    base = GPU_BASE if plans.gpu else process_bytes()
-    found = [row(layout, plan, base) for layout, plan in made.items()]
+            plans[training(layout, config, source, ranks)] = None
+    base = GPU_BASE if own.gpu else process_bytes()
+    found = [row(plan, base) for plan in plans]
     if launch.rank == 0:
-        print("\n".join(table(options, plans.config, found, own, limit)), flush=True)
+        print("\n".join(table(options, config, found, own, limit)), flush=True)
         if options.report:
-            model = {**asdict(plans.config), "parameters": own.split.count()}
+            model = {**asdict(config), "parameters": own.split.count()}
             about = {"entry": "train_tp", "dry_run": True, "ranks": ranks, "model": model}
             report.write(options.report, {**about, "layouts": found})
     return DOES_NOT_FIT if limit and found[0]["peak"] > limit else FITS
@@ -159,21 +132,21 @@ def process_bytes() -> int:
     return report.peak_bytes(torch.device("cpu"))
 
 
-def layouts(ranks: int) -> Iterator[Layout]:
-    """Every way to run on so many ranks."""
+def layouts(options: TrainOptions, ranks: int) -> Iterator[TrainOptions]:
+    """The options of every layout of so many ranks, some of them twice."""
     for tp in (n for n in range(1, ranks + 1) if ranks % n == 0):
-        for shard, sequence, again in product((False, True), repeat=3):
-            if (ranks > tp or not shard) and (tp > 1 or not sequence):
-                yield Layout(tp, ranks // tp, shard, sequence, again)
+        for values in product((False, True), repeat=len(SHORT)):
+            savings: dict[str, Any] = dict(zip(SHORT, values, strict=True))
+            yield replace(options, tp=tp, **savings)
 
 
-def row(layout: Layout, plan: Training, base: int) -> dict[str, Any]:
+def row(plan: Training, base: int) -> dict[str, Any]:
     """A layout's figures in bytes. live: the most that tensors take at a time, at the moment `at`.
     peak: of the rank, the process (`base`) included."""
     live, at = plan.live()
-    figures = {name: getattr(plan, name) for name in COLUMNS}
-    figures |= {"live": live, "at": at, "base": base, "peak": base + plan.peak}
-    return {**asdict(layout), "rows": plan.rows, "micro_steps": plan.micro_steps, **figures}
+    figures = {"tp": plan.split.tp, "dp": plan.dp}
+    figures |= {name: getattr(plan, name) for name in (*SHORT, "rows", "micro_steps", *COLUMNS)}
+    return figures | {"live": live, "at": at, "base": base, "peak": base + plan.peak}
 
 
 # --- what is printed ----------------------------------------------------------------------------

@@ -41,10 +41,9 @@ AnySource = sources.Source | sources.Described
 class Rows:
     """How an iteration's rows are dealt: a dp rank takes neighbouring ones, in micro-batches.
 
-    total: of the iteration. micro_steps, micro_rows: micro-batches of a rank, and their size.
+    micro_steps, micro_rows: micro-batches of a rank in an iteration, and their size.
     """
 
-    total: int
     micro_steps: int
     micro_rows: int
     dp_rank: int
@@ -60,7 +59,7 @@ class Rows:
             )
         own, most = total // dp, options.batch_size
         steps = next(n for n in range(-(-own // most), own + 1) if own % n == 0)
-        return cls(total, steps, own // steps, dp_rank)
+        return cls(steps, own // steps, dp_rank)
 
     def micro(self, step: int) -> range:
         """The iteration's rows in this rank's micro-batch `step`."""
@@ -88,7 +87,8 @@ class Run:
 
     @property
     def tokens_per_iter(self) -> int:
-        return self.rows.total * self.model.config.block_size
+        rows = self.rows.micro_steps * self.rows.micro_rows * self.world.dp.size
+        return rows * self.model.config.block_size
 
     def autocast(self) -> Any:
         """Matrix products in the run's dtype; the rest (parameters, LayerNorm, loss) in float32."""
