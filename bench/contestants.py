@@ -128,7 +128,7 @@ def one_rank(job: dict[str, Any]) -> Round:
     import torch
 
     from checkpoints.sources import open_source, reader
-    from inference.decoding import decoder_for
+    from inference.decoders import decoder_for
     from inference.generation import generate as write
     from inference.sampling import Sampling
     from parallel.collectives import Axis

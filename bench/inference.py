@@ -27,7 +27,7 @@ from cli.options import (
     SampleOptions,
     SplitOptions,
 )
-from inference.decoding import Decoder, decoder_for
+from inference.decoders import Decoder, decoder_for
 from inference.generation import generate
 from inference.load import load, load_draft
 from inference.prompts import check_prompts, encode, read_prompts

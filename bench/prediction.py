@@ -17,7 +17,7 @@ from bench.inference import subject
 from bench.rounds import Bench, spread
 from bench.training import prepared
 from cli.options import BenchDecodeOptions, BenchPredictOptions, BenchTrainOptions
-from inference.decoding import Decoder, decoder_for
+from inference.decoders import Decoder, decoder_for
 from inference.generation import generate
 from inference.sampling import Sampling
 from model import KVCache

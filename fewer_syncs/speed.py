@@ -4,7 +4,7 @@ from typing import Any
 
 from base.errors import UserError
 from bench.rounds import spread
-from inference.decoding import decoder_for
+from inference.decoders import decoder_for
 from inference.generation import generate
 from inference.sampling import Sampling
 from parallel.ledger import total
