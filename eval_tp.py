@@ -55,7 +55,8 @@ def main(world: World, options: EvalOptions) -> None:
     made["utilisation"] = used(model, len(tokens), stride, seconds).figures(world)
     if world.is_main:
         print(report.account_table(made), file=sys.stderr)
-        print(", ".join(f"{name} {x:,.6g}" if isinstance(x, float) else f"{name} {x:,}" for name, x in evaluation.items()))
+        formats = {float: ",.6g", int: ","}
+        print(", ".join(f"{name} {x:{formats[type(x)]}}" for name, x in evaluation.items()))
         print(peaks.text(made["utilisation"], "evaluation", made["dtype"]), file=sys.stderr)
         if options.report:
             report.write(options.report, made)
@@ -90,7 +91,7 @@ def read_tokens(source: Source, options: EvalOptions) -> tuple[Tensor, int]:
 
 
 def figures(total: float, count: int, stride: int, n_bytes: int) -> dict[str, float]:
-    """The report's `evaluation` of `count` tokens whose negative log-likelihoods sum to `total` nats."""
+    """The report's `evaluation`: `count` tokens have `total` nats of negative log-likelihood."""
     loss = total / count
     if not math.isfinite(loss):
         cause = "the model's weights are damaged, or too large for this precision"

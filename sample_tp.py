@@ -1,8 +1,8 @@
 """Generate text on N ranks.
 
-    torchrun --standalone --nproc_per_node=2 sample_tp.py --init_from=shards/gpt2-tp2 --prompt="Once upon a time"
+    torchrun --standalone --nproc_per_node=2 sample_tp.py --init_from=gpt2 --prompt="Once upon"
 
-Standard output gets the text and nothing else; notices, the account and figures go to standard error.
+Standard output gets the text alone; notices, the account and figures go to standard error.
 """
 
 import sys
@@ -12,7 +12,7 @@ from dataclasses import fields
 from base.errors import ReaderGone, explaining_memory
 from checkpoints.sources import identity, open_for_inference, tokenizer_of
 from cli.options import SampleOptions
-from inference.decoding import decoder_for
+from inference.decoders import decoder_for
 from inference.generation import Generation
 from inference.load import load, load_draft, memory_needed
 from inference.output import output_of

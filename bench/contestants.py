@@ -130,7 +130,7 @@ def one_rank(job: dict[str, Any]) -> Round:
 
     from bench.inference import Subject
     from checkpoints.sources import open_source, reader, tokenizer_of
-    from inference.decoding import decoder_for
+    from inference.decoders import decoder_for
     from parallel.collectives import Axis
     from parallel.ledger import Ledger
     from parallel.quantized import quantize

@@ -19,7 +19,7 @@ from bench.rounds import Bench, Round, collectives, column, compare, shown, spre
 from checkpoints.convert import write_hf
 from checkpoints.sources import open_source, tokenizer_of
 from cli.options import BenchDecodeOptions, BenchModelOptions, BenchPrefillOptions, SampleOptions
-from inference.decoding import Decoder, decoder_for
+from inference.decoders import Decoder, decoder_for
 from inference.generation import generate
 from inference.load import load, load_draft
 from inference.prompts import check_prompts, encode, read_prompts

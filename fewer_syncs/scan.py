@@ -21,7 +21,7 @@ from base.files import read_json, replacing
 from bench.rounds import spread
 from cli.options import ScanOptions
 from fewer_syncs.inputs import about, build, need_ranks, open_inputs, perplexity, validation_tokens
-from inference.decoding import decoder_for
+from inference.decoders import decoder_for
 from inference.generation import generate
 from inference.sampling import Sampling
 from parallel.ledger import total

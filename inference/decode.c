@@ -1,14 +1,17 @@
-/* One more token, or a few, for each of a few rows, on one core: what a rank computes between two sync points of a decode step.
+/* The decode step of a few tokens on one core: what a rank computes between two collectives. At
+   batch 1 its time is that of reading the rank's weights once; these loops read as fast as the core
+   can load. A matrix library, made for many rows and called from Python for each small operation,
+   leaves a third of the time unused.
 
-   At batch 1 a step is reading the rank's weights once; these loops do it as fast as the core can load, where a matrix
-   library's kernels, made for many rows, and a Python call for each small operation leave a third of the time unused.
+   The residual stream x [rows, C] has a row for each token, T of them for each row of the cache. x
+   stays as it is while the output of a sub-block is summed over the ranks; the next sub-block
+   begins with x += arrived + bias, where `arrived` is that sum. Where ranks do not synchronise,
+   arrived is NULL and the sub-block reads `here`: x, and this rank's own outputs and the biases
+   since the last sync point.
 
-   The residual stream x [rows, C] stands still while its update is on the way: a sub-block begins with x += arrived + bias,
-   `arrived` being the sum over ranks of what was given as `out`. Where ranks do not synchronise nothing arrives (NULL), and
-   the sub-block works on `here`: x, this rank's own outputs since the last sync point and the biases passed. All is float32;
-   weights are float32, or int8 with a factor for each output (weight = factor x number). A row of the stream is one token; T of
-   them, one after the other, belong to each row of the cache. Sizes: C width of the stream, h this rank's heads, D their width,
-   m this rank's MLP columns, v its vocabulary rows. */
+   All is float32; weights may be int8 with a factor for each output: weight = factor x number. Sizes:
+   C is the width of the stream, h this rank's heads, D their width, m its columns of the MLP, v its
+   rows of the vocabulary. */
 
 #include <math.h>
 #include <stdint.h>
@@ -17,12 +20,14 @@
 #include <immintrin.h>
 #endif
 
+#define INLINE static inline __attribute__((always_inline))
+
 enum { GELU, GELU_TANH };
 
 typedef struct {
-    const void *weight;        /* [outputs, inputs], row after row */
-    const float *factor;       /* [outputs], or NULL where the weights are float32 */
-    const float *bias;         /* [outputs], or NULL */
+    const void *weight;  /* [outputs, inputs] */
+    const float *factor; /* [outputs], or NULL if the weights are float32 */
+    const float *bias;   /* [outputs], or NULL */
     int64_t outputs, inputs;
 } linear;
 
@@ -38,19 +43,19 @@ typedef struct {
 } block;
 
 typedef struct {
-    int64_t C, h, D, rows, T, size, activation; /* size: tokens for which a row has room in the cache */
-    float *x, *here, *partial; /* [rows, C]; partial: the sum of this rank's outputs since the last sync point */
-    float *work;               /* rows x (C + 4hD) + size or rows x (C + m), whichever is larger */
+    int64_t C, h, D, rows, T, size, activation; /* size: tokens that fit a row of the cache */
+    float *x, *here, *partial; /* [rows, C]; partial: the sum of own outputs since a sync point */
+    float *work;               /* the larger of rows x (C + 4hD) + size and rows x (C + m) */
     const int64_t *lengths;    /* [rows] tokens in the cache before this one */
 } state;
 
-/* --- products. The order in which one is summed is written down here, and is the same however many are made at once: a
-   token's numbers do not depend, to the bit, on which others are read beside it ------------------------------------- */
+/* --- products: the order of a sum's additions is fixed here and does not depend on the number of
+   rows. So a token's numbers are the same to the bit, whichever tokens are read beside it. ---- */
 
-enum { LANES = 32 }; /* sums kept apart, so that no addition waits for the one before */
+enum { LANES = 32 }; /* partial sums of a product, so that no addition waits for the one before */
 
-/* WIDTH: of the processor's registers; so many rows of weights with so many rows of x at once: their sums fill the registers,
-   and what is read serves several */
+/* WIDTH: floats in a register. OUTPUTS, ROWS: rows of weights and of x in a tile, so that the sums
+   fill the registers and each number loaded is used several times. */
 #if defined(__AVX512F__)
 enum { WIDTH = 16, OUTPUTS = 4, ROWS = 3 };
 #elif defined(__AVX2__)
@@ -64,13 +69,13 @@ typedef float chunk __attribute__((vector_size(4 * WIDTH)));
 typedef float quad __attribute__((vector_size(16)));
 typedef int8_t narrow __attribute__((vector_size(WIDTH)));
 
-static inline chunk load_float(const float *from) {
+INLINE chunk load_float(const float *from) {
     chunk c;
     memcpy(&c, from, sizeof c);
     return c;
 }
 
-static inline chunk load_int8(const int8_t *from) {
+INLINE chunk load_int8(const int8_t *from) {
 #if defined(__AVX512F__)
     return (chunk)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
 #elif defined(__AVX2__)
@@ -80,6 +85,14 @@ static inline chunk load_int8(const int8_t *from) {
     memcpy(&c, from, sizeof c);
     return __builtin_convertvector(c, chunk);
 #endif
+}
+
+INLINE chunk load(const void *w, int64_t at, int int8) {
+    return int8 ? load_int8((const int8_t *)w + at) : load_float((const float *)w + at);
+}
+
+INLINE const void *offset(const void *w, int64_t at, int int8) {
+    return (const char *)w + at * (int8 ? 1 : 4);
 }
 
 static inline float total(chunk *c) {
@@ -92,74 +105,72 @@ static inline float total(chunk *c) {
     return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
 }
 
-/* The processor fetches ahead by itself, but only up to the end of a page: a touch of the page some pages ahead, once a page,
-   starts it there in time, and makes one row of weights after the other a third to half as fast again. */
-static inline void ahead(const void *row, int64_t bytes) {
+/* The processor prefetches by itself, but not beyond the end of a page. Touching the page 12 pages
+   ahead, once for each page, makes reading one row after the other a third to half faster. */
+static inline void prefetch_pages(const void *row, int64_t bytes) {
     const uintptr_t begin = (uintptr_t)row, end = begin + (uintptr_t)bytes;
     for (uintptr_t page = (begin + 4095) & ~(uintptr_t)4095; page < end; page += 4096)
         __builtin_prefetch((const char *)page + 12 * 4096);
 }
 
-/* y[r * stride + j] = w's row j . x's row r for `outputs` rows of w and `rows` rows of x, all of n numbers. Both counts are
-   constants where this is called, so that the sums stay in registers. Where several rows of w are read side by side the
-   processor follows none of them well: each fetches the one that stands where it ends. */
-#define TILE(kind, type)                                                                                                     \
-    static inline __attribute__((always_inline)) void tile_##kind(const type *restrict w, const float *restrict x, int64_t n, \
-                                                                  float *restrict y, int64_t stride, int outputs, int rows) { \
-        chunk acc[OUTPUTS][ROWS][CHUNKS], here[ROWS];                                                                        \
-        for (int j = 0; j < outputs; j++)                                                                                    \
-            for (int r = 0; r < rows; r++)                                                                                   \
-                for (int i = 0; i < CHUNKS; i++) acc[j][r][i] = (chunk){0};                                                  \
-        for (int64_t k = 0; k + LANES <= n; k += LANES)                                                                      \
-            for (int i = 0; i < CHUNKS; i++) {                                                                               \
-                const int64_t at = k + i * WIDTH;                                                                            \
-                for (int r = 0; r < rows; r++) here[r] = load_float(x + r * n + at);                                         \
-                for (int j = 0; j < outputs; j++) {                                                                          \
-                    const chunk weight = load_##kind(w + j * n + at);                                                        \
-                    if (outputs > 1) __builtin_prefetch(w + (outputs + j) * n + at, 0, 2);                                   \
-                    for (int r = 0; r < rows; r++) acc[j][r][i] += weight * here[r];                                         \
-                }                                                                                                            \
-            }                                                                                                                \
-        const int64_t rest = n % LANES;                                                                                      \
-        for (int j = 0; j < outputs; j++)                                                                                    \
-            for (int r = 0; r < rows; r++) {                                                                                 \
-                if (rest) {                                                                                                  \
-                    type last_w[LANES] = {0};                                                                                \
-                    float last_x[LANES] = {0};                                                                               \
-                    memcpy(last_w, w + (j + 1) * n - rest, (size_t)rest * sizeof *w);                                        \
-                    memcpy(last_x, x + (r + 1) * n - rest, (size_t)rest * sizeof *x);                                        \
-                    for (int i = 0; i < CHUNKS; i++)                                                                         \
-                        acc[j][r][i] += load_##kind(last_w + i * WIDTH) * load_float(last_x + i * WIDTH);                    \
-                }                                                                                                            \
-                y[r * stride + j] = total(acc[j][r]);                                                                        \
-            }                                                                                                                \
-    }                                                                                                                        \
-                                                                                                                             \
-    static inline __attribute__((always_inline)) void tiles_##kind(const type *w, const float *x, int64_t n, float *y,       \
-                                                                   int64_t stride, int outputs, int64_t rows) {              \
-        for (; rows >= ROWS; rows -= ROWS, x += ROWS * n, y += ROWS * stride)                                                \
-            tile_##kind(w, x, n, y, stride, outputs, ROWS);                                                                  \
-        if (rows == 2) tile_##kind(w, x, n, y, stride, outputs, 2);                                                          \
-        if (rows == 1) tile_##kind(w, x, n, y, stride, outputs, 1);                                                          \
-    }                                                                                                                        \
-                                                                                                                             \
-    /* y [rows, outputs] = x [rows, n] W^T; one row takes its weights one after the other, as memory likes it best */        \
-    static void products_##kind(const type *w, const float *x, int64_t n, float *y, int64_t outputs, int64_t rows) {         \
-        int64_t j = 0;                                                                                                       \
-        for (; OUTPUTS > 1 && rows > 1 && j + OUTPUTS <= outputs; j += OUTPUTS)                                              \
-            tiles_##kind(w + j * n, x, n, y + j, outputs, OUTPUTS, rows);                                                    \
-        for (; j < outputs; j++) {                                                                                           \
-            ahead(w + j * n, n * (int64_t)sizeof *w);                                                                        \
-            tiles_##kind(w + j * n, x, n, y + j, outputs, 1, rows);                                                          \
-        }                                                                                                                    \
-    }
+/* y[r * stride + j] = (row j of w) . (row r of x), for `outputs` rows of w and `rows` rows of x, of
+   n numbers each. outputs, rows and int8 are constants at each call, so that the sums stay in
+   registers. The processor prefetches several rows of w badly: the next ones are fetched here. */
+INLINE void tile(const void *restrict w, const float *restrict x, int64_t n, float *restrict y,
+                 int64_t stride, int outputs, int rows, int int8) {
+    chunk acc[OUTPUTS][ROWS][CHUNKS], here[ROWS];
+    for (int j = 0; j < outputs; j++)
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < CHUNKS; i++) acc[j][r][i] = (chunk){0};
+    for (int64_t k = 0; k + LANES <= n; k += LANES)
+        for (int i = 0; i < CHUNKS; i++) {
+            const int64_t at = k + i * WIDTH;
+            for (int r = 0; r < rows; r++) here[r] = load_float(x + r * n + at);
+            for (int j = 0; j < outputs; j++) {
+                const chunk weight = load(w, j * n + at, int8);
+                if (outputs > 1) __builtin_prefetch(offset(w, (outputs + j) * n + at, int8), 0, 2);
+                for (int r = 0; r < rows; r++) acc[j][r][i] += weight * here[r];
+            }
+        }
+    const int64_t rest = n % LANES;
+    for (int j = 0; j < outputs; j++)
+        for (int r = 0; r < rows; r++) {
+            if (rest) {
+                char last_w[4 * LANES] = {0};
+                float last_x[LANES] = {0};
+                memcpy(last_w, offset(w, (j + 1) * n - rest, int8), (size_t)rest * (int8 ? 1 : 4));
+                memcpy(last_x, x + (r + 1) * n - rest, (size_t)rest * 4);
+                for (int i = 0; i < CHUNKS; i++)
+                    acc[j][r][i] += load(last_w, i * WIDTH, int8) * load_float(last_x + i * WIDTH);
+            }
+            y[r * stride + j] = total(acc[j][r]);
+        }
+}
 
-TILE(float, float)
-TILE(int8, int8_t)
+INLINE void tiles(const void *w, const float *x, int64_t n, float *y, int64_t stride, int outputs,
+                  int64_t rows, int int8) {
+    for (; rows >= ROWS; rows -= ROWS, x += ROWS * n, y += ROWS * stride)
+        tile(w, x, n, y, stride, outputs, ROWS, int8);
+    if (rows == 2) tile(w, x, n, y, stride, outputs, 2, int8);
+    if (rows == 1) tile(w, x, n, y, stride, outputs, 1, int8);
+}
+
+/* y [rows, outputs] = x [rows, n] W^T. One row of x takes the rows of W one after the other, in the
+   order in which they lie in memory. */
+INLINE void products(const void *w, const float *x, int64_t n, float *y, int64_t outputs,
+                     int64_t rows, int int8) {
+    int64_t j = 0;
+    for (; OUTPUTS > 1 && rows > 1 && j + OUTPUTS <= outputs; j += OUTPUTS)
+        tiles(offset(w, j * n, int8), x, n, y + j, outputs, OUTPUTS, rows, int8);
+    for (; j < outputs; j++) {
+        prefetch_pages(offset(w, j * n, int8), n * (int8 ? 1 : 4));
+        tiles(offset(w, j * n, int8), x, n, y + j, outputs, 1, rows, int8);
+    }
+}
 
 static float dot(const float *a, const float *b, int64_t n) {
     float y;
-    tile_float(a, b, n, &y, 1, 1, 1);
+    tile(a, b, n, &y, 1, 1, 1, 0);
     return y;
 }
 
@@ -174,17 +185,19 @@ static float sum_of(const float *x, int64_t n) {
     return sum;
 }
 
-/* y [rows, outputs] = x [rows, inputs] W^T + bias; a weight is fetched once, however many rows use it */
+/* y [rows, outputs] = x [rows, inputs] W^T + bias */
 static void apply(const linear *l, const float *x, float *y, int64_t rows) {
     const int64_t n = l->inputs, m = l->outputs;
-    if (l->factor) products_int8(l->weight, x, n, y, m, rows);
-    else products_float(l->weight, x, n, y, m, rows);
+    if (l->factor) products(l->weight, x, n, y, m, rows, 1);
+    else products(l->weight, x, n, y, m, rows, 0);
     if (!l->factor && !l->bias) return;
     for (int64_t r = 0; r < rows; r++, y += m)
-        for (int64_t j = 0; j < m; j++) y[j] = (l->factor ? l->factor[j] : 1) * y[j] + (l->bias ? l->bias[j] : 0);
+        for (int64_t j = 0; j < m; j++)
+            y[j] = (l->factor ? l->factor[j] : 1) * y[j] + (l->bias ? l->bias[j] : 0);
 }
 
-/* e^x to 2 units in the last place; below -87 it is as good as 0, NaN stays NaN. Written so that it becomes vectors. */
+/* e^x to 2 units in the last place, as good as 0 below -87; NaN stays NaN. The compiler turns it
+   into vectors. */
 static inline float exponential(float x) {
     float z = x < -87.0f ? -87.0f : x;
     z = z > 88.0f ? 88.0f : z;
@@ -206,7 +219,8 @@ static inline float exponential(float x) {
 /* erf to 1.5e-7: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26 */
 static inline float error_function(float x) {
     const float z = fabsf(x), t = 1.0f / (1.0f + 0.3275911f * z);
-    const float p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+    const float p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t
+                     + 0.254829592f) * t;
     return copysignf(1.0f - p * exponential(-z * z), x);
 }
 
@@ -217,14 +231,16 @@ static void gelu(float *y, int64_t n, int64_t activation) {
             y[i] = y[i] - y[i] / (exponential(2.0f * u) + 1.0f);
         }
     else
-        for (int64_t i = 0; i < n; i++) y[i] = 0.5f * y[i] * (1.0f + error_function(y[i] * 0.7071067812f));
+        for (int64_t i = 0; i < n; i++)
+            y[i] = 0.5f * y[i] * (1.0f + error_function(y[i] * 0.7071067812f));
 }
 
-/* gives the stream to go on with */
+/* Adds the sum that arrived to the stream, and returns the stream that the sub-block reads. */
 static const float *arrive(const state *s, const float *arrived, const float *bias) {
     if (!arrived) return s->here;
     for (int64_t r = 0; r < s->rows; r++)
-        for (int64_t c = 0; c < s->C; c++) s->x[r * s->C + c] += arrived[r * s->C + c] + (bias ? bias[c] : 0);
+        for (int64_t c = 0; c < s->C; c++)
+            s->x[r * s->C + c] += arrived[r * s->C + c] + (bias ? bias[c] : 0);
     return s->x;
 }
 
@@ -236,12 +252,14 @@ static void normalize(const state *s, const float *stream, const norm *n, float 
         const float mean = sum_of(x, C) / (float)C;
         for (int64_t c = 0; c < C; c++) z[c] = x[c] - mean;
         const float scale = 1.0f / sqrtf(dot(z, z, C) / (float)C + 1e-5f);
-        for (int64_t c = 0; c < C; c++) z[c] = z[c] * scale * n->weight[c] + (n->bias ? n->bias[c] : 0);
+        for (int64_t c = 0; c < C; c++)
+            z[c] = z[c] * scale * n->weight[c] + (n->bias ? n->bias[c] : 0);
     }
 }
 
-/* one head's query q [D] over its first n keys and values [n, D] -> y [D] */
-static void attend(const float *q, const float *k, const float *v, int64_t n, int64_t D, float *score, float *y) {
+/* one head: its query q [D] over its first n keys and values [n, D] -> y [D] */
+static void attend(const float *q, const float *k, const float *v, int64_t n, int64_t D,
+                   float *score, float *y) {
     const float scale = 1.0f / sqrtf((float)D);
     float most = -INFINITY;
     for (int64_t t = 0; t < n; t++) {
@@ -255,8 +273,12 @@ static void attend(const float *q, const float *k, const float *v, int64_t n, in
         for (int64_t d = 0; d < D; d++) y[d] += score[t] * share * v[t * D + d];
 }
 
-/* ids [rows] -> out [rows, C]: the rows [lo, hi) of the table that this rank holds, else zeros; x: the positions' rows */
-void nanotp_embed(const state *s, const float *table, int64_t lo, int64_t hi, const float *wpe, const int64_t *ids, float *out) {
+/* --- what native_decoder.py calls ----------------------------------------------------------- */
+
+/* ids [rows] -> out [rows, C]: the table's rows [lo, hi) that this rank holds, zeros for other ids.
+   x becomes the positions' rows. */
+void nanotp_embed(const state *s, const float *table, int64_t lo, int64_t hi, const float *wpe,
+                  const int64_t *ids, float *out) {
     const size_t row = (size_t)s->C * 4;
     for (int64_t r = 0; r < s->rows; r++) {
         if (lo <= ids[r] && ids[r] < hi) memcpy(out + r * s->C, table + (ids[r] - lo) * s->C, row);
@@ -265,10 +287,13 @@ void nanotp_embed(const state *s, const float *table, int64_t lo, int64_t hi, co
     }
 }
 
-/* the cache of this layer: k, v [rows / T, h, size, D]; out [rows, C]: this rank's part of the sum, without c_proj's bias */
-void nanotp_attention(const state *s, const block *b, const float *arrived, const float *bias, float *k, float *v, float *out) {
+/* k, v: this layer's cache [rows / T, h, size, D]. out [rows, C]: this rank's part of the sum,
+   without c_proj's bias. */
+void nanotp_attention(const state *s, const block *b, const float *arrived, const float *bias,
+                      float *k, float *v, float *out) {
     const int64_t h = s->h, D = s->D, width = h * D;
-    float *normed = s->work, *qkv = normed + s->rows * s->C, *y = qkv + s->rows * 3 * width, *score = y + s->rows * width;
+    float *normed = s->work, *qkv = normed + s->rows * s->C;
+    float *y = qkv + s->rows * 3 * width, *score = y + s->rows * width;
     normalize(s, arrive(s, arrived, bias), &b->ln_1, normed);
     apply(&b->c_attn, normed, qkv, s->rows);
     for (int64_t r = 0; r < s->rows; r++)
@@ -284,7 +309,8 @@ void nanotp_attention(const state *s, const block *b, const float *arrived, cons
 }
 
 /* out [rows, C]: this rank's part of the sum, without c_proj's bias */
-void nanotp_mlp(const state *s, const block *b, const float *arrived, const float *bias, float *out) {
+void nanotp_mlp(const state *s, const block *b, const float *arrived, const float *bias,
+                float *out) {
     float *normed = s->work, *hidden = normed + s->rows * s->C;
     normalize(s, arrive(s, arrived, bias), &b->ln_2, normed);
     apply(&b->c_fc, normed, hidden, s->rows);
@@ -292,8 +318,9 @@ void nanotp_mlp(const state *s, const block *b, const float *arrived, const floa
     apply(&b->c_proj_mlp, hidden, out, s->rows);
 }
 
-/* a sub-block's out [rows, C] stays with this rank; first: the sub-block before was followed by a sync point */
-void nanotp_go_on(const state *s, const float *out, const float *bias, int64_t first) {
+/* After a sub-block without a sync point: its out [rows, C] stays with this rank. first: it is the
+   first since the last sync point. */
+void nanotp_keep(const state *s, const float *out, const float *bias, int64_t first) {
     for (int64_t r = 0; r < s->rows; r++)
         for (int64_t c = 0; c < s->C; c++) {
             const int64_t i = r * s->C + c;
@@ -302,13 +329,14 @@ void nanotp_go_on(const state *s, const float *out, const float *bias, int64_t f
         }
 }
 
-/* what this rank brings to the sync point after a run of several sub-blocks: the last one's out, and those before it */
-void nanotp_bring(const state *s, float *out) {
+/* Before a sync point: add the outputs that this rank kept to the last sub-block's out. */
+void nanotp_add_kept(const state *s, float *out) {
     for (int64_t i = 0; i < s->rows * s->C; i++) out[i] += s->partial[i];
 }
 
 /* logits [rows, v]: this rank's columns */
-void nanotp_head(const state *s, const norm *ln_f, const linear *table, const float *arrived, const float *bias, float *logits) {
+void nanotp_head(const state *s, const norm *ln_f, const linear *table, const float *arrived,
+                 const float *bias, float *logits) {
     normalize(s, arrive(s, arrived, bias), ln_f, s->work);
     apply(table, s->work, logits, s->rows);
 }

@@ -1,9 +1,9 @@
 """Generation: prefill, decode steps, and tokens that are the same on all ranks.
 
-A row is one sequence: a prompt is continued in num_samples rows. Every rank runs the same passes and
-collectives; rank 0 of the tp axis chooses the tokens and broadcasts them. A step of a row whose
-newest token is t, with two guesses g and h of a draft (speculative decoding: Leviathan, Kalman,
-Matias, arXiv 2211.17192):
+A row is one sequence: a prompt is continued in num_samples rows. Every rank runs the same passes
+and collectives; rank 0 of the tp axis chooses the tokens and broadcasts them. A step of a row whose
+newest token is t, with guesses g and h of a draft (speculative decoding: Leviathan, Kalman, Matias,
+arXiv 2211.17192):
 
     one pass reads    t  g  h       (t is the only one that is in the text already)
     rank 0 draws      a  b  c       after each of them
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from base.errors import UserError
-from inference.decoding import Decoder, decoder_for
+from inference.decoders import Decoder, decoder_for
 from inference.sampling import Row, Sampling, candidates, choose
 from inference.speculation import Speculation
 from model import KVCache
@@ -48,10 +48,10 @@ class Timing:
 class Generation:
     """Iterate over it to write its rows; it yields a row each time that row has got tokens.
 
-    The tokens depend neither on tp nor on the other prompts nor on the draft. Rows are written in
-    groups of batch_size. All ranks must iterate to the end. prompts: as `check_prompts` accepts them.
-    decoder: the fastest by default. stops: rank 0 calls it with a row and its next token, for every
-    token in order; True ends the row with that token. UserError for logits that are not finite.
+    The tokens depend neither on tp, nor on the other prompts, nor on the draft. All ranks iterate
+    to the end. prompts: as `check_prompts` accepts them. decoder: the fastest by default. stops:
+    rank 0 calls it with a row and its next token, once for each token and in order; True ends the
+    row with that token. UserError if logits are not finite.
     """
 
     def __init__(
@@ -128,11 +128,8 @@ class Generation:
         return logits[torch.tensor(index, device=logits.device)], cache
 
     def _logits(self, windows: list[list[int]], counts: list[int], cache: KVCache | None) -> Tensor:
-        """Local logits [n, v] after the last counts[i] tokens of each window, from one pass.
-
-        Windows are padded on the right: causal attention never looks there, and what the cache holds
-        there is overwritten.
-        """
+        """Local logits [n, v] after the last counts[i] tokens of each window, in one pass. Padding
+        on the right is not attended to, and is overwritten in the cache later."""
         longest, device = max(map(len, windows)), self.model.device
         padded = [window + [0] * (longest - len(window)) for window in windows]
         hidden = self.model.hidden(torch.tensor(padded, device=device), cache)  # [n, longest, C]
@@ -143,8 +140,8 @@ class Generation:
     def _guesses(
         self, cached: list[Row], others: list[Row], cache: KVCache | None
     ) -> list[list[int]]:
-        """The draft's guesses for each row. They and the token after them must fit max_new_tokens,
-        the context, and the cache, where all rows take the room of the one with most guesses."""
+        """The draft's guesses for each row. With the token after them they fit max_new_tokens, the
+        context, and the cache, where each row takes as much room as the one with most guesses."""
         rows = cached + others
         if self.draft is None:
             return [[] for _ in rows]
@@ -192,12 +189,11 @@ class Generation:
         """The next tokens of each row, the same on all ranks: (count, token, ...), where the count
         is negative if the row ends with them.
 
-        Two small collectives: ranks gather their candidates and guesses, and rank 0 broadcasts what
-        it chose. So ranks agree even if they compute different numbers or guesses.
+        Two small collectives: ranks gather their candidates and guesses, and rank 0 broadcasts its
+        choice. So ranks agree even if they compute different numbers or guesses.
         """
-        axis, model = self.model.tp.at("sampling"), self.model
-        vocab_size = model.config.vocab_size
-        best = candidates(logits, model.vocab_lo, vocab_size, self.sampling, axis.size)
+        axis, lo = self.model.tp.at("sampling"), self.model.vocab_lo
+        best = candidates(logits, lo, self.model.config.vocab_size, self.sampling, axis.size)
         guessed = torch.tensor([token for guess in guesses for token in guess], dtype=torch.int32)
         mine = torch.cat([best.flatten(), guessed.to(best.device)])
         everyone = all_gather(mine, axis, "step").cpu().numpy()  # [tp, 2 * positions * k + guesses]
@@ -210,29 +206,26 @@ class Generation:
             alike = (theirs == theirs[0]).all(axis=0)
             self._draw(chosen, rows, guesses, alike, bits.view(np.float32), ids)
         device = best.device if axis.size > 1 else torch.device("cpu")  # one rank: nothing is sent
-        agreed = broadcast(torch.from_numpy(chosen).to(device), axis, "step")
-        tokens: list[list[int]] = agreed.tolist()
-        return tokens
+        agreed: list[list[int]]
+        agreed = broadcast(torch.from_numpy(chosen).to(device), axis, "step").tolist()
+        return agreed
 
     def _draw(
         self, chosen: NDArray[np.int64], rows: list[Row], guesses: list[list[int]],
         alike: NDArray[np.bool_], values: NDArray[np.float32], ids: NDArray[np.int32],
     ) -> None:  # fmt: skip
-        """Fill `chosen`, see `_agree`. alike: for each guess, whether all ranks made it (if not, their
-        logits after it are of different texts). values, ids: each position's candidates."""
+        """Fill `chosen`, see `_agree`. alike: for each guess, whether all ranks made it; the logits
+        after others differ. values, ids: each position's candidates."""
         if not np.isfinite(values.max(axis=1)).all():
-            raise UserError(
-                "the model's logits are not finite numbers: its weights are damaged, or too large "
-                "for this precision (try --dtype=float32)."
-            )
+            cause = "its weights are damaged, or too large for this precision (try --dtype=float32)"
+            raise UserError(f"the model's logits are not finite numbers: {cause}.")
         at = guess_at = 0  # the row's first position and first guess
         for row, guess, line in zip(rows, guesses, chosen, strict=True):
             for j in range(1 + len(guess)):
                 token = choose(values[at + j], ids[at + j], self.sampling, row.sample, row.new + j)
                 ends = self.stops(row, token)
                 line[0], line[1 + j] = -(j + 1) if ends else j + 1, token
-                right = j < len(guess) and token == guess[j] and alike[guess_at + j]
-                if ends or not right:
+                if ends or j == len(guess) or token != guess[j] or not alike[guess_at + j]:
                     break
             at, guess_at = at + 1 + len(guess), guess_at + len(guess)
 

@@ -1,18 +1,11 @@
-"""A model that is ready to generate: its weights, quantized and compiled as asked, and its draft."""
+"""The model for inference, quantized and compiled as the options say, and its draft."""
 
 from typing import Any
 
 import torch
 
 from base.errors import UserError
-from checkpoints.sources import (
-    Source,
-    identity,
-    open_source,
-    reader,
-    schedule_of,
-    tokenizer_of,
-)  # fmt: skip
+from checkpoints.sources import Source, identity, open_source, reader, schedule_of, tokenizer_of
 from cli.options import SampleOptions
 from inference.sampling import Sampling
 from inference.speculation import Guesser, Ngrams, SmallModel, Speculation
@@ -61,18 +54,16 @@ def load_draft(
             ids = f"{theirs.kind} of {size} ids, the model {tokenizer.kind} of {tokenizer.n_vocab}"
             advice = "Use a draft with the model's tokenizer, or --draft=ngram"
             raise UserError(f"--draft={options.draft} has another vocabulary: {ids}. {advice}.")
-        dtype = pick_dtype(options.dtype, world.device)
-        alone = Axis("tp")
-        model = TensorParallelGPT(
-            source.config, alone, reader(source, 0), device=world.device, dtype=dtype
-        )
+        place: Any = {"device": world.device, "dtype": pick_dtype(options.dtype, world.device)}
+        model = TensorParallelGPT(source.config, Axis("tp"), reader(source, 0), **place)
         guesser = SmallModel(_prepared(model, options, lambda mine: [mine]), sampling)
     return Speculation(guesser, options.draft_tokens)
 
 
 def memory_needed(world: World, source: Source, options: Any, rows: int = 0) -> str:
     """What the weights and `rows` rows of the KV cache take, for a message about memory."""
-    split, itemsize = Partition.of(source.config, world.tp.size), pick_dtype(options.dtype, world.device).itemsize
+    split = Partition.of(source.config, world.tp.size)
+    itemsize = pick_dtype(options.dtype, world.device).itemsize
     weights = split.count(0) * (1 if options.quantize else itemsize)
     if options.quantize:  # tokens are looked up in a float table
         weights += split.local_vocab * split.n_embd * itemsize

@@ -13,10 +13,8 @@ from text.tokenizer import StreamDecoder, Tokenizer
 
 
 class RowText:
-    """A row's text, decoded token by token; the stop text ends it and is not part of it.
-
-    text[:final] will not change: whole characters, and no possible beginning of the stop text.
-    """
+    """A row's text, decoded token by token up to the stop text. text[:final] will not change: it
+    ends before what may become the stop text."""
 
     def __init__(self, tokenizer: Tokenizer, stop: str):
         self.decoder, self.stop, self.text, self.final = StreamDecoder(tokenizer), stop, "", 0
@@ -27,8 +25,7 @@ class RowText:
         found = self.text.find(self.stop, self.final) if self.stop else -1
         if found >= 0:
             self.decoder.finish()  # drops the rest of the token, perhaps half a character
-            self.text = self.text[:found]
-            self.final = found
+            self.text, self.final = self.text[:found], found
             return True
         # the longest end of the text that could begin the stop text
         longest = min(len(self.stop) - 1, len(self.text))
@@ -46,8 +43,8 @@ class RowText:
 class Output:
     """Prints the rows in order and appends each to `file`; for rank 0.
 
-    A row that is complete waits until all rows before it are. With --stream the first incomplete row
-    is printed as it is written. closed: nobody reads standard output and nothing else is kept.
+    A complete row waits until all rows before it are complete. With --stream the first incomplete
+    row is printed as it is written. closed: nobody reads standard output and nothing else is kept.
     """
 
     def __init__(
@@ -76,11 +73,10 @@ class Output:
             self._print_text(done)
             self._print("\n---------------\n")
             if self.file is not None:
-                sample = {
-                    "prompt": self.prompts[done.prompt], "sample": done.sample,
-                    "text": self.texts[done.number].text, "tokens": done.tokens[done.prompt_tokens :],
-                }  # fmt: skip
-                self.file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+                sample = {"prompt": self.prompts[done.prompt], "sample": done.sample}
+                text, tokens = self.texts[done.number].text, done.tokens[done.prompt_tokens :]
+                line = json.dumps(sample | {"text": text, "tokens": tokens}, ensure_ascii=False)
+                self.file.write(f"{line}\n")
                 self.file.flush()
             self.current, self.printed = self.current + 1, 0
 
@@ -104,13 +100,12 @@ class Output:
 
     def samples(self, rows: list[Row]) -> list[dict[str, Any]]:
         """The report's list of samples."""
-        return [
-            {
-                "prompt": self.prompts[row.prompt], "prompt_tokens": row.tokens[: row.prompt_tokens],
-                "tokens": row.tokens[row.prompt_tokens :], "text": self.texts[row.number].text,
-            }
-            for row in rows
-        ]  # fmt: skip
+        samples = []
+        for row in rows:
+            prompt, n = self.prompts[row.prompt], row.prompt_tokens
+            made = {"prompt": prompt, "prompt_tokens": row.tokens[:n], "tokens": row.tokens[n:]}
+            samples.append(made | {"text": self.texts[row.number].text})
+        return samples
 
 
 @contextmanager

@@ -15,9 +15,9 @@ HEAD_ROWS = 1024  # positions whose logits exist at a time; a whole batch's coul
 def windows(n: int, block_size: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """(start, stop, first) of each forward pass over n tokens.
 
-    Inputs are tokens [start, stop); target i is token start + i + 1, and targets count from i = first
-    on. Each of the tokens 1 ... n - 1 counts in exactly one window; from the second window on it has
-    at least block_size - stride tokens before it.
+    Inputs are tokens [start, stop); target i is token start + i + 1, and counts if i >= first. Each
+    of the tokens 1 ... n - 1 counts in exactly one window; from the second window on, it has at
+    least block_size - stride tokens before it.
     """
     counted = start = 0  # targets so far: tokens 1 ... counted
     while counted < n - 1:
@@ -52,8 +52,8 @@ def measure(
 
 
 def _batch(tokens: Tensor, batch: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
-    """Inputs and targets [B, T] int64 of these windows; a target of -1 does not count. Padding is on
-    the right, where causal attention never looks."""
+    """Inputs and targets [B, T] int64 of these windows; a target of -1 does not count. Padding is
+    on the right, where causal attention does not look."""
     width = max(stop - start for start, stop, _ in batch)
     idx = torch.zeros(len(batch), width, dtype=torch.int64)
     targets = torch.full((len(batch), width), -1, dtype=torch.int64)

@@ -1,10 +1,10 @@
 """The next token: each rank's candidates, and the choice among them.
 
-A token is drawn by a race (Gumbel-max): the largest sum of scaled logit and noise wins. The noise is
-a function of seed, sample, position and token alone. So a draw does not depend on the rows beside it
-or on the order of the candidates, and two models that draw at one position mostly draw the same
-token: with probability (1 - d) / (1 + d) or more, where d is the total variation distance of their
-distributions (Daliri, Musco, Suresh, arXiv 2408.07978). Drafts (speculation.py) rely on that.
+A token is drawn by a race (Gumbel-max): the largest sum of scaled logit and noise wins. The noise
+depends on seed, sample, position and token alone. So a draw does not depend on the rows beside it,
+and two models that draw at one position draw the same token with probability (1 - d) / (1 + d) or
+more, where d is the total variation distance of their distributions (Daliri, Musco, Suresh, arXiv
+2408.07978). Drafts rely on that (speculation.py).
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ from torch import Tensor
 class Sampling:
     """How tokens are chosen and when a row ends.
 
-    n_tokens: ids the tokenizer knows; larger ids are never chosen. temperature 0 is greedy. top_k 0
-    keeps all tokens. top_p keeps the likeliest tokens that together reach that probability.
-    overflow, at block_size tokens: slide (the last block_size count), stop (the row ends), error.
-    batch_size: rows written at a time; it bounds the memory and does not change the tokens.
+    n_tokens: ids the tokenizer knows; no others are chosen. temperature 0 is greedy, top_k 0 keeps
+    all tokens, top_p the likeliest that together reach that probability. overflow, at block_size
+    tokens: slide (the last block_size count), stop (the row ends), error. batch_size: rows written
+    at a time; it bounds the memory and does not change the tokens.
     """
 
     n_tokens: int
@@ -57,9 +57,8 @@ class Row:
 def candidates(logits: Tensor, lo: int, vocab_size: int, sampling: Sampling, tp: int) -> Tensor:
     """This rank's best tokens, [2, rows, k] int32: the bits of their float32 logits, and their ids.
 
-    logits: [rows, v], of the ids from `lo` on. k is the same on all ranks, and the k best tokens of
-    the whole vocabulary are among the candidates of all ranks. A rank with fewer than k ids that the
-    tokenizer knows fills up with -inf.
+    logits: [rows, v], of the ids from `lo` on. k is the same on all ranks, whose candidates include
+    the k best tokens of the whole vocabulary. Ranks with fewer known ids fill up with -inf.
     """
     width = -(-vocab_size // tp)
     k = 1 if sampling.temperature == 0 else min(sampling.top_k or width, width)
@@ -76,7 +75,7 @@ def likeliest(logits: Tensor, k: int) -> Tensor:
 
     torch.topk takes any of several equal logits, and half precision makes many: the choice would
     depend on the split of the vocabulary. So it gets integers that are all different: the float's
-    bits, rearranged so that integers order as floats do, above the id.
+    bits, rearranged to order as floats do, above the id.
     """
     if k == 1 and logits.is_cuda:
         return logits.argmax(dim=-1, keepdim=True)  # takes the first of equal logits
@@ -91,8 +90,7 @@ def likeliest(logits: Tensor, k: int) -> Tensor:
 def noise(seed: int, sample: int, position: int, ids: NDArray[np.int32]) -> NDArray[np.float64]:
     """Standard Gumbel noise [n] of the tokens `ids`; a token's does not depend on the other ids.
 
-    SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), indexed by token, starting at Philox's number for
-    this position.
+    SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) indexed by token, from Philox's number on.
     """
     start = np.random.Philox(key=[seed, 0x5A3], counter=[0, position, sample, 0]).random_raw(1)
     x = start + (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
@@ -105,12 +103,11 @@ def noise(seed: int, sample: int, position: int, ids: NDArray[np.int32]) -> NDAr
 
 
 def choose(
-    values: NDArray[np.float32], ids: NDArray[np.int32], sampling: Sampling, sample: int, position: int
-) -> int:
-    """The token at one position of one sample, from logits `values` [n] of the tokens `ids` [n].
-
-    Computed in float64. Equal logits are ranked by id, so the order of the candidates is irrelevant.
-    """
+    values: NDArray[np.float32], ids: NDArray[np.int32], sampling: Sampling,
+    sample: int, position: int,
+) -> int:  # fmt: skip
+    """The token at one position of a sample, from logits `values` [n] of the tokens `ids` [n], in
+    float64. Equal logits are ranked by id, so the order of the candidates is irrelevant."""
     order = np.lexsort((ids, -values))  # likeliest first
     if sampling.temperature == 0:
         return int(ids[order[0]])

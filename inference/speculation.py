@@ -3,14 +3,14 @@
 `Ngrams` searches the text itself; `SmallModel` asks a smaller GPT, which every rank holds whole.
 Neither communicates. A guess changes the number of passes, never the text (generation.py): it is
 right if the model draws the same token there. `SmallModel` draws with the model's noise
-(sampling.py), which makes that likely.
+(sampling.py), which makes that likely. It has a KV cache of its own; an example with three guesses:
 
-The small model has a KV cache of its own. An example with three guesses, for a row `a b c d`:
-
-    the draft's cache   a b c
-    it reads and draws  d -> e, e -> f, f -> g      guesses e f g; the cache holds a b c d e f
-    the row becomes     a b c d e x                 e was right, f wrong
-    next time           a b c d e are read; it reads x in the place of f, and goes on
+    the row             a b c d
+    the draft's cache   a b c               d is not read yet
+    it reads and draws  d -> e  e -> f  f -> g
+    its cache           a b c d e f         the guesses are e f g
+    the row             a b c d e x         e was right, f wrong
+    the next time       it reads x in the place of f, and goes on from there
 """
 
 from collections import defaultdict
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference.decoding import decoder_for
+from inference.decoders import decoder_for
 from inference.sampling import Row, Sampling, candidates, choose
 from model import KVCache
 from tp_model import TensorParallelGPT
@@ -30,25 +30,19 @@ LONGEST_PAUSE = 8
 
 
 class Guesser(Protocol):
-    def begin(self) -> None:
-        """A new group of rows begins: forget the old ones."""
-        ...
+    """`begin` starts a new group of rows. `guess` gets the group's unfinished rows and returns at
+    most room[i] tokens that may follow row i; how many is the same on all ranks."""
 
-    def guess(self, rows: list[Row], room: list[int]) -> list[list[int]]:
-        """At most room[i] tokens that may follow row i, for all unfinished rows of the group.
+    def begin(self) -> None: ...
 
-        The numbers of guesses, though not the guesses, are the same on all ranks.
-        """
-        ...
+    def guess(self, rows: list[Row], room: list[int]) -> list[list[int]]: ...
 
 
 @dataclass
 class Pace:
-    """How many tokens of one row to guess: `reach`.
-
-    It doubles if all guesses were right; otherwise it is one more than were right. After two and
-    more failures in a row the next steps are made without guesses, as a wrong guess slows a step.
-    """
+    """`reach` is the number of tokens of one row to guess: twice as many after only right guesses,
+    else one more than were right. After several failures in a row there are ever longer pauses, as
+    wrong guesses slow a step."""
 
     reach: int
     misses: int = 0
@@ -63,15 +57,15 @@ class Pace:
     def learn(self, proposed: int, accepted: int, most: int) -> None:
         if not proposed:
             return
-        all_right = accepted == proposed
-        self.reach = min(most, max(self.reach, 2 * proposed) if all_right else accepted + 1)
+        longer = max(self.reach, 2 * proposed)
+        self.reach = min(most, longer if accepted == proposed else accepted + 1)
         self.misses = 0 if accepted else self.misses + 1
         self.pause = min(max(0, self.misses - 1), LONGEST_PAUSE)
 
 
 @dataclass
 class Speculation:
-    """Asks a guesser for at most `most` tokens of a row at a time, and counts how many were right."""
+    """Asks a guesser for at most `most` tokens of a row at a time, and counts the right ones."""
 
     guesser: Guesser
     most: int
@@ -89,34 +83,32 @@ class Speculation:
         return self.guesser.guess(rows, wanted)
 
     def learn(self, row: Row, proposed: int, accepted: int) -> None:
-        """So many of the row's last guesses were right."""
         self._paces[row.number].learn(proposed, accepted, self.most)
         self.proposed += proposed
         self.accepted += accepted
 
 
 class Ngrams:
-    """Prompt look-up: a row continues as it did after the last occurrence of its newest tokens.
-
-    Looks for the longest such run of tokens, at most `longest` and at least `shortest` of them. A
-    continuation that reaches the end of the text goes on with the guesses themselves.
-    """
+    """Prompt look-up: a row continues as it did after the last occurrence of its newest tokens, the
+    longest run of them of at most `longest` and at least `shortest`. Past the end of the text it
+    continues with its own guesses."""
 
     def __init__(self, longest: int = 5, shortest: int = 2):
         self.sizes = range(longest, shortest - 1, -1)
         self.begin()
 
     def begin(self) -> None:
-        # of each row: where each run occurred last (the index after it), and the tokens indexed
+        # for each row: the index after the last occurrence of each run, and the tokens indexed
         self.after: dict[int, dict[tuple[int, ...], int]] = defaultdict(dict)
         self.indexed: dict[int, int] = defaultdict(int)
 
     def guess(self, rows: list[Row], room: list[int]) -> list[list[int]]:
-        return [self._continue(row, most) if most else [] for row, most in zip(rows, room, strict=True)]
+        pairs = zip(rows, room, strict=True)
+        return [self._continue(row, most) if most else [] for row, most in pairs]
 
     def _continue(self, row: Row, most: int) -> list[int]:
         tokens, after = row.tokens, self.after[row.number]
-        for end in range(self.indexed[row.number] + 1, len(tokens)):  # the newest run is the one sought
+        for end in range(self.indexed[row.number] + 1, len(tokens)):  # without the newest run
             after.update({tuple(tokens[end - n : end]): end for n in self.sizes if n <= end})
         self.indexed[row.number] = max(self.indexed[row.number], len(tokens) - 1)
         runs = (tuple(tokens[-n:]) for n in self.sizes if n < len(tokens))
@@ -131,11 +123,8 @@ class Ngrams:
 
 @dataclass
 class _Cached:
-    """One row of the draft's cache.
-
-    It holds `read` of the row's tokens, from the token `begin` on, and then `guesses` that the draft
-    read while it guessed; the row may have got other tokens since.
-    """
+    """A row of the draft's cache, which begins at the row's token `begin`: it holds `read` of the
+    row's tokens, then `guesses` that the draft has read (the row may have got other tokens)."""
 
     row: Row
     begin: int
@@ -147,7 +136,7 @@ class _Cached:
         return len(self.row.tokens) - self.begin
 
     def accept(self) -> None:
-        """Count the guesses that the row got as read; its newest token is to be read once more."""
+        """Count the guesses that the row got as read, but not its newest token."""
         for token in self.guesses:
             if self.read == self.length - 1 or token != self.row.tokens[self.begin + self.read]:
                 break
@@ -156,10 +145,8 @@ class _Cached:
 
 
 class SmallModel:
-    """Guesses by drawing from the logits of a model of one rank.
-
-    A row that outgrows the model's block_size is read again, from half of block_size back.
-    """
+    """Draws guesses from a model of one rank. A row that outgrows the model's block_size is read
+    anew, from half of block_size back."""
 
     def __init__(self, model: TensorParallelGPT, sampling: Sampling):
         self.model, self.sampling, self.decoder = model, sampling, decoder_for(model)
@@ -183,7 +170,7 @@ class SmallModel:
             cache.advance([length + j for length in lengths])
             new = [[token] for token in drawn[-1]]
         guesses = {}
-        for cached, guess in zip(self.rows, map(list, zip(*drawn, strict=True)), strict=True):
+        for cached, *guess in zip(self.rows, *drawn, strict=True):
             guesses[cached.row.number] = guess
             cached.read, cached.guesses = cached.length, guess[:-1]  # the last one was not read
         return [guesses[row.number][:most] for row, most in zip(rows, room, strict=True)]
@@ -192,12 +179,9 @@ class SmallModel:
         """Each row's token, `ahead` positions after its next one, from logits [rows, v]."""
         vocab_size = self.model.config.vocab_size
         bits, ids = candidates(logits, 0, vocab_size, self.sampling, 1).numpy()
-        values = bits.view(np.float32)
-        rows = [cached.row for cached in self.rows]
-        return [
-            choose(values[i], ids[i], self.sampling, row.sample, row.new + ahead)
-            for i, row in enumerate(rows)
-        ]
+        places = [(cached.row.sample, cached.row.new + ahead) for cached in self.rows]
+        each = zip(bits.view(np.float32), ids, places, strict=True)
+        return [choose(values, theirs, self.sampling, *place) for values, theirs, place in each]
 
     def _follow(self, rows: list[Row], n: int) -> KVCache:
         """The cache, without the rows that ended and with room for n more tokens."""
@@ -217,17 +201,15 @@ class SmallModel:
 
     def _read(self, rows: list[Row], n: int) -> KVCache:
         """A new cache: one pass over all tokens of the rows but the newest."""
-        size, device = self.model.config.block_size, self.model.device
-        self.rows = []
-        for row in rows:
-            length = len(row.tokens)
-            begin = 0 if length + n - 1 <= size else length - size // 2
-            self.rows.append(_Cached(row, begin, length - begin - 1, []))
-        longest = max(cached.length for cached in self.rows)
-        most = min(size, longest + self.sampling.max_new_tokens + n)
+        size, lengths = self.model.config.block_size, [len(row.tokens) for row in rows]
+        begins = [0 if length + n - 1 <= size else length - size // 2 for length in lengths]
+        windows = [row.tokens[begin:-1] for row, begin in zip(rows, begins, strict=True)]
+        each = zip(rows, begins, windows, strict=True)
+        self.rows = [_Cached(row, begin, len(window), []) for row, begin, window in each]
+        longest = max(map(len, windows))
+        most = min(size, longest + 1 + self.sampling.max_new_tokens + n)
         self.cache = self.model.new_cache(len(rows), most)
-        if longest > 1:
-            windows = [cached.row.tokens[cached.begin : -1] for cached in self.rows]
-            padded = [window + [0] * (longest - 1 - len(window)) for window in windows]
-            self.model.hidden(torch.tensor(padded, device=device), self.cache)
+        if longest:
+            padded = [window + [0] * (longest - len(window)) for window in windows]
+            self.model.hidden(torch.tensor(padded, device=self.model.device), self.cache)
         return self.cache

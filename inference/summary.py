@@ -5,7 +5,7 @@ from typing import Any
 
 from base.numbers import nbytes
 from checkpoints.sources import Source
-from inference.decoding import Decoder
+from inference.decoders import Decoder
 from inference.generation import Generation
 from parallel.quantized import read_weights
 from plan.partition import Partition
@@ -44,11 +44,9 @@ def build_report(
     """The report; every rank calls this. seconds: of the whole generation."""
     timing, account = generation.timing, world.ledger.snapshot()
     rate = timing.decode_tokens / timing.decode_s if timing.decode_tokens else 0.0
-    figures = {
-        "load_s": load_s, "time_to_first_token_s": timing.time_to_first_token_s,
-        "prefill_s": timing.prefill_s, "decode_s": timing.decode_s,
-        "decode_tokens": timing.decode_tokens, "decode_tokens_per_s": rate,
-    }  # fmt: skip
+    names = ("time_to_first_token_s", "prefill_s", "decode_s", "decode_tokens")
+    figures = {"load_s": load_s} | {name: getattr(timing, name) for name in names}
+    figures["decode_tokens_per_s"] = rate
     # all-reduces and the like of forward passes, without the small calls that agree on tokens
     counts = {"passes": world.ledger.forward_passes}
     for entry, tally in account.items():
@@ -96,9 +94,9 @@ def print_summary(made: dict[str, Any], draft: str, slid: bool) -> None:
             f"the context is full at block_size={size}: from there on each token cost a forward "
             f"pass over {size} tokens (--overflow=stop ends samples there instead)"
         )
-    speed = f"{timing['decode_tokens_per_s']:.1f} tokens/s after a " if timing["decode_tokens"] else ""
-    prefill = f"prefill of {timing['prefill_s']:.3f} s"
-    lines.append(f"{speed}{prefill}; loaded in {timing['load_s']:.2f} s")
+    speed = f"{timing['decode_tokens_per_s']:.1f} tokens/s after a " * bool(timing["decode_tokens"])
+    seconds = f"{timing['prefill_s']:.3f} s; loaded in {timing['load_s']:.2f} s"
+    lines.append(f"{speed}prefill of {seconds}")
     ops = [op for op in ("all_reduce", "all_gather", "reduce_scatter") if op in per_token]
     calls = "".join(f", {per_token[op]:.2f} {op.replace('_', '-')}s" for op in ops)
     lines.append(f"{per_token['passes']:.2f} passes a token{calls}")

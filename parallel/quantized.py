@@ -5,7 +5,7 @@ that every tp has the same q and s. Row-parallel layers hold only some columns o
 model is loaded. Activations keep their dtype: GPT-2's do not survive 8 bits, as a few channels are far larger than the
 rest. Partial sums leave a layer as before, so ranks say exactly what they say without quantizing.
 
-The native decode step (decoding.py) reads the 8-bit weights themselves, a quarter of the bytes. Elsewhere some rows of a
+The native decode step (native_decoder.py) reads the 8-bit weights themselves, a quarter of the bytes. Elsewhere some rows of a
 matrix at a time are widened for the product they are needed in: that saves memory, and hardly any time.
 """
 

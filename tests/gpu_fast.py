@@ -13,7 +13,7 @@ from gpu_right import write_letters
 from gpu_steps import ROOT, SHAPES, Step
 
 from bench.contestants import Contestant
-from inference.decoding import Decoder, GraphDecoder, TorchDecoder
+from inference.decoders import Decoder, GraphDecoder, TorchDecoder
 from inference.generation import generate
 from inference.sampling import Sampling
 from model import GPTConfig

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from gpu_steps import ROOT, Step
 from torch import Tensor
 
-from inference.decoding import CudaGraphs, GraphDecoder, TorchDecoder
+from inference.decoders import CudaGraphs, GraphDecoder, TorchDecoder
 from model import GPTConfig
 from parallel.collectives import Axis, GroupTransport
 from parallel.symmetric import MOST_BYTES, SymmetricTransport

@@ -25,7 +25,7 @@ from bench.inference import ClockedSteps, subject
 from bench.rounds import Bench, spread, table
 from bench.training import iterations, prepared
 from cli.options import BenchDecodeOptions, BenchOptions, BenchTrainOptions
-from inference.decoding import decoder_for
+from inference.decoders import decoder_for
 from inference.generation import generate
 from inference.sampling import Sampling
 from parallel.collectives import Axis, all_reduce

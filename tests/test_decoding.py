@@ -16,8 +16,9 @@ from test_entry import launch, spoken
 from test_tp_model import deaf
 from torch import Tensor
 
-from inference.decoding import MOST_TOKENS, Decoder, GraphDecoder, NativeDecoder, Replay, TorchDecoder, decoder_for
+from inference.decoders import CudaGraphs, Decoder, GraphDecoder, Replay, TorchDecoder, decoder_for
 from inference.generation import Generation
+from inference.native_decoder import MOST_TOKENS, NativeDecoder
 from inference.sampling import Row, Sampling
 from model import GPT, GPTConfig
 from parallel import collectives
@@ -57,7 +58,7 @@ def texts(config: GPTConfig, rows: int) -> list[list[int]]:
     return [torch.randint(config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
-class Reruns:
+class Reruns(CudaGraphs):
     """In the place of CUDA graphs: a replay is a run, into the same memory. So is the run before a capture.
 
     ended: what the GPU would say of a replay's end. timed: replays whose seconds were asked for.

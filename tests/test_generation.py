@@ -17,7 +17,7 @@ from ranks import alone, run_ranks
 from base.errors import UserError
 from checkpoints.sources import open_source, reader
 from inference import generation
-from inference.decoding import TorchDecoder
+from inference.decoders import TorchDecoder
 from inference.generation import Generation, generate
 from inference.output import RowText
 from inference.prompts import check_prompts

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from base.errors import UserError
 from checkpoints.manifest import Sync, read_manifest
-from inference.decoding import NativeDecoder, TorchDecoder
+from inference.decoders import TorchDecoder
+from inference.native_decoder import NativeDecoder
 from model import GPT, GPTConfig
 from plan.partition import Partition
 from plan.schedule import Schedule

@@ -20,8 +20,9 @@ from base.files import write_json
 from checkpoints.convert import split as split_source
 from cli.grammar import parse
 from cli.options import SampleOptions, SplitOptions
-from inference.decoding import GraphDecoder, NativeDecoder, TorchDecoder
+from inference.decoders import GraphDecoder, TorchDecoder
 from inference.generation import Generation, generate
+from inference.native_decoder import NativeDecoder
 from inference.sampling import Row, Sampling
 from inference.speculation import Guesser, Ngrams, Pace, SmallModel, Speculation
 from model import GPT, GPTConfig

@@ -1,0 +1,202 @@
+"""The decode step: local logits of the newest tokens of rows that are in a KV cache.
+
+`TorchDecoder` runs the model. `GraphDecoder` repeats one run of it as a CUDA graph, which saves the
+host some hundred kernel launches a token. `NativeDecoder` (native_decoder.py) runs it in C on one
+CPU core. The collectives are the same with each.
+"""
+
+import time
+import weakref
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from base.native import Unavailable
+from model import KVCache
+from parallel.ledger import Repeat, Told
+from tp_model import TensorParallelGPT
+
+
+class Decoder(Protocol):
+    """name: for the report. why: the reason a faster one is not used, or "". capture_s: seconds so
+    far that prepared steps, to be left out of their speed."""
+
+    name: str
+    why: str
+    capture_s: float
+
+    def logits(self, tokens: list[list[int]], cache: KVCache) -> Tensor:
+        """Local logits [rows, T, v] after each of the T newest tokens of every row.
+
+        The cache holds all tokens before them; this adds theirs, and the caller advances it. The
+        next call may overwrite the result. ValueError if the cache has no room.
+        """
+        ...
+
+
+def decoder_for(model: TensorParallelGPT) -> Decoder:
+    """The fastest decoder for this model, device and transport."""
+    from inference.native_decoder import NativeDecoder  # which imports this file
+
+    weight, transport = model.transformer.wpe.weight, model.tp.transport
+    if weight.device.type == "cuda":
+        # cuDNN's kernel is the fastest, but planned anew for each cache length: 0.5 s a token
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        if not model.compiled:
+            return TorchDecoder(model)
+        if transport is not None and transport.name == "gloo":
+            why = "over gloo messages go through the host, so a step cannot be a CUDA graph"
+            return TorchDecoder(model, why)
+        return GraphDecoder(model)
+    native = weight.device.type == "cpu" and weight.dtype == torch.float32 and not model.compiled
+    if not native or torch.get_num_threads() != 1:
+        return TorchDecoder(model)
+    try:
+        return NativeDecoder(model)
+    except Unavailable as error:
+        return TorchDecoder(model, str(error))
+
+
+def checked_T(tokens: list[list[int]], cache: KVCache) -> int:
+    """The number of new tokens in every row. ValueError if the cache has no room for them."""
+    n, T = max(cache.lengths), len(tokens[0])
+    if n + T > cache.size:
+        raise ValueError(f"{n} tokens are in the cache, {T} more do not fit its {cache.size}")
+    return T
+
+
+class TorchDecoder:
+    name, capture_s = "torch", 0.0
+
+    def __init__(self, model: TensorParallelGPT, why: str = ""):
+        self.model, self.why = model, why
+
+    def logits(self, tokens: list[list[int]], cache: KVCache) -> Tensor:
+        idx = torch.tensor(tokens, device=self.model.device)
+        return self.model.local_logits(self.model.hidden(idx, cache))
+
+
+# Launches a graph, and returns a function that tells whether the GPU has finished it
+Replay = Callable[[], Callable[[], bool]]
+
+
+class CudaGraphs:
+    """Captures CUDA graphs on the current device, all on one stream: each costs cuBLAS memory."""
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
+
+    def __call__(self, step: Callable[[], Any]) -> tuple[Replay, Any]:
+        """A replay of `step`, and the result of `step`, which every replay overwrites."""
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            step()  # a first run compiles and sets libraries up, which cannot be captured
+        current.wait_stream(self._stream)
+        # thread_local: nccl's watchdog thread may query its events meanwhile
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            out = step()
+
+        def replay() -> Callable[[], bool]:
+            graph.replay()
+            end = torch.cuda.Event()
+            end.record()
+            return end.query
+
+        return replay, out
+
+    def seconds(self, replay: Replay) -> float:
+        """The GPU's time for one replay."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000.0
+
+
+class FixedCache(KVCache):
+    """The keys and values of `cache` for passes of fixed shapes, which attend to all of it under a
+    mask. at: the rows' lengths, [rows] int64 on the device, which the caller sets before a pass."""
+
+    def __init__(self, cache: KVCache, at: Tensor):
+        self.k, self.v, self.size, self.at = cache.k, cache.v, cache.size, at
+
+    def begin(self, T: int) -> Tensor:
+        self.layer, self.uniform, self.causal, self.stop = 0, False, False, self.size
+        self.positions = self.at.unsqueeze(1) + torch.arange(T, device=self.at.device)
+        columns = torch.arange(self.size, device=self.at.device)
+        self.mask = (columns <= self.positions.unsqueeze(-1)).unsqueeze(1)  # [rows, 1, T, size]
+        return self.positions
+
+
+class FixedStep:
+    """A decode step without arguments, which can be captured: `fill` writes the tokens and lengths
+    into fixed device memory. Its collectives and forward pass are collected in `told`."""
+
+    told: Told
+
+    def __init__(self, model: TensorParallelGPT, cache: KVCache, T: int):
+        shape = (1 + T, len(cache.lengths))
+        self.model, self.inputs = model, torch.empty(shape, dtype=torch.int64, device=model.device)
+        self.cache = FixedCache(cache, self.inputs[0])
+
+    def fill(self, tokens: list[list[int]], lengths: list[int]) -> None:
+        # one copy from the host
+        self.inputs.copy_(torch.tensor([lengths, *zip(*tokens, strict=True)]))
+
+    def __call__(self) -> Tensor:
+        with self.model.tp.ledger.telling_aside() as self.told:
+            return self.model.local_logits(self.model.hidden(self.inputs[1:].T, self.cache))
+
+
+class GraphDecoder:
+    """Captures the model's step once for each cache and T, and replays it for every token.
+
+    Rows that leave the cache make a new one (KVCache.rows), and so a new capture. A graph is freed
+    with its cache: nccl would wait for it at exit. The account counts replays, not captures. No
+    clock can run within a graph: a call's seconds are those of a graph of the same messages alone,
+    timed once. Ranks capture and replay in the same order. capture: for tests without a GPU.
+    """
+
+    name, why = "cuda graph", ""
+
+    def __init__(self, model: TensorParallelGPT, capture: CudaGraphs | None = None):
+        self.model, self.capture, self.capture_s = model, capture or CudaGraphs(), 0.0
+        self._steps: weakref.WeakKeyDictionary[KVCache, dict[int, tuple[FixedStep, Replay, Tensor]]]
+        self._steps = weakref.WeakKeyDictionary()
+
+    def logits(self, tokens: list[list[int]], cache: KVCache) -> Tensor:
+        T = checked_T(tokens, cache)
+        steps = self._steps.setdefault(cache, {})
+        if T not in steps:
+            step = FixedStep(self.model, cache, T)
+            step.fill(tokens, cache.lengths)  # a capture's runs write the cache as the replay will
+            steps[T] = (step, *self._captured(step))
+        step, replay, out = steps[T]
+        step.fill(tokens, cache.lengths)
+        self.model.tp.ledger.repeat(step.told, replay())
+        return out
+
+    def _captured(self, step: FixedStep) -> tuple[Replay, Tensor]:
+        began = time.perf_counter()
+        replay, out = self.capture(step)
+        for nbytes in sorted({call.call[1] for call in step.told.calls}):
+            alike = [call for call in step.told.calls if call.call[1] == nbytes]
+            messages, _ = self.capture(partial(_make_again, alike))
+            messages()  # ranks that finished this one begin the timed one together
+            seconds = self.capture.seconds(messages) / len(alike)
+            for call in alike:
+                call.seconds = seconds
+                del call.again  # it holds the memory of its message
+        self.capture_s += time.perf_counter() - began
+        return replay, out
+
+
+def _make_again(calls: list[Repeat]) -> None:
+    for call in calls:
+        call.again()
