@@ -3,7 +3,6 @@
     python drop_syncs.py group --init_from=SRC --ranks=2 --dataset=NAME --out=GROUPED
     torchrun --standalone --nproc_per_node=2 drop_syncs.py scan --init_from=GROUPED --dataset=NAME --scan=FILE.json --budget=1%
     torchrun --standalone --nproc_per_node=2 drop_syncs.py repair --init_from=GROUPED --dataset=NAME --sync=mlp --out=DIR
-    python drop_syncs.py curve --reports=SCAN.json,REPAIR.json --plot=FILE.png
 
 Perplexities are exact, of the dataset's validation split. What was made for one number of ranks is for that number only.
 """
@@ -23,13 +22,12 @@ from base.files import check_target, new_directory, write_json
 from checkpoints.convert import SHARD_FILES, place, write_shards
 from checkpoints.manifest import Sync
 from checkpoints.sources import Source, common_tokenizer, identity, open_source, reader
-from cli.options import CurveOptions, DropOptions, GroupOptions, RepairOptions, ScanOptions
-from eval_tp import measure
-from fewer_syncs.curve import draw, read_reports
+from cli.options import DropOptions, GroupOptions, RepairOptions, ScanOptions
 from fewer_syncs.distillation import Lessons, repair_run, repair_whole, train_on
 from fewer_syncs.grouping import Groups, Regrouped, damages, group
 from fewer_syncs.scan import Measured, Perplexities, curve, parse_budget, sensitivities, within
 from fewer_syncs.speed import check_length, decode_times
+from inference.perplexity import measure
 from model import GPT
 from plan.partition import Partition
 from plan.schedule import Schedule, SubBlock
@@ -245,26 +243,10 @@ def repair(world: World, options: RepairOptions) -> None:
         report.write(options.report, {"entry": "drop_syncs", "what": "repair", **about(world, source, tokens), **figures})
 
 
-# --- curve ----------------------------------------------------------------------------------------------------------
-
-
-def plot_curve(world: World, options: CurveOptions) -> None:
-    if world.is_main:
-        report.check_place(options.plot, "plot")
-        report.check_place(options.report, "report")
-        names = [name.strip() for name in options.reports.split(",") if name.strip()]
-        made = read_reports([Path(name) for name in names])
-        draw(made, Path(options.plot))
-        if options.report:
-            reports = [{"file": name, **found} for name, found in zip(names, made, strict=True)]
-            report.write(options.report, {"entry": "drop_syncs", "what": "curve", "reports": reports})
-
-
 COMMANDS: dict[str, tuple[type[Any], Callable[[World, Any], None]]] = {
     "group": (GroupOptions, group_heads),
     "scan": (ScanOptions, scan),
     "repair": (RepairOptions, repair),
-    "curve": (CurveOptions, plot_curve),
 }
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from base.console import console
-from base.errors import ReaderGone, UserError, nbytes
+from base.errors import ReaderGone, UserError
+from base.numbers import nbytes
 from checkpoints import convert
 from checkpoints.manifest import TensorEntry
 from checkpoints.sources import open_shards
@@ -29,20 +30,8 @@ def split(options: SplitOptions) -> None:
     made, note = convert.split(options)
     sizes = [f"{n / 1e6:,.1f} MB" if n >= 1e5 else nbytes(n) for _, n, _ in made.files]
     print(f"{options.out}: {made.source} in {made.tp} shards of {', '.join(sizes)} ({made.dtype})")
-    for line in filter(None, (imbalance(Partition.of(made.model, made.tp)), note)):
+    for line in filter(None, (Partition.of(made.model, made.tp).imbalance(), note)):
         print(line)
-
-
-def imbalance(partition: Partition) -> str:
-    """What an uneven split of heads costs, or "" where it is even."""
-    heads = [hi - lo for lo, hi in map(partition.heads, range(partition.tp))]
-    if min(heads) == max(heads):
-        return ""
-    extra = max(heads) * partition.tp / partition.n_head - 1
-    return (
-        f"tp={partition.tp} over {partition.n_head} heads: {','.join(map(str, heads))} "
-        f"(busiest rank does {extra:.0%} more attention than an even split)."
-    )
 
 
 def merge(options: MergeOptions) -> None:

@@ -61,10 +61,3 @@ def shown(value: Any) -> str:
 def printable(text: str, most: int = 100) -> str:
     """The beginning of a text that a file brought, fit for a terminal."""
     return "".join(char if char.isprintable() else "?" for char in text[:most])
-
-
-def nbytes(n: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if n >= size:
-            return f"{n / size:,.3g} {unit}" if n < 100 * size else f"{n / size:,.0f} {unit}"
-    return f"{n:,.0f} B"

@@ -30,6 +30,8 @@ from cli.options import (
 )
 from inference.decoding import Decoder, decoder_for
 from inference.generation import generate
+from inference.load import load, load_draft
+from inference.prompts import check_prompts, encode, read_prompts
 from inference.sampling import Sampling
 from model import GPTConfig, KVCache, initial_tensor
 from parallel.ledger import Account, total
@@ -37,7 +39,6 @@ from parallel.quantized import read_weights
 from plan.cost import ring_bytes
 from plan.partition import Partition
 from plan.schedule import Schedule
-from sample_tp import drafted, encode, load, read_prompts
 from text.tokenizer import Tokenizer
 from tp_model import TensorParallelGPT
 from world import peaks
@@ -91,6 +92,7 @@ def subject(world: World, options: BenchModelOptions, n: int, text: str = "") ->
         prompt = [(7 * i * i + 3) % (vocab_size - 1) for i in range(options.prompt_tokens)]
         if text:
             (prompt,) = encode(read_prompts([text]), tokenizer)
+            check_prompts([prompt], vocab_size, size, Sampling(vocab_size))
         if len(prompt) + n > size:
             raise UserError(f"a prompt of {len(prompt)} tokens and {n} new ones do not fit block_size={size}.")
         names = ("device", "dtype", "compile", "quantize", "sync", "sequence_parallel")
@@ -135,7 +137,7 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
     with subject(world, options, options.new_tokens, options.prompt) as measured:
         model, n, schedule = measured.model, measured.n, measured.model.schedule
         guess = replace(measured.options, draft=options.draft, draft_tokens=options.draft_tokens)
-        draft = drafted(world, guess, measured.tokenizer, measured.sampling)
+        draft = load_draft(world, guess, measured.tokenizer, measured.sampling)
         decoder = FromFirstStep(decoder_for(model), world)
         plain = None
         if "all_syncs" in bench.names:
@@ -151,7 +153,7 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
         def step(record: bool = True, guess: bool = True) -> dict[str, Any]:
             decoder.before, decoder.steps, captured = None, 0, decoder.capture_s
             world.ledger.on = record
-            result = generate(model, [measured.prompt], measured.sampling, None, decoder, draft if guess else None)
+            result = generate(model, [measured.prompt], measured.sampling, decoder, draft if guess else None)
             world.ledger.on = True
             timing, said = result.timing, total(world.ledger.since(decoder.before or {}))
             count = timing.decode_tokens

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-import train_tp
 from base.errors import UserError
 from bench.elsewhere import ask
 from bench.inference import subject
@@ -18,13 +17,15 @@ from bench.rounds import Bench, spread
 from bench.training import prepared
 from cli.options import BenchDecodeOptions, BenchPredictOptions, BenchTrainOptions
 from inference.decoding import Decoder, decoder_for
-from inference.generation import Sampling, generate
+from inference.generation import generate
+from inference.sampling import Sampling
 from model import KVCache
 from parallel.collectives import Axis, all_reduce
 from parallel.loss import chunk_rows
 from plan.cost import MODES, Hardware, Link, Seconds, Step, fit_link
 from plan.schedule import Schedule
 from report import report
+from train import loop
 from world.mesh import World, make_axis
 
 ALONE = "one rank"
@@ -178,7 +179,7 @@ class Workshop:
         run, _ = self.stack.enter_context(prepared(world, options, sync=job.sync))
 
         def iterate() -> None:
-            train_tp.iterate(run, 1e-4)
+            loop.iterate(run, 1e-4)
             run.progress.iter_num += 1
 
         model, n = run.model, job.rows * job.tokens

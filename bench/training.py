@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import train_tp
 from bench.contestants import TRAINERS
 from bench.rounds import Bench, compare, plot_bars, shown, spread
 from checkpoints.huggingface import GPT2_TOKENS
@@ -20,12 +19,15 @@ from parallel.ledger import total
 from text.dataset import Dataset, write_tokens
 from text.tokenizer import IdsTokenizer, write_tokenizer
 from train.checkpoint import Saver
+from train.loop import agree, iterate
+from train.loop import save as save_run
+from train.setup import Run, prepare
 from world import peaks
 from world.mesh import World
 
 
 @contextmanager
-def prepared(world: World, options: BenchTrainOptions | BenchSaveOptions, **more: Any) -> Iterator[tuple[train_tp.Run, Path]]:
+def prepared(world: World, options: BenchTrainOptions | BenchSaveOptions, **more: Any) -> Iterator[tuple[Run, Path]]:
     """A run on random tokens that stands before its first iteration, and the directory that it is in."""
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(world.gather(scratch)[0])
@@ -41,7 +43,7 @@ def prepared(world: World, options: BenchTrainOptions | BenchSaveOptions, **more
         settings = {name: getattr(options, name) for name in names} | more
         settings |= {"data_dir": str(place), "dataset": "random", "out_dir": str(place / "out")}
         asked = TrainOptions(gradient_accumulation_steps=1, bias=True, **settings)
-        yield train_tp.prepare(world, asked, Dataset(place / "random")), place
+        yield prepare(world, asked, Dataset(place / "random")), place
         world.barrier()
 
 
@@ -53,7 +55,7 @@ def train(world: World, options: BenchTrainOptions) -> None:
             before, started = world.ledger.snapshot(), time.perf_counter()
             losses = []
             for _ in range(options.steps):
-                losses.append(train_tp.iterate(run, 1e-4)[0])
+                losses.append(iterate(run, 1e-4)[0])
                 run.progress.iter_num += 1
             world.synchronize()
             seconds = time.perf_counter() - started
@@ -102,7 +104,7 @@ def save(world: World, options: BenchSaveOptions) -> None:
         def iterations(count: int) -> float:
             started = time.perf_counter()
             for _ in range(count):
-                train_tp.iterate(run, 1e-4)
+                iterate(run, 1e-4)
                 run.progress.iter_num += 1
             world.synchronize()
             return time.perf_counter() - started
@@ -110,18 +112,18 @@ def save(world: World, options: BenchSaveOptions) -> None:
         def saved(kind: str, usual: float) -> dict[str, Any]:
             """What a save costs: the seconds that it and the iterations beside it take, beyond what these usually take."""
             started, count = time.perf_counter(), 0
-            ended = train_tp.save(run, savers[kind])
+            ended = save_run(run, savers[kind])
             pause = time.perf_counter() - started
-            while train_tp.agree(world, (int(world.is_main and not ended),))[0]:
+            while agree(world, (int(world.is_main and not ended),))[0]:
                 iterations(1)
                 count += 1
-                ended = savers[kind].poll(not train_tp.agree(world, (int(savers[kind].busy),))[0])
+                ended = savers[kind].poll(not agree(world, (int(savers[kind].busy),))[0])
             seconds = time.perf_counter() - started
             return {"pause": pause, "stall": seconds - count * usual, "seconds": seconds, "iterations": count}
 
         iterations(2)
         for saver in savers.values():  # the first takes the memory
-            train_tp.save(run, saver)
+            save_run(run, saver)
             saver.finish()
         rounds: list[dict[str, Any]] = []
         for _ in range(options.repeats):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from base.errors import UserError, nbytes
+from base.errors import UserError
 from base.files import check_target, naming, new_directory, new_file, remove_leftovers, write_json
+from base.numbers import nbytes
 from checkpoints.huggingface import GPT2_TOKENS, is_conv1d
 from checkpoints.manifest import DTYPES, MANIFEST, Manifest, TensorEntry, dtype_name, shard_name
 from checkpoints.shards import ShardSource

@@ -64,8 +64,8 @@ class NanoGPTCheckpoint:
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        found = {name: (list(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-        found = dict.fromkeys(state, (None, None)) | found
+        found: dict[str, Any] = dict.fromkeys(state, (None, None))
+        found |= {name: (list(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         self.dtype = check_weights(found, self.config, str(path), "model_args say")
         if HEAD in state:
             check_tied(state[HEAD], state[TABLE], str(path))

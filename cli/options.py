@@ -1,8 +1,7 @@
-"""Every entry's options as dataclasses. How they are set: cli/grammar.py.
+"""Every command's options as dataclasses; grammar.py reads them from the command line.
 
-Names that nanoGPT has keep nanoGPT's meaning, and nearly all of them its default, so that its config files and its
-users' habits work here. The exceptions are there because this program also runs on a laptop's processors: device and
-dtype are chosen automatically, and compilation has to be asked for.
+Options that nanoGPT has keep its names, meanings and nearly all defaults, so its config files work.
+device, dtype and compile differ, because nanoTP also runs on CPUs.
 """
 
 import dataclasses
@@ -10,103 +9,120 @@ from dataclasses import dataclass
 from typing import Any
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None, low: float | None = None,
-           high: float | None = None, above: float | None = None, below: float | None = None,
-           required: bool = False, also: str = "") -> Any:
-    """A dataclass field that knows its line of help and what values it takes; `also` is a second name for it.
+def option(
+    default: Any, help: str, choices: tuple[str, ...] | None = None, *, low: float | None = None,
+    high: float | None = None, above: float | None = None, below: float | None = None,
+    required: bool = False, also: str = "",
+) -> Any:  # fmt: skip
+    """A dataclass field with its line of help and its limits; `also` is a second name for it.
 
-    `low` and `high` are allowed themselves, `above` and `below` are not. A required option has "" as its default and
-    may not be left so. A list is copied for each instance.
+    `low` and `high` are allowed, `above` and `below` are not. A required option must not stay "".
     """
-    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above, "below": below,
-                "required": required, "also": also}
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above,
+                "below": below, "required": required, "also": also}  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# The options that hold a path, in every command, and a regular expression of what stands before it.
+# Options that hold a path, in every command, and a regular expression of what stands before it.
 PATHS = {
     **dict.fromkeys(("data_dir", "dataset", "draft", "init_from", "kept", "out", "out_dir"), "^"),
     **dict.fromkeys(("plot", "report", "scan", "shards", "text", "tokenizer"), "^"),
-    **{"start": "^(?:FILE|PROMPTS):", "prompt": "^FILE:", "reports": "^|, *"},
+    **{"start": "^(?:FILE|PROMPTS):", "prompt": "^FILE:"},
 }
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SOURCES = "hub name, HF directory, ckpt.pt, shard or training directory"
+SYNC = "sync points: all, mlp, every:K or a list (0a,0m,1m); default: as the weights say"
+TOKENIZER = "directory with tokenizer.json or meta.pkl, gpt2 or ids; default: the checkpoint's"
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What each entry can be told. Each class's docstring is the description that --help shows.
+# --- each class's docstring is the description that --help shows ----------------------------------
+
 
 @dataclass(frozen=True, kw_only=True)
 class EntryOptions:
-    """What every command has."""
+    """Options of every command."""
 
     debug: bool = option(False, "show the traceback of an error, too")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(EntryOptions):
-    """What every entry that torchrun starts has."""
+    """Options of every command that torchrun starts."""
 
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = option("auto", "precision of the computation", ("auto", "float32", "bfloat16", "float16"))
+    dtype: str = option("auto", "precision of the computation", DTYPES)
     comm: str = option("auto", "transport of the collectives", ("auto", "nccl", "gloo", "shm"))
     compile: bool = option(False, "run the model through torch.compile")
-    seed: int = option(1337, "seed of every random choice, which are the same at every tp", low=0, high=2**63 - 1)
+    seed: int = option(1337, "seed of every random choice, the same at every tp", low=0,
+                       high=2**63 - 1)
     threads: int = option(0, "CPU threads a rank, 0 = cores divided by ranks", low=0, high=1024)
     oversubscribe: bool = option(False, "let several ranks share one GPU, over gloo")
-    comm_timeout: float = option(120.0, "seconds to wait in a collective for the other ranks", above=0)
+    comm_timeout: float = option(120.0, "seconds a collective waits for other ranks", above=0)
     start_timeout: float = option(30.0, "seconds to wait for all ranks at the start", above=0)
     report: str = option("", "write the run's account: a page to FILE.html, else JSON")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions(RunOptions):
-    """Generate text with the model split over all ranks. In float32 the tokens are the same on any number."""
+class InferenceOptions(RunOptions):
+    """Options of every command that runs a trained model."""
 
-    init_from: str = option("resume", "weights: hub name, HF directory, ckpt.pt, shard or training directory;"
-                                      " resume = out_dir")
+    init_from: str = option("resume", f"weights: {SOURCES}; resume = out_dir")
     out_dir: str = option("out", "training directory that init_from=resume reads")
-    start: list[str] = option(["\n"], "prompt; FILE:path reads one, PROMPTS:path one a line; may be repeated",
-                              also="prompt")
+    quantize: str = option("", "int8: 8-bit matrices, for less memory and faster decoding",
+                           ("", "int8"))
+    sync: str = option("", SYNC)
+    sequence_parallel: bool = option(False, "split activations over the sequence, to save memory")
+    tokenizer: str = option("", TOKENIZER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(InferenceOptions):
+    """Generate text with a model split over all ranks. In float32 it is the same text at any tp."""
+
+    start: list[str] = option(["\n"], "prompt; FILE:path reads one, PROMPTS:path one a line; may be"
+                                      " repeated", also="prompt")
     num_samples: int = option(1, "samples drawn for each prompt", low=1)
     batch_size: int = option(32, "rows (prompts x samples) generated at a time", low=1)
     max_new_tokens: int = option(200, "tokens generated for each sample", low=1)
-    temperature: float = option(0.8, "below 1 likelier tokens, above 1 more variety, 0 = greedy", low=0)
+    temperature: float = option(0.8, "below 1 likelier tokens, above 1 more variety, 0 = greedy",
+                                low=0)
     top_k: int = option(200, "sample among the k likeliest tokens, 0 = all", low=0)
-    top_p: float = option(1.0, "sample among the likeliest tokens that hold this much probability", above=0, high=1)
+    top_p: float = option(1.0, "sample among the likeliest tokens that hold this much probability",
+                          above=0, high=1)
     stop: str = option("", "end a sample where this text appears")
     stream: bool = option(True, "print the text as it is generated")
     out: str = option("", "keep the samples in this file, one JSON object a line")
-    overflow: str = option("slide", "at block_size tokens: keep the last ones, end the sample, or refuse",
+    overflow: str = option("slide", "at block_size tokens: keep the last ones, end, or refuse",
                            ("slide", "stop", "error"))
-    kv_cache: bool = option(True, "keep keys and values of past tokens instead of computing them again")
-    draft: str = option("", "guess ahead, the same text in fewer passes: ngram, or a small model as in init_from")
+    kv_cache: bool = option(True, "keep keys and values of past tokens")
+    draft: str = option("", "guess ahead, the same text in fewer passes: ngram, or a small model")
     draft_tokens: int = option(5, "tokens guessed ahead at most", low=1)
-    quantize: str = option("", "int8: the matrices in 8 bits, for less memory and faster decoding", ("", "int8"))
-    sync: str = option("", "sync points: all, mlp, every:K, or a list (0a,0m,1m); default: as the weights say")
-    sequence_parallel: bool = option(False, "split the prompt's activations over the sequence, to save memory")
-    tokenizer: str = option("", "directory with tokenizer.json or meta.pkl, gpt2 or ids; default: what the checkpoint says")
 
 
-# nanoGPT's options come first, in nanoGPT's order; the model and the schedule default to GPT-2 124M on OpenWebText as
-# there. gradient_accumulation_steps counts the whole job's micro-batches (nanoGPT divides by its ranks, this by dp), so
-# an iteration holds the same tokens however many ranks share it.
+# nanoGPT's options come first, in nanoGPT's order. gradient_accumulation_steps counts the whole
+# job's micro-batches (nanoGPT divides by its ranks, this by dp), so an iteration holds the same
+# tokens on any number of ranks.
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(RunOptions):
-    """Train from scratch, fine-tune, resume or evaluate a GPT, tp ranks to a model and world size / tp models."""
+    """Train from scratch, fine-tune, resume or evaluate a GPT, tp ranks to a model and
+    world size / tp models."""
 
     out_dir: str = option("out", "directory of the checkpoints, metrics.jsonl and the tokenizer")
     eval_interval: int = option(2000, "iterations between two evaluations", low=1)
     log_interval: int = option(1, "iterations between two printed lines", low=1)
     eval_iters: int = option(200, "batches of each split in an evaluation", low=1)
     eval_only: bool = option(False, "evaluate once, then end")
-    always_save_checkpoint: bool = option(True, "save after each evaluation, not only when the loss is the best yet")
-    init_from: str = option("scratch", "scratch, resume, or weights: hub name, HF directory, ckpt.pt, shard directory")
+    always_save_checkpoint: bool = option(True, "save after every evaluation, not only the best")
+    init_from: str = option("scratch", "scratch, resume, or weights: hub name, HF directory,"
+                                       " ckpt.pt, shard directory")
     wandb_log: bool = option(False, "send the metrics to wandb as well")
     wandb_project: str = option("nanotp", "wandb project")
     wandb_run_name: str = option("gpt2", "wandb run name")
     dataset: str = option("openwebtext", "directory below data_dir with train.bin and val.bin")
     data_dir: str = option("data", "directory of the datasets")
-    gradient_accumulation_steps: int = option(40, "micro-batches an iteration, over all dp groups together", low=1)
+    gradient_accumulation_steps: int = option(40, "micro-batches an iteration, over all dp groups",
+                                              low=1)
     batch_size: int = option(12, "sequences in a micro-batch", low=1)
     block_size: int = option(1024, "tokens in a sequence", low=1)
     n_layer: int = option(12, "layers", low=1)
@@ -126,100 +142,96 @@ class TrainOptions(RunOptions):
     min_lr: float = option(6e-5, "lowest learning rate", low=0)
     backend: str = option("", "nanoGPT's name for comm, used where comm=auto", ("", "nccl", "gloo"))
     tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
-    sync: str = option("", "sync points: all, mlp, every:K, or a list (0a,0m,1m); default: as the weights say")
-    activation_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
-    sequence_parallel: bool = option(False, "split what is between the matrix products over the sequence, to save memory")
-    dp_shard: bool = option(False, "shard parameters, gradients and optimizer state over dp (FSDP2), to save memory")
-    dp_reduce_dtype: str = option("float32", "what gradients travel and are added in over dp", ("float32", "bfloat16"))
-    async_save: bool = option(False, "write checkpoints in the background, from a copy in host memory")
-    save_interval: int = option(0, "iterations between two checkpoints, 0 = at each evaluation", low=0)
-    check_replicas: int = option(500, "iterations between two checks that ranks hold the same parameters, 0 = never", low=0)
+    sync: str = option("", SYNC)
+    activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    sequence_parallel: bool = option(False, "split what lies between matrix products over the"
+                                            " sequence, to save memory")
+    dp_shard: bool = option(False, "shard parameters, gradients and optimizer over dp (FSDP2)")
+    dp_reduce_dtype: str = option("float32", "precision in which gradients are summed over dp",
+                                  ("float32", "bfloat16"))
+    async_save: bool = option(False, "write checkpoints in the background, from a copy")
+    save_interval: int = option(0, "iterations between checkpoints, 0 = at evaluations", low=0)
+    check_replicas: int = option(500, "iterations between checks of the replicas, 0 = never", low=0)
     keep_last: int = option(3, "checkpoints kept in out_dir, 0 = all", low=0)
-    overwrite: bool = option(False, "start over in an out_dir that has checkpoints: they go with the first new one")
+    overwrite: bool = option(False, "start over in an out_dir that has checkpoints: they go with"
+                                    " the first new one")
     progress: bool = option(True, "progress bar on a terminal")
-    dry_run: bool = option(False, "print what each layout takes of a rank's memory, then end: 0 it fits, 1 not")
-    memory: str = option("", "with dry_run: what a rank has, such as 80GB or 24GiB")
-    ranks: int = option(0, "with dry_run: the number of ranks asked about, 0 = those that are started", low=0)
+    dry_run: bool = option(False, "print what each layout takes of a rank's memory, then end:"
+                                  " 0 it fits, 1 not")
+    memory: str = option("", "with dry_run: a rank's memory, such as 80GB or 24GiB")
+    ranks: int = option(0, "with dry_run: the number of ranks, 0 = those started", low=0)
 
-    def __post_init__(self) -> None:
-        # Two names for one setting: merged here, so that nothing else needs to know of the second one.
+    def __post_init__(self) -> None:  # nothing else needs to know of the second name
         if self.backend and self.comm == "auto":
             object.__setattr__(self, "comm", self.backend)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions(RunOptions):
+class EvalOptions(InferenceOptions):
     """Measure the exact perplexity of a text (--text) or of a prepared dataset (--dataset)."""
 
-    init_from: str = option("resume", "weights: hub name, HF directory, ckpt.pt, shard or training directory;"
-                                      " resume = out_dir")
-    out_dir: str = option("out", "training directory that init_from=resume reads")
     text: str = option("", "text file to measure")
     dataset: str = option("", "directory below data_dir to measure instead of a text file")
     data_dir: str = option("data", "directory of the datasets")
     split: str = option("val", "which part of the dataset", ("train", "val"))
-    stride: int = option(0, "tokens between two windows, 0 = block_size: windows side by side", low=0)
+    stride: int = option(0, "tokens between two windows, 0 = block_size: side by side", low=0)
     batch_size: int = option(8, "windows in a forward pass", low=1)
     max_tokens: int = option(0, "measure only this many tokens, 0 = all", low=0)
-    quantize: str = option("", "int8: the matrices in 8 bits, for less memory and faster decoding", ("", "int8"))
-    sync: str = option("", "sync points: all, mlp, every:K, or a list (0a,0m,1m); default: as the weights say")
-    sequence_parallel: bool = option(False, "split activations over the sequence, to save memory")
-    tokenizer: str = option("", "directory with tokenizer.json or meta.pkl, gpt2 or ids; default: what the checkpoint says")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DropOptions(RunOptions):
-    """What every step of dropping sync points has: the weights, and a text."""
+    """Options of every step of dropping sync points."""
 
     init_from: str = option("", "weights as in sample_tp.py", required=True)
-    dataset: str = option("", "directory below data_dir: its training split is learned from, its validation split measured")
+    dataset: str = option("", "directory below data_dir with train.bin and val.bin")
     data_dir: str = option("data", "directory of the datasets")
     max_tokens: int = option(0, "measure only this many tokens, 0 = all", low=0)
     batch_size: int = option(16, "sequences in a batch", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupOptions(DropOptions):
-    """Group heads with the neurons that depend on them: the same model, which misses less where sync points are dropped."""
+class OutOptions(EntryOptions):
+    """Options of every command that writes weights."""
 
-    ranks: int = option(2, "tensor-parallel size the groups are for", low=2)
-    tokens: int = option(8192, "tokens of the training split that the groups are chosen on", low=1)
     out: str = option("", "shard directory to write", required=True)
     force: bool = option(False, "replace the output where it exists")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOptions(DropOptions, OutOptions):
+    """Group heads with the neurons that depend on them: the same model, which loses less where
+    sync points are dropped."""
+
+    ranks: int = option(2, "tensor-parallel size the groups are for", low=2)
+    tokens: int = option(8192, "tokens of the training split that choose the groups", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScanOptions(DropOptions):
-    """Measure the perplexity under many schedules, and find the one with the fewest sync points within a budget."""
+    """Measure the perplexity under many schedules, and find the one with the fewest sync points
+    within a budget."""
 
     scan: str = option("", "keep what was measured in this file, and go on from it")
-    budget: str = option("", "allowed increase of the perplexity, such as 1%: print the schedule with the fewest sync points")
-    search: str = option("greedy", "drop the cheapest of all that are left each time, or in the order of a first scan",
+    budget: str = option("", "allowed increase of the perplexity, such as 1%")
+    search: str = option("greedy", "drop the cheapest that is left, or in a first scan's order",
                          ("greedy", "order"))
-    schedules: str = option("mlp;every:2", "schedules to measure besides, with semicolons between")
-    decode_tokens: int = option(0, "measure ms a token of these schedules too, over this many new tokens; 0 = no", low=0)
+    schedules: str = option("mlp;every:2", "more schedules to measure, with semicolons between")
+    decode_tokens: int = option(0, "measure ms a token too, over this many new tokens; 0 = no",
+                                low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RepairOptions(DropOptions):
-    """Let weights learn to do with fewer sync points what they did with all, and write shards that say so."""
+class RepairOptions(DropOptions, OutOptions):
+    """Train weights for fewer sync points on the outputs of the original, and write shards."""
 
     sync: str = option("", "the schedule: mlp, every:K or a list such as 0a,0m,1m", required=True)
     steps: int = option(300, "steps for each run between two sync points, 0 = none", low=0)
     learning_rate: float = option(1e-3, "highest learning rate of those", above=0)
-    whole_steps: int = option(0, "steps end to end after that, on the original's next-token distribution", low=0)
+    whole_steps: int = option(0, "steps end to end after that, on the original's next-token"
+                                 " distribution", low=0)
     whole_learning_rate: float = option(3e-4, "highest learning rate of those", above=0)
-    control: bool = option(True, "train the dense model on the text for as many steps, to see what is not repair")
-    out: str = option("", "shard directory to write", required=True)
-    force: bool = option(False, "replace the output where it exists")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurveOptions(RunOptions):
-    """Draw reports of scan and repair in one picture: perplexity lost against sync points left (one process)."""
-
-    reports: str = option("", "reports of scan and repair, with commas between", required=True)
-    plot: str = option("", "the PNG to draw", required=True)
+    control: bool = option(True, "train the dense model as many steps on the text, to compare")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,42 +370,43 @@ class BenchPredictOptions(BenchOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitOptions(EntryOptions):
-    """Split pretrained weights into a shard directory: one file for each of tp ranks, and a manifest."""
+class SplitOptions(OutOptions):
+    """Split pretrained weights into a shard directory: a file for each rank, and a manifest."""
 
-    init_from: str = option("", "weights: hub name, HF directory, ckpt.pt, shard or training directory", required=True)
+    init_from: str = option("", f"weights: {SOURCES}", required=True)
     tp: int = option(2, "tensor-parallel size: the number of shards", low=1)
-    out: str = option("", "shard directory to write", required=True)
-    dtype: str = option("auto", "precision of the shards; auto keeps the source's",
-                        ("auto", "float32", "bfloat16", "float16"))
-    tokenizer: str = option("", "directory with tokenizer.json or meta.pkl, gpt2 or ids; default: what the checkpoint says")
-    force: bool = option(False, "replace the output where it exists")
+    dtype: str = option("auto", "precision of the shards; auto keeps the source's", DTYPES)
+    tokenizer: str = option("", TOKENIZER)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeOptions(EntryOptions):
-    """Merge a shard directory into one checkpoint that transformers or nanoGPT can read."""
+class ShardsOptions(EntryOptions):
+    """Options of every command that reads shards."""
 
     shards: str = option("", "shard directory to read", required=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(ShardsOptions):
+    """Merge a shard directory into one checkpoint that transformers or nanoGPT can read."""
+
     out: str = option("", "directory (hf) or file (nanogpt) to write", required=True)
-    format: str = option("hf", "what to write", ("hf", "nanogpt"))
+    format: str = option("hf", "format of the checkpoint", ("hf", "nanogpt"))
     force: bool = option(False, "replace the output where it exists")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyOptions(EntryOptions):
+class VerifyOptions(ShardsOptions):
     """Check every byte of a shard directory against its manifest."""
 
     shards: str = option("", "shard directory to check", required=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectOptions(EntryOptions):
+class InspectOptions(ShardsOptions):
     """Show which rank owns what in a shard directory, and how many bytes."""
-
-    shards: str = option("", "shard directory to show", required=True)
 
 
 def as_dict(options: EntryOptions) -> dict[str, Any]:
-    """The options as plain values that JSON can hold: the mapping shares nothing with `options`."""
+    """The options as plain values that JSON can hold; a copy."""
     return dataclasses.asdict(options)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from base.errors import UserError
 from base.files import read_json, replacing
-from eval_tp import measure
+from inference.perplexity import measure
 from plan.schedule import KINDS, Schedule
 from tp_model import TensorParallelGPT
 from world.mesh import World

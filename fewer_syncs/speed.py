@@ -5,7 +5,8 @@ from typing import Any
 from base.errors import UserError
 from bench.rounds import spread
 from inference.decoding import decoder_for
-from inference.generation import Sampling, generate
+from inference.generation import generate
+from inference.sampling import Sampling
 from parallel.ledger import total
 from plan.schedule import Schedule
 from tp_model import TensorParallelGPT

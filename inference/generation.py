@@ -1,371 +1,248 @@
-"""Prefill, decode step, sampling on which all ranks agree, stopping, and text that streams.
+"""Generation: prefill, decode steps, and tokens that are the same on all ranks.
 
-Rows are the sequences being written: each prompt, as often as num_samples says. Every rank runs every forward pass and
-every collective here; rank 0 of the tp axis alone chooses tokens and decides which rows end, and tells the others.
+A row is one sequence: a prompt is continued in num_samples rows. Every rank runs the same passes and
+collectives; rank 0 of the tp axis chooses the tokens and broadcasts them. A step of a row whose
+newest token is t, with two guesses g and h of a draft (speculative decoding: Leviathan, Kalman,
+Matias, arXiv 2211.17192):
 
-A draft may guess what comes next (speculative decoding: Leviathan, Kalman, Matias, arXiv 2211.17192). A step then reads a
-row's newest token and the guesses behind it at once, and gives the row every guess that is what would have been chosen
-anyway, and the token after them: the same text in fewer passes.
+    one pass reads    t  g  h       (t is the only one that is in the text already)
+    rank 0 draws      a  b  c       after each of them
+    the row gets      a             if a is not g
+                      a  b          if a is g, and b is not h
+                      a  b  c       if a is g and b is h
+
+So a guess never changes the text, only the number of passes.
 """
 
 import time
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from base.errors import UserError
 from inference.decoding import Decoder, decoder_for
-from inference.sampling import Sampling, candidates, choose
+from inference.sampling import Row, Sampling, candidates, choose
+from inference.speculation import Speculation
 from model import KVCache
 from parallel.collectives import all_gather, broadcast
-from text.tokenizer import StreamDecoder, Tokenizer
 from tp_model import TensorParallelGPT
 
 
 @dataclass
-class Row:
-    """One sequence: its number, its prompt's, which of that prompt's samples it is, and all its tokens so far."""
-
-    number: int
-    prompt: int
-    sample: int
-    tokens: list[int]
-    prompt_tokens: int
-    ended: bool = False
-
-    @property
-    def new(self) -> int:
-        return len(self.tokens) - self.prompt_tokens
-
-
-class Audience(Protocol):
-    """Who follows the rows as they are written; called on rank 0 of the tp axis only."""
-
-    def hear(self, row: Row, token: int) -> bool:
-        """The row's next token; row.tokens may be behind. True: the row ends with it."""
-        ...
-
-    def end(self, row: Row) -> None:
-        """The row is complete."""
-        ...
-
-
-class Draft(Protocol):
-    """Who guesses. Every rank asks its own; what two ranks guess differently is not used."""
-
-    def begin(self) -> None:
-        """A new group of rows begins; what is known of others is of no use."""
-        ...
-
-    def propose(self, rows: list[Row], room: list[int]) -> list[list[int]]:
-        """For each row at most room[i] tokens that may follow those it has. On all ranks as many."""
-        ...
-
-    def learn(self, row: Row, proposed: int, accepted: int) -> None:
-        """So many of the row's last guesses were right; they are in it, and the token that came after them."""
-        ...
-
-
-@dataclass
 class Timing:
-    """Seconds, over all groups of rows. A decode step adds a token, or with a draft several, to every unfinished row."""
+    """Sums over the groups of rows. A decode step adds a token or more to every unfinished row."""
 
     prefill_s: float = 0.0
-    time_to_first_token_s: float = 0.0  # from the start of the first prefill
+    time_to_first_token_s: float = 0.0  # of the first group
     decode_s: float = 0.0
-    decode_tokens: int = 0  # the tokens after each row's first
+    decode_tokens: int = 0  # without each row's first
     decode_steps: int = 0
-    kv_cache_bytes: int = 0  # the most that was held
+    kv_cache_bytes: int = 0  # of the largest cache
     slid: bool = False
 
 
-@dataclass
 class Generation:
-    rows: list[Row]
-    timing: Timing = field(default_factory=Timing)
+    """Iterate over it to write its rows; it yields a row each time that row has got tokens.
 
-
-def check_prompts(prompts: list[list[int]], vocab_size: int, block_size: int, sampling: Sampling) -> None:
-    """UserError for a prompt that cannot be continued: empty, of foreign ids, or too long for the overflow rule."""
-    if not prompts:
-        raise UserError("there is no prompt: give --prompt, and a prompt file with at least one line.")
-    for i, prompt in enumerate(prompts, 1):
-        if not prompt:
-            raise UserError(f"prompt {i} has no token: give it at least one to go on from, for example --prompt=$'\\n'.")
-        beyond = [token for token in prompt if not 0 <= token < vocab_size]
-        if beyond:
-            raise UserError(f"prompt {i} has token id {beyond[0]}, the model's vocab_size is {vocab_size}: not its tokenizer?")
-        room = block_size - len(prompt)
-        if sampling.overflow == "stop" and room <= 0 or sampling.overflow == "error" and room < 0:
-            raise UserError(
-                f"prompt {i} has {len(prompt)} tokens, block_size is {block_size}. Shorten it, or use --overflow=slide."
-            )
-        if sampling.overflow == "error" and sampling.max_new_tokens > room:
-            advice = f"Ask for {room}, or use" if room else "Use"
-            raise UserError(
-                f"prompt {i} has {len(prompt)} tokens, with max_new_tokens={sampling.max_new_tokens} it outgrows "
-                f"block_size={block_size}. {advice} --overflow=slide."
-            )
-
-
-@torch.inference_mode()
-def generate(
-    model: TensorParallelGPT,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    audience: Audience | None = None,
-    decoder: Decoder | None = None,
-    draft: Draft | None = None,
-) -> Generation:
-    """Continue every prompt num_samples times. The tokens are the same at every tp, in any company of prompts, and with any
-    draft or none.
-
-    Rows are written in groups of batch_size, one group after the other. decoder: how steps are computed, the fastest way
-    unless given. UserError for a prompt as `check_prompts` says, and for logits that are no numbers.
-    """
-    decoder = decoder or decoder_for(model)
-    check_prompts(prompts, model.config.vocab_size, model.config.block_size, sampling)
-    n = sampling.num_samples
-    rows = [Row(i * n + j, i, j, list(prompt), len(prompt)) for i, prompt in enumerate(prompts) for j in range(n)]
-    result = Generation(rows)
-    for first in range(0, len(rows), sampling.batch_size):
-        _write(model, decoder, rows[first : first + sampling.batch_size], sampling, audience, draft, result.timing)
-    return result
-
-
-def _write(
-    model: TensorParallelGPT,
-    decoder: Decoder,
-    rows: list[Row],
-    sampling: Sampling,
-    audience: Audience | None,
-    draft: Draft | None,
-    timing: Timing,
-) -> None:
-    """Write the rows of one group until each has ended."""
-    size = model.config.block_size
-    if draft is not None:
-        draft.begin()
-    started = _clock(model.device)
-    logits, held = _prefill(model, rows, sampling)
-    prefilled = _clock(model.device)
-    _extend(model, logits, rows, [[] for _ in rows], sampling, audience)
-    first_token = time.perf_counter()
-    while active := [row for row in rows if not row.ended]:
-        held.release(size)
-        timing.slid = timing.slid or any(len(row.tokens) > size for row in active)
-        active = held.rows + [row for row in active if row not in held]
-        guesses = [[] for _ in active] if draft is None else draft.propose(active, _room(active, held, sampling, size))
-        logits = _step(model, decoder, active, guesses, held)
-        counts = _extend(model, logits, active, guesses, sampling, audience)
-        timing.decode_tokens += sum(counts)
-        timing.decode_steps += 1
-        for row, guess, count in zip(active, guesses, counts, strict=True):
-            if draft is not None:
-                draft.learn(row, len(guess), min(count - 1, len(guess)))
-    timing.prefill_s += prefilled - started
-    timing.time_to_first_token_s = timing.time_to_first_token_s or first_token - started
-    timing.decode_s += time.perf_counter() - first_token
-    timing.kv_cache_bytes = max(timing.kv_cache_bytes, held.nbytes)
-
-
-def _clock(device: torch.device) -> float:
-    """The time at which the device has done all it was asked to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-class _Held:
-    """The rows whose past is in a KV cache, in the cache's order; the others compute their whole window each time.
-
-    A row leaves when it ends, and when it outgrows block_size: sliding gives every token a new absolute position, so
-    what was cached is of no use, and the row goes on as nanoGPT does.
+    The tokens depend neither on tp nor on the other prompts nor on the draft. Rows are written in
+    groups of batch_size. All ranks must iterate to the end. prompts: as `check_prompts` accepts them.
+    decoder: the fastest by default. stops: rank 0 calls it with a row and its next token, for every
+    token in order; True ends the row with that token. UserError for logits that are not finite.
     """
 
-    def __init__(self, cache: KVCache | None, rows: list[Row]):
-        self.cache, self.rows = cache, rows if cache is not None else []
-        self.nbytes = cache.nbytes if cache is not None else 0
-        self._numbers = {row.number for row in self.rows}
+    def __init__(
+        self, model: TensorParallelGPT, prompts: list[list[int]], sampling: Sampling,
+        decoder: Decoder | None = None, draft: Speculation | None = None,
+        stops: Callable[[Row, int], bool] = lambda row, token: False,
+    ):  # fmt: skip
+        self.model, self.sampling, self.draft, self.stops = model, sampling, draft, stops
+        self.decoder, self.size = decoder or decoder_for(model), model.config.block_size
+        n = sampling.num_samples
+        each = [(i, j, prompt) for i, prompt in enumerate(prompts) for j in range(n)]
+        self.rows = [Row(i * n + j, i, j, list(prompt), len(prompt)) for i, j, prompt in each]
+        self.timing = Timing()
 
-    def __contains__(self, row: Row) -> bool:
-        return row.number in self._numbers
+    @torch.inference_mode()
+    def __iter__(self) -> Iterator[Row]:
+        for first in range(0, len(self.rows), self.sampling.batch_size):
+            yield from self._write(self.rows[first : first + self.sampling.batch_size])
 
-    def release(self, block_size: int) -> None:
-        """Let go of the rows that have left, before a decode step."""
-        stay = [i for i, row in enumerate(self.rows) if not row.ended and len(row.tokens) <= block_size]
-        if self.cache is not None and len(stay) < len(self.rows):
-            self.rows = [self.rows[i] for i in stay]
-            self._numbers = {row.number for row in self.rows}
-            self.cache = self.cache.rows(stay) if stay else None
+    def _write(self, rows: list[Row]) -> Iterator[Row]:
+        """Write one group of rows to their ends."""
+        timing, size = self.timing, self.size
+        if self.draft is not None:
+            self.draft.begin()
+        started = self._clock()
+        logits, cache = self._prefill(rows)
+        prefilled = self._clock()
+        self._extend(rows, [[] for _ in rows], logits)
+        first_token = time.perf_counter()
+        yield from rows
+        # A row leaves the cache when it ends or outgrows block_size: then its tokens have new
+        # positions in every step, and its whole window is computed each time, as nanoGPT does.
+        cached = rows if cache is not None else []
+        while active := [row for row in rows if not row.ended]:
+            stay = [i for i, row in enumerate(cached) if not row.ended and len(row.tokens) <= size]
+            if cache is not None and len(stay) < len(cached):
+                cached, cache = [cached[i] for i in stay], cache.rows(stay) if stay else None
+            timing.slid = timing.slid or any(len(row.tokens) > size for row in active)
+            others = [row for row in active if cache is None or len(row.tokens) > size]
+            active = cached + others
+            guesses = self._guesses(cached, others, cache)
+            counts = self._extend(active, guesses, self._step(cached, others, guesses, cache))
+            timing.decode_tokens += sum(counts)
+            timing.decode_steps += 1
+            for row, guess, count in zip(active, guesses, counts, strict=True):
+                if self.draft is not None:
+                    self.draft.learn(row, len(guess), min(count - 1, len(guess)))
+            yield from active
+        timing.prefill_s += prefilled - started
+        timing.time_to_first_token_s = timing.time_to_first_token_s or first_token - started
+        timing.decode_s += time.perf_counter() - first_token
 
+    def _clock(self) -> float:
+        """The time, after the device has finished its work."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return time.perf_counter()
 
-def _room(rows: list[Row], held: _Held, sampling: Sampling, size: int) -> list[int]:
-    """For each row the most tokens that a draft may propose: with the one after them they must fit max_new_tokens and the
-    context, and in the cache every row takes as much room as the one with the most guesses."""
-    full = size - 1 if sampling.overflow == "stop" else size
-    most = held.cache.size - max(len(row.tokens) for row in held.rows) if held.cache is not None else size
-    limits = [(sampling.max_new_tokens - row.new - 1, full - len(row.tokens), most if row in held else size) for row in rows]
-    return [max(0, min(limit)) for limit in limits]
+    def _prefill(self, rows: list[Row]) -> tuple[Tensor, KVCache | None]:
+        """Local logits [rows, v] after the prompts, and the rows' cache: one pass that reads every
+        prompt once, however many rows continue it."""
+        windows = list({row.prompt: row.tokens[-self.size :] for row in rows}.values())
+        index = [row.prompt - rows[0].prompt for row in rows]
+        lengths = [len(window) for window in windows]
+        cache = None
+        if self.sampling.kv_cache:  # a row that slides leaves the cache, so block_size is enough
+            most = min(self.size, max(lengths) + self.sampling.max_new_tokens)
+            cache = self.model.new_cache(len(windows), most)
+        logits = self._logits(windows, [1] * len(windows), cache)
+        if cache is not None:
+            cache.advance(lengths)
+            cache = cache.rows(index) if len(index) > len(windows) else cache
+            self.timing.kv_cache_bytes = max(self.timing.kv_cache_bytes, cache.nbytes)
+        return logits[torch.tensor(index, device=logits.device)], cache
 
+    def _logits(self, windows: list[list[int]], counts: list[int], cache: KVCache | None) -> Tensor:
+        """Local logits [n, v] after the last counts[i] tokens of each window, from one pass.
 
-def _prefill(model: TensorParallelGPT, rows: list[Row], sampling: Sampling) -> tuple[Tensor, _Held]:
-    """One pass over the rows' prompts, each read once however many rows continue it: local logits [rows, v] after each
-    row's last token, and what is cached.
+        Windows are padded on the right: causal attention never looks there, and what the cache holds
+        there is overwritten.
+        """
+        longest, device = max(map(len, windows)), self.model.device
+        padded = [window + [0] * (longest - len(window)) for window in windows]
+        hidden = self.model.hidden(torch.tensor(padded, device=device), cache)  # [n, longest, C]
+        ends = zip(map(len, windows), counts, strict=True)
+        places = [(i, at) for i, (end, count) in enumerate(ends) for at in range(end - count, end)]
+        return self.model.local_logits(hidden[torch.tensor(places, device=device).unbind(1)])
 
-    Shorter prompts are padded on the right: causal attention never looks there, and what is cached there is overwritten.
-    """
-    size = model.config.block_size
-    prompts = {row.prompt: row.tokens for row in rows}
-    place = {prompt: i for i, prompt in enumerate(prompts)}
-    windows = [tokens[-size:] for tokens in prompts.values()]
-    lengths = [len(window) for window in windows]
-    cache = None
-    if sampling.kv_cache:
-        # a row stops using the cache when it slides, so block_size is enough
-        cache = model.new_cache(len(windows), min(size, max(lengths) + sampling.max_new_tokens))
-    logits = _last_logits(model, windows, [1] * len(windows), cache)
-    source = [place[row.prompt] for row in rows]
-    if cache is not None:
-        cache.advance(lengths)
-        if source != list(range(len(windows))):
-            cache = cache.rows(source)
-    return logits[torch.tensor(source, device=logits.device)], _Held(cache, rows)
+    def _guesses(
+        self, cached: list[Row], others: list[Row], cache: KVCache | None
+    ) -> list[list[int]]:
+        """The draft's guesses for each row. They and the token after them must fit max_new_tokens,
+        the context, and the cache, where all rows take the room of the one with most guesses."""
+        rows = cached + others
+        if self.draft is None:
+            return [[] for _ in rows]
+        full = self.size - 1 if self.sampling.overflow == "stop" else self.size
+        spare = cache.size - max(len(row.tokens) for row in cached) if cache is not None else 0
+        rooms = []
+        for i, row in enumerate(rows):
+            room = min(self.sampling.max_new_tokens - row.new - 1, full - len(row.tokens))
+            rooms.append(max(0, min(room, spare) if i < len(cached) else room))
+        return self.draft.propose(rows, rooms)
 
+    def _step(
+        self, cached: list[Row], others: list[Row], guesses: list[list[int]], cache: KVCache | None
+    ) -> Tensor:
+        """Local logits [positions, v] after each row's newest token and after each of its guesses:
+        one pass for the rows in the cache, one for the others."""
+        parts, n = [], len(cached)
+        if cache is not None:
+            cache.advance([len(row.tokens) - 1 for row in cached])  # wrong guesses are overwritten
+            new = [[row.tokens[-1], *guess] for row, guess in zip(cached, guesses[:n], strict=True)]
+            T = max(map(len, new))
+            padded = [tokens + [0] * (T - len(tokens)) for tokens in new]
+            logits = self.decoder.logits(padded, cache).flatten(0, 1)  # [n * T, v]
+            used = [i * T + j for i, tokens in enumerate(new) for j in range(len(tokens))]
+            if len(used) < len(logits):
+                logits = logits[torch.tensor(used, device=logits.device)]
+            parts.append(logits)
+        if others:
+            pairs = list(zip(others, guesses[n:], strict=True))
+            windows = [(row.tokens + guess)[-self.size :] for row, guess in pairs]
+            parts.append(self._logits(windows, [1 + len(guess) for _, guess in pairs], None))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-def _last_logits(model: TensorParallelGPT, windows: list[list[int]], counts: list[int], cache: KVCache | None) -> Tensor:
-    """Local logits [n, v] after the last counts[i] tokens of each window; only those positions go through the head."""
-    device = model.device
-    longest = max(len(window) for window in windows)
-    idx = torch.tensor([window + [0] * (longest - len(window)) for window in windows], device=device)
-    places = [
-        (i, at)
-        for i, (window, count) in enumerate(zip(windows, counts, strict=True))
-        for at in range(len(window) - count, len(window))
-    ]
-    hidden = model.hidden(idx, cache)  # [windows, longest, C]
-    return model.local_logits(hidden[torch.tensor(places, device=device).unbind(1)])
+    def _extend(self, rows: list[Row], guesses: list[list[int]], logits: Tensor) -> list[int]:
+        """Give each row its next tokens and end the complete ones. Returns how many each got."""
+        full = self.size if self.sampling.overflow == "stop" else None
+        chosen = self._agree(rows, guesses, logits)
+        for row, (count, *tokens) in zip(rows, chosen, strict=True):
+            row.tokens += tokens[: abs(count)]
+            complete = row.new == self.sampling.max_new_tokens or len(row.tokens) == full
+            row.ended = count < 0 or complete
+        return [abs(count) for count, *_ in chosen]
 
+    def _agree(self, rows: list[Row], guesses: list[list[int]], logits: Tensor) -> list[list[int]]:
+        """The next tokens of each row, the same on all ranks: (count, token, ...), where the count
+        is negative if the row ends with them.
 
-def _step(model: TensorParallelGPT, decoder: Decoder, rows: list[Row], guesses: list[list[int]], held: _Held) -> Tensor:
-    """Local logits [positions, v] after each row's newest token and after each of its guesses, row by row: one forward pass
-    for the rows whose past is cached, which come first, one for the others."""
-    size, n = model.config.block_size, len(held.rows)
-    parts = []
-    if held.cache is not None:
-        longest = max(map(len, guesses[:n]))
-        held.cache.advance([len(row.tokens) - 1 for row in held.rows])  # wrong guesses are overwritten
-        news = [[row.tokens[-1], *guess] for row, guess in zip(held.rows, guesses, strict=False)]
-        logits = decoder.logits([new + [0] * (1 + longest - len(new)) for new in news], held.cache)  # [n, 1 + longest, v]
-        used = [i * (1 + longest) + j for i, new in enumerate(news) for j in range(len(new))]
-        logits = logits.flatten(0, 1)
-        parts.append(logits if len(used) == len(logits) else logits[torch.tensor(used, device=logits.device)])
-    if n < len(rows):
-        others = list(zip(rows[n:], guesses[n:], strict=True))
-        windows = [(row.tokens + guess)[-size:] for row, guess in others]
-        parts.append(_last_logits(model, windows, [1 + len(guess) for _, guess in others], None))
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+        Two small collectives: ranks gather their candidates and guesses, and rank 0 broadcasts what
+        it chose. So ranks agree even if they compute different numbers or guesses.
+        """
+        axis, model = self.model.tp.at("sampling"), self.model
+        vocab_size = model.config.vocab_size
+        best = candidates(logits, model.vocab_lo, vocab_size, self.sampling, axis.size)
+        guessed = torch.tensor([token for guess in guesses for token in guess], dtype=torch.int32)
+        mine = torch.cat([best.flatten(), guessed.to(best.device)])
+        everyone = all_gather(mine, axis, "step").cpu().numpy()  # [tp, 2 * positions * k + guesses]
+        chosen = np.zeros((len(rows), 2 + max(map(len, guesses))), np.int64)
+        if axis.rank == 0:
+            # [tp, 2, positions, k] -> each position's candidates of all ranks, [positions, tp * k]
+            found = everyone[:, : best.numel()].reshape(axis.size, *best.shape)
+            bits, ids = found.transpose(1, 2, 0, 3).reshape(2, len(logits), -1)
+            theirs = everyone[:, best.numel() :]
+            alike = (theirs == theirs[0]).all(axis=0)
+            self._draw(chosen, rows, guesses, alike, bits.view(np.float32), ids)
+        device = best.device if axis.size > 1 else torch.device("cpu")  # one rank: nothing is sent
+        agreed = broadcast(torch.from_numpy(chosen).to(device), axis, "step")
+        tokens: list[list[int]] = agreed.tolist()
+        return tokens
 
-
-def _extend(
-    model: TensorParallelGPT,
-    logits: Tensor,
-    rows: list[Row],
-    guesses: list[list[int]],
-    sampling: Sampling,
-    audience: Audience | None,
-) -> list[int]:
-    """Give each row its next tokens, and end those that are complete; alike on all ranks. Returns how many each got."""
-    full = model.config.block_size if sampling.overflow == "stop" else None
-    verdict = _agree(model, logits, rows, guesses, sampling, audience)
-    for row, (count, *tokens) in zip(rows, verdict, strict=True):
-        row.tokens += tokens[: abs(count)]
-        row.ended = count < 0 or row.new == sampling.max_new_tokens or len(row.tokens) == full
-        if row.ended and audience is not None and model.tp.rank == 0:
-            audience.end(row)
-    return [abs(count) for count, *_ in verdict]
-
-
-def _agree(
-    model: TensorParallelGPT,
-    logits: Tensor,
-    rows: list[Row],
-    guesses: list[list[int]],
-    sampling: Sampling,
-    audience: Audience | None,
-) -> list[list[int]]:
-    """For each row how many tokens it gets, less than 0 where it ends with them, and the tokens: chosen by rank 0, told to all.
-    Two small collectives.
-
-    Ranks exchange their best candidates, and what they guessed; nothing depends on two ranks computing the same number. As
-    far as all guessed alike, the logits are those of one text on all of them.
-    """
-    axis = model.tp.at("sampling")
-    best = candidates(logits, model.vocab_lo, model.config.vocab_size, sampling, axis.size)  # [2, positions, k]
-    guessed = torch.tensor([token for guess in guesses for token in guess], dtype=torch.int32)
-    mine = torch.cat([best.flatten(), guessed.to(best.device)])
-    everyone = all_gather(mine, axis, "step").cpu().numpy()
-    verdict = np.zeros((len(rows), 2 + max(map(len, guesses))), np.int64)
-    if axis.rank == 0:
-        # [tp, 2, positions, k] -> each position's candidates from all ranks, [positions, tp * k]
-        contenders = everyone[:, : best.numel()].reshape(axis.size, *best.shape)
-        bits, ids = contenders.transpose(1, 2, 0, 3).reshape(2, len(logits), -1)
-        values = bits.view(np.float32)
+    def _draw(
+        self, chosen: NDArray[np.int64], rows: list[Row], guesses: list[list[int]],
+        alike: NDArray[np.bool_], values: NDArray[np.float32], ids: NDArray[np.int32],
+    ) -> None:  # fmt: skip
+        """Fill `chosen`, see `_agree`. alike: for each guess, whether all ranks made it (if not, their
+        logits after it are of different texts). values, ids: each position's candidates."""
         if not np.isfinite(values.max(axis=1)).all():
             raise UserError(
-                "the model's logits are not finite numbers: its weights are damaged, or too large for this precision "
-                "(try --dtype=float32)."
+                "the model's logits are not finite numbers: its weights are damaged, or too large "
+                "for this precision (try --dtype=float32)."
             )
-        alike = (everyone[:, best.numel() :] == everyone[0, best.numel() :]).all(axis=0)
-        at = guessed_at = 0  # the row's first position, and its first guess
-        for row, guess, line in zip(rows, guesses, verdict, strict=True):
+        at = guess_at = 0  # the row's first position and first guess
+        for row, guess, line in zip(rows, guesses, chosen, strict=True):
             for j in range(1 + len(guess)):
-                token = choose(values[at + j], ids[at + j], sampling, row.sample, row.new + j)
-                ends = audience is not None and audience.hear(row, token)
+                token = choose(values[at + j], ids[at + j], self.sampling, row.sample, row.new + j)
+                ends = self.stops(row, token)
                 line[0], line[1 + j] = -(j + 1) if ends else j + 1, token
-                if ends or j == len(guess) or token != guess[j] or not alike[guessed_at + j]:
+                right = j < len(guess) and token == guess[j] and alike[guess_at + j]
+                if ends or not right:
                     break
-            at, guessed_at = at + 1 + len(guess), guessed_at + len(guess)
-    here = best.device if axis.size > 1 else torch.device("cpu")  # one rank tells nobody
-    told: list[list[int]] = broadcast(torch.from_numpy(verdict).to(here), axis, "step").tolist()
-    return told
+            at, guess_at = at + 1 + len(guess), guess_at + len(guess)
 
 
-@dataclass
-class Listener:
-    """Turns a row's tokens into text as they come, and finds its stop text, which is not part of the sample.
-
-    text[:final] will not change any more: whole characters, and nothing that may yet turn out to begin the stop text.
-    """
-
-    tokenizer: Tokenizer
-    stop: str
-    text: str = ""
-    final: int = 0
-
-    def __post_init__(self) -> None:
-        self._decoder = StreamDecoder(self.tokenizer)
-
-    def hear(self, token: int) -> bool:
-        """True where the stop text is complete: the row ends."""
-        self.text += self._decoder.push(token)
-        found = self.text.find(self.stop, self.final) if self.stop else -1
-        if found >= 0:
-            self._decoder.finish()  # the rest of this token, half a character perhaps, comes after the stop text
-            self.text = self.text[:found]
-        self.final = len(self.text) - (0 if found >= 0 else self._held())
-        return found >= 0
-
-    def finish(self) -> str:
-        """The whole text, with whatever was held back."""
-        self.text += self._decoder.finish()
-        self.final = len(self.text)
-        return self.text
-
-    def _held(self) -> int:
-        """Length of the longest end of the text that could begin the stop text."""
-        longest = min(len(self.stop) - 1, len(self.text))
-        return next((n for n in range(longest, 0, -1) if self.text.endswith(self.stop[:n])), 0)
+def generate(
+    model: TensorParallelGPT, prompts: list[list[int]], sampling: Sampling,
+    decoder: Decoder | None = None, draft: Speculation | None = None,
+) -> Generation:  # fmt: skip
+    """Continue every prompt num_samples times; see Generation."""
+    generation = Generation(model, prompts, sampling, decoder, draft)
+    for _ in generation:
+        pass
+    return generation

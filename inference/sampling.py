@@ -1,9 +1,10 @@
-"""Which token comes next: every rank's best candidates, and the choice among them.
+"""The next token: each rank's candidates, and the choice among them.
 
-A token is drawn by a race (Gumbel-max): its scaled logit plus noise that seed, sample, position and token alone decide, and
-the largest wins. So the draw does not depend on which rows are written together, on the order in which candidates come, or on
-who else asks: two models that draw at the same place mostly draw alike, at least as often as (1 - d) / (1 + d) where d is the
-total variation distance of their distributions (Daliri, Musco, Suresh, arXiv 2408.07978). That is what a draft lives on.
+A token is drawn by a race (Gumbel-max): the largest sum of scaled logit and noise wins. The noise is
+a function of seed, sample, position and token alone. So a draw does not depend on the rows beside it
+or on the order of the candidates, and two models that draw at one position mostly draw the same
+token: with probability (1 - d) / (1 + d) or more, where d is the total variation distance of their
+distributions (Daliri, Musco, Suresh, arXiv 2408.07978). Drafts (speculation.py) rely on that.
 """
 
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen and when a row ends. n_tokens: ids the tokenizer knows; what lies beyond is never chosen.
+    """How tokens are chosen and when a row ends.
 
-    temperature 0 is greedy. top_k 0 keeps all. top_p keeps the likeliest tokens that together reach that probability.
+    n_tokens: ids the tokenizer knows; larger ids are never chosen. temperature 0 is greedy. top_k 0
+    keeps all tokens. top_p keeps the likeliest tokens that together reach that probability.
     overflow, at block_size tokens: slide (the last block_size count), stop (the row ends), error.
-    batch_size: rows written at a time, which bounds the memory; the tokens do not depend on it.
+    batch_size: rows written at a time; it bounds the memory and does not change the tokens.
     """
 
     n_tokens: int
@@ -36,44 +38,61 @@ class Sampling:
     batch_size: int = 32
 
 
-def candidates(logits: Tensor, lo: int, vocab_size: int, sampling: Sampling, tp: int) -> Tensor:
-    """This rank's contenders, [2, rows, k] int32 where the logits are: the bits of their float32 logits, and their ids.
-    k is alike on all ranks.
+@dataclass
+class Row:
+    """One sequence: the numbers of the row, of its prompt and of the sample, and all its tokens."""
 
-    Among the global best k every one is among the best k of its rank. Where fewer are left (a rank may hold nothing but
-    ids the tokenizer does not know) the rest is -inf.
+    number: int
+    prompt: int
+    sample: int
+    tokens: list[int]
+    prompt_tokens: int
+    ended: bool = False
+
+    @property
+    def new(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+
+def candidates(logits: Tensor, lo: int, vocab_size: int, sampling: Sampling, tp: int) -> Tensor:
+    """This rank's best tokens, [2, rows, k] int32: the bits of their float32 logits, and their ids.
+
+    logits: [rows, v], of the ids from `lo` on. k is the same on all ranks, and the k best tokens of
+    the whole vocabulary are among the candidates of all ranks. A rank with fewer than k ids that the
+    tokenizer knows fills up with -inf.
     """
     width = -(-vocab_size // tp)
     k = 1 if sampling.temperature == 0 else min(sampling.top_k or width, width)
     known = logits[:, : max(0, sampling.n_tokens - lo)].float()
     if known.shape[1] < k:
         known = F.pad(known, (0, k - known.shape[1]), value=float("-inf"))
-    every = known.shape[1] == k  # then there is no need to rank them
-    ids = torch.arange(k, device=known.device).expand_as(known) if every else likeliest(known, k)
+    take_all = known.shape[1] == k
+    ids = torch.arange(k, device=known.device).expand_as(known) if take_all else likeliest(known, k)
     return torch.stack([known.gather(1, ids).view(torch.int32), (ids + lo).int()])
 
 
 def likeliest(logits: Tensor, k: int) -> Tensor:
-    """Ids [rows, k] of the k largest of float32 logits [rows, n]; among equal ones the lower ids.
+    """Ids [rows, k] of the k largest of float32 logits [rows, n]; of equal logits the lower ids.
 
-    torch.topk takes any of several equal logits, of which half precision makes many: which one would depend on how the
-    vocabulary is split. So it gets whole numbers that are never equal: the float's bits, arranged to order as floats do,
-    above the id.
+    torch.topk takes any of several equal logits, and half precision makes many: the choice would
+    depend on the split of the vocabulary. So it gets integers that are all different: the float's
+    bits, rearranged so that integers order as floats do, above the id.
     """
     if k == 1 and logits.is_cuda:
-        return logits.argmax(dim=-1, keepdim=True)  # the first of equal ones
-    if k == 1:
-        return torch.from_numpy(logits.numpy().argmax(axis=1, keepdims=True))  # so is this, in a third of the time
-    bits = (logits + 0.0).view(torch.int32)  # + 0.0: there is one zero
+        return logits.argmax(dim=-1, keepdim=True)  # takes the first of equal logits
+    if k == 1:  # so does numpy's, in a third of the time
+        return torch.from_numpy(logits.numpy().argmax(axis=1, keepdims=True))
+    bits = (logits + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     keys = (ordered.long() << 32) - torch.arange(logits.shape[1], device=logits.device)
     return keys.topk(k, dim=-1).indices
 
 
 def noise(seed: int, sample: int, position: int, ids: NDArray[np.int32]) -> NDArray[np.float64]:
-    """Standard Gumbel noise, [n], of the tokens `ids` at one position of one sample: for each the same whatever the others are.
+    """Standard Gumbel noise [n] of the tokens `ids`; a token's does not depend on the other ids.
 
-    SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) counts through the tokens, from where Philox is at that position.
+    SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), indexed by token, starting at Philox's number for
+    this position.
     """
     start = np.random.Philox(key=[seed, 0x5A3], counter=[0, position, sample, 0]).random_raw(1)
     x = start + (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
@@ -85,10 +104,12 @@ def noise(seed: int, sample: int, position: int, ids: NDArray[np.int32]) -> NDAr
     return gumbel
 
 
-def choose(values: NDArray[np.float32], ids: NDArray[np.int32], sampling: Sampling, sample: int, position: int) -> int:
-    """The token at that position of that sample, from logits `values` of tokens `ids`, both [n], in float64.
+def choose(
+    values: NDArray[np.float32], ids: NDArray[np.int32], sampling: Sampling, sample: int, position: int
+) -> int:
+    """The token at one position of one sample, from logits `values` [n] of the tokens `ids` [n].
 
-    Ties are ranked by id, so the order in which ranks brought them is no matter.
+    Computed in float64. Equal logits are ranked by id, so the order of the candidates is irrelevant.
     """
     order = np.lexsort((ids, -values))  # likeliest first
     if sampling.temperature == 0:

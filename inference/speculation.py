@@ -1,10 +1,19 @@
-"""Drafts for speculative decoding: who guesses what comes next, and how far to trust them.
+"""Speculative decoding: who guesses a row's next tokens, and how many of them.
 
-`Ngrams` looks at the text itself, `SmallModel` asks a smaller GPT, whole on every rank. Neither says a word to other ranks.
-What is guessed changes how many passes a text takes, and never the text (generation.py): a draft is asked what *would be
-drawn* at a place, by the same noise (sampling.py), and is right where the model draws the same.
+`Ngrams` searches the text itself; `SmallModel` asks a smaller GPT, which every rank holds whole.
+Neither communicates. A guess changes the number of passes, never the text (generation.py): it is
+right if the model draws the same token there. `SmallModel` draws with the model's noise
+(sampling.py), which makes that likely.
+
+The small model has a KV cache of its own. An example with three guesses, for a row `a b c d`:
+
+    the draft's cache   a b c
+    it reads and draws  d -> e, e -> f, f -> g      guesses e f g; the cache holds a b c d e f
+    the row becomes     a b c d e x                 e was right, f wrong
+    next time           a b c d e are read; it reads x in the place of f, and goes on
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,8 +22,7 @@ import torch
 from torch import Tensor
 
 from inference.decoding import decoder_for
-from inference.generation import Row
-from inference.sampling import Sampling, candidates, choose
+from inference.sampling import Row, Sampling, candidates, choose
 from model import KVCache
 from tp_model import TensorParallelGPT
 
@@ -22,21 +30,25 @@ LONGEST_PAUSE = 8
 
 
 class Guesser(Protocol):
-    """Of all ranks' guessers each guesses as many tokens."""
-
     def begin(self) -> None:
-        """Forget the rows there were."""
+        """A new group of rows begins: forget the old ones."""
         ...
 
     def guess(self, rows: list[Row], room: list[int]) -> list[list[int]]:
-        """For each row at most room[i] tokens that may follow. The rows are those of one group that are being written."""
+        """At most room[i] tokens that may follow row i, for all unfinished rows of the group.
+
+        The numbers of guesses, though not the guesses, are the same on all ranks.
+        """
         ...
 
 
 @dataclass
 class Pace:
-    """How many tokens of a row to guess at once: twice as many after guesses that were all right, else one more than were
-    right; after several mistakes on end none for ever longer (a guess that is wrong makes a pass slower)."""
+    """How many tokens of one row to guess: `reach`.
+
+    It doubles if all guesses were right; otherwise it is one more than were right. After two and
+    more failures in a row the next steps are made without guesses, as a wrong guess slows a step.
+    """
 
     reach: int
     misses: int = 0
@@ -51,14 +63,15 @@ class Pace:
     def learn(self, proposed: int, accepted: int, most: int) -> None:
         if not proposed:
             return
-        self.reach = min(most, max(self.reach, 2 * proposed) if accepted == proposed else accepted + 1)
+        all_right = accepted == proposed
+        self.reach = min(most, max(self.reach, 2 * proposed) if all_right else accepted + 1)
         self.misses = 0 if accepted else self.misses + 1
         self.pause = min(max(0, self.misses - 1), LONGEST_PAUSE)
 
 
 @dataclass
 class Speculation:
-    """A guesser that is asked for at most `most` tokens of a row at a time, and what came of it. See generation.Draft."""
+    """Asks a guesser for at most `most` tokens of a row at a time, and counts how many were right."""
 
     guesser: Guesser
     most: int
@@ -72,48 +85,42 @@ class Speculation:
 
     def propose(self, rows: list[Row], room: list[int]) -> list[list[int]]:
         paces = [self._paces.setdefault(row.number, Pace(self.most)) for row in rows]
-        return self.guesser.guess(rows, [min(pace.ask(), here) for pace, here in zip(paces, room, strict=True)])
+        wanted = [min(pace.ask(), most) for pace, most in zip(paces, room, strict=True)]
+        return self.guesser.guess(rows, wanted)
 
     def learn(self, row: Row, proposed: int, accepted: int) -> None:
+        """So many of the row's last guesses were right."""
         self._paces[row.number].learn(proposed, accepted, self.most)
         self.proposed += proposed
         self.accepted += accepted
 
 
-# --- the text itself ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Index:
-    """Where in a text each of its short runs of tokens stood last: the place after it. Runs that end at `upto` or before."""
-
-    after: dict[tuple[int, ...], int] = field(default_factory=dict)
-    upto: int = 0
-
-
 class Ngrams:
-    """Prompt look-up: the row goes on as it did where its last tokens stood the last time, the longest such run of at most
-    `longest` tokens and at least `shortest`. Past the end of the text it goes on with what it has guessed itself."""
+    """Prompt look-up: a row continues as it did after the last occurrence of its newest tokens.
+
+    Looks for the longest such run of tokens, at most `longest` and at least `shortest` of them. A
+    continuation that reaches the end of the text goes on with the guesses themselves.
+    """
 
     def __init__(self, longest: int = 5, shortest: int = 2):
         self.sizes = range(longest, shortest - 1, -1)
-        self._indices: dict[int, _Index] = {}
+        self.begin()
 
     def begin(self) -> None:
-        self._indices.clear()
+        # of each row: where each run occurred last (the index after it), and the tokens indexed
+        self.after: dict[int, dict[tuple[int, ...], int]] = defaultdict(dict)
+        self.indexed: dict[int, int] = defaultdict(int)
 
     def guess(self, rows: list[Row], room: list[int]) -> list[list[int]]:
-        return [self._continued(row, most) if most else [] for row, most in zip(rows, room, strict=True)]
+        return [self._continue(row, most) if most else [] for row, most in zip(rows, room, strict=True)]
 
-    def _continued(self, row: Row, most: int) -> list[int]:
-        tokens, index = row.tokens, self._indices.setdefault(row.number, _Index())
-        for end in range(index.upto + 1, len(tokens)):  # not the run at the very end, which is what is looked for
-            for n in self.sizes:
-                if n <= end:
-                    index.after[tuple(tokens[end - n : end])] = end
-        index.upto = max(index.upto, len(tokens) - 1)
+    def _continue(self, row: Row, most: int) -> list[int]:
+        tokens, after = row.tokens, self.after[row.number]
+        for end in range(self.indexed[row.number] + 1, len(tokens)):  # the newest run is the one sought
+            after.update({tuple(tokens[end - n : end]): end for n in self.sizes if n <= end})
+        self.indexed[row.number] = max(self.indexed[row.number], len(tokens) - 1)
         runs = (tuple(tokens[-n:]) for n in self.sizes if n < len(tokens))
-        at = next((index.after[run] for run in runs if run in index.after), None)
+        at = next((after[run] for run in runs if run in after), None)
         if at is None:
             return []
         text = tokens[at:]
@@ -122,37 +129,36 @@ class Ngrams:
         return text[:most]
 
 
-# --- a small model --------------------------------------------------------------------------------------------------
-
-
 @dataclass
-class _Reading:
-    """A row of the cache. It holds the row's tokens from `begin` on; the first `right` of them are in the row too. When it was
-    last guessed the row had `length` tokens, and of the guesses those in `fed` were read."""
+class _Cached:
+    """One row of the draft's cache.
+
+    It holds `read` of the row's tokens, from the token `begin` on, and then `guesses` that the draft
+    read while it guessed; the row may have got other tokens since.
+    """
 
     row: Row
     begin: int
-    right: int
-    length: int
-    fed: list[int]
+    read: int
+    guesses: list[int]
 
     @property
-    def window(self) -> int:
+    def length(self) -> int:
         return len(self.row.tokens) - self.begin
 
-    def look_back(self) -> None:
-        """Of what was fed, what the row has got since is right."""
-        came = self.row.tokens[self.length :]
-        while self.right < self.window - 1 and self.fed and self.fed[0] == came[0]:
-            self.fed, came = self.fed[1:], came[1:]
-            self.right += 1
-        self.fed = []
+    def accept(self) -> None:
+        """Count the guesses that the row got as read; its newest token is to be read once more."""
+        for token in self.guesses:
+            if self.read == self.length - 1 or token != self.row.tokens[self.begin + self.read]:
+                break
+            self.read += 1
+        self.guesses = []
 
 
 class SmallModel:
-    """A model of one rank that reads the rows along and draws their next tokens from its own logits.
+    """Guesses by drawing from the logits of a model of one rank.
 
-    It need not have room for a whole row: one that outgrows its block_size is read anew from half of that back.
+    A row that outgrows the model's block_size is read again, from half of block_size back.
     """
 
     def __init__(self, model: TensorParallelGPT, sampling: Sampling):
@@ -160,7 +166,7 @@ class SmallModel:
         self.begin()
 
     def begin(self) -> None:
-        self.readings: list[_Reading] = []
+        self.rows: list[_Cached] = []  # in the order of the cache
         self.cache: KVCache | None = None
 
     def guess(self, rows: list[Row], room: list[int]) -> list[list[int]]:
@@ -168,57 +174,60 @@ class SmallModel:
         if n < 1:
             return [[] for _ in rows]
         cache = self._follow(rows, n)
-        lengths = [reading.window for reading in self.readings]
-        T = max(reading.window - reading.right for reading in self.readings)
-        cache.advance([length - T for length in lengths])  # each row's last T tokens, though of some fewer are new
-        news, guesses = [reading.row.tokens[-T:] for reading in self.readings], list[list[int]]()
+        lengths = [cached.length for cached in self.rows]
+        T = max(cached.length - cached.read for cached in self.rows)
+        cache.advance([length - T for length in lengths])  # some rows read tokens a second time
+        new, drawn = [cached.row.tokens[-T:] for cached in self.rows], list[list[int]]()
         for j in range(n):
-            guesses.append(self._choose(self.decoder.logits(news, cache)[:, -1], j))
+            drawn.append(self._draw(self.decoder.logits(new, cache)[:, -1], j))
             cache.advance([length + j for length in lengths])
-            news = [[token] for token in guesses[-1]]
-        for reading, guess in zip(self.readings, zip(*guesses, strict=True), strict=True):
-            reading.right, reading.length, reading.fed = reading.window, len(reading.row.tokens), list(guess)
-        guessed = {reading.row.number: reading.fed for reading in self.readings}
-        for reading in self.readings:
-            reading.fed = reading.fed[:-1]  # the last was not read
-        return [guessed[row.number][:most] for row, most in zip(rows, room, strict=True)]
+            new = [[token] for token in drawn[-1]]
+        guesses = {}
+        for cached, guess in zip(self.rows, map(list, zip(*drawn, strict=True)), strict=True):
+            guesses[cached.row.number] = guess
+            cached.read, cached.guesses = cached.length, guess[:-1]  # the last one was not read
+        return [guesses[row.number][:most] for row, most in zip(rows, room, strict=True)]
 
-    def _choose(self, logits: Tensor, ahead: int) -> list[int]:
-        """For each row the token drawn `ahead` places after its next one, from logits [rows, v]."""
-        bits, ids = candidates(logits, 0, self.model.config.vocab_size, self.sampling, 1).numpy()
-        rows = [reading.row for reading in self.readings]
+    def _draw(self, logits: Tensor, ahead: int) -> list[int]:
+        """Each row's token, `ahead` positions after its next one, from logits [rows, v]."""
+        vocab_size = self.model.config.vocab_size
+        bits, ids = candidates(logits, 0, vocab_size, self.sampling, 1).numpy()
+        values = bits.view(np.float32)
+        rows = [cached.row for cached in self.rows]
         return [
-            choose(values, here, self.sampling, row.sample, row.new + ahead)
-            for row, values, here in zip(rows, bits.view(np.float32), ids, strict=True)
+            choose(values[i], ids[i], self.sampling, row.sample, row.new + ahead)
+            for i, row in enumerate(rows)
         ]
 
     def _follow(self, rows: list[Row], n: int) -> KVCache:
-        """The cache, brought to these rows: some have left, all have grown, and in a new group none has been read."""
-        stay = [i for i, reading in enumerate(self.readings) if any(row is reading.row for row in rows)]
-        if self.cache is None or len(stay) < len(rows):
+        """The cache, without the rows that ended and with room for n more tokens."""
+        if self.cache is None:
             return self._read(rows, n)
-        if len(stay) < len(self.readings):
-            self.readings, self.cache = [self.readings[i] for i in stay], self.cache.rows(stay)
-        for reading in self.readings:
-            reading.look_back()
-        lengths = [reading.window for reading in self.readings]
-        behind = max(reading.window - reading.right for reading in self.readings)
-        if max(lengths) + n - 1 > self.cache.size or behind > min(lengths):
+        numbers = {row.number for row in rows}
+        stay = [i for i, cached in enumerate(self.rows) if cached.row.number in numbers]
+        if len(stay) < len(self.rows):
+            self.rows, self.cache = [self.rows[i] for i in stay], self.cache.rows(stay)
+        for cached in self.rows:
+            cached.accept()
+        lengths = [cached.length for cached in self.rows]
+        unread = max(cached.length - cached.read for cached in self.rows)
+        if max(lengths) + n - 1 > self.cache.size or unread > min(lengths):
             return self._read(rows, n)
         return self.cache
 
     def _read(self, rows: list[Row], n: int) -> KVCache:
-        """One pass over these rows, which leaves their newest token unread."""
-        size = self.model.config.block_size
-        begins = [0 if len(row.tokens) + n - 1 <= size else len(row.tokens) - size // 2 for row in rows]
-        self.readings = [
-            _Reading(row, begin, len(row.tokens) - begin - 1, len(row.tokens), [])
-            for row, begin in zip(rows, begins, strict=True)
-        ]
-        longest = max(reading.window for reading in self.readings)
-        self.cache = self.model.new_cache(len(rows), min(size, longest + self.sampling.max_new_tokens + n))
+        """A new cache: one pass over all tokens of the rows but the newest."""
+        size, device = self.model.config.block_size, self.model.device
+        self.rows = []
+        for row in rows:
+            length = len(row.tokens)
+            begin = 0 if length + n - 1 <= size else length - size // 2
+            self.rows.append(_Cached(row, begin, length - begin - 1, []))
+        longest = max(cached.length for cached in self.rows)
+        most = min(size, longest + self.sampling.max_new_tokens + n)
+        self.cache = self.model.new_cache(len(rows), most)
         if longest > 1:
-            windows = [row.tokens[begin:-1] for row, begin in zip(rows, begins, strict=True)]
-            idx = torch.tensor([window + [0] * (longest - 1 - len(window)) for window in windows], device=self.model.device)
-            self.model.hidden(idx, self.cache)
+            windows = [cached.row.tokens[cached.begin : -1] for cached in self.rows]
+            padded = [window + [0] * (longest - 1 - len(window)) for window in windows]
+            self.model.hidden(torch.tensor(padded, device=device), self.cache)
         return self.cache

@@ -10,7 +10,7 @@ layer keeps half-precision copies of its weights as well.
 How much of that is there at once decides the peak: activations go as gradients come. `Training.moments` has an
 iteration's candidates, written down from what the passes of tp_model.py, layers.py and loss.py hold; that is what a GPU's
 allocator counts, and a CPU where large tensors are given back at once, as they are when sharded over dp. Else a CPU rank has
-glibc keep what is freed (`set_up_heap` in train_tp.py), and what one part of an iteration leaves is in pieces that the next
+glibc keep what is freed (`set_up_heap` in train/setup.py), and what one part of an iteration leaves is in pieces that the next
 one's tensors do not fit: there the peak is the sum of all parts. Not in either: the process itself, workspaces inside
 kernels, files mapped into memory.
 """

@@ -178,3 +178,14 @@ class Partition:
                 size *= rule.owned(rank) if rank is not None and dim == rule.dim else n
             total += size
         return total
+
+    def imbalance(self) -> str:
+        """What an uneven split of heads costs, or "" where it is even."""
+        heads = [hi - lo for lo, hi in map(self.heads, range(self.tp))]
+        if min(heads) == max(heads):
+            return ""
+        extra = max(heads) * self.tp / self.n_head - 1
+        return (
+            f"tp={self.tp} over {self.n_head} heads: {','.join(map(str, heads))} "
+            f"(busiest rank does {extra:.0%} more attention than an even split)."
+        )

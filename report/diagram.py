@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from base.numbers import plural
 from plan.partition import Partition
 from plan.schedule import KINDS, Schedule
 
@@ -76,10 +77,9 @@ class Layer:
     @property
     def title(self) -> str:
         s, points = self.split, self.schedule.points
-        ranks = "1 rank" if s.tp == 1 else f"{s.tp} ranks"
         spoken = f"{points} of {2 * s.n_layer} sync points" if s.tp > 1 else "nothing is communicated"
         sequence = ", split over the sequence" if self.sequence else ""
-        return f"a layer of {s.n_layer} on {ranks}: {s.n_head} heads, {s.n_embd} wide{sequence}; {spoken}"
+        return f"a layer of {s.n_layer} on {plural(s.tp, 'rank')}: {s.n_head} heads, {s.n_embd} wide{sequence}; {spoken}"
 
 
 def layer(split: Partition, schedule: Schedule, sequence: bool = False) -> Layer:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from xml.etree.ElementTree import Element
 
+from base.numbers import number
 from report.diagram import Alike, Layer, Message, Own, Place, seen
-from report.html import E, number
+from report.html import E
 
 WIDE = 340  # of a half of a layer
 MIDDLE = WIDE / 2
@@ -148,7 +149,7 @@ def log_ticks(lo: float, hi: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Scale:
-    """Where a value lies between two ends of an axis, which is linear, log or asinh (linear near 0, logarithmic far from it).
+    """Where a value lies between two ends of an axis, which is linear or log.
     lo, hi: the ends, bent as the axis is; whole: whether values are whole numbers."""
 
     kind: str
@@ -173,13 +174,10 @@ class Scale:
     @property
     def ticks(self) -> list[float]:
         lo, hi = (BENDS[self.kind][1](end) for end in (self.lo, self.hi))
-        if self.kind == "asinh":
-            return [sign * tick for sign in (-1, 1) for tick in FAR if lo <= sign * tick <= hi and (tick or sign > 0)]
         return log_ticks(lo, hi) if self.kind == "log" else ticks(lo, hi, self.whole)
 
 
-BENDS: dict[str, tuple[Bend, Bend]] = {"linear": (float, float), "log": (math.log, math.exp), "asinh": (math.asinh, math.sinh)}
-FAR = (0, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+BENDS: dict[str, tuple[Bend, Bend]] = {"linear": (float, float), "log": (math.log, math.exp)}
 
 
 def chart(

@@ -1,4 +1,4 @@
-"""HTML as a tree, and figures as people read them.
+"""HTML as a tree, and tables of anything.
 
 Everything that a page says goes through `E`, and ElementTree writes it: text stays text, whatever is in it.
 """
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 from xml.etree.ElementTree import Element, tostring
 
-from base.errors import nbytes as nbytes
+from base.numbers import number
 
 Content: TypeAlias = "str | Element | None | Iterable[Content]"
 
@@ -47,36 +47,6 @@ def _fill(parent: Element, content: Content) -> None:
 
 def written(element: Element) -> str:
     return tostring(element, encoding="unicode", method="html")
-
-
-# --- figures --------------------------------------------------------------------------------------------------------
-
-
-def seconds(s: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if s >= size:
-            return f"{s / size:,.3g} {unit}" if s < 100 * size else f"{s / size:,.0f} {unit}"
-    return f"{s / 1e-6:,.3g} µs" if s else "0 s"
-
-
-def share(x: float, digits: int = 1) -> str:
-    return f"{100 * x:.{digits}f} %"
-
-
-def number(x: float) -> str:
-    """Any number, to four digits or so, with thousands set apart."""
-    if isinstance(x, int):
-        return f"{x:,}"
-    return f"{x:,.4g}" if abs(x) < 1e4 or abs(x) >= 1e15 else f"{x:,.0f}"
-
-
-def count(n: float) -> str:
-    """A number of parameters."""
-    return next((f"{n / size:,.3g}{unit}" for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)) if n >= size), number(n))
-
-
-def plural(n: int, one: str) -> str:
-    return f"{n} {one}" if n == 1 else f"{n} {one}s"
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from base.errors import UserError
+from base.numbers import count, nbytes, number, plural, share
 from report import account
-from report.html import Content, E, count, facts, is_short, nbytes, number, plain, plural, share, words, written
+from report.html import Content, E, facts, is_short, plain, words, written
 from report.sections import SECTIONS, Report, Section, note, unit_of
 
 STYLE = Path(__file__).with_name("style.css")
@@ -26,7 +27,6 @@ HEADINGS = {  # of what has no model
     "allreduce": "All-reduces of many sizes",
     "start": "From torchrun to the first token",
     "save": "What a checkpoint costs",
-    "curve": "Schedules, and what repair gives back",
 }
 
 

@@ -1,14 +1,14 @@
 """The parts of a page: each is a function of the report that gives elements, and names what of the report it has shown."""
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from xml.etree.ElementTree import Element
 
+from base.numbers import nbytes, number, plural, seconds, share
 from report import account
 from report.drawing import Series, chart, halves, legend
-from report.html import Content, E, facts, nbytes, number, plural, seconds, share, spread, table, words
+from report.html import Content, E, facts, spread, table, words
 
 Report = dict[str, Any]
 WAYS = ("forward", "backward", "step")
@@ -208,21 +208,6 @@ def scan(report: Report) -> Content:
     return [note(said), E("div", drawn, E("figure", means, bars(alone)), class_="charts"), listing]
 
 
-def curves(report: Report) -> Content:
-    """Several scans and repairs: perplexity lost against all-reduces a token."""
-    series = []
-    for made, colour in zip(report["reports"], itertools.cycle(COLOURS), strict=False):
-        name = f"tp {made['tp']}{', grouped' if 'grouped' in made['source'] else ''}"
-        if made["what"] == "scan":
-            rows = [(messages(row), 100 * row["loss"], row["sync"]) for row in (made["plain"], *made["curve"])]
-            series.append(Series(f"{name}, zero-shot", rows, colour))
-        else:
-            after = 100 * made["evidence"]["loss"]
-            named = f"{name}, --sync={made['sync']} repaired: {after:+.2f} %"
-            series.append(Series(named, [(made["points"] + 1, after, named)], colour, joined=False))
-    return chart(series, "all-reduces a token", "perplexity lost, %", ("linear", "asinh"))
-
-
 def messages(row: Report) -> float:
     """All-reduces a token: counted where that was done, else a schedule's sync points and the embedding's."""
     return float(row.get("all_reduces_per_token", row["points"] + 1))
@@ -345,7 +330,6 @@ SECTIONS = (
     Section("One layer, as its ranks see it", ("model",), (), diagram),
     Section("Every strategy", ("lines",), ("lines",), strategies),
     Section("Perplexity against all-reduces", SCAN, (*SCAN, "chosen", "tokens"), scan),
-    Section("Perplexity lost against all-reduces", ("reports",), ("reports",), curves),
     Section("Repair", ("evidence", "points"), ("evidence", "points", "tokens"), repair),
     Section("Side by side", ("parties",), ("parties",), parties),
     Section("Messages", ("sizes",), ("sizes",), sizes),

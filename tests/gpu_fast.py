@@ -37,7 +37,7 @@ def decode(step: Step, name: str = "gpt2") -> None:
             for _ in range(2):
                 before, timing = (
                     decoder.capture_s,
-                    generate(model, [prompt], sampling, None, decoder).timing,
+                    generate(model, [prompt], sampling, decoder).timing,
                 )
                 s = (timing.decode_s - decoder.capture_s + before) / timing.decode_tokens
             figures = {"tokens_s": 1 / s, "GBps": read / s / 1e9, "of_copy": read / s / copied}

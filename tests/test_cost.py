@@ -19,7 +19,8 @@ from bench.elsewhere import PROFILES, SHAPES, pays_from
 from bench.prediction import FITTED, Constants, Job, solve
 from bench.strategies import Case, formula
 from cli.options import BenchPredictOptions
-from inference.generation import Sampling, generate
+from inference.generation import generate
+from inference.sampling import Sampling
 from model import GPTConfig
 from parallel.ledger import Account
 from parallel.loss import chunk_rows

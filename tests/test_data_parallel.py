@@ -16,6 +16,7 @@ from checkpoints.manifest import read_manifest
 from cli.options import TrainOptions
 from parallel import data_parallel
 from tp_model import held
+from train import loop, setup
 from world.mesh import World
 
 # an iteration of 12 rows, which 2, 3 and 4 share: in two micro-batches on each of 2 or 3 ranks
@@ -144,7 +145,7 @@ def _held(world: World, settings: TrainOptions) -> dict[str, list[int]]:
     """Numbers that this rank keeps of parameters, gradients and moments."""
     from text.dataset import Dataset
 
-    run = train_tp.prepare(world, settings, Dataset(Path(settings.data_dir) / settings.dataset))
+    run = setup.prepare(world, settings, Dataset(Path(settings.data_dir) / settings.dataset))
     last: dict[str, list[int]] = {"parameters": [], "gradients": [], "moments": []}
     step = run.optimizer.step
 
@@ -157,7 +158,7 @@ def _held(world: World, settings: TrainOptions) -> dict[str, list[int]]:
             last["moments"].append(held(run.optimizer.state[p]["exp_avg"])[0].numel())
 
     run.optimizer.step = look  # type: ignore[method-assign, assignment]
-    train_tp.iterate(run, 1e-3)
+    loop.iterate(run, 1e-3)
     return last
 
 

@@ -16,9 +16,9 @@ from test_entry import launch, spoken
 from test_tp_model import deaf
 from torch import Tensor
 
-from inference.decoding import MOST_TOKENS, GraphDecoder, NativeDecoder, Replay, TorchDecoder, decoder_for
-from inference.generation import Row, generate
-from inference.sampling import Sampling
+from inference.decoding import MOST_TOKENS, Decoder, GraphDecoder, NativeDecoder, Replay, TorchDecoder, decoder_for
+from inference.generation import Generation
+from inference.sampling import Row, Sampling
 from model import GPT, GPTConfig
 from parallel import collectives
 from parallel.graphs import outside_graphs
@@ -251,25 +251,22 @@ def test_a_fixed_steps_logits_are_torchs_bits_where_the_cache_is_as_long_as_the_
     assert torch.equal(*logits) and torch.equal(*caches)
 
 
-class Short:
-    """An audience that ends row i after i + 1 tokens."""
-
-    def hear(self, row: Row, token: int) -> bool:
-        return row.new == row.number
-
-    def end(self, row: Row) -> None:
-        pass
+def shortened(decoder: Decoder, model: TensorParallelGPT, prompts: list[list[int]], sampling: Sampling) -> list[Row]:
+    """Rows of which number i ends after i + 1 tokens."""
+    generation = Generation(model, prompts, sampling, decoder, stops=lambda row, token: row.new == row.number)
+    assert all(row.new for row in generation)
+    return generation.rows
 
 
 def test_rows_that_leave_are_captured_anew_and_nothing_outlives_its_cache() -> None:
     model, capture = split(reference(ODD), alone()), Reruns()
     decoder, sampling = GraphDecoder(model, capture), Sampling(ODD.vocab_size, max_new_tokens=6, batch_size=5, seed=3)
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1], [2]]
-    result = generate(model, prompts, sampling, Short(), decoder)
-    plain = generate(model, prompts, sampling, Short(), TorchDecoder(model))
-    assert [row.tokens for row in result.rows] == [row.tokens for row in plain.rows]
+    found = shortened(decoder, model, prompts, sampling)
+    plain = shortened(TorchDecoder(model), model, prompts, sampling)
+    assert [row.tokens for row in found] == [row.tokens for row in plain]
     rows = [step.inputs.shape[1] for step in capture.captured]
-    assert rows == [4, 3, 2, 1] and [row.new for row in result.rows] == [1, 2, 3, 4, 5]
+    assert rows == [4, 3, 2, 1] and [row.new for row in found] == [1, 2, 3, 4, 5]
     assert not decoder._steps
 
 

@@ -23,7 +23,7 @@ import train_tp
 from base.errors import Stopped, UserError
 from cli.options import TrainOptions
 from tp_model import TensorParallelGPT
-from train import directory
+from train import directory, loop, setup
 from train.checkpoint import steps
 from world.launch import Launch
 from world.mesh import World
@@ -44,7 +44,7 @@ def earlier(letters: Path, tmp_path: Path) -> Path:  # noqa: F811
 
 def _train(world: World, settings: TrainOptions, fault: str = "", at: int = -1) -> str:
     """A run with a fault; what it ends with."""
-    rate, norm = train_tp.learning_rate, TensorParallelGPT.grad_norm
+    rate, norm = loop.learning_rate, TensorParallelGPT.grad_norm
 
     def failing(*given: Any) -> Any:
         raise RuntimeError(f"no {fault}")
@@ -68,11 +68,11 @@ def _train(world: World, settings: TrainOptions, fault: str = "", at: int = -1) 
         struck.iter_num = iter_num  # type: ignore[attr-defined]
         return struck(given, iter_num)
 
-    train_tp.learning_rate = noted  # type: ignore[assignment]
+    loop.learning_rate = noted  # type: ignore[assignment]
     if fault == "norm":
         TensorParallelGPT.grad_norm = broken  # type: ignore[method-assign, assignment]
     if fault in ("replicate", "Log", "Saver"):
-        setattr(train_tp, fault, failing)
+        setattr(setup if fault == "replicate" else loop, fault, failing)
     try:
         train_tp.main(world, settings)
     except (UserError, Stopped, RuntimeError) as error:
@@ -290,14 +290,14 @@ def test_what_a_run_says_that_could_not_save(letters: Path, tmp_path: Path) -> N
 
 def _stopped_after_a_bad_norm(world: World, settings: TrainOptions) -> str:
     TensorParallelGPT.grad_norm = lambda model: torch.tensor(float("nan"))  # type: ignore[method-assign, assignment]
-    rate = train_tp.learning_rate
+    rate = loop.learning_rate
 
     def told(given: TrainOptions, iter_num: int) -> float:
         if iter_num == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return rate(given, iter_num)
 
-    train_tp.learning_rate = told  # type: ignore[assignment]
+    loop.learning_rate = told  # type: ignore[assignment]
     try:
         train_tp.main(world, settings)
     except Stopped as stop:

@@ -23,7 +23,6 @@ from checkpoints.convert import write_hf
 from checkpoints.manifest import read_manifest
 from checkpoints.shards import ShardDirectory
 from cli.grammar import parse
-from fewer_syncs.curve import draw, read_reports
 from fewer_syncs.distillation import Lessons, repair_run, repair_whole
 from fewer_syncs.grouping import Regrouped, damages, deal, group, partitions
 from fewer_syncs.scan import Measured, parse_budget, within
@@ -315,22 +314,3 @@ def test_repair_writes_shards_that_carry_the_schedule(home: Path, tmp_path: Path
     for extra, message in (([], "exists. Choose another place"), (["--sync=all", "--force"], "drops no sync point")):
         with pytest.raises(AssertionError, match=message):
             run_ranks(2, _repair, home, [*words, *extra])
-
-
-# --- curve ----------------------------------------------------------------------------------------------------------
-
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
-
-
-def test_scans_and_repairs_are_drawn_in_one_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    known = sorted(RESULTS.glob("*_tp[23]*.json"))
-    assert len(known) > 4
-    draw(read_reports(known), tmp_path / "curve.png")
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_curve_is_of_scans_and_repairs_only(tmp_path: Path) -> None:
-    other = RESULTS / "allreduce.json"
-    with pytest.raises(UserError, match=f"{other} is no report of drop_syncs.py scan or repair"):
-        read_reports([other])

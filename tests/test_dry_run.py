@@ -29,7 +29,7 @@ from plan.memory import FLOAT, Training
 from plan.partition import Partition, spans
 from plan.schedule import Schedule
 from tp_model import Stream, TensorParallelGPT
-from train import dry_run
+from train import dry_run, setup
 from train.dry_run import amount
 from world.mesh import World, make_axis
 
@@ -205,7 +205,7 @@ SMALL = ["--n_layer=3", "--n_head=5", "--n_embd=40", "--block_size=18", "--batch
 
 def dry(*words: str) -> int:
     asked = parse(TrainOptions, ["--dry_run=True", "--device=cpu", *SMALL, *words], "train_tp.py")
-    return dry_run.show(train_tp.plans(asked))
+    return dry_run.show(setup.plans(asked))
 
 
 def test_a_run_that_fits_and_one_that_does_not(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from base.errors import UserError
 from checkpoints.sources import open_source, reader
 from cli.grammar import parse
 from cli.options import EvalOptions
-from eval_tp import measure, windows
+from inference import perplexity
+from inference.perplexity import measure, windows
 from text.dataset import write_tokens
 from tp_model import TensorParallelGPT
 from world.mesh import World
@@ -107,7 +108,7 @@ def test_against_transformers_in_double_precision(weights: Path, tp: int, n: int
 def test_the_head_takes_any_number_of_rows_at_a_time(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.arange(60) % VOCAB
     whole, _ = _measure(alone(), weights, tokens, 7, 4)
-    monkeypatch.setattr(eval_tp, "HEAD_ROWS", 5)
+    monkeypatch.setattr(perplexity, "HEAD_ROWS", 5)
     assert _measure(alone(), weights, tokens, 7, 4)[0] == pytest.approx(whole, rel=1e-7)
 
 

@@ -12,9 +12,9 @@ import pytest
 from ranks import run_ranks
 from test_entry import free_port
 
-import train_tp
 from checkpoints.sources import LATEST
 from cli.options import TrainOptions
+from train import directory
 from world.launch import Launch
 from world.mesh import World
 
@@ -82,7 +82,7 @@ def test_torchrun_goes_on_from_the_last_whole_checkpoint_by_itself(
 
 
 def _after(world: World, launch: Launch, options: TrainOptions) -> str:
-    return train_tp.after_restart(replace(world, launch=launch), options).init_from
+    return directory.after_restart(replace(world, launch=launch), options).init_from
 
 
 def test_only_a_restart_goes_on_and_only_from_its_own_checkpoints(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_only_a_restart_goes_on_and_only_from_its_own_checkpoints(tmp_path: Path
     def after(restarts: int, run: str = "job", **changes: Any) -> str:
         return str(run_ranks(1, _after, Launch(0, 1, 0, 1, restarts, run), replace(options, **changes))[0])
 
-    begun = tmp_path / train_tp.BEGUN
+    begun = tmp_path / directory.BEGUN
     begun.write_text("job")
     assert after(1) == "gpt2"  # there is no checkpoint yet
     (tmp_path / LATEST).write_text("step-000004\n")

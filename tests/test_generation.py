@@ -18,8 +18,10 @@ from base.errors import UserError
 from checkpoints.sources import open_source, reader
 from inference import generation
 from inference.decoding import TorchDecoder
-from inference.generation import Listener, Row, check_prompts, generate
-from inference.sampling import Sampling, candidates, choose, likeliest, noise
+from inference.generation import Generation, generate
+from inference.output import RowText
+from inference.prompts import check_prompts
+from inference.sampling import Row, Sampling, candidates, choose, likeliest, noise
 from model import GPT, GPTConfig, KVCache
 from parallel.collectives import Axis
 from plan.partition import Rule, spans
@@ -258,12 +260,12 @@ def test_a_group_is_never_larger_than_batch_size(monkeypatch: pytest.MonkeyPatch
 
 
 class Ends:
-    """An audience that ends row i after lasts[i] tokens, and notes the order of things."""
+    """Ends row i after lasts[i] tokens, and notes the order of things."""
 
     def __init__(self, lasts: dict[int, int]):
         self.lasts, self.heard, self.order = lasts, dict[int, list[int]](), list[int]()
 
-    def hear(self, row: Row, token: int) -> bool:
+    def stops(self, row: Row, token: int) -> bool:
         assert row.new == len(self.heard.setdefault(row.number, []))
         self.heard[row.number].append(token)
         return len(self.heard[row.number]) == self.lasts.get(row.number)
@@ -274,9 +276,12 @@ class Ends:
 
 
 def _some_end_early(world: World, model: GPT) -> tuple[list[list[int]], list[int]]:
-    audience = Ends({0: 20, 1: 1, 3: 5})
-    rows = generate(split(model, world.tp), PROMPTS, replace(DRAWN, max_new_tokens=24), audience).rows
-    return [row.tokens[row.prompt_tokens :] for row in rows], audience.order
+    ends = Ends({0: 20, 1: 1, 3: 5})
+    generation = Generation(split(model, world.tp), PROMPTS, replace(DRAWN, max_new_tokens=24), stops=ends.stops)
+    for row in generation:
+        if row.ended and world.rank == 0:
+            ends.end(row)
+    return [row.tokens[row.prompt_tokens :] for row in generation.rows], ends.order
 
 
 @pytest.mark.parametrize("tp", [1, 3])
@@ -526,20 +531,20 @@ def test_ranks_agree_though_one_of_them_computes_something_else() -> None:
     assert apart[0] != apart[1]  # what this test would see if ranks did not tell each other
 
 
-# --- the listener ---------------------------------------------------------------------------------------------------
+# --- the text of a row ---------------------------------------------------------------------------------------------------
 
 
 def listen(tokenizer: Tokenizer, tokens: list[int], stop: str) -> tuple[str, bool, list[str]]:
     """(the text, whether it ended by the stop text, what was final after each token and at the end)."""
-    listener, finals = Listener(tokenizer, stop), []
+    row, finals = RowText(tokenizer, stop), []
     ended = False
     for token in tokens:
-        ended = listener.hear(token)
-        finals.append(listener.text[: listener.final])
+        ended = row.push(token)
+        finals.append(row.text[: row.final])
         if ended:
             break
-    text = listener.finish()
-    return text, ended, [*finals, listener.text[: listener.final]]
+    text = row.finish()
+    return text, ended, [*finals, row.text[: row.final]]
 
 
 def check_listening(tokenizer: Tokenizer, tokens: list[int], whole: str, stop: str) -> None:

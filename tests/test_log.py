@@ -12,7 +12,8 @@ import train_tp
 from base.errors import UserError
 from cli.options import TrainOptions
 from train import checkpoint as training
-from train_tp import cut_metrics, iteration_of
+from train import log
+from train.metrics import cut_metrics, iteration_of
 
 
 def line(iteration: int, **more: Any) -> bytes:
@@ -56,7 +57,7 @@ def test_only_the_tail_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         read.append(text)
         return iteration_of(text)
 
-    monkeypatch.setattr(train_tp, "iteration_of", counted)
+    monkeypatch.setattr("train.metrics.iteration_of", counted)
     cut_metrics(metrics, 19_998)
     assert read == [line(19_999), line(19_998), line(19_997)]
     assert metrics.read_bytes() == b"".join(map(line, range(19_998)))
@@ -92,7 +93,7 @@ def test_wandb_that_does_not_start_is_one_line_that_names_offline_mode(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", fake(error))
     with pytest.raises(UserError) as raised:
-        train_tp.start_wandb(TrainOptions(out_dir=str(tmp_path / "out"), wandb_log=True))
+        log.start_wandb(TrainOptions(out_dir=str(tmp_path / "out"), wandb_log=True))
     message = str(raised.value)
     assert message.startswith(f"wandb does not start: {said}") and message.isprintable()
     assert f"WANDB_MODE=offline keeps the run in {tmp_path / 'out'}/wandb" in message
@@ -101,7 +102,7 @@ def test_wandb_that_does_not_start_is_one_line_that_names_offline_mode(
 def test_without_wandb_it_is_said_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"^--wandb_log=True needs wandb: pip install wandb$"):
-        train_tp.start_wandb(TrainOptions(out_dir=str(tmp_path), wandb_log=True))
+        log.start_wandb(TrainOptions(out_dir=str(tmp_path), wandb_log=True))
 
 
 def test_wandb_is_asked_before_anything_is_read_or_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -572,13 +572,10 @@ def test_names_that_are_paths_are_options_and_what_looks_like_one_is_a_path():
     assert found - options.PATHS.keys() == set()
 
 
-def test_paths_within_a_prompt_and_a_list(monkeypatch, config):
+def test_paths_within_a_prompt(monkeypatch, config):
     monkeypatch.setenv("HOME", "/home/ada")
     start = sample("--prompt=FILE:~/p.txt", "--prompt=PROMPTS:~/q.txt", "--prompt=~/r", "--prompt=a FILE:~").start
     assert start == ["FILE:/home/ada/p.txt", "PROMPTS:/home/ada/q.txt", "~/r", "a FILE:~"]
-    words = ["--reports=~/a.json,b~.json, ~/c.json", "--plot=~"]
-    made = parse(options.CurveOptions, words, "drop_syncs.py curve")
-    assert (made.reports, made.plot) == ("/home/ada/a.json,b~.json, /home/ada/c.json", "/home/ada")
     path = config('out_dir = "~/run"\ndata_dir = "~no_such_user/x"\nwandb_project = "~/x"\n')
     made = train(path, "--report=x/~")
     assert made.out_dir == "/home/ada/run" and made.data_dir == "~no_such_user/x"

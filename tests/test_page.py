@@ -24,14 +24,14 @@ import eval_tp
 import sample_tp
 import train_tp
 from base.errors import UserError
+from base.numbers import nbytes, seconds
 from cli.grammar import parse
 from cli.options import EvalOptions, SampleOptions, TrainOptions
 from report import account
 from report.diagram import Message
-from report.html import nbytes, seconds
 from report.page import STYLE, headline, page, record
 from report.report import read, write
-from train import dry_run
+from train import dry_run, metrics, setup
 from world.mesh import World
 
 letters, home, unknown = test_training.letters, test_drop_syncs.home, test_sample_tp.unknown
@@ -134,10 +134,8 @@ def made(letters: Path, home: Path, unknown: Path, tmp_path_factory: pytest.Temp
         run_ranks(size, _run, entry, [*words, "--device=cpu", f"--report={found[name]}"], tp=1 if name == "train_dp" else size)
     with redirect_stdout(StringIO()):
         dry = [*train, f"--report={place / 'dry.json'}", "--dry_run=True", "--ranks=4", "--tp=2"]
-        dry_run.show(train_tp.plans(parse(TrainOptions, dry, "train_tp.py")))
-    scans = [json.loads((RESULTS / f"{name}.json").read_text()) for name in ("scan_tp2", "scan_tp3_grouped", "repair_mlp_tp2")]
-    write(str(place / "curve.json"), {"entry": "drop_syncs", "what": "curve", "reports": scans})
-    return found | {"dry": place / "dry.json", "curve": place / "curve.json"}
+        dry_run.show(setup.plans(parse(TrainOptions, dry, "train_tp.py")))
+    return found | {"dry": place / "dry.json"}
 
 
 TITLES = {  # what people come for, by report
@@ -160,7 +158,6 @@ TITLES = {  # what people come for, by report
     "diagram": ("One layer", "Every strategy"),
     "page": ("Perplexity against",),
     "dry": ("What a rank's memory holds",),
-    "curve": ("Perplexity lost",),
 }
 
 
@@ -240,10 +237,10 @@ def test_the_picture_is_of_the_schedule(made: dict[str, Path]) -> None:
 def test_a_loss_curve_is_thinned_and_whole(tmp_path: Path) -> None:
     lines = [{"iter": i, "loss": 4.0 - i / 1000} for i in range(1001)] + [{"iter": 1001, "val_loss": 2.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iter": 7, "lo')
-    made = train_tp.loss_curve(tmp_path / "metrics.jsonl")
-    assert made["iter"][0] == 0 and made["iter"][-1] > 990 and 150 < len(made["iter"]) <= train_tp.CURVE_POINTS
+    made = metrics.loss_curve(tmp_path / "metrics.jsonl")
+    assert made["iter"][0] == 0 and made["iter"][-1] > 990 and 150 < len(made["iter"]) <= metrics.CURVE_POINTS
     assert made["loss"] == [4.0 - i / 1000 for i in made["iter"]] and (made["val_iter"], made["val_loss"]) == ([1001], [2.0])
-    assert train_tp.loss_curve(tmp_path / "none") == {"iter": [], "loss": [], "val_iter": [], "val_loss": []}
+    assert metrics.loss_curve(tmp_path / "none") == {"iter": [], "loss": [], "val_iter": [], "val_loss": []}
 
 
 # --- whatever is in it ----------------------------------------------------------------------------------------------

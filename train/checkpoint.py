@@ -11,7 +11,6 @@ that.
 import collections
 import contextlib
 import itertools
-import math
 import os
 import re
 import shutil
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from base.errors import UserError
+from base.fields import Field, check_fields
 from base.files import inside, publish, read_json, sync_directory, write_json
 from checkpoints.manifest import MANIFEST, Manifest, Sync, TensorEntry, dtype_name, read_manifest, shard_name
 from checkpoints.shards import ShardDirectory
@@ -52,6 +52,18 @@ class Progress:
     tokens_seen: int = 0
     optimizer_steps: int = 0
     loss_scale: float = 1.0
+
+
+_COUNT = Field(int, lambda n: 0 <= n < 2**53)
+PROGRESS_FIELDS = {
+    **dict.fromkeys(("iter_num", "tokens_seen", "optimizer_steps"), _COUNT),
+    "best_val_loss": Field(float, lambda x: x >= 0),
+    "loss_scale": Field(float, lambda x: x > 0),
+}
+STATE_FIELDS = {
+    "progress": Field(dict, lambda p: p.keys() <= PROGRESS_FIELDS.keys(), "{name} is not known."),
+    "options": Field(dict),
+}
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------
@@ -311,14 +323,11 @@ def read_state(out_dir: Path) -> tuple[Path, Progress, dict[str, Any]]:
     path = latest_checkpoint(out_dir)
     raw = read_json(path / STATE)
     try:
-        progress = Progress(**raw["progress"])
-        good = all(type(getattr(progress, name)) in (type(value), int) for name, value in vars(Progress()).items())
-        good = good and all(0 <= value < (2**53 if type(value) is int else math.inf) for value in vars(progress).values())
-        if not good or progress.loss_scale == 0 or not isinstance(raw["options"], dict):
-            raise TypeError
-    except (TypeError, KeyError):
-        raise UserError(f"{path / STATE} is damaged or of another version.") from None
-    return path, progress, raw["options"]
+        state = check_fields(raw, STATE_FIELDS, "it is")
+        progress = check_fields(vars(Progress()) | state["progress"], PROGRESS_FIELDS, "it is")
+    except UserError as error:
+        raise UserError(f"{path / STATE} is damaged or of another version: {error}") from None
+    return path, Progress(**progress), state["options"]
 
 
 def load_optimizer(
