@@ -1,4 +1,4 @@
-"""Train a GPT on N ranks: from scratch, from pretrained weights, or on from a checkpoint. dp = world size / tp.
+"""Train a GPT on N ranks, from scratch, pretrained weights or a checkpoint. dp = world size / tp.
 
     torchrun --standalone --nproc_per_node=4 train_tp.py configs/train_gpt2.py --tp=2
 """
@@ -19,7 +19,7 @@ from train.directory import BEGUN, METRICS, after_restart
 from train.log import start_wandb
 from train.loop import train
 from train.metrics import loss_curve
-from train.setup import Run, plans, prepare
+from train.setup import Run, prepare
 from world import entry, peaks
 from world.mesh import World
 
@@ -30,25 +30,28 @@ def main(world: World, options: TrainOptions) -> None:
     dataset = Dataset(Path(options.data_dir) / options.dataset)
     wandb = start_wandb(options) if world.is_main and options.wandb_log else None
     with directory.writing(world, options):
-        run_in(world, after_restart(world, options), dataset, wandb)
+        options = after_restart(world, options)
+        with explaining_memory(lambda: dry_run.need(options, world.size)):
+            run = prepare(world, options, dataset)
+            if world.is_main and not options.eval_only:
+                (run.out_dir / BEGUN).write_text(world.launch.run)
+            began = time.perf_counter()
+            train(run, wandb)
+            world.synchronize()
+        finish(run, time.perf_counter() - began)
 
 
-def run_in(world: World, options: TrainOptions, dataset: Dataset, wandb: Any = None) -> None:
-    with explaining_memory(lambda: dry_run.need(plans(options), world.size)):
-        run = prepare(world, options, dataset)
-        if world.is_main and not options.eval_only:
-            (run.out_dir / BEGUN).write_text(world.launch.run)
-        begun = time.perf_counter()
-        train(run, wandb)
-        world.synchronize()
-    seconds = time.perf_counter() - begun
+def finish(run: Run, seconds: float) -> None:
+    """Print the account of the run, and write its report."""
+    world, options = run.world, run.options
     done = run.progress.tokens_seen - run.first.tokens_seen
     timing = {"train_s": seconds, "tokens": done, "tokens_per_s": done / seconds}
     more: dict[str, Any] = {"best_val_loss": run.progress.best_val_loss}
     if world.is_main and not options.eval_only:
         more["loss_curve"] = loss_curve(run.out_dir / METRICS) if options.report else {}
-    made = report.build("train_tp", world, run.model, world.ledger.snapshot(), timing, seconds, **more)
-    made["utilisation"] = used(run, seconds).figures(world)
+    account = world.ledger.snapshot()
+    made = report.build("train_tp", world, run.model, account, timing, seconds, **more)
+    made["utilisation"] = use(run, seconds).figures(world)
     if world.is_main:
         print(report.account_table(made))
         what = "evaluation" if options.eval_only else "training"
@@ -57,9 +60,8 @@ def run_in(world: World, options: TrainOptions, dataset: Dataset, wandb: Any = N
             report.write(options.report, made)
 
 
-def used(run: Run, seconds: float) -> peaks.Use:
-    """What the median iteration asked of the machine; the evaluation that took `seconds`, where there is
-    no other."""
+def use(run: Run, seconds: float) -> peaks.Use:
+    """Operations a second of the median iteration; without one, of the evaluation."""
     options, size = run.options, run.model.config.block_size
     if run.seconds:
         rate = run.tokens_per_iter / median(run.seconds)
@@ -69,10 +71,10 @@ def used(run: Run, seconds: float) -> peaks.Use:
 
 
 def command() -> tuple[entry.Main, TrainOptions]:
-    """What the command line asks for. A dry run is done and ends here, before there is a world."""
+    """main and its options; a dry run ends here, before there is a world."""
     options = parse(TrainOptions, sys.argv[1:], "train_tp.py", entry.say_once)
     if options.dry_run:
-        raise SystemExit(dry_run.show(plans(options)))
+        raise SystemExit(dry_run.show(options))
     return main, options
 
 

@@ -11,7 +11,7 @@ tp_model.py, loss.py and generation.py do it. A step is as fast as its slowest r
 longest run of heads, columns and vocabulary rows.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import prod
@@ -293,32 +293,12 @@ class Step:
         """Bytes of the weights on this rank, and of the keys and values of its rows; in training the peak that memory.py
         reckons for a GPU."""
         if self.trains:
-            sizes = self.split, self.schedule, 1, self.rows, 1, self.rows, self.width
-            return Training(*sizes, False, True, self.logit_rows, self.split_tokens).peak
+            return Training(
+                split=self.split, dp=1, rows=self.rows, micro_steps=1,
+                eval_rows=self.rows, width=self.width, dropout=False, gpu=True,
+                logit_rows=self.logit_rows, sequence_parallel=self.split_tokens,
+            ).peak  # fmt: skip
         cache = 2 * self.split.n_layer * self.channels * self.rows * (self.past + self.tokens) * self.width
         if self.int8:  # the table is kept for looking up, too
             return self.numbers + self.entries[-1] * self.width + cache
         return self.numbers * self.width + cache
-
-
-# --- fitting --------------------------------------------------------------------------------------------------------
-
-
-def fit_link(times: Iterable[tuple[float, float]], one_shot: bool = False) -> Link:
-    """The link between two ranks of which all-reduces of so many bytes took so many seconds: [(bytes, seconds), ...].
-
-    Over two ranks every algorithm is 2 alpha + m beta. Weighted least squares, each residual over the time it is of, so that
-    microseconds count as much as milliseconds; neither constant is negative. ValueError with fewer than two sizes.
-    """
-    points = [(1 / t, m / t) for m, t in times]  # 2 alpha u + beta v = 1 at each, u = 1 / t, v = m / t
-    uu, uv, vv = (sum(p[i] * p[j] for p in points) for i, j in ((0, 0), (0, 1), (1, 1)))
-    u, v = (sum(p[i] for p in points) for i in (0, 1))
-    if len({v / u for u, v in points}) < 2:
-        raise ValueError("latency and bandwidth are told apart by messages of two sizes at least")
-    determinant = uu * vv - uv * uv
-    latency, beta = (u * vv - v * uv) / determinant, (v * uu - u * uv) / determinant
-    if latency < 0:
-        latency, beta = 0.0, v / vv
-    if beta < 0:
-        latency, beta = u / uu, 0.0
-    return Link(latency / 2, beta, one_shot)

@@ -27,7 +27,7 @@ from cli.options import SampleOptions, SplitOptions, TrainOptions
 from text import prepare
 from text.dataset import split_and_write
 from text.tokenizer import CharTokenizer
-from train import dry_run, setup
+from train import dry_run
 from world.mesh import World
 
 ROOT = Path(__file__).parent.parent
@@ -280,7 +280,7 @@ def test_help_that_nobody_reads_ends_quietly() -> None:
     [
         lambda: parse(SampleOptions, ["--help"], "sample_tp.py"),
         lambda: parse_command({"split": SplitOptions}, ["--help"], "shard_checkpoint.py"),
-        lambda: dry_run.show(setup.plans(TrainOptions(**TINY, data_dir="/nowhere"))),
+        lambda: dry_run.show(TrainOptions(**TINY, data_dir="/nowhere")),
     ],
     ids=["help", "commands", "dry run"],
 )

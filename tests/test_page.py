@@ -31,7 +31,7 @@ from report import account
 from report.diagram import Message
 from report.page import STYLE, headline, page, record
 from report.report import read, write
-from train import dry_run, metrics, setup
+from train import dry_run, metrics
 from world.mesh import World
 
 letters, home, unknown = test_training.letters, test_drop_syncs.home, test_sample_tp.unknown
@@ -134,7 +134,7 @@ def made(letters: Path, home: Path, unknown: Path, tmp_path_factory: pytest.Temp
         run_ranks(size, _run, entry, [*words, "--device=cpu", f"--report={found[name]}"], tp=1 if name == "train_dp" else size)
     with redirect_stdout(StringIO()):
         dry = [*train, f"--report={place / 'dry.json'}", "--dry_run=True", "--ranks=4", "--tp=2"]
-        dry_run.show(setup.plans(parse(TrainOptions, dry, "train_tp.py")))
+        dry_run.show(parse(TrainOptions, dry, "train_tp.py"))
     return found | {"dry": place / "dry.json"}
 
 

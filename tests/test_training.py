@@ -490,7 +490,7 @@ def test_the_weights_tokenizer_is_kept_where_the_dataset_has_ids(letters: Path, 
 ])  # fmt: skip
 def test_rows_are_dealt_without_gap_or_overlap(rows: tuple[int, int], dp: int, expected: tuple[int, int]) -> None:
     settings = TrainOptions(gradient_accumulation_steps=rows[0], batch_size=rows[1])
-    layouts = [setup.Layout.of(settings, rank, dp) for rank in range(dp)]
+    layouts = [setup.Rows.of(settings, rank, dp) for rank in range(dp)]
     assert (layouts[0].micro_steps, layouts[0].micro_rows) == expected
     dealt = [row for layout in layouts for micro in range(layout.micro_steps) for row in layout.micro(micro)]
     assert dealt == list(range(rows[0] * rows[1]))
@@ -498,7 +498,7 @@ def test_rows_are_dealt_without_gap_or_overlap(rows: tuple[int, int], dp: int, e
 
 def test_rows_that_cannot_be_shared_are_refused() -> None:
     with pytest.raises(UserError, match="an iteration has 15 rows .* dp=2 ranks cannot share them evenly"):
-        setup.Layout.of(TrainOptions(gradient_accumulation_steps=5, batch_size=3), 0, 2)
+        setup.Rows.of(TrainOptions(gradient_accumulation_steps=5, batch_size=3), 0, 2)
 
 
 def test_the_learning_rate_follows_the_published_schedule() -> None:

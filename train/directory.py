@@ -1,10 +1,10 @@
-"""The directory of a training run: who writes there, and when what an earlier run left may go.
+"""The directory of a training run: who writes there, and when an earlier run's files are deleted.
 
     latest                  the name of the newest whole checkpoint
     step-000500/            the checkpoints: train/checkpoint.py
-    begun                   torchrun's name for the run that is, or was last, at work here
-    .lock                   held by the run that is at work; it says which one that is
-    .metrics.before.jsonl   while a run starts over and has saved nothing yet: the curve of the run before it
+    begun                   torchrun's name for the current or last run
+    .lock                   locked by the current run, which it names
+    .metrics.before.jsonl   the earlier run's curve, until a run that starts over has saved
 """
 
 import contextlib
@@ -21,9 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from base.errors import UserError, printable
-from base.files import inside, sync_directory
+from base.files import inside, new_file, sync_directory
 from checkpoints.sources import LATEST, latest_checkpoint
 from cli.options import TrainOptions
+from train.metrics import cut_metrics
 from world.mesh import World
 
 METRICS, BEGUN, LOCK, BEFORE = "metrics.jsonl", "begun", ".lock", ".metrics.before.jsonl"
@@ -34,9 +35,9 @@ def has_checkpoints(out_dir: Path) -> bool:
 
 
 def steps(out_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    found = [path for path in out_dir.glob("step-*") if path.is_dir() and re.fullmatch(r"step-[0-9]+", path.name)]
-    return sorted(found, key=iteration)
+    """The checkpoints in a directory, oldest first."""
+    found = (path for path in out_dir.glob("step-*") if re.fullmatch(r"step-[0-9]+", path.name))
+    return sorted(filter(Path.is_dir, found), key=iteration)
 
 
 def iteration(path: Path) -> int:
@@ -44,52 +45,43 @@ def iteration(path: Path) -> int:
 
 
 def check_free(out_dir: Path) -> None:
-    """UserError where a run that does not go on from them would find checkpoints, `latest` or not."""
+    """UserError if there are checkpoints, for a run that does not resume or overwrite them."""
     found = [path.name for path in steps(out_dir)] or [LATEST] * has_checkpoints(out_dir)
     if found:
         raise UserError(
-            f"{out_dir} has checkpoints of an earlier run ({found[-1]}). Go on with --init_from=resume, choose another "
-            f"--out_dir, or start over with --overwrite=True (deletes them when the first new one is whole)."
+            f"{out_dir} has checkpoints of an earlier run ({found[-1]}). Go on with "
+            "--init_from=resume, choose another --out_dir, or start over with --overwrite=True "
+            "(deletes them when the first new one is whole)."
         )
 
 
 def last_good(out_dir: Path) -> Path | None:
-    """The newest checkpoint of the run that is at work here: none is written whose loss is not a number."""
+    """The newest checkpoint of the current run; none has a loss that is not a number."""
     own = has_checkpoints(out_dir) and not os.path.lexists(out_dir / BEFORE)
     return latest_checkpoint(out_dir) if own else None
 
 
-# --- one run at a time ----------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def writing(world: World, options: TrainOptions) -> Iterator[None]:
-    """Within, no other run writes to out_dir, if this one does. UserError that names the run which does.
-
-    The system lets go of the lock with the process that holds it, however that ends.
-    """
+    """Keep other runs from writing to out_dir. UserError names a run that does already. The system
+    releases the lock when the process ends, however it ends."""
     out_dir = Path(options.out_dir)
-    # one that is not there has nothing to resume: that is said later, and it is not made
-    if not world.is_main or options.eval_only or (options.init_from == "resume" and not out_dir.is_dir()):
+    # a missing directory has nothing to resume, which is reported later: do not make it
+    missing = options.init_from == "resume" and not out_dir.is_dir()
+    if not world.is_main or options.eval_only or missing:
         yield
         return
     out_dir.mkdir(parents=True, exist_ok=True)
-    handle = _open_lock(out_dir / LOCK)
+    # through no link, which may lead anywhere; without waiting for the other end of a pipe
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    handle = os.open(inside(out_dir / LOCK), flags, 0o666)
     try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise UserError(f"{out_dir / LOCK} is not a file.")
         _lock(handle, out_dir)
         yield
     finally:
         os.close(handle)
-
-
-def _open_lock(path: Path) -> int:
-    """Neither through a link, which may lead anywhere, nor waiting for the other end of a pipe."""
-    inside(path)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise UserError(f"{path} is not a file.")
-    return handle
 
 
 def _lock(handle: int, out_dir: Path) -> None:
@@ -98,21 +90,23 @@ def _lock(handle: int, out_dir: Path) -> None:
     except (BlockingIOError, PermissionError):
         holder = printable(os.pread(handle, 300, 0).decode(errors="replace").strip(), 300)
         raise UserError(
-            f"another run writes to {out_dir}: {holder}. Wait for it, end it, or choose another --out_dir."
+            f"another run writes to {out_dir}: {holder}. Wait for it, end it, or choose another "
+            "--out_dir."
         ) from None
     except OSError as error:
         why = f"its file system has no locks ({error.strerror})"
         print(f"nothing keeps a second run out of {out_dir}: {why}", file=sys.stderr)
-    mine = f"host {socket.gethostname()}, process {os.getpid()}, begun {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+    begun = time.strftime("%Y-%m-%d %H:%M:%S")
+    mine = f"host {socket.gethostname()}, process {os.getpid()}, begun {begun}\n"
     os.ftruncate(handle, 0)
     os.pwrite(handle, mine.encode(), 0)
 
 
 def after_restart(world: World, options: TrainOptions) -> TrainOptions:
-    """Where torchrun has started the ranks again (--max_restarts), the run goes on from its last whole checkpoint, whatever
-    it began from. Checkpoints that lay in out_dir before it began are not its own; it was allowed to replace them."""
+    """Options of a run that torchrun has restarted (--max_restarts): it resumes from its own last
+    checkpoint. It may replace those that were in out_dir before it began."""
     mark, own, saved = Path(options.out_dir) / BEGUN, False, None
-    again = any(world.gather(world.launch.restarts))  # the agents of several nodes count each for itself
+    again = any(world.gather(world.launch.restarts))  # each node's agent has its own count
     if world.is_main and not options.eval_only:
         if again:
             own = mark.is_file() and mark.read_text() == world.launch.run
@@ -129,36 +123,28 @@ def after_restart(world: World, options: TrainOptions) -> TrainOptions:
     return replace(options, init_from="resume")
 
 
-# --- starting over --------------------------------------------------------------------------------------------------
-
-
-def make_ready(out_dir: Path, resumed: bool) -> list[Path]:
-    """Delete what saves that were broken off have left. Gives the checkpoints that go when this run has one of its own:
-    those of an earlier run, where this one starts over."""
+def make_ready(out_dir: Path, iter_num: int, resumed: bool) -> list[Path]:
+    """Delete broken saves, and later lines of metrics.jsonl. Returns the earlier run's checkpoints
+    if this one starts over: they are deleted after its first save."""
     out_dir.mkdir(parents=True, exist_ok=True)
     for left in out_dir.glob(".step-*.tmp*"):
         shutil.rmtree(left, ignore_errors=True)
     metrics, before = out_dir / METRICS, out_dir / BEFORE
     if before.is_file():
-        before.replace(metrics)  # whoever started over here has saved nothing
-    if resumed:
-        return []
-    old = steps(out_dir)
-    if old or has_checkpoints(out_dir):
+        before.replace(metrics)  # the last run that started over here saved nothing
+    old = [] if resumed else steps(out_dir)
+    if old or not resumed and has_checkpoints(out_dir):
         metrics.touch()
         metrics.replace(before)
+    cut_metrics(metrics, iter_num)
     return old
 
 
 def point(path: Path, old: list[Path]) -> None:
-    """This checkpoint is whole: `latest` names it, and what an earlier run has left goes."""
+    """Make `latest` name this whole checkpoint, and delete the earlier run's files."""
     out_dir = path.parent
-    scratch = out_dir / f".{LATEST}.tmp"
-    with open(scratch, "w", encoding="utf-8") as file:
-        file.write(path.name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(out_dir / LATEST)
+    with new_file(out_dir / LATEST) as file:
+        file.write(f"{path.name}\n".encode())
     (out_dir / BEFORE).unlink(missing_ok=True)
     sync_directory(out_dir)
     for left in old:
@@ -168,7 +154,7 @@ def point(path: Path, old: list[Path]) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; what a kill leaves of it bears no checkpoint's name, and the next run deletes it."""
+    """Delete a checkpoint. If killed meanwhile, the rest has a name that the next run deletes."""
     scratch = path.with_name(f".{path.name}.tmp-old")
     shutil.rmtree(scratch, ignore_errors=True)
     path.rename(scratch)

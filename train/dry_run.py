@@ -1,45 +1,45 @@
-"""What a training run takes of each rank's memory, in this layout and in others, without starting it.
+"""Memory that training takes on each rank, in the run's layout and in others; nothing is started.
 
-    python train_tp.py configs/train_gpt2.py --dry_run=True --ranks=8 --tp=2 --device=cuda --memory=80GB
-
-The arithmetic is in plan/memory.py; here are the layouts, the table, and the answer.
+    python train_tp.py configs/train_gpt2.py --dry_run=True --ranks=8 --device=cuda --memory=80GB
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from base.errors import UserError
+from checkpoints.sources import Described, open_sizes
 from cli.options import TrainOptions
 from model import GPTConfig
 from parallel.collectives import Axis
 from parallel.loss import chunk_rows
 from plan.memory import Training
 from plan.partition import Partition
-from plan.schedule import Schedule
 from report import report
+from text.dataset import Dataset, is_prepared
 from tp_model import TensorParallelGPT
+from train.checkpoint import read_state
+from train.setup import Rows, make_config, pick_schedule
 from world.launch import Launch
 from world.mesh import sizes
 
 UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 FITS, DOES_NOT_FIT = 0, 1  # exit statuses
-PARTS = ("parameters", "gradients", "optimizer", "activations", "temporary", "kv_cache")
-SHORT = {"dp_shard": "shard", "sequence_parallel": "seq", "activation_checkpointing": "ckpt"}  # what saves memory, in the table
-# What a process holds on a GPU before torch allocates there: CUDA's context and kernels, cuBLAS's workspace, NCCL's buffers.
-# Reckoned, not measured. On a CPU it is measured, see process_bytes.
+# the columns of the table, and their widths
+COLUMNS = {
+    "parameters": 12, "gradients": 11, "optimizer": 11, "activations": 13, "temporary": 11,
+    "kv_cache": 10, "peak": 10,
+}  # fmt: skip
+SHORT = {"dp_shard": "shard", "sequence_parallel": "seq", "activation_checkpointing": "ckpt"}
+# An estimate of what a process holds on a GPU before torch allocates there: CUDA's context and
+# kernels, cuBLAS's workspace, NCCL's buffers. On a CPU it is measured, see process_bytes.
 GPU_BASE = 10**9
-
-
-class Deal(Protocol):
-    """How an iteration's rows fall to one rank: so many micro-batches of so many rows."""
-
-    micro_steps: int
-    micro_rows: int
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,23 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plans:
-    """What a run takes of a rank's memory, in any layout.
-
-    schedule_at: the sync points at a tp; deal_at: how rows are dealt at a dp.
-    """
+    """The memory of a run on one rank, in any layout. source: of the weights, None if drawn."""
 
     options: TrainOptions
     config: GPTConfig
-    schedule_at: Callable[[int], Schedule]
-    deal_at: Callable[[int], Deal]
+    source: Described | None
+
+    @classmethod
+    def of(cls, options: TrainOptions) -> "Plans":
+        """Reads the sizes of the weights and the vocabulary of the dataset, if there is one."""
+        source: Described | None = None
+        if options.init_from == "resume":
+            source = open_sizes(str(read_state(Path(options.out_dir))[0]))
+        elif options.init_from != "scratch":
+            source = open_sizes(options.init_from)
+        place = Path(options.data_dir) / options.dataset
+        dataset = Dataset(place) if is_prepared(place) else None
+        return cls(options, make_config(options, dataset, source), source)
 
     @property
     def gpu(self) -> bool:
@@ -72,73 +80,76 @@ class Plans:
 
     def asked(self, ranks: int) -> Layout:
         """The run's own layout."""
-        dp, tp = sizes(ranks, self.options.tp, "train_tp.py")
-        shard, sequence = self.options.dp_shard and dp > 1, self.options.sequence_parallel and tp > 1
-        return Layout(tp, dp, shard, sequence, self.options.activation_checkpointing)
+        options = self.options
+        dp, tp = sizes(ranks, options.tp, "train_tp.py")
+        shard, sequence = options.dp_shard and dp > 1, options.sequence_parallel and tp > 1
+        return Layout(tp, dp, shard, sequence, options.activation_checkpointing)
 
     def training(self, layout: Layout) -> Training:
-        split, deal, options = Partition.of(self.config, layout.tp), self.deal_at(layout.dp), self.options
-        savings = {name: getattr(layout, name) for name in SHORT}
+        """UserError if the layout is impossible: too many ranks, or rows that do not divide."""
+        options, tp, size = self.options, layout.tp, self.config.block_size
+        split = Partition.of(self.config, tp)
+        if tp > 1:
+            schedule = pick_schedule(options, self.config, self.source, tp)
+            if layout.sequence_parallel and (tp > size or not schedule.is_plain):
+                raise UserError(
+                    "--sequence_parallel=True needs --sync=all and a token for every rank: "
+                    f"--sync={schedule} and block_size={size} on tp={tp}."
+                )
+        rows = Rows.of(options, 0, layout.dp)
         half = options.dtype in ("bfloat16", "float16") or options.dtype == "auto" and self.gpu
-        rows = deal.micro_rows * self.config.block_size
-        logit_rows = chunk_rows(rows, split.local_vocab, "cuda" if self.gpu else "cpu")
+        kind = "cuda" if self.gpu else "cpu"
         return Training(
-            split, self.schedule_at(layout.tp), layout.dp, deal.micro_rows, deal.micro_steps,
-            options.batch_size, 2 if half else 4, self.config.dropout > 0, self.gpu, logit_rows, **savings,
+            split=split, dp=layout.dp, rows=rows.micro_rows, micro_steps=rows.micro_steps,
+            eval_rows=options.batch_size, width=2 if half else 4,
+            dropout=self.config.dropout > 0, gpu=self.gpu,
+            logit_rows=chunk_rows(rows.micro_rows * size, split.local_vocab, kind),
+            **{name: getattr(layout, name) for name in SHORT},
         )  # fmt: skip
 
 
-def need(plans: Plans, ranks: int) -> str:
-    """For a run that has no memory left: what the run takes, and the GPU has."""
+def need(options: TrainOptions, ranks: int) -> str:
+    """A note for a run that is out of memory: what it takes, and what the GPU has."""
+    plans = Plans.of(options)
     peak = plans.training(plans.asked(ranks)).peak
+    takes = f"takes {peak / 1e9:.1f} GB a rank beside Python and torch"
     if plans.gpu:
         has = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         takes = f"takes {(GPU_BASE + peak) / 1e9:.1f} GB a rank, its GPU has {has / 1e9:.1f} GB"
-    else:
-        takes = f"takes {peak / 1e9:.1f} GB a rank beside Python and torch"
     return f"By the dry run it {takes}: --dry_run=True shows layouts that take less."
 
 
-def show(plans: Plans) -> int:
-    """Print the table; the exit status: whether the run's own layout fits.
+def show(options: TrainOptions) -> int:
+    """Print the table on rank 0; returns the exit status: FITS if the run's own layout does.
 
-    UserError where the run's own layout cannot be, or --memory is no amount. Where torchrun started several ranks, rank 0
-    speaks.
+    UserError if the run's own layout is impossible or --memory is no amount.
     """
-    launch, options, config = Launch.from_environment(), plans.options, plans.config
+    plans, launch = Plans.of(options), Launch.from_environment()
     report.check_place(options.report, "report")
     limit = amount(options.memory) if options.memory else 0
     ranks = options.ranks or launch.size
-    asked, gpu = plans.asked(ranks), plans.gpu
-    base = GPU_BASE if gpu else process_bytes()
+    asked = plans.asked(ranks)
     own = plans.training(asked)
-    if asked.sequence_parallel and not can_split_tokens(own):
-        raise UserError(
-            f"--sequence_parallel=True needs --sync=all and a token for every rank: --sync={own.schedule} and "
-            f"block_size={config.block_size} on tp={asked.tp}."
-        )
     made = {asked: own}
     for layout in layouts(ranks):
-        try:
-            plan = plans.training(layout)
-        except UserError:  # too many ranks for the heads, or rows that so many replicas cannot share
-            continue
-        if not layout.sequence_parallel or can_split_tokens(plan):
-            made.setdefault(layout, plan)
+        with contextlib.suppress(UserError):
+            made.setdefault(layout, plans.training(layout))
+    base = GPU_BASE if plans.gpu else process_bytes()
     found = [row(layout, plan, base) for layout, plan in made.items()]
     if launch.rank == 0:
-        print("\n".join(table(options, config, found, own, limit, gpu)), flush=True)
+        print("\n".join(table(options, plans.config, found, own, limit)), flush=True)
         if options.report:
-            model = {**asdict(config), "parameters": own.split.count()}
+            model = {**asdict(plans.config), "parameters": own.split.count()}
             about = {"entry": "train_tp", "dry_run": True, "ranks": ranks, "model": model}
             report.write(options.report, {**about, "layouts": found})
     return DOES_NOT_FIT if limit and found[0]["peak"] > limit else FITS
 
 
 def process_bytes() -> int:
-    """What a rank's process takes besides the model: this one's peak, once it has trained a model of a few numbers, as torch
-    imports and sets up much when it is first used."""
-    model = TensorParallelGPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8), Axis("tp"))
+    """Bytes that a rank's process takes besides the model: the peak of this process, after a tiny
+    model is trained, because torch imports and sets up much on first use."""
+    sizes = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8)
+    model = TensorParallelGPT(sizes, Axis("tp"))
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     _, loss = model(tokens, tokens)
@@ -156,76 +167,71 @@ def layouts(ranks: int) -> Iterator[Layout]:
                 yield Layout(tp, ranks // tp, shard, sequence, again)
 
 
-def can_split_tokens(plan: Training) -> bool:
-    return plan.schedule.is_plain and plan.split.tp <= plan.split.block_size
-
-
 def row(layout: Layout, plan: Training, base: int) -> dict[str, Any]:
-    """One layout's figures, bytes on the rank that has most. live: the most that tensors take at a time, at the moment `at`.
-    peak: what the rank takes, the process itself, base, included."""
+    """A layout's figures in bytes. live: the most that tensors take at a time, at the moment `at`.
+    peak: of the rank, the process (`base`) included."""
     live, at = plan.live()
-    return {
-        **asdict(layout),
-        "rows": plan.rows,
-        "micro_steps": plan.micro_steps,
-        **{part: getattr(plan, part) for part in PARTS},
-        "live": live,
-        "at": at,
-        "base": base,
-        "peak": base + plan.peak,
-    }
+    figures = {name: getattr(plan, name) for name in COLUMNS}
+    figures |= {"live": live, "at": at, "base": base, "peak": base + plan.peak}
+    return {**asdict(layout), "rows": plan.rows, "micro_steps": plan.micro_steps, **figures}
 
 
-# --- what is printed ------------------------------------------------------------------------------------------------
+# --- what is printed ----------------------------------------------------------------------------
 
 
 def table(
-    options: TrainOptions, config: GPTConfig, found: list[dict[str, Any]], own: Training, limit: int, gpu: bool
+    options: TrainOptions, config: GPTConfig, found: list[dict[str, Any]], own: Training, limit: int
 ) -> list[str]:
-    """The lines of a dry run. found: the run's own layout, then the others, which it is shown among."""
+    """The lines of a dry run. found: the run's own layout first, which is marked by a >."""
     asked, base = found[0], found[0]["base"]
     unit, scale = ("GB", 1e9) if asked["peak"] >= 1e9 else ("MB", 1e6)
-    precision = "half precision" if own.width == 2 else "float32"
-    peak = "the worst moment (activations go as gradients come)" if gpu else "the sum (what is freed is kept, unless sharded)"
+    peak = "the sum (what is freed is kept, unless sharded)"
+    if own.gpu:
+        peak = "the worst moment (activations go as gradients come)"
+    heads = "".join(f"{name.replace('kv_', 'KV '):>{wide}}" for name, wide in COLUMNS.items())
     lines = [
-        f"{own.split.count():,} parameters: {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, vocabulary "
-        f"{config.vocab_size:,}; {config.block_size} tokens a sequence; {'GPU' if gpu else 'CPU'}, products in {precision}",
+        f"{own.split.count():,} parameters: {config.n_layer} layers, {config.n_head} heads, "
+        f"{config.n_embd} wide, vocabulary {config.vocab_size:,}; {config.block_size} tokens a "
+        f"sequence; {'GPU' if own.gpu else 'CPU'}, products in "
+        f"{'half precision' if own.width == 2 else 'float32'}",
         f"{unit} on the rank that has most; peak is {peak} "
-        f"and the process, {base / 1e9:.2f} GB{', reckoned' if gpu else ''}",
-        "shard: --dp_shard, seq: --sequence_parallel, ckpt: --activation_checkpointing. KV cache: a sequence, sampling.",
-        f"{'tp':>5}{'dp':>4}  {'options':<15}{'rows x steps':>12}{'parameters':>12}{'gradients':>11}{'optimizer':>11}"
-        f"{'activations':>13}{'temporary':>11}{'KV cache':>10}{'peak':>10}{'  fits' if limit else ''}",
+        f"and the process, {base / 1e9:.2f} GB{', reckoned' if own.gpu else ''}",
+        "shard: --dp_shard, seq: --sequence_parallel, ckpt: --activation_checkpointing. "
+        "KV cache: a sequence, sampling.",
+        f"{'tp':>5}{'dp':>4}  {'options':<15}{'rows x steps':>12}{heads}" + "  fits" * bool(limit),
     ]
     for line in sorted(found, key=lambda line: (line["tp"], [line[name] for name in SHORT])):
         words = " ".join(short for name, short in SHORT.items() if line[name])
-        sizes = zip((*PARTS, "peak"), (12, 11, 11, 13, 11, 10, 10), strict=True)
-        shown = "".join(f"{line[name] / scale:>{wide},.2f}" for name, wide in sizes)
+        shown = "".join(f"{line[name] / scale:>{wide},.2f}" for name, wide in COLUMNS.items())
         fits = "" if not limit else "   yes" if line["peak"] <= limit else "    no"
+        start = f"{'>' if line is asked else ' ':<2}{line['tp']:>3}{line['dp']:>4}  {words:<15}"
         steps = f"{line['rows']} x {line['micro_steps']}"
-        lines.append(f"{'>' if line is asked else ' ':<2}{line['tp']:>3}{line['dp']:>4}  {words:<15}{steps:>12}{shown}{fits}")
-    return lines + [verdict(options, found, limit)]
+        lines.append(f"{start}{steps:>12}{shown}{fits}")
+    return [*lines, verdict(options, found, limit)]
 
 
 def verdict(options: TrainOptions, found: list[dict[str, Any]], limit: int) -> str:
-    """Whether the run as it was asked for fits, and what does where it does not."""
-    asked = found[0]
-    need = f"the run as asked for (>) takes {asked['peak'] / 1e9:.2f} GB a rank"
+    """Says whether the run as asked for fits and, if not, which layout does."""
+    need = f"the run as asked for (>) takes {found[0]['peak'] / 1e9:.2f} GB a rank"
     if not limit:
         return f"{need}; --memory=80GB would say whether that fits."
-    if asked["peak"] <= limit:
+    if found[0]["peak"] <= limit:
         return f"{need}: it fits {options.memory}."
+    need = f"{need}: it does not fit {options.memory}"
     fitting = [line for line in found if line["peak"] <= limit]
     if not fitting:
-        return f"{need}: it does not fit {options.memory}, nor does another layout. Use a smaller --batch_size or more ranks."
+        return f"{need}, nor does another layout. Use a smaller --batch_size or more ranks."
     best = min(fitting, key=lambda line: (sum(line[name] for name in SHORT), line["tp"]))
     words = "".join(f" --{name}=True" for name in SHORT if best[name])
-    return f"{need}: it does not fit {options.memory}. What would: --tp={best['tp']}{words}, {best['peak'] / 1e9:.2f} GB."
+    return f"{need}. What would: --tp={best['tp']}{words}, {best['peak'] / 1e9:.2f} GB."
 
 
 def amount(text: str) -> int:
-    """Bytes of an amount of memory: 80GB is 80 x 10^9, 24GiB is 24 x 2^30. UserError where it is none."""
+    """Bytes: 80GB is 80 x 10^9, 24GiB is 24 x 2^30. UserError for any other text."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(iB|B)", text.strip(), re.IGNORECASE)
     if not found or not float(found[1]):
-        raise UserError(f"--memory={text} is no amount of memory. Write 80GB (10^9 bytes each) or 24GiB (2^30).")
+        raise UserError(
+            f"--memory={text} is no amount of memory. Write 80GB (10^9 bytes each) or 24GiB (2^30)."
+        )
     step = 1024 if found[3].lower() == "ib" else 1000
     return int(float(found[1]) * step ** UNITS[found[2].upper()])

@@ -26,15 +26,15 @@ ORPHANED = 1000  # beside the numbers of signals: the launcher is gone
 
 
 class Signals:
-    """A signal that asks the run to end, as a wish that the loop looks at between two iterations. Whoever insists on Ctrl-C
-    after 2 s is obeyed at once; torchrun passes the first one on a moment after the terminal did."""
+    """Notes a signal that asks the run to end; the loop looks at `asked` between two iterations.
+    A second Ctrl-C ends it at once, after 2 s: torchrun repeats the terminal's first one."""
 
     def __init__(self) -> None:
         self.asked, self._since, self._before = 0, 0.0, dict[int, Any]()
 
     def __enter__(self) -> "Signals":
         for number in (*STOPS, signal.SIGINT):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -50,48 +50,54 @@ class Signals:
 
 
 def train(run: Run, wandb: Any = None) -> None:
-    """Iterate until max_iters, evaluating and saving in between. Every rank does all of it; rank 0 prints and writes."""
-    options, progress, world = run.options, run.progress, run.world
-    log, saver = Log(run, wandb), Saver(world, run.out_dir, options.keep_last, options.async_save, run.replaces)
-    log.say(run.describe())
-    if options.eval_only:  # there is nothing to save: Ctrl-C ends it at once
-        with world.ledger.during(f"step {progress.iter_num}, evaluation"):
+    """Iterate until max_iters, evaluate and save in between. Raises Stopped after a signal."""
+    options, progress, ledger = run.options, run.progress, run.world.ledger
+    log = Log(run, wandb)
+    saver = Saver(run.world, run.out_dir, options.keep_last, options.async_save, run.replaces)
+    log.print(run.describe())
+    if options.eval_only:  # nothing to save: Ctrl-C ends it at once
+        with ledger.during(f"step {progress.iter_num}, evaluation"):
             log.evaluation(progress.iter_num, evaluate(run, options.eval_iters))
-        log.close()
-        return
+        return log.close()
+    asked = 0
     with Signals() as signals:
         while True:
-            iter_num = progress.iter_num
-            last = iter_num >= options.max_iters
-            between(run, log, saver, last)
-            if last:
-                break
-            before, started = world.ledger.snapshot(), time.perf_counter()
-            lr = learning_rate(options, iter_num)
-            with world.ledger.during(f"step {iter_num}"):
-                loss, grad_norm = iterate(run, lr)
-                wish = signals.asked or log.asked or ORPHANED * world.orphaned
-                asked, busy = agree(world, (wish, saver.busy))
-            seconds = time.perf_counter() - started
-            run.seconds.append(seconds)
-            check_finite(run, {"": loss})
-            progress.iter_num += 1
-            progress.tokens_seen += run.tokens_per_iter
-            log.iteration(iter_num, loss, lr, grad_norm, seconds, world.ledger.since(before))
-            with world.ledger.during(f"step {iter_num}, save"):
-                log.saved(saver.poll(not busy))
+            last = progress.iter_num >= options.max_iters
             if asked:
                 keep(run, log, saver, measured=False)
-                log.saved(saver.finish())
-                log.close()
-                raise stopped(run, asked)
-        with world.ledger.during(f"step {progress.iter_num}, save"):
+            else:
+                between(run, log, saver, last)
+            if asked or last:
+                break
+            asked = step(run, log, saver, signals)
+        with ledger.during(f"step {progress.iter_num}, save"):
             log.saved(saver.finish())
-    log.close()
+        log.close()
+        if asked:
+            raise stopped(run, asked)
+
+
+def step(run: Run, log: Log, saver: Saver, signals: Signals) -> int:
+    """One iteration and its lines in the log. Returns the signal that any rank has got, or 0."""
+    world, progress, iter_num = run.world, run.progress, run.progress.iter_num
+    before, started = world.ledger.snapshot(), time.perf_counter()
+    lr = learning_rate(run.options, iter_num)
+    with world.ledger.during(f"step {iter_num}"):
+        loss, grad_norm = iterate(run, lr)
+        mine = signals.asked or log.asked or ORPHANED * world.orphaned
+        asked, busy = agree(world, (mine, saver.busy))
+    run.seconds.append(time.perf_counter() - started)
+    check_finite(run, {"": loss})
+    progress.iter_num += 1
+    progress.tokens_seen += run.tokens_per_iter
+    log.iteration(iter_num, loss, lr, grad_norm, run.seconds[-1], world.ledger.since(before))
+    with world.ledger.during(f"step {iter_num}, save"):
+        log.saved(saver.poll(not busy))
+    return asked
 
 
 def between(run: Run, log: Log, saver: Saver, last: bool) -> None:
-    """What is due between two iterations: an evaluation, a checkpoint. last: the second one does not come."""
+    """Evaluate and save if either is due before the next iteration. last: there is none."""
     options, progress, iter_num = run.options, run.progress, run.progress.iter_num
     moved = iter_num > run.first.iter_num
     if iter_num % options.eval_interval == 0 or last:
@@ -100,7 +106,7 @@ def between(run: Run, log: Log, saver: Saver, last: bool) -> None:
         log.evaluation(iter_num, losses)
         check_finite(run, losses)
         better = losses["val"] < progress.best_val_loss
-        progress.best_val_loss = losses["val"] if better else progress.best_val_loss
+        progress.best_val_loss = min(losses["val"], progress.best_val_loss)
         if moved and (better or options.always_save_checkpoint):
             keep(run, log, saver)
     elif options.save_interval and iter_num % options.save_interval == 0 and moved:
@@ -108,35 +114,37 @@ def between(run: Run, log: Log, saver: Saver, last: bool) -> None:
 
 
 def stopped(run: Run, asked: int) -> Stopped:
-    """What a run says that was told to end."""
+    """The end of a run that got a signal, with its exit status."""
     at, kept = run.progress.iter_num, directory.last_good(run.out_dir)
     why = "the launcher is gone" if asked == ORPHANED else signal.Signals(asked).name
     saved = f"saved {kept}. --init_from=resume goes on from there."
     if kept is None or directory.iteration(kept) < at:
         saved = f"not saved; last good checkpoint: {kept or 'none'}."
-    return Stopped(f"{why}: stopped after {at} iterations, {saved}", 128 + (signal.SIGTERM if asked == ORPHANED else asked))
+    number = signal.SIGTERM if asked == ORPHANED else asked
+    return Stopped(f"{why}: stopped after {at} iterations, {saved}", 128 + number)
 
 
 def iterate(run: Run, lr: float) -> tuple[float, float]:
-    """One AdamW step over the iteration's rows. Returns (mean loss, norm of the full gradient), equal on all ranks."""
-    options, world, progress = run.options, run.world, run.progress
-    check, batches = replicas_are_due(run), list[Tensor]()
+    """One AdamW step. Returns (mean loss, norm of the full gradient), equal on all ranks."""
+    options, world, iter_num = run.options, run.world, run.progress.iter_num
+    every = options.check_replicas
+    check = every > 0 and iter_num % every == 0 and iter_num > run.first.iter_num
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    scale = progress.loss_scale if run.dtype == torch.float16 else 1.0
-    total = torch.zeros((), device=world.device)
-    for micro in range(run.layout.micro_steps):
-        # replicated activations: one dropout mask across tp, another for each dp rank and micro-batch
-        torch.manual_seed(stream_seed(options.seed, progress.iter_num, micro, world.dp.rank))
-        x, y = next_batch(run, run.layout.micro(micro), progress.iter_num)
+    scale = run.progress.loss_scale if run.dtype == torch.float16 else 1.0
+    total, batches = torch.zeros((), device=world.device), list[Tensor]()
+    for micro in range(run.rows.micro_steps):
+        # replicated activations: one dropout mask across tp, others for each dp rank, micro-batch
+        torch.manual_seed(stream_seed(options.seed, iter_num, micro, world.dp.rank))
+        x, y = next_batch(run, run.rows.micro(micro), iter_num)
         if check:
             batches += [checksum(x), checksum(y)]
-        model = last_only(run.wrapped, micro == run.layout.micro_steps - 1)
+        model = last_only(run.wrapped, micro == run.rows.micro_steps - 1)
         with run.autocast():
             _, loss = model(x, y)
-        loss = loss / run.layout.micro_steps
+        loss = loss / run.rows.micro_steps
         total += loss.detach()
-        with world.ledger.recomputing():  # what a sharded model gathers again is backward's
+        with world.ledger.recomputing():  # a sharded model gathers again in the backward pass
             (loss * scale).backward()
     total = all_reduce(total, world.dp.at("data_parallel"), "step") / world.dp.size
     run.model.sum_partial_gradients()
@@ -147,64 +155,58 @@ def iterate(run: Run, lr: float) -> tuple[float, float]:
     return total.item(), grad_norm
 
 
-def replicas_are_due(run: Run) -> bool:
-    every, iter_num = run.options.check_replicas, run.progress.iter_num
-    return every > 0 and iter_num % every == 0 and iter_num > run.first.iter_num
-
-
 def check_replicas(run: Run, batches: Tensor) -> None:
-    """DriftError where ranks of a tp group have computed on different tokens, or ranks differ in a parameter they share."""
-    world, rules, step = run.world, run.model.split.rules, run.progress.iter_num
-    held_here = {name: held(p)[0] for name, p in run.model.named_parameters()}
-    replicated = {name: tensor for name, tensor in held_here.items() if rules[name].dim is None}
-    check_alike({"batch": batches, **replicated}, world.tp.at("optimizer"), "tp ranks", step)
+    """DriftError if a tp group computed on different tokens, or a shared parameter differs."""
+    world, rules, iter_num = run.world, run.model.split.rules, run.progress.iter_num
+    mine = {name: held(p)[0] for name, p in run.model.named_parameters()}
+    shared = {name: tensor for name, tensor in mine.items() if rules[name].dim is None}
+    check_alike({"batch": batches, **shared}, world.tp.at("optimizer"), "tp ranks", iter_num)
     if run.model.sharding is None:
-        check_alike(held_here, world.dp.at("data_parallel"), "dp ranks", step)
+        check_alike(mine, world.dp.at("data_parallel"), "dp ranks", iter_num)
 
 
-def agree(world: World, said: tuple[int, ...]) -> list[int]:
-    """The largest that any rank says of each of these, on all ranks."""
-    heard = torch.tensor(said, dtype=torch.float32, device=world.device)
-    for axis, block in ((world.tp, "optimizer"), (world.dp, "data_parallel")):
-        heard = all_reduce(heard, axis.at(block), "step", op="max")
-    return [int(number) for number in heard.tolist()]
+def agree(world: World, numbers: tuple[int, ...]) -> list[int]:
+    """The maximum over all ranks of each number."""
+    most = torch.tensor(numbers, dtype=torch.float32, device=world.device)
+    for axis in (world.tp.at("optimizer"), world.dp.at("data_parallel")):
+        most = all_reduce(most, axis, "step", op="max")
+    return [int(number) for number in most.tolist()]
 
 
 def take_step(run: Run, grad_norm: float, scale: float) -> None:
-    """Clip, and update unless the gradient overflowed. All ranks hold the same norm, so all decide alike."""
-    options, progress = run.options, run.progress
+    """Clip and update, unless the gradient overflowed: all ranks have the same norm."""
+    options, progress, half = run.options, run.progress, run.dtype == torch.float16
     clip = options.grad_clip / (grad_norm + 1e-6) if options.grad_clip else 1.0
-    factor = min(clip, 1.0) / scale
-    if math.isfinite(grad_norm):
+    factor, good = min(clip, 1.0) / scale, math.isfinite(grad_norm)
+    if good:
         if factor != 1.0:
             gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, factor)
         run.optimizer.step()
         progress.optimizer_steps += 1
         run.skipped = 0.0
-    elif run.dtype != torch.float16 or progress.loss_scale < 1.0:  # else it may be the scale that is too large
+    elif not half or progress.loss_scale < 1.0:  # otherwise the scale may be too large
         run.skipped = grad_norm
-    if run.dtype == torch.float16:  # halve the loss's scale after an overflow, double it after 2000 good steps
-        good = math.isfinite(grad_norm)
+    if half:  # halve the loss's scale after an overflow, double it after 2000 good steps
         double = good and progress.optimizer_steps % 2000 == 0
         progress.loss_scale *= 2.0 if double else 1.0 if good else 0.5
     run.optimizer.zero_grad(set_to_none=True)
 
 
 def stream_seed(seed: int, step: int, micro: int, dp_rank: int) -> int:
-    """A seed for torch's default stream, of its own for each micro-batch: nothing of it need be saved to resume."""
-    mixed = seed
+    """A seed of torch's default stream for each micro-batch: a resumed run needs no saved state."""
     for part in (step, micro, dp_rank):
-        mixed = (mixed * 6364136223846793005 + 2 * part + 1442695040888963407) % 2**63
-    return mixed
+        seed = (seed * 6364136223846793005 + 2 * part + 1442695040888963407) % 2**63
+    return seed
 
 
-def next_batch(run: Run, rows: range, step: int, split: str = "train", stream: int = 0) -> tuple[Tensor, Tensor]:
-    tokens = run.dataset.train if split == "train" else run.dataset.val
-    config = run.model.config
-    x, y = batch(tokens, rows, config.block_size, run.options.seed, step, stream, config.vocab_size)
+def next_batch(
+    run: Run, rows: range, step: int, split: str = "train", stream: int = 0
+) -> tuple[Tensor, Tensor]:
+    tokens, seed, c = getattr(run.dataset, split), run.options.seed, run.model.config
+    x, y = batch(tokens, rows, c.block_size, seed, step, stream, c.vocab_size)
     if run.world.device.type == "cuda":
-        return x.pin_memory().to(run.world.device, non_blocking=True), y.pin_memory().to(run.world.device, non_blocking=True)
+        x, y = (part.pin_memory().to(run.world.device, non_blocking=True) for part in (x, y))
     return x, y
 
 
@@ -217,37 +219,37 @@ def learning_rate(options: TrainOptions, iter_num: int) -> float:
     if iter_num >= options.lr_decay_iters:
         return options.min_lr
     done = (iter_num - options.warmup_iters) / (options.lr_decay_iters - options.warmup_iters)
-    return options.min_lr + 0.5 * (1.0 + math.cos(math.pi * done)) * (options.learning_rate - options.min_lr)
+    height = options.learning_rate - options.min_lr
+    return options.min_lr + 0.5 * (1.0 + math.cos(math.pi * done)) * height
 
 
 def check_finite(run: Run, losses: dict[str, float]) -> None:
-    """UserError where one is no number: no checkpoint is written of such weights. losses: by what they are of, if anything."""
-    for of, loss in losses.items():
+    """UserError if a loss is not a number, before a checkpoint is written. Keys: the splits."""
+    for split, loss in losses.items():
         if not math.isfinite(loss):
-            kept, what = directory.last_good(run.out_dir), f"{of} loss".strip()
+            kept = directory.last_good(run.out_dir)
             where = f"last good checkpoint: {kept}" if kept else "no checkpoint yet"
             raise UserError(
-                f"{what} is {loss} at iteration {run.progress.iter_num}; {where}. Lower --learning_rate or use "
-                f"--dtype=float32, then --init_from=resume."
+                f"{f'{split} loss'.strip()} is {loss} at iteration {run.progress.iter_num}; "
+                f"{where}. Lower --learning_rate or use --dtype=float32, then --init_from=resume."
             )
 
 
 @torch.no_grad()
 def evaluate(run: Run, iters: int) -> dict[str, float]:
-    """Mean loss of each split over so many batches, always the same ones; dp ranks share the batches."""
+    """Mean loss of each split over the same `iters` batches, which dp ranks share."""
     world, model, n = run.world, run.model, run.options.batch_size
     losses = {}
     model.eval()
     for split in ("train", "val"):
         total = torch.zeros((), device=world.device)
-        for first in range(0, iters, world.dp.size):
-            k = first + world.dp.rank
+        for k in range(world.dp.rank, iters + world.dp.rank, world.dp.size):
             counts = k < iters
-            if not counts and not model.sharding:
+            if not counts and not model.sharding:  # a sharded pass needs all ranks of the axis
                 break
             x, y = next_batch(run, range(k * n, (k + 1) * n), 0, split, EVAL_STREAM)
             with run.autocast():
-                _, loss = model(x, y)  # where parameters are sharded over dp, all of that axis take part in each pass
+                _, loss = model(x, y)
             total += loss if counts else 0.0
         total = all_reduce(total, world.dp.at("data_parallel"), "step")
         losses[split] = total.item() / iters
@@ -257,16 +259,19 @@ def evaluate(run: Run, iters: int) -> dict[str, float]:
 
 
 def keep(run: Run, log: Log, saver: Saver, measured: bool = True) -> None:
-    """Save weights whose loss is a number. measured: an evaluation has just said so; else a batch of each split does."""
+    """Save, unless the last gradient was not finite. If no evaluation has just measured the loss,
+    one batch of each split is checked first."""
     if not measured:
         with run.world.ledger.during(f"step {run.progress.iter_num}, save"):
             check_finite(run, evaluate(run, 1))
     if run.skipped:
-        log.say(f"not saved at iteration {run.progress.iter_num}: the norm of the gradient is {run.skipped}")
+        at, norm = run.progress.iter_num, run.skipped
+        log.print(f"not saved at iteration {at}: the norm of the gradient is {norm}")
     else:
         log.saved(save(run, saver))
 
 
 def save(run: Run, saver: Saver) -> list[Saved]:
-    with run.world.ledger.during(f"step {run.progress.iter_num}, save"):
-        return saver.save(run.model, run.optimizer, run.progress, run.tokenizer.to_json(), as_dict(run.options))
+    progress, options = run.progress, as_dict(run.options)
+    with run.world.ledger.during(f"step {progress.iter_num}, save"):
+        return saver.save(run.model, run.optimizer, progress, run.tokenizer.to_json(), options)

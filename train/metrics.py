@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-CURVE_POINTS = 200  # iterations of which a report has the loss, at most
+CURVE_POINTS = 200  # the most iterations of which a report has the loss
 
 
 def cut_metrics(metrics: Path, iter_num: int) -> None:
-    """Leave the lines of iterations before iter_num. The others are the last ones, and only those are read: there may be
-    millions. So is one that a kill has left half written."""
+    """Keep the lines of iterations before iter_num. Reads from the end, as there may be millions of
+    lines; also cuts one that a kill left half written."""
     with open(metrics, "a+b" if iter_num else "w+b") as file:
         end = file.seek(0, os.SEEK_END)
         if not end:
@@ -25,8 +25,8 @@ def cut_metrics(metrics: Path, iter_num: int) -> None:
         file.truncate(end)
 
 
-def iteration_of(line: str | bytes) -> int:
-    """Of a line of metrics.jsonl; -1 for one that is none, such as a kill leaves half written."""
+def iteration_of(line: bytes) -> int:
+    """The iteration of a line of metrics.jsonl; -1 if the line is damaged."""
     try:
         number = json.loads(line)["iter"]
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -35,15 +35,14 @@ def iteration_of(line: str | bytes) -> int:
 
 
 def loss_curve(metrics: Path) -> dict[str, list[Any]]:
-    """What a report has of metrics.jsonl: the loss at CURVE_POINTS iterations or fewer, spread evenly, and all evaluations'."""
+    """All evaluations, and the loss at CURVE_POINTS iterations or fewer, evenly spread."""
     with open(metrics if metrics.is_file() else os.devnull, "rb") as lines:
         read = [json.loads(line) for line in lines if iteration_of(line) >= 0]
     trained = [line for line in read if "loss" in line]
     trained = trained[:: max(1, -(-len(trained) // CURVE_POINTS))]
     measured = [line for line in read if "val_loss" in line]
-    return {
-        "iter": [line["iter"] for line in trained],
-        "loss": [line["loss"] for line in trained],
+    curve = {key: [line[key] for line in trained] for key in ("iter", "loss")}
+    return curve | {
         "val_iter": [line["iter"] for line in measured],
         "val_loss": [line["val_loss"] for line in measured],
     }
