@@ -73,6 +73,8 @@ class HuggingFaceDirectory:
         self.config = config_from_hf(settings, directory / "config.json")
         self._where = by_plain_name(self._locate().items(), str(directory))
         self.tokenizer = tokenizer_for(self.config.vocab_size, settings)
+        self._paths = {name: path for name, (path, _) in self._where.items()}
+        self.files = sorted({directory / "config.json", *self._paths.values()})
         self.dtype = self._check()
 
     def _locate(self) -> dict[str, tuple[Path, str]]:
@@ -119,10 +121,8 @@ class HuggingFaceDirectory:
             part = self._slice(name)
             shape, code = part.get_shape(), part.get_dtype()
             found[name] = shape[:: -1 if is_conv1d(name) else 1], DTYPE_OF_CODE.get(code, code)
-        files = {name: path for name, (path, _) in self._where.items()}
         where = str(self.directory)
-        dtype = check_weights(found, self.config, where, "config.json says", files)
-        self.files = sorted({self.directory / "config.json", *files.values()})
+        dtype = check_weights(found, self.config, where, "config.json says", self._paths)
         known = set(self._where.values())
         for path, file in self._open.items():
             for key in file.keys():  # noqa: SIM118 - it is no dict

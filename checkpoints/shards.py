@@ -1,5 +1,6 @@
 """Read the tensors of a shard directory, at any tp, whatever the writer's was."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from base.errors import UserError, shown
 from base.files import fetched
 from checkpoints.manifest import DTYPES, MANIFEST, read_manifest
 from checkpoints.runs import joined, runs_of
-from checkpoints.tensor_file import CODES, open_tensors, sha256_of
+from checkpoints.tensor_file import CODES, open_tensors
 from checkpoints.tensors import check_tensors
 from plan.partition import Partition, Rule, Span
 from text.tokenizer import TOKENIZER_FILE, read_tokenizer
@@ -45,7 +46,8 @@ class ShardDirectory:
     def check_bytes(self, rank: int) -> None:
         """UserError unless a rank's file has the sha256 that the manifest says."""
         path, expected = self._sized(rank), self.manifest.files[rank][2]
-        found = sha256_of(path)
+        with open(path, "rb", buffering=0) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != expected:
             fault = f"sha256 {found[:12]}..., manifest {expected[:12]}..."
             raise UserError(f"{path} is damaged or from another split: {fault}")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from base.errors import UserError, shown
 from base.files import inside, own_file, read_small
-from checkpoints.huggingface import GPT2_TOKENS, HUB_SIZES, OWNER, HuggingFaceDirectory, from_hub, hub_name
+from checkpoints.huggingface import HUB_SIZES, OWNER, HuggingFaceDirectory, from_hub, hub_name
 from checkpoints.manifest import MANIFEST, Sync
 from checkpoints.nanogpt import NanoGPTCheckpoint
 from checkpoints.runs import Read
@@ -110,8 +110,8 @@ def open_for_inference(options: Any, verify: tuple[int, int]) -> Source:
 def open_sizes(spec: str) -> Described:
     """The source that an `--init_from` names; of a hub's model no file is read."""
     if name := hub_name(spec):
-        sizes = HUB_SIZES[name]
-        return Described(GPTConfig(1024, GPT2_TOKENS, *sizes, activation="gelu_tanh"), name)
+        sizes = 1024, GPT2Tokenizer.n_vocab, *HUB_SIZES[name]
+        return Described(GPTConfig(*sizes, activation="gelu_tanh"), name)
     source = open_source(spec)
     return Described(source.config, source.description, source.sync)
 

@@ -35,11 +35,6 @@ def open_tensors(path: Path) -> Any:
         raise UserError(f"{path} is not a readable safetensors file ({fault}).") from None
 
 
-def sha256_of(path: Path) -> str:
-    with open(path, "rb", buffering=0) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class TensorFile:
     """Writes a safetensors file: the shapes first, then the tensors in the same order.
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from base.errors import UserError, shown
 from checkpoints import sources
-from checkpoints.shards import DTYPES
+from checkpoints.manifest import DTYPES
 from cli.options import TrainOptions, as_dict
 from model import GPTConfig
 from parallel.data_parallel import Sharding, replicate
