@@ -17,6 +17,7 @@ import torch
 
 from base.errors import ReaderGone, UserError, explaining_memory
 from base.files import growing, naming, read_text
+from base.processes import Exchange
 from checkpoints.sources import Source, identity, open_for_inference, open_source, reader, schedule_of, tokenizer_of
 from cli.options import SampleOptions
 from inference.decoding import Decoder, decoder_for
@@ -25,7 +26,7 @@ from inference.sampling import Sampling
 from inference.speculation import Guesser, Ngrams, SmallModel, Speculation
 from parallel.collectives import Axis
 from parallel.ledger import Account
-from parallel.quantized import Gather, quantize, read_weights
+from parallel.quantized import quantize, read_weights
 from plan.partition import Partition
 from report import report
 from report.html import nbytes
@@ -136,7 +137,7 @@ def load(world: World, source: Source, options: Any) -> TensorParallelGPT:
     return finished(model, options, world.gather)
 
 
-def finished(model: TensorParallelGPT, options: Any, gather: Gather) -> TensorParallelGPT:
+def finished(model: TensorParallelGPT, options: Any, gather: Exchange) -> TensorParallelGPT:
     """Quantized and compiled, as the options say."""
     model.eval()
     if options.quantize:

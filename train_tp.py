@@ -27,18 +27,19 @@ from checkpoints.shards import DTYPES
 from checkpoints.sources import Described, Source, common_tokenizer, identity, open_sizes, open_source, reader, schedule_of
 from cli.grammar import parse
 from cli.options import TrainOptions, as_dict
-from model import GPTConfig
+from model import GPTConfig, adamw
 from parallel.collectives import all_reduce
 from parallel.data_parallel import Sharding, last_only, replicate, rest
 from parallel.ledger import Account, total
+from parallel.parameters import local_part
 from parallel.replicas import check_alike, checksum
 from plan.schedule import Schedule
 from report import report
 from text.dataset import EVAL_STREAM, Dataset, batch, is_prepared
 from text.tokenizer import GPT2Tokenizer, Tokenizer
-from tp_model import TensorParallelGPT, held
+from tp_model import TensorParallelGPT
 from train import checkpoint as training
-from train import directory, dry_run
+from train import directory, dry_run, gradients
 from train.checkpoint import Progress, Saved, Saver
 from train.directory import BEGUN, METRICS, after_restart
 from world import entry, peaks
@@ -242,7 +243,8 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
     if options.compile:
         model.compile_blocks()
     betas = (options.beta1, options.beta2)
-    optimizer = model.configure_optimizers(options.weight_decay, options.learning_rate, betas, world.device.type)
+    decay, rate = options.weight_decay, options.learning_rate
+    optimizer = adamw(model.named_parameters(), decay, rate, betas, world.device.type)
     if checkpoint is not None:
         training.load_optimizer(model, optimizer, checkpoint, progress.optimizer_steps, world)
     layout = Layout.of(options, world.dp.rank, world.dp.size)
@@ -486,12 +488,12 @@ def iterate(run: Run, lr: float) -> tuple[float, float]:
         with world.ledger.recomputing():  # what a sharded model gathers again is backward's
             (loss * scale).backward()
     total = all_reduce(total, world.dp.at("data_parallel"), "step") / world.dp.size
-    run.model.sum_partial_gradients()
-    grad_norm = run.model.grad_norm().item() / scale
+    gradients.sum_partial_gradients(run.model)
+    norm = gradients.grad_norm(run.model).item() / scale
     if check:
         check_replicas(run, torch.stack(batches))
-    take_step(run, grad_norm, scale)
-    return total.item(), grad_norm
+    take_step(run, norm, scale)
+    return total.item(), norm
 
 
 def replicas_are_due(run: Run) -> bool:
@@ -502,7 +504,7 @@ def replicas_are_due(run: Run) -> bool:
 def check_replicas(run: Run, batches: Tensor) -> None:
     """DriftError where ranks of a tp group have computed on different tokens, or ranks differ in a parameter they share."""
     world, rules, step = run.world, run.model.split.rules, run.progress.iter_num
-    held_here = {name: held(p)[0] for name, p in run.model.named_parameters()}
+    held_here = {name: local_part(p)[0] for name, p in run.model.named_parameters()}
     replicated = {name: tensor for name, tensor in held_here.items() if rules[name].dim is None}
     check_alike({"batch": batches, **replicated}, world.tp.at("optimizer"), "tp ranks", step)
     if run.model.sharding is None:

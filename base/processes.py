@@ -53,8 +53,8 @@ def on_all(exchange: Exchange, make: Callable[[], Any]) -> Any:
     made, fault = None, ""
     try:
         made = make()
-    except Unavailable as error:
-        fault = str(error)
+    except (Unavailable, RuntimeError) as error:  # RuntimeError: torch's
+        fault = str(error).strip().partition("\n")[0]
     for rank, theirs in enumerate(exchange(fault)):
         if theirs:
             raise Unavailable(f"rank {rank}: {theirs}" if rank else theirs)

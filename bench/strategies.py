@@ -23,11 +23,14 @@ from torch import Tensor
 import model
 from model import GPTConfig, attend, gelu
 from parallel.collectives import Axis, all_gather, all_reduce
-from parallel.layers import ColumnParallelLinear, RowParallelLinear, f, g
+from parallel.layers import ColumnParallelLinear, RowParallelLinear
 from parallel.ledger import Account, total
+from parallel.parameters import default_dtype, take
+from parallel.regions import WHOLE, Region, SplitTokens, f, g
 from plan.cost import ring_bytes
 from plan.partition import Partition, Rule, Run, spans
-from tp_model import MLP, Block, CausalSelfAttention, Stream, default_dtype, sum_gradients, take
+from tp_model import MLP, Block, CausalSelfAttention, Stream
+from train.gradients import sum_gradients
 
 STRATEGIES = ("naive", "megatron", "sequence", "sequence+kept", "spd")
 MISTAKES = {
@@ -259,16 +262,18 @@ class Piece:
         if strategy == "qkv":
             self.rules |= {name: in_a_row(rule) for name, rule in self.rules.items() if "c_attn" in name}
         T = case.x.shape[1]
-        self.tokens = T if strategy.startswith("sequence") and axis.size > 1 else 0
-        self.own = slice(*spans(T, axis.size)[axis.rank]) if self.tokens else slice(None)  # its tokens
+        self.region: Region = WHOLE
+        self.own = slice(None)  # its tokens
+        if strategy.startswith("sequence") and axis.size > 1:
+            self.region = SplitTokens(T, keep=strategy == "sequence+kept")
+            self.own = slice(*spans(T, axis.size)[axis.rank])
         made = (case.config, self.split, axis, 0)
-        keep = strategy == "sequence+kept"
         self.body: Any
         with torch.device(device), default_dtype(case.x.dtype):
             if case.part == "layer":
-                self.body = Block(*made, (strategy != "spd", True), keep)
+                self.body = Block(*made, (strategy != "spd", True))
             else:
-                self.body = (MLP if case.part == "mlp" else CausalSelfAttention)(*made, keep)
+                self.body = (MLP if case.part == "mlp" else CausalSelfAttention)(*made)
         with torch.no_grad():
             for name, parameter in self.body.named_parameters():
                 parameter.copy_(take(case.weights[name], self.rules[name], axis.rank))
@@ -286,8 +291,8 @@ class Piece:
             x = x + way(body.attn, x=body.ln_1(x))
             return x + way(body.mlp, x=body.ln_2(x))
         if self.case.part == "layer":
-            return body(Stream(x), None, self.tokens).x
-        return body(x, tokens=self.tokens)
+            return body(Stream(x, self.region)).x
+        return body(x, region=self.region)
 
     def run(self) -> Tensor:
         """A forward and a backward pass; gradients are left where torch leaves them."""

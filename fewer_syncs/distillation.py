@@ -19,6 +19,7 @@ from parallel.loss import vocab_parallel_divergence
 from plan.schedule import SubBlock
 from text.dataset import TokenFile, batch
 from tp_model import Stream, TensorParallelGPT
+from train import gradients
 
 CLIP = 1.0  # of the gradient's norm, as in training
 
@@ -65,8 +66,8 @@ def learn(
             group["lr"] = learning_rate
         value = loss(x, y)
         value.backward()
-        model.sum_partial_gradients()
-        norm = model.grad_norm().item()
+        gradients.sum_partial_gradients(model)
+        norm = gradients.grad_norm(model).item()
         if math.isfinite(norm):
             torch._foreach_mul_([p.grad for _, p in learners if p.grad is not None], min(1.0, CLIP / (norm + 1e-6)))
             optimizer.step()

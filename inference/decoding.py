@@ -19,7 +19,7 @@ from torch import Tensor
 from base.native import Unavailable, load
 from model import KVCache, LayerNorm
 from parallel.collectives import Axis, all_reduce
-from parallel.ledger import Told
+from parallel.ledger import Recording
 from tp_model import TensorParallelGPT
 
 R = TypeVar("R")
@@ -153,10 +153,10 @@ class FixedStep:
     """A decode step of T tokens a row as a function of nothing: its tokens and lengths are in device memory, where `fill`
     puts them.
 
-    Running it tells the ledger aside; told: what it said the last time.
+    Running it does not account its collectives, but collects them in `recording`.
     """
 
-    told: Told
+    recording: Recording
 
     def __init__(self, model: TensorParallelGPT, cache: KVCache, T: int):
         self.model = model
@@ -167,7 +167,7 @@ class FixedStep:
         self.inputs.copy_(torch.tensor([lengths, *zip(*tokens, strict=True)]))  # one message to the device
 
     def __call__(self) -> Tensor:
-        with self.model.tp.ledger.telling_aside() as self.told:
+        with self.model.tp.ledger.recording() as self.recording:
             return self.model.local_logits(self.model.hidden(self.inputs[1:].T, self.cache))
 
 
@@ -197,7 +197,7 @@ class GraphDecoder:
             steps[T] = self._captured(FixedStep(self.model, cache, T), tokens, cache.lengths)
         step, replay, out = steps[T]
         step.fill(tokens, cache.lengths)
-        self.model.tp.ledger.repeat(step.told, replay())
+        self.model.tp.ledger.replay(step.recording, replay())
         return out
 
     def _captured(
@@ -206,8 +206,8 @@ class GraphDecoder:
         began = time.perf_counter()
         step.fill(tokens, lengths)  # what runs for the capture writes the cache where the replay will
         replay, out = self.capture(step)
-        for size in sorted({made.call[1] for made in step.told.calls}):
-            alike = [made for made in step.told.calls if made.call[1] == size]
+        for size in sorted({made.call[1] for made in step.recording.calls}):
+            alike = [made for made in step.recording.calls if made.call[1] == size]
             again, _ = self.capture(lambda alike=alike: [made.again() for made in alike])  # type: ignore[misc]
             again()  # the timed one begins when all ranks have come to it
             seconds = self.capture.seconds(again) / len(alike)

@@ -1,27 +1,38 @@
-"""What torch.compile leaves to Python."""
+"""Calls that torch.compile leaves to Python."""
 
 import functools
 from collections.abc import Callable
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-import torch
+from torch import nn
+from torch._C._dynamo.eval_frame import set_eval_frame
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class outside_graphs(Generic[P, R]):
-    """torch.compiler.disable, put off until something is compiled: it imports the compiler, most of a second that a run
-    without --compile need not wait. A compiled caller's graph ends before the call and another begins after it."""
+def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """A compiled caller's graph ends before this function and another begins after it.
 
-    def __init__(self, function: Callable[P, R]):
-        self.function = function
-        functools.update_wrapper(self, function)
+    torch.compiler.disable, without its import of the compiler: that takes seconds, which a run
+    without --compile need not wait.
+    """
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self.function(*args, **kwargs)
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        before = set_eval_frame(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            set_eval_frame(before)
 
-    @classmethod
-    def take_effect(cls) -> None:
-        """Before the first compilation of a process."""
-        setattr(cls, "__call__", torch.compiler.disable(cls.__call__))  # noqa: B010  mypy has no word for it
+    marked: Any = call
+    marked._torchdynamo_disable = True
+    marked._torchdynamo_disable_msg = None
+    return call
+
+
+def compile_each(blocks: nn.ModuleList) -> None:
+    """torch.compile each block in place. Its graph breaks at the collectives."""
+    for block in blocks:
+        block.compile()

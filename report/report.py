@@ -73,8 +73,8 @@ def build(
     ranks = world.gather((weight_bytes(model), kv_cache_bytes, peak_bytes(world.device)))
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     comm = as_json(account, model.config.n_layer)
-    if world.ledger.repeated.calls:
-        comm["in_graphs"] = world.ledger.repeated.as_json()
+    if world.ledger.replayed.calls:
+        comm["in_graphs"] = world.ledger.replayed.as_json()
     comm["total"]["fraction_of_time"] = round(comm["total"]["seconds"] / seconds, 6) if seconds else 0.0
     return {
         "entry": entry,

@@ -44,7 +44,7 @@ from checkpoints.archives import MAX_PICKLE
 from checkpoints.shards import MAX_HEADER, Manifest, TensorEntry, TensorFile, read_manifest, write_json
 from checkpoints.sources import open_source, tokenizer_of
 from fewer_syncs.scan import Perplexities
-from model import GPTConfig
+from model import GPTConfig, adamw
 from plan.partition import Partition, Rule
 from text.dataset import Dataset, write_tokens
 from tp_model import TensorParallelGPT
@@ -146,7 +146,7 @@ def read_training(place: Path) -> None:
     path, progress, _ = training.read_state(place)
     read_weights(path)
     model = TensorParallelGPT(CONFIG, alone())
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    optimizer = adamw(model.named_parameters(), 0.1, 1e-3, (0.9, 0.95), "cpu")
     training.load_optimizer(model, optimizer, path, progress.optimizer_steps, ALONE)
 
 

@@ -24,10 +24,11 @@ from inference.generation import Row, generate
 from inference.sampling import Sampling
 from inference.speculation import Guesser, Ngrams, Pace, SmallModel, Speculation
 from model import GPT, GPTConfig
+from parallel.parameters import take
 from parallel.quantized import quantize
 from plan.schedule import Schedule
 from shard_checkpoint import split as split_source
-from tp_model import TensorParallelGPT, take
+from tp_model import TensorParallelGPT
 from world.mesh import World
 
 CONFIG = replace(SMALL, block_size=64)

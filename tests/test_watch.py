@@ -75,7 +75,7 @@ def test_what_an_earlier_attempt_left_in_the_store_is_not_believed(last: int) ->
 
 
 def test_who_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parallel.roll_call.LATER_S", 0.1)
+    monkeypatch.setattr("world.roll_call.LATER_S", 0.1)
     found = attempt(dist.HashStore(), 4, absent=2, seconds=0.3)
     said = "rank 2 did not come within 0.3 s; ranks 0-1, 3 did, on h0, h1, h3. Look at the output of those that are missing"
     assert found[0].startswith(said) and found[1] == found[3] == found[0]
@@ -257,13 +257,13 @@ def test_a_stopped_rank_is_named_and_killed(tmp_path: Path, comm: str) -> None:
 def _stopped_in_a_replay(world: World, options: Any) -> None:
     """Rank 1 stops while a CUDA graph runs: the others' GPUs never come to its end, and their hosts wait
     for the logits, which is no collective."""
-    with world.ledger.telling_aside() as told:
+    with world.ledger.recording() as recording:
         all_reduce(torch.ones(300), world.tp.at("mlp", 3), "forward")
     for i in range(200):
         with world.ledger.during(f"step {i}"):
             if world.rank == 1 and i == 100:
                 os.kill(os.getpid(), signal.SIGSTOP)
-            world.ledger.repeat(told, lambda i=i: i < 100)  # type: ignore[misc]
+            world.ledger.replay(recording, lambda i=i: i < 100)  # type: ignore[misc]
             if i == 100:
                 time.sleep(60)
 
@@ -396,7 +396,7 @@ def _suspended(world: World, options: Any) -> None:
 
 
 def test_ranks_that_are_all_stopped_for_a_while_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parallel.mesh.LATER_S", -3.0)  # torch's own limit: three seconds
+    monkeypatch.setattr("world.mesh.LATER_S", -3.0)  # torch's own limit: three seconds
     words = ["--device=cpu", "--comm=gloo", "--comm_timeout=6"]
     assert launch(2, _suspended, tmp_path, words, seconds=30) == [(0, "")] * 2
 
@@ -466,7 +466,7 @@ def test_a_rank_that_finds_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Rank 1 is started alone; where rank 0 should be is nobody, or somebody who listens and says nothing."""
     start = test_entry._rank
     monkeypatch.setattr(test_entry, "_rank", lambda rank, size, *rest: start(1, 2, *rest))
-    monkeypatch.setattr("parallel.mesh.ANSWER_S", 0.2)
+    monkeypatch.setattr("world.mesh.ANSWER_S", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         port = silent.getsockname()[1]

@@ -195,11 +195,11 @@ def _tensors(model: TensorParallelGPT, optimizer: torch.optim.Optimizer) -> Iter
     """What is saved of this tp rank, one after the other: weights, then moments. Where parameters are sharded over dp all ranks
     of that axis go through this together, and one tensor at a time is whole."""
     for name, p in model.named_parameters():
-        yield name, model.owned(name, p)
+        yield name, model.parts.owned(name, p)
     for moment in MOMENTS:
         for name, p in model.named_parameters():
             value = optimizer.state[p][moment] if p in optimizer.state else torch.zeros_like(p)
-            yield f"{moment}.{name}", model.owned(name, value)
+            yield f"{moment}.{name}", model.parts.owned(name, value)
 
 
 def _write_calmly(tensors: list[tuple[str, Tensor]], shapes: Shapes, path: Path) -> Files:
@@ -260,7 +260,7 @@ def export(
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
     world.barrier()
-    weights = ((name, model.owned(name, p)) for name, p in model.named_parameters())
+    weights = ((name, model.parts.owned(name, p)) for name, p in model.named_parameters())
     path_of_rank = scratch / shard_name(model.tp.rank, model.tp.size)
     files = world.gather(_write(weights, _shapes(model), path_of_rank) if world.dp.rank == 0 else None)
     if world.is_main:
@@ -352,7 +352,7 @@ def load_optimizer(
             moments = {}
             for moment in MOMENTS:
                 value = torch.zeros_like(p)
-                model.put(name, value, read(f"{moment}.{name}", rules[name]))
+                model.parts.store(name, value, read(f"{moment}.{name}", rules[name]))
                 moments[moment] = value
             state[index] = {"step": torch.tensor(float(optimizer_steps)), **moments}
             index += 1

@@ -17,7 +17,7 @@ from base.console import CONTROLS, console
 from base.errors import ReaderGone, Stopped, Unheard, UserError, is_out_of_memory, print_error
 from cli.grammar import parse, parse_command
 from cli.options import RunOptions, as_dict
-from parallel.collectives import CollectiveError
+from parallel.ledger import CollectiveError
 from parallel.replicas import DriftError
 from world import mesh
 
