@@ -73,8 +73,8 @@ class KVCache:
         """Prepare for T more tokens in every row. Returns their positions, [1 or B, T] int64."""
         device, first, longest = self.k[0].device, min(self.lengths), max(self.lengths)
         if longest + T > self.size:
-            held = f"{longest} tokens are in the cache"
-            raise ValueError(f"{held}, {T} more do not fit its {self.size}")
+            more = f"{T} more do not fit its {self.size}"
+            raise ValueError(f"{longest} tokens are in the cache, {more}")
         self.layer = 0  # the next to call `update`
         self.uniform, self.start, self.stop = first == longest, first, longest + T
         if self.uniform:
@@ -108,8 +108,7 @@ class KVCache:
 
     def rows(self, index: list[int]) -> "KVCache":
         """A cache of these rows, in this order; a row may occur several times."""
-        taken = object.__new__(KVCache)
-        picks = torch.tensor(index, device=self.k[0].device)
+        taken, picks = object.__new__(KVCache), torch.tensor(index, device=self.k[0].device)
         taken.k, taken.v = ([t.index_select(0, picks) for t in kv] for kv in (self.k, self.v))
         taken.lengths = [self.lengths[i] for i in index]
         taken.size = self.size

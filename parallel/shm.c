@@ -8,8 +8,8 @@
      wait until progress[r] >= n + 1 for every r (acquire): all slots hold piece n
      out = slot[0] + slot[1] + ...           in rank order on every rank: the same bits everywhere
 
-   If every rank has a part of the message, as with a split sequence, pieces are cut and laid out as
-   if it were whole: a rank sums only its part of each piece, or writes only its part.
+   In a gather every rank writes only its part of each piece, and reads all parts. In a sum it may
+   want only its part.
 
    A slot is written again for piece n + 2. A rank that does so has seen every progress[r] >= n + 2,
    which r stores only after it has read piece n: two slots are enough, without a second wait.
@@ -27,7 +27,7 @@
 enum { LINE = 64, SPINS = 200, BLOCK = 2048 };
 static const double SLEEP_AFTER = 1e-3; /* seconds of waiting, then the core is left to others */
 enum { FLOAT32, BFLOAT16, BYTES };      /* type of an element */
-enum { SUM, MAX, GATHER, BROADCAST, SUM_PART, GATHER_PARTS }; /* operations */
+enum { SUM, MAX, GATHER };              /* operations; larger ones gather, too */
 enum { DONE = -1, DIFFERENT = -2 };     /* DIFFERENT - r: rank r sent another message */
 
 typedef struct {
@@ -40,7 +40,7 @@ typedef struct {
 
 typedef struct {
     _Atomic uint64_t progress;     /* pieces posted since the group began */
-    uint64_t kind[2]; /* of the messages in slots 0 and 1: length, type, operation, source */
+    uint64_t kind[2]; /* of the messages in slots 0 and 1: length, operation, type */
 } header;
 
 static header *of(const group *g, int64_t rank) { return (header *)(g->base + rank * LINE); }
@@ -131,9 +131,12 @@ static void reduce(const group *g, void *out, int64_t first, int64_t n, int64_t 
 typedef struct { int64_t lo, hi, packed; } run;
 
 /* Find the first run of rank r's part in elements [at, end) of the message; returns 0 if there is
-   none. The message is rows of edges[size] elements: [edges[r], edges[r + 1]) are rank r's. */
+   none. The message is rows of edges[size] elements: [edges[r], edges[r + 1]) are rank r's. Without
+   edges all of it is. */
 static int next_run(const group *g, const int64_t *edges, int64_t r, int64_t at, int64_t end,
                     run *found) {
+    *found = (run){at, end, at};
+    if (!edges) return at < end;
     const int64_t width = edges[g->size], own = edges[r + 1] - edges[r];
     for (int64_t row = at / width; row * width < end; row++) {
         const int64_t first = row * width + edges[r], last = first + own;
@@ -145,29 +148,24 @@ static int next_run(const group *g, const int64_t *edges, int64_t r, int64_t at,
     return 0;
 }
 
-/* Move a message of n elements. in: mine; out: the sum or maximum [n], the source's message [n], or
-   everyone's [size, n]. SUM_PART: in [n], out my part of the sum. GATHER_PARTS: in my part, out all
-   parts, each in its place [n]. Only these two read edges, see next_run. in and out may not overlap.
-   Returns DONE, or a rank that is late by `patience` seconds (call again, with the same arguments),
-   or DIFFERENT - r if rank r moves another message. */
+/* Move a message of n elements. SUM, MAX: in is mine [n], out the sum or maximum, or my part of it.
+   GATHER: in is my part, out all parts, each in its place [n]. Parts: see next_run. in and out may
+   not overlap. Returns DONE, or a rank that is late by `patience` seconds (call again, with the
+   same arguments), or DIFFERENT - r if rank r moves another message. */
 int64_t nanotp_move(group *g, const char *in, char *out, int64_t n, int64_t type, int64_t op,
-                    int64_t source, const int64_t *edges, double patience) {
+                    const int64_t *edges, double patience) {
     const int64_t width = type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1;
     const int64_t most = g->slot_bytes / width;
-    const uint64_t kind = (uint64_t)n << 16 | (uint64_t)source << 8 | (uint64_t)(type << 4 | op);
+    const uint64_t kind = (uint64_t)n << 16 | (uint64_t)(op << 4 | type);
     header *mine = of(g, g->rank);
     while (g->at < n) {
-        int64_t len = n - g->at < most ? n - g->at : most;
-        const int64_t at = g->at, end = at + len;
-        const size_t bytes = (size_t)(len * width);
+        const int64_t at = g->at, end = n - at < most ? n : at + most;
         run own;
         if (!g->posted) {
-            char *to = slot(g, g->rank);
-            if (op == GATHER_PARTS)
-                for (int64_t lo = at; next_run(g, edges, g->rank, lo, end, &own); lo = own.hi)
-                    memcpy(to + (own.lo - at) * width, in + own.packed * width,
-                           (size_t)((own.hi - own.lo) * width));
-            else if (op != BROADCAST || g->rank == source) memcpy(to, in + at * width, bytes);
+            const int64_t *parts = op >= GATHER ? edges : NULL;
+            for (int64_t lo = at; next_run(g, parts, g->rank, lo, end, &own); lo = own.hi)
+                memcpy(slot(g, g->rank) + (own.lo - at) * width, in + own.packed * width,
+                       (size_t)((own.hi - own.lo) * width));
             mine->kind[g->piece & 1] = kind;
             atomic_store_explicit(&mine->progress, g->piece + 1, memory_order_release);
             g->posted = 1;
@@ -176,21 +174,16 @@ int64_t nanotp_move(group *g, const char *in, char *out, int64_t n, int64_t type
         if (late != DONE) return late;
         for (int64_t r = 0; r < g->size; r++)
             if (of(g, r)->kind[g->piece & 1] != kind) return DIFFERENT - r;
-        for (int64_t r = 0; r < g->size; r++) {
-            if (op == GATHER) memcpy(out + (r * n + at) * width, slot(g, r), bytes);
-            if (op == BROADCAST && r == source) memcpy(out + at * width, slot(g, r), bytes);
-            if (op == GATHER_PARTS)
-                for (int64_t lo = at; next_run(g, edges, r, lo, end, &own); lo = own.hi)
-                    memcpy(out + own.lo * width, slot(g, r) + (own.lo - at) * width,
-                           (size_t)((own.hi - own.lo) * width));
-        }
-        if (op == SUM || op == MAX) reduce(g, out + at * width, 0, len, type, op);
-        if (op == SUM_PART)
+        if (op < GATHER)
             for (int64_t lo = at; next_run(g, edges, g->rank, lo, end, &own); lo = own.hi)
-                reduce(g, out + own.packed * width, own.lo - at, own.hi - own.lo, type, SUM);
+                reduce(g, out + own.packed * width, own.lo - at, own.hi - own.lo, type, op);
+        else for (int64_t r = 0; r < g->size; r++)
+            for (int64_t lo = at; next_run(g, edges, r, lo, end, &own); lo = own.hi)
+                memcpy(out + own.lo * width, slot(g, r) + (own.lo - at) * width,
+                       (size_t)((own.hi - own.lo) * width));
         g->piece++;
         g->posted = 0;
-        g->at += len;
+        g->at = end;
     }
     g->at = 0;
     return DONE;

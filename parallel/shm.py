@@ -28,7 +28,7 @@ PATIENCE_S = 0.1  # a waiting rank then checks that its peers live, and lets Pyt
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _BYTES = 2
 _OPS = {"sum": 0, "max": 1}
-_GATHER, _BROADCAST, _SUM_PART, _GATHER_PARTS = 2, 3, 4, 5
+_GATHER, _GATHER_TOKENS, _BROADCAST = 2, 3, 4  # a broadcast from rank r is _BROADCAST + r
 _DONE, _DIFFERENT = -1, -2
 
 
@@ -99,7 +99,7 @@ class ShmTransport:
         move = on_all(exchange, lambda: load(SOURCE)).nanotp_move
         move.restype = ctypes.c_int64
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        move.argtypes = [*[pointer] * 3, *[number] * 4, pointer, ctypes.c_double]
+        move.argtypes = [*[pointer] * 3, *[number] * 3, pointer, ctypes.c_double]
         descriptor = on_all(exchange, lambda: _create(nbytes) if rank == 0 else None)
         try:
             places = exchange((os.getpid(), descriptor))
@@ -111,10 +111,11 @@ class ShmTransport:
         return cls(move, memory, rank, [pid for pid, _ in places], other, timeout)
 
     def _move(
-        self, x: Tensor, out: Tensor, n: int, kind: int, op: int, source: int = 0, edges: Any = None
+        self, x: Tensor, out: Tensor, n: int, kind: int, op: int, edges: list[int] | None = None
     ) -> Tensor:
         """x must be contiguous and not `out`. See nanotp_move in parallel/shm.c."""
-        call = self._at, x.data_ptr(), out.data_ptr(), n, kind, op, source, edges, PATIENCE_S
+        ends = None if edges is None else (ctypes.c_int64 * len(edges))(*edges)
+        call = self._at, x.data_ptr(), out.data_ptr(), n, kind, op, ends, PATIENCE_S
         late = self._call(*call)
         waited = 0.0  # counted here: this process and all others may be stopped for a while
         while late != _DONE:
@@ -129,13 +130,9 @@ class ShmTransport:
             late = self._call(*call)
         return out
 
-    def _parts(self, tokens: int, width: int) -> tuple[int, Any]:
-        """(this rank's number of tokens, a C array of where each rank's tokens begin and the last
-        one's end), for tokens of `width` elements."""
-        runs = spans(tokens, self.size)
-        lo, hi = runs[self.rank]
-        edges = [lo * width for lo, _ in runs] + [tokens * width]
-        return hi - lo, (ctypes.c_int64 * len(edges))(*edges)
+    def _edges(self, tokens: int, width: int) -> list[int]:
+        """Where each rank's tokens of `width` elements begin, and where the last one's end."""
+        return [lo * width for lo, _ in spans(tokens, self.size)] + [tokens * width]
 
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
         kind = _TYPES.get(x.dtype)
@@ -146,11 +143,14 @@ class ShmTransport:
 
     def all_gather(self, x: Tensor) -> Tensor:
         x = x.detach().contiguous()
-        return self._move(x, x.new_empty((self.size, *x.shape)), x.nbytes, _BYTES, _GATHER)
+        out = x.new_empty((self.size, *x.shape))
+        edges = self._edges(self.size, x.nbytes)
+        return self._move(x, out, out.nbytes, _BYTES, _GATHER, edges)
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         x = x.detach().contiguous()
-        return self._move(x, torch.empty_like(x), x.nbytes, _BYTES, _BROADCAST, source)
+        edges = [0 if rank <= source else x.nbytes for rank in range(self.size + 1)]
+        return self._move(x, torch.empty_like(x), x.nbytes, _BYTES, _BROADCAST + source, edges)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         kind = _TYPES.get(x.dtype)
@@ -158,12 +158,13 @@ class ShmTransport:
             return self.other.reduce_scatter(x)
         x = x.detach().contiguous()
         B, T, C = x.shape
-        own, edges = self._parts(T, C)
-        return self._move(x, x.new_empty(B, own, C), x.numel(), kind, _SUM_PART, edges=edges)
+        lo, hi = spans(T, self.size)[self.rank]
+        out = x.new_empty(B, hi - lo, C)
+        return self._move(x, out, x.numel(), kind, _OPS["sum"], self._edges(T, C))
 
     def gather_tokens(self, x: Tensor, tokens: int) -> Tensor:
         x = x.detach().contiguous()
         B, _, C = x.shape
         out = x.new_empty(B, tokens, C)
-        _, edges = self._parts(tokens, C * x.element_size())
-        return self._move(x, out, out.nbytes, _BYTES, _GATHER_PARTS, edges=edges)
+        edges = self._edges(tokens, C * x.element_size())
+        return self._move(x, out, out.nbytes, _BYTES, _GATHER_TOKENS, edges)
