@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from base.errors import UserError
 from model import GPTConfig, KVCache, LayerNorm, attend, gelu, initial_tensor
 from parallel.collectives import Axis, all_gather
-from parallel.graphs import compile_each, outside_graphs
+from parallel.graphs import outside_graphs
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from parallel.loss import vocab_parallel_head_loss
 from parallel.parameters import Parts, default_dtype, take
@@ -252,8 +252,10 @@ class TensorParallelGPT(nn.Module):
             block.syncs = self.schedule.syncs[2 * layer : 2 * layer + 2]
 
     def compile_blocks(self) -> None:
+        """torch.compile each block in place. Its graph breaks at the collectives."""
         self.compiled = True
-        compile_each(self.transformer.h)
+        for block in self.blocks:
+            block.compile()
 
     @property
     def blocks(self) -> Any:

@@ -131,7 +131,7 @@ class Axis:
     block: str = ""
     track: Track = field(default_factory=Track)
     # caches: `replace` starts them anew
-    _lines: dict[tuple[str, str], tuple[Entry, Tally]] = field(
+    _lines: dict[tuple[str, str, bool], tuple[Entry, Tally]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
     _labels: dict[tuple[str, int | None], "Axis"] = field(
@@ -151,39 +151,38 @@ class Axis:
         """Make one call that moves `message`, and account it. nbytes: message's own unless given.
         Raises CollectiveError, which names the call, for a RuntimeError in it.
 
-        A decode step makes two calls a layer, of a few microseconds each: this must stay short.
+        A decode step makes two calls a layer, of a few microseconds each: this must stay short, and
+        does by hand what `with ledger.calling(...)` does.
         """
         ledger = self.ledger
         entry, tally = self.line(op, direction)
         size = message.nbytes if nbytes < 0 else nbytes
-        with ledger.calling(self.track, entry, size) as track:
-            if not ledger.on:
-                return call()
-            start = _clock(message)
+        track = ledger.calling(self.track, entry, size)
+        start = _clock(message) if ledger.on else None
+        try:
             result = call()
-            seconds = _elapsed(start, message)
+        except RuntimeError as error:
+            raise track.named(error) from error
+        track.waiting = False
+        if not ledger.on:
+            return result
+        seconds = _elapsed(start, message)
         if ledger.recorded is not None and track.call is not None:
             ledger.recorded.calls.append(GraphCall(tally, track, track.call, call))
             return result
         ledger.record(tally, size, seconds)
-        if isinstance(seconds, _Span):
+        if track.queued is not None and isinstance(seconds, _Span):
             track.leave_open(track.number, track.call, seconds.has_ended)
         return result
 
     def line(self, op: str, direction: str) -> tuple[Entry, Tally]:
-        """The line of the account for such a call; looked up once."""
-        direction = self.ledger.direction(direction)
-        found = self._lines.get((op, direction))
+        """The line of the account for such a call; made once."""
+        key = op, direction, self.ledger.is_recomputing
+        found = self._lines.get(key)
         if found is None:
-            entry = Entry(self.layer, self.block, direction, op)
-            found = self._lines[op, direction] = entry, self.ledger.tally(entry)
+            entry = Entry(self.layer, self.block, self.ledger.direction(direction), op)
+            found = self._lines[key] = entry, self.ledger.tally(entry)
         return found
-
-    @property
-    def carrier(self) -> Transport:
-        if self.transport is None:
-            raise ValueError(f"axis {self.name} has size {self.size} and no transport")
-        return self.transport
 
 
 def _clock(message: Tensor) -> Any:
@@ -221,7 +220,10 @@ def _elapsed(start: Any, message: Tensor) -> float | _Span:
 
 @outside_graphs  # a compiler must neither trace nor reorder a call that other ranks wait for
 def _send(method: str, axis: Axis, direction: str, x: Tensor, *more: Any) -> Tensor:
-    call = partial(getattr(axis.carrier, method), x, *more)
+    transport = axis.transport
+    if transport is None:
+        raise ValueError(f"axis {axis.name} has size {axis.size} and no transport")
+    call = partial(getattr(transport, method), x, *more)
     if method != "gather_tokens":
         return axis.account(method, direction, x, call)
     # accounted as the whole message, like the reduce-scatter it undoes
@@ -265,13 +267,14 @@ def all_reduce_later(x: Tensor, axis: Axis, direction: str) -> Callable[[], Tens
 
 
 def _start_all_reduce(x: Tensor, axis: Axis, direction: str) -> Callable[[], Tensor]:
-    start: Any = getattr(axis.carrier, "all_reduce_later", None)
+    start: Any = getattr(axis.transport, "all_reduce_later", None)
     if start is None:
         out = all_reduce(x, axis, direction)
         return lambda: out
     # the call is counted, and has a number, when it is waited for
-    axis.track.call = axis.line("all_reduce", direction)[0], x.nbytes, axis.ledger.doing
-    with axis.track:
+    track, entry = axis.track, axis.line("all_reduce", direction)[0]
+    track.call, track.waiting = (entry, x.nbytes, axis.ledger.doing), True
+    with track:
         finish = start(x)
     return lambda: axis.account("all_reduce", direction, x, finish)
 
@@ -281,7 +284,7 @@ def _start_all_reduce(x: Tensor, axis: Axis, direction: str) -> Callable[[], Ten
 
 def torch_group(axis: Axis) -> dist.ProcessGroup:
     """The process group of an axis over nccl or gloo, for messages that PyTorch itself sends."""
-    transport: Any = axis.carrier
+    transport: Any = axis.transport
     return transport.group
 
 
@@ -339,7 +342,7 @@ def _fill(
     send: Any, out: Tensor, x: Tensor, axis: Axis, later: bool = False
 ) -> dist.Work | None:
     group = torch_group(axis)
-    if not (out.is_cuda and axis.carrier.name == "gloo"):
+    if not (out.is_cuda and dist.get_backend(group) == "gloo"):
         return send(out, x, group=group, async_op=later)
     received = out.cpu()
     send(received, x.cpu(), group=group)

@@ -26,7 +26,7 @@ class Entry:
         return ", ".join(filter(None, (layer, self.block, self.direction)))
 
 
-@dataclass
+@dataclass(slots=True)
 class Tally:
     """bytes: of the messages that this rank handed in, not of the wire. seconds: in the calls."""
 
@@ -81,7 +81,7 @@ def call_text(number: int, call: Call, with_bytes: bool = False) -> str:
     return f"{entry.op} #{number} ({', '.join(filter(None, details))})"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Track:
     """How far this rank has come along one axis. Collectives write it; world/watch.py reads it, in
     another thread.
@@ -101,16 +101,18 @@ class Track:
     queued: deque[tuple[int, Call, Callable[[], bool]]] | None = None
 
     def __enter__(self) -> "Track":
-        self.waiting = True
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """The last call has returned, or failed: its error then names the call."""
+        """The last call has returned, or has failed: the error then names the call."""
         if error is None:
             self.waiting = False
         elif isinstance(error, RuntimeError):
-            call = call_text(self.number, self.call) if self.call else "a collective"
-            raise CollectiveError(f"{call}: {str(error).strip().splitlines()[0]}") from error
+            raise self.named(error) from error
+
+    def named(self, error: RuntimeError) -> CollectiveError:
+        call = call_text(self.number, self.call) if self.call else "a collective"
+        return CollectiveError(f"{call}: {str(error).strip().splitlines()[0]}")
 
     def leave_open(self, number: int, call: Call | None, has_ended: Callable[[], bool]) -> None:
         """Show a call that has returned to the watchdog until has_ended()."""
@@ -168,7 +170,7 @@ class Ledger:
     latest: Track | None = None
     replayed: Tally = field(default_factory=Tally)
     recorded: Recording | None = None
-    _recomputing: bool = False
+    is_recomputing: bool = False
     _pending: list[tuple[Tally, Callable[[], float]]] = field(default_factory=list)
 
     def tally(self, entry: Entry) -> Tally:
@@ -187,6 +189,7 @@ class Ledger:
         self.latest = track
         track.number += 1
         track.call = entry, nbytes, self.doing
+        track.waiting = True
         return track
 
     def record(self, tally: Tally, nbytes: int, seconds: float | Callable[[], float]) -> None:
@@ -213,10 +216,10 @@ class Ledger:
 
     def recomputing(self) -> AbstractContextManager[None]:
         """Within, forward calls are accounted to the backward pass, to which they belong."""
-        return self._set(_recomputing=True)
+        return self._set(is_recomputing=True)
 
     def direction(self, direction: str) -> str:
-        return "backward" if self._recomputing and direction == "forward" else direction
+        return "backward" if self.is_recomputing and direction == "forward" else direction
 
     @contextmanager
     def recording(self) -> Iterator[Recording]:
