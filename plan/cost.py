@@ -278,7 +278,7 @@ class Step:
         yield from (min(self.logit_rows, n - first) for first in range(0, n, self.logit_rows))
 
     def _partial(self) -> int:
-        """Numbers in the gradients of which a rank has a part only, see TensorParallelGPT.partial_gradients."""
+        """Numbers in the gradients of which a rank has a part only, see partial_gradients of train/gradients.py."""
         C, vectors = self.split.n_embd, 2 if self.split.bias else 1
         if self.split_tokens:
             rules = replace(self.split, n_layer=1).rules
