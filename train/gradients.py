@@ -1,4 +1,4 @@
-"""A model's gradients after the last backward pass of an iteration: parts summed, and their norm."""
+"""A model's gradients after an iteration's last backward pass: parts summed, and their norm."""
 
 from collections.abc import Iterable
 
