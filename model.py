@@ -1,10 +1,10 @@
-"""The reference: a GPT-2 on one device, in nanoGPT's names. It knows nothing of processes; read this file first.
+"""The reference: a GPT-2 on one device, in nanoGPT's names. It knows nothing of processes. Read
+this file first.
 
 Shapes: B batch, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 """
 
 import hashlib
-import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The sizes of a model. `activation` is the one thing nanoGPT does not have: OpenAI's weights were trained with the
+    """The sizes of a model. `activation` is not nanoGPT's: OpenAI's weights were trained with the
     tanh approximation of GELU (gelu_tanh), nanoGPT trains with the exact one (gelu)."""
 
     block_size: int = 1024
@@ -31,11 +31,11 @@ class GPTConfig:
 
 
 def initial_tensor(name: str, shape: tuple[int, ...], n_layer: int, seed: int) -> Tensor:
-    """The first value of one full parameter, float32: a function of its name, its shape and the seed alone.
+    """The first value of one full parameter, float32, as GPT-2 draws it: N(0, 0.02), the two
+    projections into the residual stream N(0, 0.02 / sqrt(2 n_layer)), biases 0, LayerNorm gains 1.
 
-    GPT-2's scheme: N(0, 0.02), the two projections back into the residual stream N(0, 0.02 / sqrt(2 n_layer)), biases
-    0, LayerNorm gains 1. Each tensor has a random stream of its own, so a rank can draw one, keep its slice and agree
-    with every other split of the same model.
+    Each tensor has a random stream of its own, seeded by `seed` and its name: a rank can draw one
+    and keep its part, which is the same in every split of the model.
     """
     if name.endswith(".bias"):
         return torch.zeros(shape)
@@ -48,16 +48,17 @@ def initial_tensor(name: str, shape: tuple[int, ...], n_layer: int, seed: int) -
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, for every layer. Rows of a batch may have different lengths.
+    """Keys and values of the tokens read so far, for every layer.
 
-    k, v: n_layer tensors [B, n_head, size, D] each; a shard keeps its own heads only.
-    lengths: tokens each row has in the cache. `begin` prepares a forward pass, `update` is called by each layer in turn,
-    `advance` ends it. What a pass needs in every layer (positions, mask) is made once, in `begin`.
+    k, v: n_layer tensors [B, n_head, size, D] each; a shard keeps its own heads only. lengths: of
+    each row, in tokens. `begin` prepares a forward pass, with positions and mask for all layers;
+    each layer in turn calls `update`; `advance` ends the pass.
     """
 
     def __init__(
-        self, n_layer: int, batch: int, n_head: int, size: int, head_dim: int, device: torch.device, dtype: torch.dtype
-    ):
+        self, n_layer: int, batch: int, n_head: int, size: int, head_dim: int,
+        device: torch.device, dtype: torch.dtype,
+    ):  # fmt: skip
         shape = (batch, n_head, size, head_dim)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layer)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layer)]
@@ -69,28 +70,29 @@ class KVCache:
         return sum(t.numel() * t.element_size() for t in self.k + self.v)
 
     def begin(self, T: int) -> Tensor:
-        """Make room for T more tokens in every row. Returns their positions, [1, T] or [B, T] int64."""
+        """Prepare for T more tokens in every row. Returns their positions, [1 or B, T] int64."""
         device, first, longest = self.k[0].device, min(self.lengths), max(self.lengths)
         if longest + T > self.size:
-            raise ValueError(f"{longest} tokens are in the cache, {T} more do not fit its {self.size}")
-        self.layer = 0  # whose turn it is in `update`
+            more = f"{T} more do not fit its {self.size}"
+            raise ValueError(f"{longest} tokens are in the cache, {more}")
+        self.layer = 0  # the next to call `update`
         self.uniform, self.start, self.stop = first == longest, first, longest + T
         if self.uniform:
-            positions = torch.arange(first, self.stop, device=device).unsqueeze(0)
+            self.positions = torch.arange(first, self.stop, device=device).unsqueeze(0)
         else:
-            positions = torch.tensor(self.lengths, device=device).unsqueeze(1) + torch.arange(T, device=device)
-        # one new token that follows equally long rows sees everything, and so needs no mask; nor does a first pass,
-        # which is plain causal attention
-        self.causal = self.stop == T and T > 1
-        self.mask = None
+            starts = torch.tensor(self.lengths, device=device).unsqueeze(1)
+            self.positions = starts + torch.arange(T, device=device)
+        # No mask for one token that follows equally long rows, which sees everything, nor for a
+        # first pass, which is plain causal attention.
+        self.causal, self.mask = self.stop == T and T > 1, None
         if not self.causal and not (self.uniform and T == 1):
-            self.mask = torch.arange(self.stop, device=device) <= positions.unsqueeze(-1)  # [B or 1, T, stop]
-            self.mask = self.mask.unsqueeze(1)
-        self.positions = positions
-        return positions
+            seen = torch.arange(self.stop, device=device) <= self.positions.unsqueeze(-1)
+            self.mask = seen.unsqueeze(1)  # [1 or B, 1, T, stop]
+        return self.positions
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new k and v [B, n_head, T, D] of the next layer; returns all it may look at, [B, n_head, stop, D]."""
+        """Store the next layer's new k and v [B, n_head, T, D]; returns all it may look at,
+        [B, n_head, stop, D]."""
         layer, self.layer = self.layer, self.layer + 1
         for cache, new in ((self.k[layer], k), (self.v[layer], v)):
             if self.uniform:
@@ -101,15 +103,13 @@ class KVCache:
         return self.k[layer][:, :, : self.stop], self.v[layer][:, :, : self.stop]
 
     def advance(self, lengths: list[int]) -> None:
-        """The rows now hold this many tokens; what lies beyond (padding of a shorter prompt) is overwritten later."""
+        """The rows now have this many tokens. Padding beyond them is overwritten later."""
         self.lengths = list(lengths)
 
     def rows(self, index: list[int]) -> "KVCache":
-        """A cache of these rows, in this order; a row may be taken several times."""
-        taken = object.__new__(KVCache)
-        picks = torch.tensor(index, device=self.k[0].device)
-        taken.k = [t.index_select(0, picks) for t in self.k]
-        taken.v = [t.index_select(0, picks) for t in self.v]
+        """A cache of these rows, in this order; a row may occur several times."""
+        taken, picks = object.__new__(KVCache), torch.tensor(index, device=self.k[0].device)
+        taken.k, taken.v = ([t.index_select(0, picks) for t in kv] for kv in (self.k, self.v))
         taken.lengths = [self.lengths[i] for i in index]
         taken.size = self.size
         return taken
@@ -132,7 +132,8 @@ def gelu(x: Tensor, activation: str) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None, dropout: float) -> Tensor:
-    """Causal attention. q [B, H, T, D], k and v [B, H, S, D] -> [B, T, H * D]; S > T when a cache has earlier tokens."""
+    """Causal attention: q [B, H, T, D], k and v [B, H, S, D] -> [B, T, H * D]. With earlier tokens
+    in a cache S > T."""
     mask, causal = (None, True) if cache is None else (cache.mask, cache.causal)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
     return y.transpose(1, 2).flatten(2)
@@ -147,7 +148,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head).transpose(1, 2).split(self.n_head, dim=1)
+        H = self.n_head
+        q, k, v = self.c_attn(x).view(B, T, 3 * H, C // H).transpose(1, 2).split(H, dim=1)
         if cache is not None:
             k, v = cache.update(k, v)
         y = self.c_proj(attend(q, k, v, cache, self.dropout if self.training else 0.0))
@@ -194,7 +196,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, seed: int = 1337):
         super().__init__()
         if config.n_embd % config.n_head:
-            raise ValueError(f"n_embd={config.n_embd} does not divide into n_head={config.n_head} heads")
+            heads = f"n_head={config.n_head} heads"
+            raise ValueError(f"n_embd={config.n_embd} does not divide into {heads}")
         self.config = config
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -204,20 +207,22 @@ class GPT(nn.Module):
                 parameter.copy_(initial_tensor(name, tuple(parameter.shape), config.n_layer, seed))
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The final hidden state [B, T, C] of tokens idx [B, T]; with a cache, idx follows what the cache holds."""
+        """The final hidden state [B, T, C] of tokens idx [B, T]; with a cache, idx follows it."""
         T = idx.shape[1]
         if self.config.block_size < T:
             raise ValueError(f"{T} tokens do not fit block_size={self.config.block_size}")
-        positions = torch.arange(T, device=idx.device).unsqueeze(0) if cache is None else cache.begin(T)
+        positions = cache.begin(T) if cache else torch.arange(T, device=idx.device).unsqueeze(0)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
             x = block(x, cache)
         return self.transformer.ln_f(x)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
-        """idx [B, T] -> (logits, loss). With targets [B, T] (-1: ignored): all logits [B, T, V] and the mean loss;
-        without: the last position's logits [B, 1, V] and None."""
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """idx [B, T] -> (logits, loss). With targets [B, T] (-1: ignored) all logits [B, T, V] and
+        the mean loss; without them the last position's logits [B, 1, V] and None."""
         x = self.hidden(idx, cache)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
@@ -226,35 +231,26 @@ class GPT(nn.Module):
         return logits, loss
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """As nanoGPT counts: the tied table once, the position table not at all (a 124M GPT-2 prints 123.69M)."""
+        """As nanoGPT counts: the tied table once, the position table not (GPT-2 124M: 123.69M)."""
         total = sum(parameter.numel() for parameter in self.parameters())
         return total - (self.transformer.wpe.weight.numel() if non_embedding else 0)
 
-    def configure_optimizers(
-        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
-    ) -> torch.optim.AdamW:
-        return adamw(self.named_parameters(), weight_decay, learning_rate, betas, device_type)
-
     @torch.no_grad()
     def generate(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        use_cache: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+        use_cache: bool = True, generator: torch.Generator | None = None,
+    ) -> Tensor:  # fmt: skip
         """Continue idx [B, T] by max_new_tokens; temperature 0 takes the most likely token.
 
-        The last block_size tokens are the context. Positions are absolute, so once the window slides every token has a
-        new position: from there on the cache is of no use and each token costs a whole forward pass.
+        The last block_size tokens are the context. Positions are absolute: once the window slides,
+        every token has a new one, the cache is useless and each token costs a whole forward pass.
         """
         size, cache = self.config.block_size, None
         if use_cache and idx.shape[1] <= size:
             table = self.transformer.wte.weight
-            n_embd, n_head = self.config.n_embd, self.config.n_head
-            cache = KVCache(self.config.n_layer, len(idx), n_head, size, n_embd // n_head, idx.device, table.dtype)
+            c = self.config
+            shape = c.n_layer, len(idx), c.n_head, size, c.n_embd // c.n_head
+            cache = KVCache(*shape, idx.device, table.dtype)
         for _ in range(max_new_tokens):
             if cache is not None and idx.shape[1] <= size:
                 logits, _ = self(idx[:, cache.lengths[0] :], cache=cache)
@@ -266,24 +262,23 @@ class GPT(nn.Module):
 
 
 def adamw(
-    named_parameters: Iterator[tuple[str, nn.Parameter]],
-    weight_decay: float,
-    learning_rate: float,
-    betas: tuple[float, float],
-    device_type: str,
-) -> torch.optim.AdamW:
-    """AdamW with nanoGPT's two groups: matrices decay, vectors (biases, LayerNorms) do not. A split keeps a tensor's
-    number of dimensions, so a shard falls into the group of its full tensor. Fused where torch can."""
+    named_parameters: Iterator[tuple[str, nn.Parameter]], weight_decay: float,
+    learning_rate: float, betas: tuple[float, float], device_type: str,
+) -> torch.optim.AdamW:  # fmt: skip
+    """AdamW with nanoGPT's two groups: matrices decay, vectors (biases, LayerNorms) do not. A part
+    of a tensor has as many dimensions, and so is in the same group. Fused where torch can."""
     parameters = [parameter for _, parameter in named_parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    fused = device_type in ("cuda", "cpu") and "fused" in inspect.signature(torch.optim.AdamW).parameters
+    fused = device_type in ("cuda", "cpu")
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 
-def choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+def choose(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
+) -> Tensor:
     """One token a row [B, 1] from logits [B, V]."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)

@@ -52,8 +52,8 @@ def on_all(exchange: Exchange, make: Callable[[], Any]) -> Any:
     made, fault = None, ""
     try:
         made = make()
-    except Unavailable as error:
-        fault = str(error)
+    except (Unavailable, RuntimeError) as error:  # RuntimeError: torch's
+        fault = str(error).strip().partition("\n")[0]
     for rank, other in enumerate(exchange(fault)):
         if other:
             raise Unavailable(f"rank {rank}: {other}" if rank else other)

@@ -24,13 +24,16 @@ from torch import Tensor
 import model
 from model import GPTConfig, attend, gelu
 from parallel.collectives import Axis, all_gather, all_reduce
-from parallel.layers import ColumnParallelLinear, RowParallelLinear, f, g
+from parallel.layers import ColumnParallelLinear, RowParallelLinear
 from parallel.ledger import Account, total
+from parallel.parameters import default_dtype, take
+from parallel.regions import WHOLE, Region, SplitTokens, f, g
 from plan.cost import Step, ring_bytes
 from plan.memory import FLOAT
 from plan.partition import Partition, Rule, spans
 from plan.schedule import KINDS, Schedule
-from tp_model import MLP, Block, CausalSelfAttention, Stream, default_dtype, sum_gradients, take
+from tp_model import MLP, Block, CausalSelfAttention, Stream
+from train.gradients import sum_gradients
 
 STRATEGIES = ("naive", "megatron", "sequence", "sequence+kept", "spd")
 MISTAKES = {
@@ -264,16 +267,19 @@ class Piece:
             unit, heads = 3 * self.split.head_dim, map(self.split.heads, range(axis.size))
             row = Rule(0, tuple(((unit * lo, unit * hi),) for lo, hi in heads))
             self.rules |= {name: row for name in self.rules if "c_attn" in name}
-        T, sequence = case.x.shape[1], strategy.startswith("sequence") and axis.size > 1
-        self.tokens = T if sequence else 0
-        self.own = slice(*spans(T, axis.size)[axis.rank]) if sequence else slice(None)  # its tokens
-        made, keep = (case.config, self.split, axis, 0), strategy == "sequence+kept"
+        T = case.x.shape[1]
+        self.region: Region = WHOLE
+        self.own = slice(None)  # its tokens
+        if strategy.startswith("sequence") and axis.size > 1:
+            self.region = SplitTokens(T, keep=strategy == "sequence+kept")
+            self.own = slice(*spans(T, axis.size)[axis.rank])
+        made = (case.config, self.split, axis, 0)
         self.body: Any
         with torch.device(device), default_dtype(case.x.dtype), torch.no_grad():
             if case.part == "layer":
-                self.body = Block(*made, (strategy != "spd", True), keep)
+                self.body = Block(*made, (strategy != "spd", True))
             else:
-                self.body = (MLP if case.part == "mlp" else CausalSelfAttention)(*made, keep)
+                self.body = (MLP if case.part == "mlp" else CausalSelfAttention)(*made)
             for name, parameter in self.body.named_parameters():
                 parameter.copy_(take(case.weights[name], self.rules[name], axis.rank))
         self.x = case.x[:, self.own].to(device).clone().requires_grad_()  # a view keeps the whole
@@ -283,7 +289,7 @@ class Piece:
         """The output [B, T, C], or of this rank's tokens [B, t, C]."""
         body, x, how, layer = self.body, self.x, self.strategy, self.case.part == "layer"
         if how not in ("naive", *MISTAKES):
-            return body(Stream(x), None, self.tokens).x if layer else body(x, tokens=self.tokens)
+            return body(Stream(x, self.region)).x if layer else body(x, region=self.region)
         if not layer:
             return changed(body, x, how, self.split)
         x = x + changed(body.attn, body.ln_1(x), how, self.split)

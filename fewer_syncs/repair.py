@@ -29,6 +29,7 @@ from plan.schedule import MODULES, Schedule, SubBlock, short_name
 from report import report
 from text.dataset import Dataset, TokenFile, batch
 from tp_model import Stream, TensorParallelGPT
+from train import gradients
 from train.checkpoint import export
 from world.mesh import World
 
@@ -183,11 +184,11 @@ def learn(model: TensorParallelGPT, lessons: Lessons, name: str,
             group["lr"] = learning_rate
         value = loss(x, y)
         value.backward()
-        model.sum_partial_gradients()
-        norm = model.grad_norm().item()
+        gradients.sum_partial_gradients(model)
+        norm = gradients.grad_norm(model).item()
         if math.isfinite(norm):
-            gradients = [p.grad for _, p in named if p.grad is not None]
-            torch._foreach_mul_(gradients, min(1.0, CLIP / (norm + 1e-6)))
+            present = [p.grad for _, p in named if p.grad is not None]
+            torch._foreach_mul_(present, min(1.0, CLIP / (norm + 1e-6)))
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(value.item())

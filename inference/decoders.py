@@ -16,7 +16,7 @@ from torch import Tensor
 
 from base.native import Unavailable
 from model import KVCache
-from parallel.ledger import Repeat, Told
+from parallel.ledger import GraphCall, Recording
 from tp_model import TensorParallelGPT
 
 
@@ -136,9 +136,9 @@ class FixedCache(KVCache):
 
 class FixedStep:
     """A decode step without arguments, which can be captured: `fill` writes the tokens and lengths
-    into fixed device memory. Its collectives and forward pass are collected in `told`."""
+    into fixed device memory. Its collectives and forward pass are collected in `recording`."""
 
-    told: Told
+    recording: Recording
 
     def __init__(self, model: TensorParallelGPT, cache: KVCache, T: int):
         shape = (1 + T, len(cache.lengths))
@@ -150,7 +150,7 @@ class FixedStep:
         self.inputs.copy_(torch.tensor([lengths, *zip(*tokens, strict=True)]))
 
     def __call__(self) -> Tensor:
-        with self.model.tp.ledger.telling_aside() as self.told:
+        with self.model.tp.ledger.recording() as self.recording:
             return self.model.local_logits(self.model.hidden(self.inputs[1:].T, self.cache))
 
 
@@ -179,14 +179,14 @@ class GraphDecoder:
             steps[T] = (step, *self._captured(step))
         step, replay, out = steps[T]
         step.fill(tokens, cache.lengths)
-        self.model.tp.ledger.repeat(step.told, replay())
+        self.model.tp.ledger.replay(step.recording, replay())
         return out
 
     def _captured(self, step: FixedStep) -> tuple[Replay, Tensor]:
         began = time.perf_counter()
         replay, out = self.capture(step)
-        for nbytes in sorted({call.call[1] for call in step.told.calls}):
-            alike = [call for call in step.told.calls if call.call[1] == nbytes]
+        for nbytes in sorted({call.call[1] for call in step.recording.calls}):
+            alike = [call for call in step.recording.calls if call.call[1] == nbytes]
             messages, _ = self.capture(partial(_make_again, alike))
             messages()  # ranks that finished this one begin the timed one together
             seconds = self.capture.seconds(messages) / len(alike)
@@ -197,6 +197,6 @@ class GraphDecoder:
         return replay, out
 
 
-def _make_again(calls: list[Repeat]) -> None:
+def _make_again(calls: list[GraphCall]) -> None:
     for call in calls:
         call.again()

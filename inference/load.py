@@ -5,12 +5,13 @@ from typing import Any
 import torch
 
 from base.errors import UserError
+from base.processes import Exchange
 from checkpoints.sources import Source, identity, open_source, reader, schedule_of, tokenizer_of
 from cli.options import SampleOptions
 from inference.sampling import Sampling
 from inference.speculation import Guesser, Ngrams, SmallModel, Speculation
 from parallel.collectives import Axis
-from parallel.quantized import Gather, quantize
+from parallel.quantized import quantize
 from plan.partition import Partition
 from text.tokenizer import Tokenizer
 from tp_model import TensorParallelGPT
@@ -29,7 +30,7 @@ def load(world: World, source: Source, options: Any) -> TensorParallelGPT:
     return _prepared(model, options, world.gather)
 
 
-def _prepared(model: TensorParallelGPT, options: Any, gather: Gather) -> TensorParallelGPT:
+def _prepared(model: TensorParallelGPT, options: Any, gather: Exchange) -> TensorParallelGPT:
     model.eval()
     if options.quantize:
         quantize(model, gather)

@@ -1,27 +1,22 @@
-"""What torch.compile leaves to Python."""
+"""Functions that torch.compile leaves to Python."""
 
-import functools
 from collections.abc import Callable
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
-import torch
+from torch._C._dynamo import eval_frame
 
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
+_Action = eval_frame._FrameAction
+_SKIP = eval_frame._FrameExecStrategy(_Action.SKIP, _Action.SKIP)  # this frame, and all within
 
 
-class outside_graphs(Generic[P, R]):
-    """torch.compiler.disable, put off until something is compiled: it imports the compiler, most of a second that a run
-    without --compile need not wait. A compiled caller's graph ends before the call and another begins after it."""
+def outside_graphs(function: F) -> F:
+    """A compiled caller's graph ends before this function, and another begins after it.
 
-    def __init__(self, function: Callable[P, R]):
-        self.function = function
-        functools.update_wrapper(self, function)
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self.function(*args, **kwargs)
-
-    @classmethod
-    def take_effect(cls) -> None:
-        """Before the first compilation of a process."""
-        setattr(cls, "__call__", torch.compiler.disable(cls.__call__))  # noqa: B010  mypy has no word for it
+    torch.compiler.disable, without its import of the compiler: that takes seconds, which a run
+    without --compile need not wait.
+    """
+    marked: Any = function
+    eval_frame.set_code_exec_strategy(marked.__code__, _SKIP)
+    marked._torchdynamo_disable, marked._torchdynamo_disable_msg = True, None
+    return function

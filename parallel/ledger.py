@@ -1,31 +1,34 @@
-"""The account: how often, how much and how long ranks talked, by layer, block and pass. No torch.distributed."""
+"""One rank's record of its collectives: the account (calls, bytes and seconds by layer, block and
+pass), and a track of each axis for the watchdog and for error messages. No torch.distributed."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-BLOCKS = ("attention", "mlp", "embedding", "head", "loss", "sampling", "optimizer", "data_parallel")
+
+class CollectiveError(RuntimeError):
+    """A collective failed: a rank is gone or late, or sent another message."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What one line of the account is about; `layer` is None outside the layers."""
+    """The key of one line of the account. layer: None outside the layers."""
 
     layer: int | None
-    block: str
+    block: str  # attention | mlp | embedding | head | loss | sampling | optimizer | data_parallel
     direction: str  # forward | backward | step
-    op: str  # all_reduce | all_gather | broadcast | ...
+    op: str  # all_reduce | all_gather | reduce_scatter | broadcast
 
     def where(self) -> str:
         layer = "" if self.layer is None else f"layer {self.layer}"
         return ", ".join(filter(None, (layer, self.block, self.direction)))
 
 
-@dataclass
+@dataclass(slots=True)
 class Tally:
-    """calls; bytes of the messages handed to the collective (one rank's, not the wire's); seconds spent in it."""
+    """bytes: of the messages that this rank handed in, not of the wire. seconds: in the calls."""
 
     calls: int = 0
     bytes: int = 0
@@ -43,17 +46,50 @@ class Tally:
 Account = dict[Entry, Tally]
 
 
-Call = tuple[Entry, int, str]  # what it is accounted to, the message's bytes, and where the run was: "step 77, evaluation"
+def total(account: Account, **match: Any) -> Tally:
+    """The sum of the lines with these fields: total(account, block="mlp", direction="forward")."""
+    found = Tally()
+    for entry, tally in account.items():
+        if all(getattr(entry, name) == value for name, value in match.items()):
+            found.add(tally)
+    return found
 
 
-@dataclass(eq=False)
+def as_json(account: Account, n_layer: int) -> dict[str, Any]:
+    """The account as in a report: layers -> block -> pass -> op -> tally, the rest in `other`."""
+    layers: list[Any] = [{"layer": i, "attention": {}, "mlp": {}} for i in range(n_layer)]
+    other: dict[str, Any] = {}
+    for entry, tally in account.items():
+        blocks = other if entry.layer is None else layers[entry.layer]
+        passes = blocks.setdefault(entry.block, {})
+        passes.setdefault(entry.direction, {})[entry.op] = tally.as_json()
+    return {"layers": layers, "other": other, "total": total(account).as_json()}
+
+
+# --- tracks ---------------------------------------------------------------------------------------
+
+# the line it is accounted to, its bytes, and what the run was doing: "step 77, evaluation"
+Call = tuple[Entry, int, str]
+
+
+def call_text(number: int, call: Call, with_bytes: bool = False) -> str:
+    """`all_reduce #1843 (step 77, layer 5, mlp, forward, 3.1 MB)`"""
+    entry, nbytes, doing = call
+    size = f"{nbytes} B" if nbytes < 1e3 else f"{nbytes / 1e3:.1f} kB"
+    size = size if nbytes < 1e5 else f"{nbytes / 1e6:.1f} MB"
+    details = (doing, entry.where(), size if with_bytes and nbytes else "")
+    return f"{entry.op} #{number} ({', '.join(filter(None, details))})"
+
+
+@dataclass(eq=False, slots=True)
 class Track:
-    """How far this rank has come along one axis. Collectives write it; world/watch.py reads it, from a thread of its own.
+    """How far this rank has come along one axis. Collectives write it; world/watch.py reads it, in
+    another thread.
 
-    ranks: those of the world that the axis joins. number: of the last call, counted from 1 and the same on all of them where
-    all is well. waiting: that call has not come back. begun: messages that travel while this rank computes, by number. queued:
-    calls that came back before they were done, in order, each with its number and what tells whether it has ended; None where
-    nobody looks.
+    ranks: of the world, which the axis joins. number: of the last call, counted from 1; the same on
+    all ranks if all is well. waiting: that call has not returned. begun: asynchronous calls under
+    way, by number. queued: GPU calls that returned before the GPU finished them, oldest first, as
+    (number, call, has_ended); None if there is no watchdog.
     """
 
     name: str = ""
@@ -64,8 +100,27 @@ class Track:
     begun: dict[int, Call] = field(default_factory=dict)
     queued: deque[tuple[int, Call, Callable[[], bool]]] | None = None
 
+    def __enter__(self) -> "Track":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """The last call has returned, or has failed: the error then names the call."""
+        if error is None:
+            self.waiting = False
+        elif isinstance(error, RuntimeError):
+            raise self.named(error) from error
+
+    def named(self, error: RuntimeError) -> CollectiveError:
+        call = call_text(self.number, self.call) if self.call else "a collective"
+        return CollectiveError(f"{call}: {str(error).strip().splitlines()[0]}")
+
+    def leave_open(self, number: int, call: Call | None, has_ended: Callable[[], bool]) -> None:
+        """Show a call that has returned to the watchdog until has_ended()."""
+        if self.queued is not None and call is not None:
+            self.queued.append((number, call, has_ended))
+
     def open(self) -> Iterator[tuple[int, Call]]:
-        """The calls that have not come back, each with its number."""
+        """The calls that have not ended, each with its number."""
         if self.waiting and self.call is not None:
             yield self.number, self.call
         yield from list(self.begun.items())
@@ -75,17 +130,13 @@ class Track:
             yield self.queued[0][:2]
 
 
-def call_text(number: int, call: Call, with_bytes: bool = False) -> str:
-    """`all_reduce #1843 (step 77, layer 5, mlp, forward, 3.1 MB)`"""
-    entry, nbytes, doing = call
-    size = f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.1f} kB" if nbytes >= 1e3 else f"{nbytes} B"
-    return f"{entry.op} #{number} ({', '.join(filter(None, (doing, entry.where(), size if with_bytes and nbytes else '')))})"
+# --- calls inside a CUDA graph --------------------------------------------------------------------
 
 
 @dataclass
-class Repeat:
-    """A call that was told aside. track, call: what the watchdog is told of it; again: makes the same
-    call on the same message; seconds: what it takes, 0 until somebody has measured it."""
+class GraphCall:
+    """A call in a CUDA graph. again: makes it once more, on the same message. seconds: that it
+    takes, 0 until measured."""
 
     tally: Tally
     track: Track
@@ -95,37 +146,54 @@ class Repeat:
 
 
 @dataclass
-class Told:
-    """What a ledger was told aside: forward passes, and every call."""
+class Recording:
+    """The collectives and forward passes of one run of a captured function."""
 
     forward_passes: int = 0
-    calls: list[Repeat] = field(default_factory=list)
+    calls: list[GraphCall] = field(default_factory=list)
 
 
 @dataclass
 class Ledger:
-    """One rank's account. Every collective tells it; nothing else writes to it."""
+    """One rank's account and tracks. Collectives alone write to it.
+
+    on: False stops the account, to measure what it costs; tracks go on. doing: what the run does,
+    for messages about a call. latest: the track of the last call. replayed: the part of all lines
+    that CUDA graphs have replayed. recorded: where calls go within `recording`.
+    """
 
     tallies: Account = field(default_factory=dict)
     forward_passes: int = 0
-    on: bool = True  # False: nothing is recorded, to see what recording costs
-    doing: str = ""  # where the run is, for messages about a call: "step 77", "step 77, evaluation"
+    on: bool = True
+    doing: str = ""
     tracks: list[Track] = field(default_factory=list)
-    latest: Track | None = None  # along which the last call was made
-    repeated: Tally = field(default_factory=Tally)  # of all lines, what CUDA graphs have replayed
-    aside: Told | None = None  # where calls go within `telling_aside`
-    _recomputing: bool = False
+    latest: Track | None = None
+    replayed: Tally = field(default_factory=Tally)
+    recorded: Recording | None = None
+    is_recomputing: bool = False
     _pending: list[tuple[Tally, Callable[[], float]]] = field(default_factory=list)
 
     def tally(self, entry: Entry) -> Tally:
-        """The line of the account for these calls, begun if need be."""
-        found = self.tallies.get(entry)
-        if found is None:
-            found = self.tallies[entry] = Tally()
-        return found
+        return self.tallies.setdefault(entry, Tally())
+
+    def track(self, name: str, ranks: tuple[int, ...]) -> Track:
+        """The track of an axis that joins these ranks of the world."""
+        for track in self.tracks:
+            if (track.name, track.ranks) == (name, ranks):
+                return track
+        self.tracks.append(Track(name, ranks))
+        return self.tracks[-1]
+
+    def calling(self, track: Track, entry: Entry, nbytes: int) -> Track:
+        """`with ledger.calling(...):` around a call, for the watchdog and for naming its error."""
+        self.latest = track
+        track.number += 1
+        track.call = entry, nbytes, self.doing
+        track.waiting = True
+        return track
 
     def record(self, tally: Tally, nbytes: int, seconds: float | Callable[[], float]) -> None:
-        """One finished call. `seconds` may be a function that is asked later (a GPU's clock is read when it is idle)."""
+        """Account one call. A GPU's seconds are a function, asked when the GPU is idle."""
         tally.calls += 1
         tally.bytes += nbytes
         if callable(seconds):
@@ -133,63 +201,48 @@ class Ledger:
         else:
             tally.seconds += seconds
 
-    def track(self, name: str, ranks: tuple[int, ...]) -> Track:
-        """The track of an axis that joins these ranks of the world."""
-        found = next((track for track in self.tracks if (track.name, track.ranks) == (name, ranks)), None)
-        if found is None:
-            found = Track(name, ranks)
-            self.tracks.append(found)
-        return found
-
     @contextmanager
-    def during(self, what: str) -> Iterator[None]:
-        """Within, the run is at `what`."""
-        before = self.doing
-        self.doing = f"{before}, {what}" if before else what
+    def _set(self, **values: Any) -> Iterator[None]:
+        before = {name: getattr(self, name) for name in values}
+        vars(self).update(values)
         try:
             yield
         finally:
-            self.doing = before
+            vars(self).update(before)
+
+    def during(self, what: str) -> AbstractContextManager[None]:
+        """Within, the run is doing `what`."""
+        return self._set(doing=f"{self.doing}, {what}".removeprefix(", "))
+
+    def recomputing(self) -> AbstractContextManager[None]:
+        """Within, forward calls are accounted to the backward pass, to which they belong."""
+        return self._set(is_recomputing=True)
 
     def direction(self, direction: str) -> str:
-        """Forward work repeated by activation checkpointing happens in, and is accounted to, the backward pass."""
-        return "backward" if self._recomputing and direction == "forward" else direction
+        return "backward" if self.is_recomputing and direction == "forward" else direction
 
     @contextmanager
-    def recomputing(self) -> Iterator[None]:
-        before, self._recomputing = self._recomputing, True
-        try:
-            yield
-        finally:
-            self._recomputing = before
+    def recording(self) -> Iterator[Recording]:
+        """Within, calls and forward passes are collected, not accounted, whether `on` or not."""
+        found = Recording()
+        with self._set(recorded=found, on=True, forward_passes=0):
+            yield found
+            found.forward_passes = self.forward_passes
 
-    @contextmanager
-    def telling_aside(self) -> Iterator[Told]:
-        """Within, calls and forward passes are not counted but noted in what this gives, on or not: see
-        `repeat`."""
-        before, passes, on, told = self.aside, self.forward_passes, self.on, Told()
-        self.aside, self.on = told, True
-        try:
-            yield told
-        finally:
-            told.forward_passes = self.forward_passes - passes
-            self.aside, self.forward_passes, self.on = before, passes, on
-
-    def repeat(self, told: Told, has_ended: Callable[[], bool]) -> None:
-        """Count what was told aside: a CUDA graph makes it again. has_ended: whether the GPU has; until
-        then the calls are under way, the first of each axis in the watchdog's eyes."""
-        self.forward_passes += told.forward_passes
+    def replay(self, recording: Recording, has_ended: Callable[[], bool]) -> None:
+        """Account a replay of the CUDA graph that was captured in `recording`. Until has_ended(),
+        when the GPU has finished it, the watchdog sees the first call of each axis as open."""
+        self.forward_passes += recording.forward_passes
         begun: set[int] = set()
-        for made in told.calls:
+        for made in recording.calls:
             track = self.latest = made.track
             track.number += 1
             if id(track) not in begun:
                 begun.add(id(track))
-                track.call = made.call[:2] + (f"{self.doing}, CUDA graph".removeprefix(", "),)
-                if track.queued is not None:
-                    track.queued.append((track.number, track.call, has_ended))
+                track.call = *made.call[:2], f"{self.doing}, CUDA graph".removeprefix(", ")
+                track.leave_open(track.number, track.call, has_ended)
             if self.on:
-                for line in (made.tally, self.repeated):
+                for line in (made.tally, self.replayed):
                     self.record(line, made.call[1], made.seconds)
 
     def settle(self) -> None:
@@ -200,7 +253,7 @@ class Ledger:
 
     def snapshot(self) -> Account:
         self.settle()
-        return {entry: Tally(t.calls, t.bytes, t.seconds) for entry, t in self.tallies.items()}
+        return {e: Tally(t.calls, t.bytes, t.seconds) for e, t in self.tallies.items()}
 
     def since(self, before: Account) -> Account:
         """What was added to the account after `before = snapshot()`."""
@@ -208,22 +261,3 @@ class Ledger:
         for entry, tally in before.items():
             now[entry].add(tally, sign=-1)
         return {entry: tally for entry, tally in now.items() if tally.calls}
-
-
-def total(account: Account, **match: Any) -> Tally:
-    """Sum of the lines whose fields equal `match`, e.g. total(account, block="mlp", direction="forward")."""
-    found = Tally()
-    for entry, tally in account.items():
-        if all(getattr(entry, name) == value for name, value in match.items()):
-            found.add(tally)
-    return found
-
-
-def as_json(account: Account, n_layer: int) -> dict[str, Any]:
-    """The account in the report's form: layers -> block -> pass -> op -> tally, and the rest under `other`."""
-    layers: list[dict[str, Any]] = [{"layer": i, "attention": {}, "mlp": {}} for i in range(n_layer)]
-    other: dict[str, Any] = {}
-    for entry, tally in account.items():
-        blocks = other if entry.layer is None else layers[entry.layer]
-        blocks.setdefault(entry.block, {}).setdefault(entry.direction, {})[entry.op] = tally.as_json()
-    return {"layers": layers, "other": other, "total": total(account).as_json()}

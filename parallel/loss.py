@@ -1,7 +1,7 @@
-"""Cross-entropy over logits that stay split along the vocabulary (after Megatron-LM, arXiv 1909.08053, section 3).
+"""Cross-entropy of logits that stay split by vocabulary (after Megatron-LM, arXiv 1909.08053).
 
-In training the head's product and the loss are one function that works through the rows in chunks, forward pass and
-gradient at once: the logits of a chunk are the largest thing that ever exists, and they are computed once.
+In training the head's product and the loss are one function, which takes the rows in chunks and
+computes loss and gradient of each at once: the logits of one chunk exist at a time, computed once.
 """
 
 from typing import Any
@@ -9,29 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.collectives import Axis, all_gather, all_reduce, all_reduce_later
+from parallel.collectives import Axis, all_gather, all_reduce
 from parallel.graphs import outside_graphs
+from parallel.regions import WHOLE, Region, product_dtype
 
-# Logits that exist at a time, on one rank: 32 MiB on a CPU, 512 MiB on a GPU, in float32. More take more memory; with fewer
-# the table's gradient, to which each chunk adds, is read and written more often, and there are more messages. On a CPU, 256
-# rows of a GPT-2 split in two multiply as fast as more do. A GPU multiplies faster than it reads, and so wants more rows
-# (reckoned, not measured: that traffic is then a tenth of the time).
+# Logits of a chunk, on one rank: 32 MiB on a CPU, 512 MiB on a GPU, in float32. Smaller chunks take
+# less memory, but read and write the table's gradient more often and send more messages. On a CPU
+# 256 rows of a GPT-2 split in two multiply as fast as more do. A GPU multiplies faster than it
+# reads, and wants more rows (estimated, not measured: that traffic is then a tenth of the time).
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 
 
 def chunk_rows(rows: int, width: int, kind: str) -> int:
-    """Rows of a chunk: as few chunks as may be, and about equal ones. The same on all ranks, which go in step."""
+    """Rows of a chunk: few chunks, of about equal size. The same on all ranks, which keep step."""
     chunks = -(-rows * width // CHUNK_LOGITS.get(kind, CHUNK_LOGITS["cpu"]))
     return -(-rows // min(max(chunks, 1), max(rows, 1)))
 
 
-def _normalized(z: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What one chunk's loss and gradient need, after one all-gather of three numbers a row: its largest local logit, the
-    target's logit (0 where another rank has it) and the sum of exponentials.
+def _normalized(
+    z: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a chunk's loss and gradient need, after one all-gather of three numbers a row: the
+    largest local logit, the target's logit (0 on other ranks) and the sum of exponentials.
 
-    z: [n, width] float32 or wider, of which columns beyond hi - lo are padding, overwritten by exp(z - its row's largest).
-    Returns (nll [n], 0 where the target is negative; scale [n], which turns a row of z into probabilities;
-    index [n, 1], the target's local column, or 0; here [n], whether the target is this rank's).
+    z: [n, width] float32 or wider; columns beyond hi - lo are padding. Overwritten by
+    exp(z - its row's largest).
+    Returns (nll [n], 0 where the target is negative; scale [n], which turns a row of z into
+    probabilities; index [n, 1], the target's local column, or 0; here [n], whether this rank has
+    the target).
     """
     z[:, hi - lo :] = float("-inf")  # adds 0 to every sum
     here = (targets >= lo) & (targets < hi)
@@ -39,7 +44,8 @@ def _normalized(z: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis) -> tup
     target = torch.where(here, z.gather(-1, index).squeeze(-1), 0.0)
     peak = z.amax(dim=-1)
     z.sub_(peak.unsqueeze(-1)).exp_()
-    peaks, found, sums = all_gather(torch.stack([peak, target, z.sum(dim=-1)]), axis, "forward").unbind(1)  # [size, n] each
+    numbers = torch.stack([peak, target, z.sum(dim=-1)])
+    peaks, found, sums = all_gather(numbers, axis, "forward").unbind(1)  # [size, n] each
     highest = peaks.amax(dim=0)
     total = (sums * (peaks - highest).exp()).sum(dim=0)
     nll = total.log() + (highest - found.sum(dim=0))
@@ -47,24 +53,25 @@ def _normalized(z: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis) -> tup
 
 
 class _HeadLoss(torch.autograd.Function):
-    """forward: one all-gather of [3, n] a chunk; backward: one all-reduce of x's gradient (f), unless x entered before.
-
-    The gradient of the sum is computed in the forward pass, where the logits are; backward scales it.
-    """
+    """forward: f, and one all-gather of [3, n] a chunk; backward: f's. The gradient of the sum is
+    computed in the forward pass, where the logits are; backward scales it."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis, learn: bool, entered: bool
-    ) -> Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis,
+        region: Region, learn: bool,
+    ) -> Tensor:  # fmt: skip
+        kind, dtype = x.device.type, product_dtype(x)
         wide = torch.promote_types(dtype, torch.float32)
+        x = region.gather(x, axis.at("head"), "forward")
+        ctx.shape, x, targets = x.shape, x.flatten(0, -2), targets.flatten()
         with torch.autocast(kind, enabled=False):
-            w = weight.to(dtype)
-            dx, dw = (torch.empty_like(x), torch.zeros_like(weight, dtype=wide)) if learn else (None, None)
+            w, dx, dw = weight.to(dtype), None, None
+            if learn:
+                dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=wide)
             loss = torch.zeros((), dtype=wide, device=x.device)
             rows = chunk_rows(len(x), len(w), kind)
-            logits = torch.empty(rows, len(w), dtype=dtype, device=x.device)  # one piece of memory for all chunks
+            logits = torch.empty(rows, len(w), dtype=dtype, device=x.device)  # for all chunks
             for start in range(0, len(x), rows):
                 part = slice(start, start + rows)
                 mine = x[part].to(dtype)
@@ -76,58 +83,61 @@ class _HeadLoss(torch.autograd.Function):
                     dz = z.scatter_add_(-1, index, -here.unsqueeze(-1).to(wide)).to(dtype)
                     dx[part] = dz @ w
                     dw = dw.addmm_(dz.t(), mine) if dtype == wide else dw.add_(dz.t() @ mine)
-        ctx.gradients, ctx.axis, ctx.dtype, ctx.entered = (dx, dw), axis.at("head"), weight.dtype, entered
+        ctx.gradients, ctx.dtype, ctx.axis, ctx.region = (dx, dw), weight.dtype, axis, region
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the head's gradient was made once and is gone: run the forward pass again.")
+            raise RuntimeError("the head's gradient is used up: run the forward pass again.")
         (dx, dw), ctx.gradients = ctx.gradients, None  # ours alone, and so scaled in place
         dx.mul_(grad)
-        summed = all_reduce_later(dx, ctx.axis, "backward") if ctx.needs_input_grad[0] and not ctx.entered else lambda: dx
+        summed = None
+        if ctx.needs_input_grad[0]:
+            summed = ctx.region.sum_later(dx.view(ctx.shape), ctx.axis.at("head"), "backward")
         dw = dw.mul_(grad).to(ctx.dtype)
-        return summed(), dw, None, None, None, None, None, None
+        return summed and summed(), dw, *[None] * 6
 
 
 @outside_graphs
-def _head_loss(x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis, entered: bool) -> Tensor:
-    learn = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    loss: Tensor = _HeadLoss.apply(x, weight, targets, lo, hi, axis, learn, entered)
-    return loss
-
-
 def vocab_parallel_head_loss(
-    x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis, entered: bool = False
-) -> Tensor:
-    """Sum over the rows of the negative log-likelihood of targets [N] under logits x W^T, a float32 scalar (float64 for
-    float64), the same on all ranks.
+    x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis,
+    region: Region = WHOLE,
+) -> Tensor:  # fmt: skip
+    """The summed negative log-likelihood of targets under logits x W^T: a float32 scalar (float64
+    for float64), the same on all ranks.
 
-    x: [N, C], the same on all ranks. weight: [rows, C], this rank's rows of the tied table: vocabulary ids [lo, hi), then
-    padding, which takes no part and gets no gradient; as many rows on every rank. targets: [N] int64, the same on all
-    ranks, in [0, vocab_size); negative ones are ignored. Products are made in autocast's dtype; the loss and the table's
-    gradient add up in float32.
-    entered: x has come through `gather`, which sums its gradient over the ranks; else that is done here.
-    With gradients off none is computed. Its backward pass can run once. Raises ValueError where the shapes do not fit.
+    x: [N, C], the same on all ranks; or with split tokens [B, t, C], this rank's.
+    weight: [rows, C], this rank's rows of the tied table: vocabulary ids [lo, hi), then padding,
+    which takes no part and gets no gradient. As many rows on every rank.
+    targets: [N] or [B, T] int64, the same on all ranks, in [0, vocab_size); negative: ignored.
+    Products are made in autocast's dtype; the loss and the table's gradient add up in float32. With
+    gradients off none is computed. The backward pass can run once. Raises ValueError if the shapes
+    do not fit.
     """
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
+    fits = region is not WHOLE or targets.shape == x.shape[:-1]
+    if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or not fits:
         shapes = ", ".join(str(list(t.shape)) for t in (x, weight, targets))
         raise ValueError(f"expected x [N, C], weight [rows, C] and targets [N], got {shapes}")
-    return _head_loss(x, weight, targets, lo, hi, axis, entered)
+    learn = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    loss: Tensor = _HeadLoss.apply(x, weight, targets, lo, hi, axis, region, learn)
+    return loss
 
 
 @torch.no_grad()
 def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, lo: int, axis: Axis) -> Tensor:
-    """Negative log-likelihood of each target, in float32, without gradient; logits are never gathered and never written to.
+    """The negative log-likelihood of each target, [N] float32 without gradient, the same on all
+    ranks; 0 where the target is negative. One all-gather of [3, N]. logits are not written to.
 
     logits: [N, width], this rank's columns; column j is vocabulary id lo + j.
-    targets: [N] int64, the same on all ranks, in [0, vocab_size); where negative (ignored) the loss is 0.
-    Returns [N] float32, the same on all ranks. forward: one all-gather of [3, N]. Raises ValueError where the shapes do
-    not fit.
+    targets: [N] int64, the same on all ranks, below vocab_size.
+    Raises ValueError if the shapes do not fit.
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
-        raise ValueError(f"expected logits [N, width] and targets [N], got {list(logits.shape)} and {list(targets.shape)}")
-    return _normalized(logits.to(torch.float32, copy=True), targets, lo, lo + logits.shape[1], axis.at("loss"))[0]
+        shapes = f"{list(logits.shape)} and {list(targets.shape)}"
+        raise ValueError(f"expected logits [N, width] and targets [N], got {shapes}")
+    z = logits.to(torch.float32, copy=True)
+    return _normalized(z, targets, lo, lo + logits.shape[1], axis.at("loss"))[0]
 
 
 class _Divergence(torch.autograd.Function):
@@ -137,10 +147,12 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, teacher: Tensor, axis: Axis) -> Tensor:
         z, t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, teacher))
         peaks = [x.amax(dim=-1) for x in (z, t)]
-        sums = [(x - peak.unsqueeze(-1)).exp().sum(dim=-1) for x, peak in zip((z, t), peaks, strict=True)]
+        pairs = zip((z, t), peaks, strict=True)
+        sums = [(x - peak.unsqueeze(-1)).exp().sum(dim=-1) for x, peak in pairs]
         everyone = all_gather(torch.stack([*peaks, *sums]), axis, "forward")  # [size, 4, N]
         highest = everyone[:, :2].amax(dim=0)
-        normal = highest + ((everyone[:, :2] - highest).exp() * everyone[:, 2:]).sum(dim=0).log()  # [2, N]
+        scaled = (everyone[:, :2] - highest).exp() * everyone[:, 2:]
+        normal = highest + scaled.sum(dim=0).log()  # [2, N]
         log_p, log_q = z - normal[0].unsqueeze(-1), t - normal[1].unsqueeze(-1)
         q = log_q.exp()
         ctx.save_for_backward((log_p.exp() - q).to(logits.dtype))
@@ -153,10 +165,11 @@ class _Divergence(torch.autograd.Function):
 
 
 def vocab_parallel_divergence(logits: Tensor, teacher: Tensor, axis: Axis) -> Tensor:
-    """The Kullback-Leibler divergence of each row's distribution from the teacher's, KL(teacher || model) in nats, [N].
-
-    logits, teacher: [N, width], this rank's columns of both, without padding; the gradient goes to the first. The same on
+    """The Kullback-Leibler divergence of each row, KL(teacher || model) in nats, [N]; the same on
     all ranks.
+
+    logits, teacher: [N, width], this rank's columns of both, without padding. The gradient goes to
+    the logits.
     """
     divergence: Tensor = _Divergence.apply(logits, teacher, axis.at("loss"))
     return divergence

@@ -1,15 +1,14 @@
-"""Weights in 8 bits, for inference: the sharded layers again, over an int8 matrix with one scale for each output.
+"""Weights in 8 bits, for inference: the sharded layers over an int8 matrix with a scale per output.
 
-A row of the weight (one output channel) becomes q = round(w / s), s = max |w| / 127 over the row of the full matrix, so
-that every tp has the same q and s. Row-parallel layers hold only some columns of a row; its maximum is agreed on when the
-model is loaded. Activations keep their dtype: GPT-2's do not survive 8 bits, as a few channels are far larger than the
-rest. Partial sums leave a layer as before, so ranks say exactly what they say without quantizing.
+A row of the weight (one output channel) becomes q = round(w / s) with s = max |w| / 127 over the
+row of the full matrix: q and s are the same at every tp. Row-parallel layers hold some columns of a
+row; ranks agree on its maximum when the model is loaded. Activations keep their dtype: some of
+GPT-2's channels are far larger than the rest, which 8 bits cannot hold. No message changes.
 
-The native decode step (native_decoder.py) reads the 8-bit weights themselves, a quarter of the bytes. Elsewhere some rows of a
-matrix at a time are widened for the product they are needed in: that saves memory, and hardly any time.
+The native decode step (inference/decode.c) reads the 8-bit weights themselves, a quarter of the
+bytes. Elsewhere rows are widened a few at a time, which saves memory and hardly any time.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,20 +16,25 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, check_width, g, gather, scatter
+from base.processes import Exchange
+from parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    check_width,
+)  # fmt: skip
+from parallel.regions import WHOLE, Region, f
 
 LEVELS = 127
-# Entries of a matrix that are floats at a time. On a CPU they stay in the cache; elsewhere each piece
-# costs launches, and is as large as memory allows.
+# Entries of a matrix that are widened at a time. On a CPU they stay in the cache. Elsewhere each
+# piece costs kernel launches, and is as large as memory allows.
 WIDENED_ON_CPU, WIDENED = 1 << 18, 1 << 26
-
-Gather = Callable[[Any], list[Any]]  # a small thing of every rank, on all ranks (World.gather)
 
 
 class Int8Weight(nn.Module):
-    """A matrix W [out, in] as int8 rows q and a float32 scale [out]: W is about q * scale. Nothing in it is trained.
+    """A matrix W [out, in] as int8 rows q and a float32 scale [out]: W is about q * scale.
 
-    weight: [out, in], of any float dtype. largest: [out], the row maxima of |W|, over all ranks where W is split by columns.
+    weight: [out, in], of any float dtype. largest: [out], the largest |W| of each full row.
     """
 
     def __init__(self, weight: Tensor, largest: Tensor):
@@ -44,9 +48,9 @@ class Int8Weight(nn.Module):
         return self.q.numel() + 4 * len(self.scale)
 
     def product(self, x: Tensor) -> Tensor:
-        """x [..., in] -> x W^T [..., out], in the dtype of x (whole numbers up to 127 are exact in each).
+        """x [..., in] -> x W^T [..., out], in the dtype of x, which holds integers up to 127.
 
-        In float16 a row is scaled before the product, as sums of 127 x may be beyond its range.
+        In float16 a row is scaled before the product: sums of 127 x may leave its range.
         """
         most = WIDENED_ON_CPU if x.device.type == "cpu" else WIDENED
         pieces = self.q.split(max(1, most // self.q.shape[1]))
@@ -59,17 +63,14 @@ class Int8Weight(nn.Module):
         return (y * self.scale).to(x.dtype)
 
 
-class QuantizedColumnParallelLinear(nn.Module):
-    """ColumnParallelLinear over an int8 weight: x [..., in_features] -> this rank's columns of y. No collective; with tokens
-    one all-gather."""
-
+class QuantizedColumnParallelLinear(ColumnParallelLinear):
     def __init__(self, layer: ColumnParallelLinear):
-        super().__init__()
+        nn.Module.__init__(self)
         self.in_features, self.axis, self.bias = layer.in_features, layer.axis, layer.bias
         self.int8 = Int8Weight(layer.weight, layer.weight.abs().amax(1))
 
-    def forward(self, x: Tensor, tokens: int = 0) -> Tensor:
-        return self.local(gather(x, self.axis, tokens) if tokens else x)
+    def forward(self, x: Tensor, region: Region = WHOLE) -> Tensor:
+        return self.local(f(x, self.axis, region))
 
     def local(self, x: Tensor) -> Tensor:
         check_width(self, x, self.in_features)
@@ -77,22 +78,13 @@ class QuantizedColumnParallelLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class QuantizedRowParallelLinear(nn.Module):
-    """RowParallelLinear over an int8 weight: this rank's columns of x -> y [..., out_features]. One all-reduce (g),
-    or, with tokens, reduce-scatter.
-
-    largest: [out_features], the maxima of the full matrix's rows.
-    """
+class QuantizedRowParallelLinear(RowParallelLinear):
+    """largest: [out_features], the largest |W| of each row of the full matrix."""
 
     def __init__(self, layer: RowParallelLinear, largest: Tensor):
-        super().__init__()
+        nn.Module.__init__(self)
         self.local_in, self.axis, self.bias = layer.local_in, layer.axis, layer.bias
         self.int8 = Int8Weight(layer.weight, largest)
-
-    def forward(self, x: Tensor, tokens: int = 0) -> Tensor:
-        y = self.partial(x)
-        y = scatter(y, self.axis) if tokens else g(y, self.axis)
-        return y if self.bias is None else y + self.bias
 
     def partial(self, x: Tensor) -> Tensor:
         check_width(self, x, self.local_in)
@@ -100,52 +92,54 @@ class QuantizedRowParallelLinear(nn.Module):
 
 
 class QuantizedVocabParallelEmbedding(VocabParallelEmbedding):
-    """VocabParallelEmbedding with an int8 head. Tokens are looked up in the float table, a row of it at a time: exact,
-    and no slower than looking them up in 8 bits."""
+    """With an int8 head. Tokens are looked up in the float table, a row at a time: exact, and no
+    slower than in 8 bits."""
 
     def __init__(self, layer: VocabParallelEmbedding):
         nn.Module.__init__(self)
-        self.num_embeddings, self.lo, self.hi, self.axis = layer.num_embeddings, layer.lo, layer.hi, layer.axis
-        self.weight = layer.weight
+        self.num_embeddings, self.lo, self.hi = layer.num_embeddings, layer.lo, layer.hi
+        self.axis, self.weight = layer.axis, layer.weight
         self.int8 = Int8Weight(layer.weight, layer.weight.abs().amax(1))
 
     def logits(self, x: Tensor) -> Tensor:
-        """The tied head: x [..., dim] -> this rank's columns of the logits, [..., hi - lo]. No collective."""
         check_width(self, x, self.weight.shape[1])
         return self.int8.product(x)[..., : self.hi - self.lo]
 
 
 @torch.no_grad()
-def quantize(model: nn.Module, gather: Gather) -> None:
-    """Replace every sharded layer of a loaded model by its int8 form, in place, freeing the float weights one by one.
-
-    Every rank calls it. What is left of the parameters is frozen: the model infers, it does not train. `gather` is how
-    ranks agree on the scales of row-parallel layers, once.
-    """
+def quantize(model: nn.Module, gather: Exchange) -> None:
+    """Replace every sharded layer of a loaded model by its int8 form, in place, one by one, and
+    freeze the other parameters. Every rank calls it. gather: called once, to agree on the scales of
+    row-parallel layers."""
     model.requires_grad_(False)
-    # lists of modules keep every old layer alive until the end: each gives up its weight as soon as it is replaced
-    row_parallel = [module for module in model.modules() if isinstance(module, RowParallelLinear)]
-    everyone = gather([module.weight.abs().amax(1).float().cpu() for module in row_parallel])
-    largest = {module: torch.stack(parts).amax(0) for module, *parts in zip(row_parallel, *everyone, strict=True)}
+    row_parallel = [m for m in model.modules() if isinstance(m, RowParallelLinear)]
+    everyone = gather([layer.weight.abs().amax(1).float().cpu() for layer in row_parallel])
+    parts = zip(row_parallel, *everyone, strict=True)
+    largest = {layer: torch.stack(maxima).amax(0) for layer, *maxima in parts}
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
+            made: nn.Module
             if isinstance(layer, ColumnParallelLinear):
-                setattr(parent, name, QuantizedColumnParallelLinear(layer))
-                del layer.weight
+                made = QuantizedColumnParallelLinear(layer)
             elif isinstance(layer, RowParallelLinear):
-                setattr(parent, name, QuantizedRowParallelLinear(layer, largest[layer].to(layer.weight.device)))
-                del layer.weight
+                made = QuantizedRowParallelLinear(layer, largest[layer].to(layer.weight.device))
             elif isinstance(layer, VocabParallelEmbedding):
-                setattr(parent, name, QuantizedVocabParallelEmbedding(layer))
+                made = QuantizedVocabParallelEmbedding(layer)
+            else:
+                continue
+            setattr(parent, name, made)
+            if not isinstance(layer, VocabParallelEmbedding):
+                del layer.weight  # the lists above keep every layer alive until the end
 
 
 def quantization(model: nn.Module) -> str:
-    """What --quantize has made of this model: "int8" or ""."""
-    return "int8" if any(isinstance(module, Int8Weight) for module in model.modules()) else ""
+    """The precision that --quantize gave the model: "int8" or ""."""
+    return "int8" if any(isinstance(m, Int8Weight) for m in model.modules()) else ""
 
 
 def read_weights(model: Any) -> list[Tensor]:
-    """This rank's weights that a decode step reads: not the position table, and beside an int8 head not the float one."""
+    """This rank's weights that a decode step reads: not the position table, nor, with an int8 head,
+    the float one."""
     wte, wpe = model.transformer.wte, model.transformer.wpe
     skipped = [wpe.weight] + [wte.weight] * hasattr(wte, "int8")
     int8 = [module for module in model.modules() if isinstance(module, Int8Weight)]
@@ -154,6 +148,6 @@ def read_weights(model: Any) -> list[Tensor]:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of this rank's weights: its parameters, and int8 rows with their scales."""
-    int8 = sum(module.nbytes for module in model.modules() if isinstance(module, Int8Weight))
-    return int8 + sum(p.numel() * p.element_size() for p in model.parameters())
+    """Bytes of this rank's weights: parameters, and int8 rows with their scales."""
+    int8 = sum(m.nbytes for m in model.modules() if isinstance(m, Int8Weight))
+    return int8 + sum(p.nbytes for p in model.parameters())

@@ -1,22 +1,22 @@
 /* One-shot collectives through memory that the ranks of one host share.
 
-   Layout: for each rank a header of one cache line (its progress, and what its messages are), then for each rank two
-   slots of slot_bytes. A message is cut into pieces of at most slot_bytes. Piece n of the group's life goes through
-   slot n % 2:
+   Layout: for each rank a header of one cache line (its progress, and the kind of its messages),
+   then for each rank two slots of slot_bytes. A message is cut into pieces of at most slot_bytes.
+   Piece n of the group's life goes through slot n % 2:
 
      copy my piece into my slot; release: progress[me] = n + 1
      wait until progress[r] >= n + 1 for every r (acquire): all slots hold piece n
      out = slot[0] + slot[1] + ...           in rank order on every rank: the same bits everywhere
 
-   Where every rank has a part of a message of its own, as it has with a sequence that is split, the message is cut and
-   laid out as if it were whole: a rank sums no more than its part of each piece, or writes no more than its part.
+   In a gather every rank writes only its part of each piece, and reads all parts. In a sum it may
+   want only its part.
 
-   A slot is written again for piece n + 2. Whoever gets there has seen every progress[r] >= n + 2, which r stored only
-   after it had finished reading piece n: two slots are enough, and there is no second wait.
+   A slot is written again for piece n + 2. A rank that does so has seen every progress[r] >= n + 2,
+   which r stores only after it has read piece n: two slots are enough, without a second wait.
 
-   No call blocks for longer than `patience`: it then says which rank is late, and goes on when called again. So the
-   caller can look after signals and dead peers. A rank that brings another message than the others is found out before
-   anything is read. */
+   No call blocks for longer than `patience`: it then returns the rank that is late, and continues
+   when called again, so that the caller can handle signals and dead peers. A rank with another
+   message than the others is found before anything is read. */
 
 #include <sched.h>
 #include <stdatomic.h>
@@ -25,10 +25,10 @@
 #include <time.h>
 
 enum { LINE = 64, SPINS = 200, BLOCK = 2048 };
-static const double SLEEP_AFTER = 1e-3;       /* seconds of waiting from which on the core is left to others */
-enum { FLOAT32, BFLOAT16, BYTES };            /* what an element is */
-enum { SUM, MAX, GATHER, BROADCAST, SUM_PART, GATHER_PARTS }; /* what is done with it */
-enum { DONE = -1, DIFFERENT = -2 };           /* DIFFERENT - r: rank r brought another message */
+static const double SLEEP_AFTER = 1e-3; /* seconds of waiting, then the core is left to others */
+enum { FLOAT32, BFLOAT16, BYTES };      /* type of an element */
+enum { SUM, MAX, GATHER };              /* operations; larger ones gather, too */
+enum { DONE = -1, DIFFERENT = -2 };     /* DIFFERENT - r: rank r sent another message */
 
 typedef struct {
     char *base;                    /* the shared memory, zero when the group begins */
@@ -40,7 +40,7 @@ typedef struct {
 
 typedef struct {
     _Atomic uint64_t progress;     /* pieces posted since the group began */
-    uint64_t kind[2];              /* of the messages whose pieces lie in slots 0 and 1: length, type, operation, source */
+    uint64_t kind[2]; /* of the messages in slots 0 and 1: length, operation, type */
 } header;
 
 static header *of(const group *g, int64_t rank) { return (header *)(g->base + rank * LINE); }
@@ -63,13 +63,15 @@ static void pause_cpu(void) {
 #endif
 }
 
-/* Spin for some microseconds, then give the core away between looks, which is right also where ranks outnumber cores;
-   in the end sleep, as a waiting loop slows the other thread of its core. */
+/* Spin for some microseconds; then yield the core between looks, as ranks may outnumber cores; in
+   the end sleep, as a waiting loop slows the other thread of its core. */
 static int64_t wait_for_all(const group *g, double patience) {
     const struct timespec nap = {0, 20000};
     double start = 0, waited = 0;
     for (int64_t r = 0; r < g->size; r++) {
-        for (int64_t looks = 0; atomic_load_explicit(&of(g, r)->progress, memory_order_acquire) <= g->piece; looks++) {
+        const _Atomic uint64_t *progress = &of(g, r)->progress;
+        for (int64_t looks = 0;; looks++) {
+            if (atomic_load_explicit(progress, memory_order_acquire) > g->piece) break;
             if (looks < SPINS) {
                 pause_cpu();
                 continue;
@@ -98,8 +100,10 @@ static uint16_t narrow(float f) { /* to nearest, ties to even; a NaN stays one *
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-/* Elements [first, first + n) of the current piece, of all ranks, into out.
-   bfloat16 is added in float32 and rounded once, at the end: `sum` holds a block of it meanwhile */
+static float larger(float a, float b) { return a > b || a != a ? a : b; } /* a NaN stays */
+
+/* Elements [first, first + n) of the current piece, of all ranks, into out. bfloat16 is added in
+   float32, in blocks of `sum`, and rounded once. */
 static void reduce(const group *g, void *out, int64_t first, int64_t n, int64_t type, int64_t op) {
     float sum[BLOCK];
     for (int64_t lo = 0; lo < n; lo += BLOCK) {
@@ -110,23 +114,29 @@ static void reduce(const group *g, void *out, int64_t first, int64_t n, int64_t 
                 const float *x = (const float *)slot(g, r) + first + lo;
                 if (r == 0) memcpy(acc, x, (size_t)len * 4);
                 else if (op == SUM) for (int64_t i = 0; i < len; i++) acc[i] += x[i];
-                else for (int64_t i = 0; i < len; i++) acc[i] = acc[i] > x[i] || acc[i] != acc[i] ? acc[i] : x[i];
+                else for (int64_t i = 0; i < len; i++) acc[i] = larger(acc[i], x[i]);
             } else {
                 const uint16_t *x = (const uint16_t *)slot(g, r) + first + lo;
                 if (r == 0) for (int64_t i = 0; i < len; i++) acc[i] = widen(x[i]);
                 else if (op == SUM) for (int64_t i = 0; i < len; i++) acc[i] += widen(x[i]);
-                else for (int64_t i = 0; i < len; i++) { float y = widen(x[i]); acc[i] = acc[i] > y || acc[i] != acc[i] ? acc[i] : y; }
+                else for (int64_t i = 0; i < len; i++) acc[i] = larger(acc[i], widen(x[i]));
             }
         }
-        if (type == BFLOAT16) for (int64_t i = 0; i < len; i++) ((uint16_t *)out)[lo + i] = narrow(acc[i]);
+        if (type == BFLOAT16)
+            for (int64_t i = 0; i < len; i++) ((uint16_t *)out)[lo + i] = narrow(acc[i]);
     }
 }
 
-typedef struct { int64_t lo, hi, packed; } run;   /* elements [lo, hi) of the message; where lo is in the part by itself */
+/* elements [lo, hi) of the message; packed: the place of lo in the part by itself */
+typedef struct { int64_t lo, hi, packed; } run;
 
-/* The first run of rank r's part in elements [at, end) of the message: whether there is one. The message is rows of
-   edges[size] elements, of each of which [edges[r], edges[r + 1]) are rank r's. */
-static int next_run(const group *g, const int64_t *edges, int64_t r, int64_t at, int64_t end, run *found) {
+/* Find the first run of rank r's part in elements [at, end) of the message; returns 0 if there is
+   none. The message is rows of edges[size] elements: [edges[r], edges[r + 1]) are rank r's. Without
+   edges all of it is. */
+static int next_run(const group *g, const int64_t *edges, int64_t r, int64_t at, int64_t end,
+                    run *found) {
+    *found = (run){at, end, at};
+    if (!edges) return at < end;
     const int64_t width = edges[g->size], own = edges[r + 1] - edges[r];
     for (int64_t row = at / width; row * width < end; row++) {
         const int64_t first = row * width + edges[r], last = first + own;
@@ -138,44 +148,42 @@ static int next_run(const group *g, const int64_t *edges, int64_t r, int64_t at,
     return 0;
 }
 
-/* Move a message of n elements. in: mine; out: the sum or maximum [n], the source's message [n], or everyone's [size, n].
-   SUM_PART: in [n], out my part of the sum. GATHER_PARTS: in my part, out all parts, each in its place [n]. Parts are as
-   next_run says; edges is not read otherwise. in and out may not overlap. Returns DONE, the rank that has kept us waiting for `patience` seconds (call again, with
-   the same arguments), or DIFFERENT - r where rank r has called for something else. */
-int64_t nanotp_move(group *g, const char *in, char *out, int64_t n, int64_t type, int64_t op, int64_t source,
+/* Move a message of n elements. SUM, MAX: in is mine [n], out the sum or maximum, or my part of it.
+   GATHER: in is my part, out all parts, each in its place [n]. Parts: see next_run. in and out may
+   not overlap. Returns DONE, or a rank that is late by `patience` seconds (call again, with the
+   same arguments), or DIFFERENT - r if rank r moves another message. */
+int64_t nanotp_move(group *g, const char *in, char *out, int64_t n, int64_t type, int64_t op,
                     const int64_t *edges, double patience) {
-    const int64_t width = type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1, most = g->slot_bytes / width;
-    const uint64_t kind = (uint64_t)n << 16 | (uint64_t)source << 8 | (uint64_t)(type << 4 | op);
+    const int64_t width = type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1;
+    const int64_t most = g->slot_bytes / width;
+    const uint64_t kind = (uint64_t)n << 16 | (uint64_t)(op << 4 | type);
+    header *mine = of(g, g->rank);
     while (g->at < n) {
-        int64_t len = n - g->at < most ? n - g->at : most;
-        const int64_t at = g->at, end = at + len;
-        size_t bytes = (size_t)(len * width);
+        const int64_t at = g->at, end = n - at < most ? n : at + most;
         run own;
         if (!g->posted) {
-            if (op == GATHER_PARTS)
-                for (int64_t lo = at; next_run(g, edges, g->rank, lo, end, &own); lo = own.hi)
-                    memcpy(slot(g, g->rank) + (own.lo - at) * width, in + own.packed * width, (size_t)((own.hi - own.lo) * width));
-            else if (op != BROADCAST || g->rank == source) memcpy(slot(g, g->rank), in + at * width, bytes);
-            of(g, g->rank)->kind[g->piece & 1] = kind;
-            atomic_store_explicit(&of(g, g->rank)->progress, g->piece + 1, memory_order_release);
+            const int64_t *parts = op >= GATHER ? edges : NULL;
+            for (int64_t lo = at; next_run(g, parts, g->rank, lo, end, &own); lo = own.hi)
+                memcpy(slot(g, g->rank) + (own.lo - at) * width, in + own.packed * width,
+                       (size_t)((own.hi - own.lo) * width));
+            mine->kind[g->piece & 1] = kind;
+            atomic_store_explicit(&mine->progress, g->piece + 1, memory_order_release);
             g->posted = 1;
         }
         int64_t late = wait_for_all(g, patience);
         if (late != DONE) return late;
-        for (int64_t r = 0; r < g->size; r++) if (of(g, r)->kind[g->piece & 1] != kind) return DIFFERENT - r;
-        if (op == BROADCAST) memcpy(out + at * width, slot(g, source), bytes);
-        else if (op == GATHER) for (int64_t r = 0; r < g->size; r++) memcpy(out + (r * n + at) * width, slot(g, r), bytes);
-        else if (op == GATHER_PARTS) {
-            for (int64_t r = 0; r < g->size; r++)
-                for (int64_t lo = at; next_run(g, edges, r, lo, end, &own); lo = own.hi)
-                    memcpy(out + own.lo * width, slot(g, r) + (own.lo - at) * width, (size_t)((own.hi - own.lo) * width));
-        } else if (op == SUM_PART) {
+        for (int64_t r = 0; r < g->size; r++)
+            if (of(g, r)->kind[g->piece & 1] != kind) return DIFFERENT - r;
+        if (op < GATHER)
             for (int64_t lo = at; next_run(g, edges, g->rank, lo, end, &own); lo = own.hi)
-                reduce(g, out + own.packed * width, own.lo - at, own.hi - own.lo, type, SUM);
-        } else reduce(g, out + at * width, 0, len, type, op);
+                reduce(g, out + own.packed * width, own.lo - at, own.hi - own.lo, type, op);
+        else for (int64_t r = 0; r < g->size; r++)
+            for (int64_t lo = at; next_run(g, edges, r, lo, end, &own); lo = own.hi)
+                memcpy(out + own.lo * width, slot(g, r) + (own.lo - at) * width,
+                       (size_t)((own.hi - own.lo) * width));
         g->piece++;
         g->posted = 0;
-        g->at += len;
+        g->at = end;
     }
     g->at = 0;
     return DONE;

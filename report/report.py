@@ -64,8 +64,8 @@ def build(entry: str, world: World, model: TensorParallelGPT, account: Account,
     """
     ranks = world.gather((weight_bytes(model), kv_cache_bytes, peak_bytes(world.device)))
     comm, split = as_json(account, model.config.n_layer), model.split
-    if world.ledger.repeated.calls:
-        comm["in_graphs"] = world.ledger.repeated.as_json()
+    if world.ledger.replayed.calls:
+        comm["in_graphs"] = world.ledger.replayed.as_json()
     fraction = comm["total"]["seconds"] / seconds if seconds else 0.0
     comm["total"]["fraction_of_time"] = round(fraction, 6)
     return {

@@ -145,7 +145,7 @@ def rank(place: Path, phase: str, name: str, argv: list[str]) -> None:
         scratch.replace(place / "struck")
         os.kill(os.getpid(), signal.Signals[name])
 
-    account, close, repeat, calls = Axis.account, TensorFile.close, Ledger.repeat, 0
+    account, close, replay, calls = Axis.account, TensorFile.close, Ledger.replay, 0
 
     def watched(axis: Axis, op: str, direction: str, *rest: Any) -> Any:
         nonlocal calls
@@ -163,12 +163,12 @@ def rank(place: Path, phase: str, name: str, argv: list[str]) -> None:
             fall()
         return account(axis, op, direction, *rest)
 
-    def repeated(ledger: Ledger, *what: Any) -> None:
+    def replayed(ledger: Ledger, *what: Any) -> None:
         nonlocal calls
         calls += 1
         if phase == "replay" and calls == 5:
             fall()
-        repeat(ledger, *what)
+        replay(ledger, *what)
 
     def closed(file: TensorFile) -> Any:
         if phase == "save" and "step-000008" in str(file.path):
@@ -178,7 +178,7 @@ def rank(place: Path, phase: str, name: str, argv: list[str]) -> None:
     if os.environ["RANK"] == "1" and not (place / "struck").exists():
         Axis.account = watched  # type: ignore[method-assign, assignment]
         TensorFile.close = closed  # type: ignore[method-assign, assignment]
-        Ledger.repeat = repeated  # type: ignore[method-assign, assignment]
+        Ledger.replay = replayed  # type: ignore[method-assign, assignment]
     runs: dict[bool, tuple[Any, Callable[..., None], str]] = {
         True: (SampleOptions, sample_tp.main, "sample_tp.py"),
         False: (TrainOptions, train_tp.main, "train_tp.py"),

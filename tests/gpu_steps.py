@@ -14,8 +14,9 @@ from torch import Tensor
 from model import GPTConfig
 from parallel.collectives import Axis
 from parallel.ledger import Ledger
+from parallel.parameters import take
 from plan.partition import Partition
-from tp_model import TensorParallelGPT, take
+from tp_model import TensorParallelGPT
 from world.mesh import World
 
 ROOT = Path(__file__).parent.parent

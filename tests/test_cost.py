@@ -25,6 +25,7 @@ from plan.cost import OPTIMIZER, TIED, Hardware, Link, Seconds, Step, ring_bytes
 from plan.partition import Partition
 from plan.schedule import Schedule
 from tp_model import TensorParallelGPT
+from train import gradients
 from world.mesh import World
 
 CONFIG = GPTConfig(block_size=16, vocab_size=131, n_layer=3, n_head=6, n_embd=24)
@@ -88,8 +89,8 @@ def _accounts(world: World, sync: str, sequence_parallel: bool) -> list[Any]:
     loss = model(tokens, tokens)[1]
     assert loss is not None
     loss.backward()
-    model.sum_partial_gradients()
-    model.grad_norm()
+    gradients.sum_partial_gradients(model)
+    gradients.grad_norm(model)
     return [found[0], decode, accounted(world.ledger.since(before))]
 
 

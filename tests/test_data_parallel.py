@@ -15,8 +15,8 @@ import train_tp
 from checkpoints.manifest import read_manifest
 from cli.options import TrainOptions
 from parallel import data_parallel
-from tp_model import held
-from train import loop, setup
+from parallel.parameters import local_part
+from train import gradients, loop, setup
 from world.mesh import World
 
 # an iteration of 12 rows, which 2, 3 and 4 share: in two micro-batches on each of 2 or 3 ranks
@@ -129,10 +129,8 @@ def test_each_message_of_shards_is_needed(letters: Path, tmp_path: Path, one: np
 
 def _norm_deaf(world: World, settings: TrainOptions) -> None:
     """The norm of the gradient, of this dp rank's part alone."""
-    import tp_model
-
-    whole = tp_model.all_reduce
-    tp_model.all_reduce = lambda x, axis, *rest, **more: x if axis.name == "dp" else whole(x, axis, *rest, **more)
+    whole = gradients.all_reduce
+    gradients.all_reduce = lambda x, axis, *rest, **more: x if axis.name == "dp" else whole(x, axis, *rest, **more)
     train_tp.main(world, settings)
 
 
@@ -153,9 +151,9 @@ def _held(world: World, settings: TrainOptions) -> dict[str, list[int]]:
         step()
         for p in run.model.parameters():
             assert p.grad is not None
-            last["parameters"].append(held(p)[0].numel())
-            last["gradients"].append(held(p.grad)[0].numel())
-            last["moments"].append(held(run.optimizer.state[p]["exp_avg"])[0].numel())
+            last["parameters"].append(local_part(p)[0].numel())
+            last["gradients"].append(local_part(p.grad)[0].numel())
+            last["moments"].append(local_part(run.optimizer.state[p]["exp_avg"])[0].numel())
 
     run.optimizer.step = look  # type: ignore[method-assign, assignment]
     loop.iterate(run, 1e-3)

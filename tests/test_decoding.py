@@ -22,10 +22,10 @@ from inference.native_decoder import MOST_TOKENS, NativeDecoder
 from inference.sampling import Row, Sampling
 from model import GPT, GPTConfig
 from parallel import collectives
-from parallel.graphs import outside_graphs
 from parallel.ledger import Tally
+from parallel.parameters import take
 from parallel.quantized import quantize
-from tp_model import TensorParallelGPT, take
+from tp_model import TensorParallelGPT
 from world.mesh import World
 
 # widths that are no multiple of a vector's, heads that do not divide evenly
@@ -276,7 +276,6 @@ def _traced(world: World) -> tuple[list[Tensor], Any, int]:
     decoders = []
 
     def compiled(model: TensorParallelGPT) -> GraphDecoder:
-        outside_graphs.take_effect()
         for block in model.transformer.h:
             block.compile(backend="eager")
         decoders.append(graphed(model))
@@ -299,20 +298,20 @@ def test_what_is_told_aside_counts_when_it_is_repeated() -> None:
     axis = collectives.Axis("tp").at("mlp", 3)
     ledger, message = axis.ledger, torch.ones(5)
     ledger.on = False
-    with ledger.telling_aside() as told:
+    with ledger.recording() as recording:
         axis.account("all_reduce", "forward", message, lambda: None)
         ledger.forward_passes += 2
     assert not ledger.on and ledger.forward_passes == 0 and not ledger.since({})
-    told.calls[0].seconds = 0.25
-    ledger.repeat(told, bool)
+    recording.calls[0].seconds = 0.25
+    ledger.replay(recording, bool)
     assert ledger.forward_passes == 2 and not ledger.since({})  # off
     ledger.on = True
-    ledger.repeat(told, bool)
+    ledger.replay(recording, bool)
     axis.account("all_reduce", "forward", message, lambda: None)
-    ledger.repeat(told, bool)
+    ledger.replay(recording, bool)
     (tally,) = ledger.since({}).values()
     assert (tally.calls, tally.bytes, ledger.forward_passes) == (3, 60, 6)
-    assert 0.5 < tally.seconds < 0.6 and ledger.repeated == Tally(2, 40, 0.5)
+    assert 0.5 < tally.seconds < 0.6 and ledger.replayed == Tally(2, 40, 0.5)
 
 
 def _replays(world: World) -> tuple[dict[Any, float], float, int, int]:
@@ -326,7 +325,7 @@ def _replays(world: World) -> tuple[dict[Any, float], float, int, int]:
         before = world.ledger.snapshot()
         GraphDecoder(model, capture).logits([[4]], cache)
     lines = {(e.layer, e.block): t.seconds for e, t in world.ledger.since(before).items()}
-    return lines, world.ledger.repeated.seconds, len(capture.captured), capture.timed
+    return lines, world.ledger.replayed.seconds, len(capture.captured), capture.timed
 
 
 def test_a_replays_messages_are_timed_once_by_themselves() -> None:

@@ -19,6 +19,7 @@ from plan.partition import Partition
 from plan.schedule import Schedule
 from report.diagram import PAGE, fit, layer, lines
 from tp_model import TensorParallelGPT
+from train import gradients
 from world.mesh import World
 
 CONFIG = GPTConfig(block_size=11, vocab_size=67, n_layer=3, n_head=5, n_embd=20)  # 11 tokens and 5 heads over 2, 3, 4 ranks
@@ -96,7 +97,7 @@ def _scheduled(world: World, sync: str, bias: bool) -> tuple[Any, Any]:
     _, loss = model(idx, idx)
     assert loss is not None
     loss.backward()
-    model.sum_partial_gradients()
+    gradients.sum_partial_gradients(model)
     told = world.ledger.since(before)
     mine = {entry: tally for entry, tally in told.items() if entry.block in ("attention", "mlp", "optimizer")}
     return summed(mine), formula(outline(config), "megatron", world.size, schedule)

@@ -23,7 +23,7 @@ import train_tp
 from base.errors import Stopped, UserError
 from cli.options import TrainOptions
 from tp_model import TensorParallelGPT
-from train import directory, loop, setup
+from train import directory, gradients, loop, setup
 from train.checkpoint import steps
 from world.launch import Launch
 from world.mesh import World
@@ -44,7 +44,7 @@ def earlier(letters: Path, tmp_path: Path) -> Path:  # noqa: F811
 
 def _train(world: World, settings: TrainOptions, fault: str = "", at: int = -1) -> str:
     """A run with a fault; what it ends with."""
-    rate, norm = loop.learning_rate, TensorParallelGPT.grad_norm
+    rate, norm = loop.learning_rate, gradients.grad_norm
 
     def failing(*given: Any) -> Any:
         raise RuntimeError(f"no {fault}")
@@ -70,7 +70,7 @@ def _train(world: World, settings: TrainOptions, fault: str = "", at: int = -1) 
 
     loop.learning_rate = noted  # type: ignore[assignment]
     if fault == "norm":
-        TensorParallelGPT.grad_norm = broken  # type: ignore[method-assign, assignment]
+        gradients.grad_norm = broken
     if fault in ("replicate", "Log", "Saver"):
         setattr(setup if fault == "replicate" else loop, fault, failing)
     try:
@@ -289,7 +289,7 @@ def test_what_a_run_says_that_could_not_save(letters: Path, tmp_path: Path) -> N
 
 
 def _stopped_after_a_bad_norm(world: World, settings: TrainOptions) -> str:
-    TensorParallelGPT.grad_norm = lambda model: torch.tensor(float("nan"))  # type: ignore[method-assign, assignment]
+    gradients.grad_norm = lambda model: torch.tensor(float("nan"))
     rate = loop.learning_rate
 
     def told(given: TrainOptions, iter_num: int) -> float:

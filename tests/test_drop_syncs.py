@@ -28,9 +28,10 @@ from fewer_syncs.repair import Lessons, repair_stretch, repair_whole
 from fewer_syncs.scan import Measured, parse_budget, within
 from model import GPT, GPTConfig
 from parallel.loss import vocab_parallel_divergence
+from parallel.parameters import take
 from plan.partition import Partition, spans
 from plan.schedule import Schedule
-from tp_model import TensorParallelGPT, take
+from tp_model import TensorParallelGPT
 from world.mesh import World
 
 CONFIG = GPTConfig(block_size=12, vocab_size=13, n_layer=3, n_head=4, n_embd=16)

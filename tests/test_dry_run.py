@@ -20,7 +20,7 @@ from base.native import Unavailable, load
 from bench.strategies import kept_bytes
 from cli.grammar import parse
 from cli.options import TrainOptions
-from model import GPTConfig
+from model import GPTConfig, adamw
 from parallel.collectives import Axis
 from parallel.data_parallel import Sharding, last_only, replicate
 from parallel.loss import chunk_rows
@@ -57,7 +57,7 @@ def test_parameters_gradients_and_moments_are_those_of_the_model(tp: int, bias: 
     plan = training(config, tp)
     assert plan.parameters == held[0] == max(held)
     assert tp == 1 or held[-1] < held[0]  # 5 heads
-    optimizer = models[0].configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    optimizer = adamw(models[0].named_parameters(), 0.1, 1e-3, (0.9, 0.95), "cpu")
     for parameter in models[0].parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -81,15 +81,14 @@ def _kept(world: World, config: GPTConfig, sync: str, how: dict[str, Any], half:
     torch.manual_seed(0)
     model = TensorParallelGPT(config, world.tp, schedule=Schedule.parse(sync, config.n_layer), **how)
     T = config.block_size
-    tokens = T if model.sequence_parallel else 0
-    lo, hi = spans(T, world.tp.size)[world.tp.rank] if tokens else (0, T)
+    lo, hi = spans(T, world.tp.size)[world.tp.rank] if model.sequence_parallel else (0, T)
     x = torch.randn(2, hi - lo, config.n_embd, requires_grad=True)
 
     def forward() -> None:
-        s = Stream(x)
+        s = Stream(x, model.region(T))
         with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
             for block in model.transformer.h:
-                s = block(s, None, tokens)
+                s = block(s)
             model.transformer.ln_f(s.x)
 
     return kept_bytes(model, forward)
@@ -144,7 +143,7 @@ def _live(world: World, config: GPTConfig, plan: Training, half: bool) -> int:
     how: dict[str, Any] = {name: getattr(plan, name) for name in ("activation_checkpointing", "sequence_parallel")}
     model = TensorParallelGPT(config, tp, sharding=Sharding(world.dp, world.device) if plan.dp_shard else None, **how)
     wrapped = model if plan.dp_shard else replicate(model, world.dp)
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    optimizer = adamw(model.named_parameters(), 0.1, 1e-3, (0.9, 0.95), "cpu")
     tokens = torch.zeros(plan.rows, config.block_size, dtype=torch.int64)
 
     def iterate() -> None:

@@ -24,9 +24,10 @@ from inference.prompts import check_prompts
 from inference.sampling import Row, Sampling, candidates, choose, likeliest, noise
 from model import GPT, GPTConfig, KVCache
 from parallel.collectives import Axis
+from parallel.parameters import take
 from plan.partition import Rule, spans
 from text.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
-from tp_model import TensorParallelGPT, take
+from tp_model import TensorParallelGPT
 from world.mesh import World
 
 SMALL = GPTConfig(block_size=16, vocab_size=523, n_layer=2, n_head=5, n_embd=40)

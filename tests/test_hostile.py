@@ -45,7 +45,7 @@ from checkpoints.manifest import Manifest, TensorEntry, read_manifest
 from checkpoints.sources import open_source, tokenizer_of
 from checkpoints.tensor_file import MAX_HEADER, TensorFile
 from fewer_syncs.scan import Perplexities
-from model import GPTConfig
+from model import GPTConfig, adamw
 from plan.partition import Partition, Rule
 from text.dataset import Dataset, write_tokens
 from tp_model import TensorParallelGPT
@@ -147,7 +147,7 @@ def read_training(place: Path) -> None:
     path, progress, _ = training.read_state(place)
     read_weights(path)
     model = TensorParallelGPT(CONFIG, alone())
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    optimizer = adamw(model.named_parameters(), 0.1, 1e-3, (0.9, 0.95), "cpu")
     training.load_optimizer(model, optimizer, path, progress.optimizer_steps, ALONE)
 
 

@@ -24,9 +24,11 @@ from checkpoints.manifest import Sync, read_manifest
 from inference.decoders import TorchDecoder
 from inference.native_decoder import NativeDecoder
 from model import GPT, GPTConfig
+from parallel.parameters import take
 from plan.partition import Partition
 from plan.schedule import Schedule
-from tp_model import TensorParallelGPT, take
+from tp_model import TensorParallelGPT
+from train import gradients
 from world.mesh import World
 
 CONFIG = GPTConfig(block_size=12, vocab_size=67, n_layer=4, n_head=5, n_embd=20)
@@ -168,7 +170,7 @@ def worst_error(
     _, ours = model(idx, targets)
     assert last is not None and ours is not None
     ours.backward()
-    model.sum_partial_gradients()
+    gradients.sum_partial_gradients(model)
     errors = {
         "logits": ((last[:, 0] - logits[:, -1]).norm() / logits[:, -1].norm()).item(),
         "loss": abs(ours.item() / loss.item() - 1),
@@ -178,10 +180,8 @@ def worst_error(
         mine = dict(model.named_parameters())[name].grad
         assert p.grad is not None and mine is not None
         part = take(p.grad, rules[name], world.tp.rank)
-        whole = (
-            p.grad if ".c_attn.bias" in name else part
-        )  # a key's bias has no gradient but for rounding
-        errors[name] = ((model.owned(name, mine) - part).norm() / whole.norm()).item()
+        whole = p.grad if ".c_attn.bias" in name else part  # a key's bias has no gradient but for rounding
+        errors[name] = ((model.parts.owned(name, mine) - part).norm() / whole.norm()).item()
     worst = max(errors, key=lambda name: errors[name])
     return errors[worst], worst
 
@@ -225,19 +225,15 @@ def test_every_sum_is_needed(dropped: tuple[str, str, str], sync: str) -> None:
 
 
 def test_a_parameter_left_out_of_the_sum_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = TensorParallelGPT.partial_gradients
+    whole = gradients.partial_gradients
     names = {"ln_1.weight", "ln_2.bias", "attn.c_proj.bias"}
     for left_out in names:
 
-        def without(self: TensorParallelGPT, left_out: str = left_out) -> list[torch.nn.Parameter]:
-            gone = {
-                id(p)
-                for name, p in self.named_parameters()
-                if name == f"transformer.h.1.{left_out}"
-            }
-            return [p for p in whole(self) if id(p) not in gone]
+        def without(model: TensorParallelGPT, left_out: str = left_out) -> list[torch.nn.Parameter]:
+            gone = {id(p) for name, p in model.named_parameters() if name == f"transformer.h.1.{left_out}"}
+            return [p for p in whole(model) if id(p) not in gone]
 
-        monkeypatch.setattr(TensorParallelGPT, "partial_gradients", without)
+        monkeypatch.setattr(gradients, "partial_gradients", without)
         _, where = max(run_ranks(2, worst_error, CONFIG, "mlp", torch.float64, None, False))
         assert where == f"transformer.h.1.{left_out}"
 
@@ -252,12 +248,8 @@ def _account(world: World, sync: str) -> tuple[dict[str, int], int]:
         _, loss = model(idx, targets)
         assert loss is not None
         loss.backward()
-        model.sum_partial_gradients()
-    seen = sum(
-        event.count
-        for event in profile.key_averages()
-        if event.key in ("gloo:all_reduce", "gloo:all_gather")
-    )
+        gradients.sum_partial_gradients(model)
+    seen = sum(event.count for event in profile.key_averages() if event.key in ("gloo:all_reduce", "gloo:all_gather"))
     told = {f"{e.layer} {e.block} {e.direction}": t.calls for e, t in world.ledger.tallies.items()}
     return told, seen
 
@@ -280,10 +272,8 @@ def test_one_all_reduce_a_run_forward_and_backward() -> None:
 
 def _plain(world: World) -> bool:
     idx, _ = data(CONFIG)
-    here, there = (
-        sharded(world, CONFIG, sync, torch.float32) for sync in ("all", "0a,0m,1a,1m,2a,2m,3a,3m")
-    )
-    return torch.equal(here.hidden(idx), there.hidden(idx)) and not here.partial_gradients()
+    here, there = (sharded(world, CONFIG, sync, torch.float32) for sync in ("all", "0a,0m,1a,1m,2a,2m,3a,3m"))
+    return torch.equal(here.hidden(idx), there.hidden(idx)) and not gradients.partial_gradients(here)
 
 
 def test_all_is_megatron() -> None:
@@ -298,8 +288,8 @@ def _masks(world: World) -> tuple[Tensor, float]:
     _, loss = model(idx, targets)
     assert loss is not None
     loss.backward()
-    model.sum_partial_gradients()
-    return torch.tensor(model.grad_norm().item()), loss.item()
+    gradients.sum_partial_gradients(model)
+    return torch.tensor(gradients.grad_norm(model).item()), loss.item()
 
 
 def test_dropout_leaves_ranks_in_agreement() -> None:

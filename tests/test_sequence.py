@@ -19,11 +19,14 @@ from inference.sampling import Sampling
 from model import GPTConfig
 from parallel.collectives import GroupTransport, Transport
 from parallel.ledger import total
+from parallel.parameters import take
 from parallel.quantized import quantize
+from parallel.regions import WHOLE, SplitTokens, own_dropout
 from parallel.shm import SLOT_BYTES
 from plan.partition import spans
 from plan.schedule import Schedule
-from tp_model import Stream, TensorParallelGPT, drop_own, take
+from tp_model import Stream, TensorParallelGPT
+from train import gradients
 from world.mesh import World
 
 CONFIG = GPTConfig(block_size=11, vocab_size=67, n_layer=2, n_head=5, n_embd=20)  # 11 tokens and 5 heads over 2, 3, 4 ranks
@@ -106,12 +109,17 @@ def test_ranks_that_bring_different_parts_are_told() -> None:
 # --- the model ------------------------------------------------------------------------------------------------------
 
 
-def split(world: World, config: GPTConfig, dtype: torch.dtype = torch.float32, **how: Any) -> TensorParallelGPT:
+def split(
+    world: World, config: GPTConfig, dtype: torch.dtype = torch.float32, keep_gathered: bool = False, **how: Any
+) -> TensorParallelGPT:
     state = dict(reference(config).named_parameters())
     how = {"sequence_parallel": True} | how
-    return TensorParallelGPT(
+    model = TensorParallelGPT(
         config, world.tp, lambda name, rule: take(state[name].detach(), rule, world.tp.rank), dtype=dtype, **how
     )
+    if keep_gathered and model.sequence_parallel:
+        model.region = lambda T: SplitTokens(T, keep=True)  # type: ignore[method-assign]
+    return model
 
 
 Dropped = tuple[str, str, str] | tuple[str, str, str, int] | None
@@ -134,21 +142,22 @@ def worst_error(
     _, ours = model(idx, targets)
     assert last is not None and ours is not None and evaluated is not None
     ours.backward()
-    model.sum_partial_gradients()
+    gradients.sum_partial_gradients(model)
     whole = {name: p.grad for name, p in expected.named_parameters() if p.grad is not None}
     norm = torch.stack([grad.norm() for grad in whole.values()]).norm().item()
     errors = {
         "logits": ((last[:, 0] - logits[:, -1]).norm() / logits[:, -1].norm()).item(),
         "loss": abs(ours.item() / loss.item() - 1),
         "loss without gradients": abs(evaluated.item() / loss.item() - 1),
-        "gradient norm": abs(model.grad_norm().item() / norm - 1) if dtype == torch.float32 or dropped else 0.0,  # a float32
+        # a float32
+        "gradient norm": abs(gradients.grad_norm(model).item() / norm - 1) if dtype == torch.float32 or dropped else 0.0,
     }
     rules = model.split.rules
     for name, p in model.named_parameters():
         assert p.grad is not None
         part = take(whole[name], rules[name], world.tp.rank)
         scale = whole[name] if ".c_attn.bias" in name else part  # a key's bias has no gradient but for rounding
-        errors[name] = ((model.owned(name, p.grad) - part).norm() / scale.norm()).item()
+        errors[name] = ((model.parts.owned(name, p.grad) - part).norm() / scale.norm()).item()
     worst = max(errors, key=lambda name: errors[name])
     return errors[worst], worst
 
@@ -187,15 +196,15 @@ def test_every_collective_is_needed(dropped: Any) -> None:
 
 
 def test_a_parameter_left_out_of_the_sum_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = TensorParallelGPT.partial_gradients
+    whole = gradients.partial_gradients
     layers = ("h.1.ln_1.weight", "h.0.ln_2.bias", "h.1.attn.c_proj.bias", "h.0.mlp.c_proj.bias")
     for left_out in ("wpe.weight", *layers, "ln_f.bias"):
 
-        def without(self: TensorParallelGPT, left_out: str = left_out) -> list[torch.nn.Parameter]:
-            gone = {id(p) for name, p in self.named_parameters() if name == f"transformer.{left_out}"}
-            return [p for p in whole(self) if id(p) not in gone]
+        def without(model: TensorParallelGPT, left_out: str = left_out) -> list[torch.nn.Parameter]:
+            gone = {id(p) for name, p in model.named_parameters() if name == f"transformer.{left_out}"}
+            return [p for p in whole(model) if id(p) not in gone]
 
-        monkeypatch.setattr(TensorParallelGPT, "partial_gradients", without)
+        monkeypatch.setattr(gradients, "partial_gradients", without)
         assert max(run_ranks(2, worst_error, CONFIG, torch.float64, None, {}))[1] == f"transformer.{left_out}"
 
 
@@ -206,7 +215,7 @@ def _through_hidden(world: World) -> float:
     expected, model = reference(CONFIG).double(), split(world, CONFIG, torch.float64)
     (expected.lm_head(expected.hidden(idx)) * weights).sum().backward()
     (model.local_logits(model.hidden(idx)) * weights[..., model.vocab_lo : model.vocab_hi]).sum().backward()
-    model.sum_partial_gradients()
+    gradients.sum_partial_gradients(model)
     theirs = dict(expected.named_parameters())
     errors = [
         ((p.grad - theirs[name].grad).norm() / theirs[name].grad.norm()).item()  # type: ignore[operator, union-attr]
@@ -222,7 +231,8 @@ def test_gradients_that_come_another_way() -> None:
 def _one_rank(world: World) -> bool:
     idx, targets = data(CONFIG)
     here, there = (split(world, CONFIG, sequence_parallel=on) for on in (True, False))
-    return torch.equal(here.hidden(idx), there.hidden(idx)) and not here.partial_gradients() and not here.sequence_parallel
+    same = torch.equal(here.hidden(idx), there.hidden(idx))
+    return same and not gradients.partial_gradients(here) and not here.sequence_parallel
 
 
 def test_on_one_rank_it_is_nothing() -> None:
@@ -239,11 +249,11 @@ def _account(world: World, how: dict[str, Any]) -> tuple[dict[str, tuple[int, in
         _, loss = model(idx, targets)
         assert loss is not None
         loss.backward()
-        model.sum_partial_gradients()
+        gradients.sum_partial_gradients(model)
     told = {f"{e.layer} {e.block} {e.direction} {e.op}": (t.calls, t.bytes) for e, t in world.ledger.tallies.items()}
     # over gloo a reduce-scatter is an all-reduce of which a rank keeps its part
     seen = sum(event.count for event in profile.key_averages() if event.key in ("gloo:all_reduce", "gloo:all_gather"))
-    return told, seen, sum(p.numel() for p in model.partial_gradients())
+    return told, seen, sum(p.numel() for p in gradients.partial_gradients(model))
 
 
 @pytest.mark.parametrize("tp", [2, 3])
@@ -283,14 +293,14 @@ def _masks(world: World) -> tuple[Tensor, float, list[Tensor]]:
     """This rank's mask; the loss; the gradients of replicated parameters."""
     idx, targets = data(DROPPED)
     torch.manual_seed(5)
-    mask = drop_own(torch.ones(1, 50, 40), 0.3, world.tp)
+    mask = own_dropout(torch.ones(1, 50, 40), 0.3, world.tp)
     model = split(world, DROPPED)
     _, loss = model(idx, targets)
     assert loss is not None
     loss.backward()
-    model.sum_partial_gradients()
-    gradients = [p.grad for p in model.partial_gradients() if p.grad is not None]
-    return mask, loss.item(), gradients
+    gradients.sum_partial_gradients(model)
+    found = [p.grad for p in gradients.partial_gradients(model) if p.grad is not None]
+    return mask, loss.item(), found
 
 
 def test_masks_are_each_ranks_own_and_leave_ranks_in_agreement() -> None:
@@ -313,7 +323,7 @@ def _slope(world: World, how: dict[str, Any]) -> tuple[float, float]:
         return found
 
     loss().backward()
-    model.sum_partial_gradients()
+    gradients.sum_partial_gradients(model)
     rules, directions, along = model.split.rules, [], torch.zeros(2, dtype=torch.float64)  # sharded; replicated
     for i, (name, p) in enumerate(model.named_parameters()):
         assert p.grad is not None
@@ -352,8 +362,8 @@ def _compiled(world: World, config: GPTConfig) -> tuple[float, dict[str, int]]:
         _, loss = model(idx, targets)
         assert loss is not None
         loss.backward()
-    model.sum_partial_gradients()
-    return model.grad_norm().item(), {
+    gradients.sum_partial_gradients(model)
+    return gradients.grad_norm(model).item(), {
         op: total(world.ledger.since(before), layer=1, op=op).calls for op in ("all_gather", "reduce_scatter")
     }
 
@@ -365,8 +375,8 @@ def _eager_norm(world: World, config: GPTConfig) -> float:
     _, loss = model(idx, targets)
     assert loss is not None
     loss.backward()
-    model.sum_partial_gradients()
-    return model.grad_norm().item()
+    gradients.sum_partial_gradients(model)
+    return gradients.grad_norm(model).item()
 
 
 @pytest.mark.slow
@@ -455,11 +465,11 @@ def test_what_does_not_go_together_is_refused() -> None:
 
 def kept(world: World, config: GPTConfig, rows: int, sequence: bool, keep: bool) -> int:
     """Bytes that one layer keeps for its backward pass, each storage once, parameters not counted."""
-    model = TensorParallelGPT(config, world.tp, sequence_parallel=sequence, keep_gathered=keep)
+    model = TensorParallelGPT(config, world.tp, sequence_parallel=sequence)
     lo, hi = spans(config.block_size, world.size)[world.rank] if sequence else (0, config.block_size)
     x = torch.randn(rows, hi - lo, config.n_embd, requires_grad=True)
-    tokens = config.block_size if sequence and world.size > 1 else 0
-    return kept_bytes(model, lambda: model.transformer.h[0](Stream(x), None, tokens))
+    region = SplitTokens(config.block_size, keep) if sequence and world.size > 1 else WHOLE
+    return kept_bytes(model, lambda: model.transformer.h[0](Stream(x, region)))
 
 
 def formula(config: GPTConfig, rows: int, tp: int, sequence: bool, keep: bool) -> tuple[float, float]:

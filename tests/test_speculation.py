@@ -26,9 +26,10 @@ from inference.native_decoder import NativeDecoder
 from inference.sampling import Row, Sampling
 from inference.speculation import Guesser, Ngrams, Pace, SmallModel, Speculation
 from model import GPT, GPTConfig
+from parallel.parameters import take
 from parallel.quantized import quantize
 from plan.schedule import Schedule
-from tp_model import TensorParallelGPT, take
+from tp_model import TensorParallelGPT
 from world.mesh import World
 
 CONFIG = replace(SMALL, block_size=64)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 from model import GPT, GPTConfig
 from parallel import collectives
 from parallel.graphs import outside_graphs
+from parallel.parameters import take
 from plan.partition import Partition, spans
-from tp_model import TensorParallelGPT, attend_with_own_dropout, take
+from tp_model import TensorParallelGPT, attend_with_own_dropout
+from train import gradients
 from world.mesh import World
 
 SMALL = GPTConfig(block_size=16, vocab_size=131, n_layer=2, n_head=5, n_embd=20)
@@ -50,35 +53,24 @@ def data(config: GPTConfig, rows: int = 3) -> tuple[Tensor, Tensor]:
 def deaf(block: str, direction: str, op: str, of_two: int | None = None) -> None:
     """In this process, drop one kind of collective: the rank hears itself alone. of_two: only the first (0) or the second (1)
     of every two calls."""
-    dropped, calls = (block, direction, op), count()
-    reduce, later, gather = collectives._all_reduce, collectives._all_reduce_later, collectives._all_gather
-    scatter, gather_tokens = collectives._reduce_scatter, collectives._gather_tokens
+    dropped, calls, send, later = (block, direction, op), count(), collectives._send, collectives._start_all_reduce
 
     def alone(axis: collectives.Axis, direction: str, op: str) -> bool:
         return (axis.block, direction, op) == dropped and (of_two is None or next(calls) % 2 == of_two)
 
-    def reduced(x: Tensor, axis: collectives.Axis, direction: str, op: str) -> Tensor:
-        return x.clone() if alone(axis, direction, "all_reduce") else reduce(x, axis, direction, op)
+    def sent(method: str, axis: collectives.Axis, direction: str, x: Tensor, *more: Any) -> Tensor:
+        if not alone(axis, direction, "all_gather" if method == "gather_tokens" else method):
+            return send(method, axis, direction, x, *more)
+        if method in ("all_reduce", "all_gather"):
+            return x.clone() if method == "all_reduce" else torch.stack([x] * axis.size)
+        tokens = more[0] if method == "gather_tokens" else x.shape[1]
+        lo, hi = spans(tokens, axis.size)[axis.rank]
+        return x[:, lo:hi].clone() if method == "reduce_scatter" else torch.nn.functional.pad(x, (0, 0, lo, tokens - hi))
 
-    def reduced_later(x: Tensor, axis: collectives.Axis, direction: str) -> Callable[[], Tensor]:
+    def sent_later(x: Tensor, axis: collectives.Axis, direction: str) -> Callable[[], Tensor]:
         return (lambda: x) if alone(axis, direction, "all_reduce") else later(x, axis, direction)
 
-    def gathered(x: Tensor, axis: collectives.Axis, direction: str) -> Tensor:
-        return torch.stack([x] * axis.size) if alone(axis, direction, "all_gather") else gather(x, axis, direction)
-
-    def scattered(x: Tensor, axis: collectives.Axis, direction: str) -> Tensor:
-        lo, hi = spans(x.shape[1], axis.size)[axis.rank]
-        return x[:, lo:hi].clone() if alone(axis, direction, "reduce_scatter") else scatter(x, axis, direction)
-
-    def gathered_tokens(x: Tensor, axis: collectives.Axis, direction: str, tokens: int) -> Tensor:
-        if not alone(axis, direction, "all_gather"):
-            return gather_tokens(x, axis, direction, tokens)
-        lo, hi = spans(tokens, axis.size)[axis.rank]
-        return torch.nn.functional.pad(x, (0, 0, lo, tokens - hi))
-
-    collectives._all_reduce, collectives._all_gather = outside_graphs(reduced), outside_graphs(gathered)
-    collectives._all_reduce_later = outside_graphs(reduced_later)
-    collectives._reduce_scatter, collectives._gather_tokens = outside_graphs(scattered), outside_graphs(gathered_tokens)
+    collectives._send, collectives._start_all_reduce = outside_graphs(sent), sent_later
 
 
 def worst_error(
@@ -98,15 +90,15 @@ def worst_error(
     errors = [abs(loss.item() / expected.item() - 1)]
     full = {name: p.grad for name, p in reference.named_parameters()}
     norm = torch.stack([g.norm() for g in full.values() if g is not None]).norm()
-    errors.append(abs(model.grad_norm().item() / norm.item() - 1))
+    errors.append(abs(gradients.grad_norm(model).item() / norm.item() - 1))
     for name, p in model.named_parameters():
         grad, whole = p.grad, full[name]
         assert grad is not None and whole is not None
         part = take(whole, rules[name], world.tp.rank)
         if ".c_attn.bias" in name:  # a key's bias moves all scores of a query alike: its gradient is zero but for rounding
-            errors.append(((model.owned(name, grad) - part).norm() / whole.norm()).item())
+            errors.append(((model.parts.owned(name, grad) - part).norm() / whole.norm()).item())
         else:
-            errors.append(((model.owned(name, grad) - part).norm() / part.norm()).item())
+            errors.append(((model.parts.owned(name, grad) - part).norm() / part.norm()).item())
     return max(errors)
 
 
@@ -144,7 +136,7 @@ def _account(world: World, checkpointing: bool) -> dict[str, tuple[int, int]]:
         _, loss = model(idx, targets)
         assert loss is not None
         loss.backward()
-        model.grad_norm()
+        gradients.grad_norm(model)
     told = {f"{e.layer} {e.block} {e.direction}": (t.calls, t.bytes) for e, t in world.ledger.tallies.items()}
     seen = sum(event.count for event in profile.key_averages() if event.key in ("gloo:all_reduce", "gloo:all_gather"))
     told["profiler"] = (seen, sum(calls for calls, _ in told.values()))
@@ -223,7 +215,7 @@ def test_checkpointing_repeats_the_dropout_masks() -> None:
 
 def _init(world: World) -> dict[str, Tensor]:
     model = TensorParallelGPT(SMALL, world.tp)
-    return {name: model.owned(name, p).detach() for name, p in model.named_parameters()}
+    return {name: model.parts.owned(name, p).detach() for name, p in model.named_parameters()}
 
 
 def test_every_split_starts_from_the_same_weights() -> None:
@@ -246,7 +238,7 @@ def _compiled(world: World) -> tuple[float, dict[str, int]]:
         _, loss = model(idx, targets)
         assert loss is not None
         loss.backward()
-    norm = model.grad_norm().item()
+    norm = gradients.grad_norm(model).item()
     return norm, {f"{e.layer} {e.block} {e.direction}": t.calls for e, t in world.ledger.since(before).items()}
 
 
@@ -258,7 +250,7 @@ def test_compiled_blocks_give_the_same_numbers_and_account() -> None:
     assert loss is not None
     loss.backward()
     norm, calls = run_ranks(2, _compiled)[0]
-    assert norm == pytest.approx(reference.grad_norm().item(), rel=1e-5)
+    assert norm == pytest.approx(gradients.grad_norm(reference).item(), rel=1e-5)
     layers = {f"{i} {block} {way}": 1 for i in (0, 1) for block in ("attention", "mlp") for way in ("forward", "backward")}
     rest = {"embedding forward": 1, "head backward": 1, "loss forward": 1, "optimizer step": 1}
     assert calls == layers | {f"None {name}": n for name, n in rest.items()}

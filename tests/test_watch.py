@@ -301,13 +301,13 @@ def test_a_stopped_rank_is_named_and_killed(tmp_path: Path, comm: str) -> None:
 def _stopped_in_a_replay(world: World, options: Any) -> None:
     """Rank 1 stops while a CUDA graph runs: the others' GPUs never come to its end, and their hosts
     wait for the logits, which is no collective."""
-    with world.ledger.telling_aside() as told:
+    with world.ledger.recording() as recording:
         all_reduce(torch.ones(300), world.tp.at("mlp", 3), "forward")
     for i in range(200):
         with world.ledger.during(f"step {i}"):
             if world.rank == 1 and i == 100:
                 os.kill(os.getpid(), signal.SIGSTOP)
-            world.ledger.repeat(told, lambda i=i: i < 100)  # type: ignore[misc]
+            world.ledger.replay(recording, lambda i=i: i < 100)  # type: ignore[misc]
             if i == 100:
                 time.sleep(60)
 

@@ -197,11 +197,11 @@ def _tensors(
     """This tp rank's weights, then moments. Sharded over dp, all ranks of that axis iterate
     together, and one tensor at a time is whole."""
     for name, p in model.named_parameters():
-        yield name, model.owned(name, p)
+        yield name, model.parts.owned(name, p)
     for moment in MOMENTS:
         for name, p in model.named_parameters():
             value = optimizer.state[p][moment] if p in optimizer.state else torch.zeros_like(p)
-            yield f"{moment}.{name}", model.owned(name, value)
+            yield f"{moment}.{name}", model.parts.owned(name, value)
 
 
 def _write_both(
@@ -261,7 +261,7 @@ def export(
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
     world.barrier()
-    weights = ((name, model.owned(name, p)) for name, p in model.named_parameters())
+    weights = ((name, model.parts.owned(name, p)) for name, p in model.named_parameters())
     file, mine = scratch / shard_name(model.tp.rank, model.tp.size), world.dp.rank == 0
     files = world.gather(_write(model, file, weights) if mine else None)
     if world.is_main:
@@ -330,7 +330,7 @@ def load_optimizer(
         name = names[p]
         moments = {moment: torch.zeros_like(p) for moment in MOMENTS}
         for moment, value in moments.items():
-            model.put(name, value, read(f"{moment}.{name}", rules[name]))
+            model.parts.store(name, value, read(f"{moment}.{name}", rules[name]))
         state[len(state)] = {"step": torch.tensor(float(optimizer_steps)), **moments}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

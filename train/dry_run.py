@@ -16,7 +16,7 @@ import torch
 from base.errors import UserError
 from checkpoints.sources import Described, open_sizes
 from cli.options import TrainOptions
-from model import GPTConfig
+from model import GPTConfig, adamw
 from parallel.collectives import Axis
 from parallel.loss import chunk_rows
 from plan.memory import Training
@@ -123,7 +123,7 @@ def process_bytes() -> int:
     model is trained, because torch imports and sets up much on first use."""
     sizes = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8)
     model = TensorParallelGPT(sizes, Axis("tp"))
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    optimizer = adamw(model.named_parameters(), 0.1, 1e-3, (0.9, 0.95), "cpu")
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     _, loss = model(tokens, tokens)
     if loss is not None:

@@ -12,10 +12,10 @@ from base.errors import Stopped, UserError
 from cli.options import TrainOptions, as_dict
 from parallel.collectives import all_reduce
 from parallel.data_parallel import last_only, rest
+from parallel.parameters import local_part
 from parallel.replicas import check_alike, checksum
 from text.dataset import EVAL_STREAM, batch
-from tp_model import held
-from train import directory
+from train import directory, gradients
 from train.checkpoint import Saved, Saver
 from train.log import Log
 from train.setup import Run
@@ -147,8 +147,8 @@ def iterate(run: Run, lr: float) -> tuple[float, float]:
         with world.ledger.recomputing():  # a sharded model gathers again in the backward pass
             (loss * scale).backward()
     total = all_reduce(total, world.dp.at("data_parallel"), "step") / world.dp.size
-    run.model.sum_partial_gradients()
-    grad_norm = run.model.grad_norm().item() / scale
+    gradients.sum_partial_gradients(run.model)
+    grad_norm = gradients.grad_norm(run.model).item() / scale
     if check:
         check_replicas(run, torch.stack(batches))
     take_step(run, grad_norm, scale)
@@ -158,7 +158,7 @@ def iterate(run: Run, lr: float) -> tuple[float, float]:
 def check_replicas(run: Run, batches: Tensor) -> None:
     """DriftError if a tp group computed on different tokens, or a shared parameter differs."""
     world, rules, iter_num = run.world, run.model.split.rules, run.progress.iter_num
-    mine = {name: held(p)[0] for name, p in run.model.named_parameters()}
+    mine = {name: local_part(p)[0] for name, p in run.model.named_parameters()}
     shared = {name: tensor for name, tensor in mine.items() if rules[name].dim is None}
     check_alike({"batch": batches, **shared}, world.tp.at("optimizer"), "tp ranks", iter_num)
     if run.model.sharding is None:
@@ -180,8 +180,8 @@ def take_step(run: Run, grad_norm: float, scale: float) -> None:
     factor, good = min(clip, 1.0) / scale, math.isfinite(grad_norm)
     if good:
         if factor != 1.0:
-            gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, factor)
+            present = [p.grad for p in run.model.parameters() if p.grad is not None]
+            torch._foreach_mul_(present, factor)
         run.optimizer.step()
         progress.optimizer_steps += 1
         run.skipped = 0.0

@@ -14,7 +14,7 @@ from base.errors import UserError, shown
 from checkpoints import sources
 from checkpoints.manifest import DTYPES
 from cli.options import TrainOptions, as_dict
-from model import GPTConfig
+from model import GPTConfig, adamw
 from parallel.data_parallel import Sharding, replicate
 from plan.schedule import Schedule
 from text.dataset import Dataset
@@ -132,9 +132,8 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
     dataset.check(config.block_size, config.vocab_size)
     model = make_model(world, options, config, source, shard)
     betas, device = (options.beta1, options.beta2), world.device
-    optimizer = model.configure_optimizers(
-        options.weight_decay, options.learning_rate, betas, device.type
-    )
+    rates = options.weight_decay, options.learning_rate
+    optimizer = adamw(model.named_parameters(), *rates, betas, device.type)
     if saved is not None:
         checkpoint.load_optimizer(model, optimizer, saved, progress.optimizer_steps, world)
     wrapped = model if shard else replicate(model, world.dp, DTYPES[options.dp_reduce_dtype])

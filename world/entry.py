@@ -18,7 +18,7 @@ from base.errors import ReaderGone, Stopped, UserError, is_out_of_memory, print_
 from base.processes import call_within
 from cli.grammar import parse, parse_command
 from cli.options import MeshOptions, RunOptions, as_dict
-from parallel.collectives import CollectiveError
+from parallel.ledger import CollectiveError
 from parallel.replicas import DriftError
 from world import mesh
 from world.launch import ANSWER_S, NoStore, connect

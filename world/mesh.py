@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from base.errors import UserError
 from base.native import Unavailable
-from parallel.collectives import Axis, GroupTransport, Transport, named
+from parallel.collectives import Axis, GroupTransport, Transport
 from parallel.ledger import Entry, Ledger, Track
 from parallel.shm import ShmTransport
 from parallel.symmetric import SymmetricTransport
@@ -68,18 +68,9 @@ class World:
     def barrier(self, what: str = "") -> None:
         self.gather(None, what)
 
-    @contextmanager
-    def waiting(self, op: str, what: str = "") -> Iterator[None]:
-        """Within, this rank waits for others in something that no axis carries; the watchdog knows of it."""
-        track, self.ledger.latest = self.track, self.track
-        track.number += 1
-        track.call = Entry(None, what, "", op), 0, self.ledger.doing
-        track.waiting = True
-        try:
-            yield
-        except RuntimeError as error:
-            raise named(error, track) from error
-        track.waiting = False
+    def waiting(self, op: str, what: str = "") -> Track:
+        """Within, this rank waits for others, and not along an axis; the watchdog knows of it."""
+        return self.ledger.calling(self.track, Entry(None, what, "", op), 0)
 
     def agree(self, what: str, value: Any) -> None:
         """UserError on all ranks if one has another value than rank 0. what: its name."""

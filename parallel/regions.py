@@ -1,0 +1,208 @@
+"""f and g: how activations enter and leave a tensor-parallel region, in which each rank computes
+its own heads, columns or vocabulary rows of all tokens.
+
+Outside the regions every rank holds all tokens (Whole; Megatron-LM, arXiv 1909.08053, section 3),
+or each rank its own (SplitTokens; sequence parallelism, arXiv 2205.05198, section 4.2). f enters a
+region, g leaves it, and the backward pass of one is the forward pass of the other:
+
+                    f forward, g backward (gather)      g forward, f backward (sum)
+    Whole           nothing                             all-reduce
+    SplitTokens     all-gather                          reduce-scatter
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.collectives import Axis, all_reduce, all_reduce_later, gather_tokens, reduce_scatter
+from parallel.graphs import outside_graphs
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Every rank holds all tokens, [B, T, C], the same on all ranks."""
+
+    keep: ClassVar[bool] = True
+
+    def gather(self, x: Tensor, axis: Axis, direction: str) -> Tensor:
+        return x
+
+    def sum(self, x: Tensor, axis: Axis, direction: str) -> Tensor:
+        return all_reduce(x, axis, direction)
+
+    def sum_later(self, x: Tensor, axis: Axis, direction: str) -> Callable[[], Tensor]:
+        return all_reduce_later(x, axis, direction)
+
+    def dropout(self, x: Tensor, p: float, axis: Axis) -> Tensor:
+        return F.dropout(x, p)  # torch's default stream, which all ranks of a tp group seed alike
+
+
+@dataclass(frozen=True)
+class SplitTokens:
+    """Each rank holds its own tokens, [B, t, C]: spans(tokens, size)[rank] of all.
+
+    keep: for the backward pass a column-parallel layer keeps all tokens of its input. Otherwise it
+    keeps this rank's and gathers the others once more.
+    """
+
+    tokens: int
+    keep: bool = False
+
+    def gather(self, x: Tensor, axis: Axis, direction: str) -> Tensor:
+        return gather_tokens(x, axis, direction, self.tokens)
+
+    def sum(self, x: Tensor, axis: Axis, direction: str) -> Tensor:
+        return reduce_scatter(x, axis, direction)
+
+    def sum_later(self, x: Tensor, axis: Axis, direction: str) -> Callable[[], Tensor]:
+        out = reduce_scatter(x, axis, direction)
+        return lambda: out
+
+    def dropout(self, x: Tensor, p: float, axis: Axis) -> Tensor:
+        return own_dropout(x, p, axis) if p > 0 else x
+
+
+Region = Whole | SplitTokens
+WHOLE = Whole()
+
+
+# --- f and g --------------------------------------------------------------------------------------
+
+
+class _F(torch.autograd.Function):
+    """f enters a region: forward gathers tokens, backward sums the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, region: Region) -> Tensor:
+        ctx.axis, ctx.region = axis, region
+        return region.gather(x, axis, "forward")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.region.sum(grad, ctx.axis, "backward"), None, None
+
+
+class _G(torch.autograd.Function):
+    """g leaves a region: forward sums the ranks' outputs, backward gathers the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, region: Region) -> Tensor:
+        ctx.axis, ctx.region = axis, region
+        return region.sum(x, axis, "forward")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.region.gather(grad, ctx.axis, "backward"), None, None
+
+
+class _FLinear(torch.autograd.Function):
+    """f and the product after it. Backward sums x's gradient while the weight's is computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, region: Region
+    ) -> Tensor:
+        dtype = product_dtype(x)
+        own, w, b = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        full = region.gather(own, axis, "forward")
+        ctx.save_for_backward(full if region.keep else own, w)
+        ctx.axis, ctx.region, ctx.dtypes = axis, region, (x.dtype, weight.dtype)
+        return F.linear(full, w, b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        x_dtype, dtype = ctx.dtypes
+        dx = dw = db = None
+        with torch.autocast(grad.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                dx = ctx.region.sum_later((grad @ weight).to(x_dtype), ctx.axis, "backward")
+            rows = grad.flatten(0, -2)
+            if ctx.needs_input_grad[1]:
+                full = x if ctx.region.keep else ctx.region.gather(x, ctx.axis, "backward")
+                dw = (rows.t() @ full.flatten(0, -2)).to(dtype)
+            if ctx.needs_input_grad[2]:
+                db = rows.sum(dim=0).to(dtype)
+        return dx and dx(), dw, db, None, None
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """In which x is multiplied: autocast's dtype within autocast, else its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+@outside_graphs
+def _apply(function: Any, *args: Any) -> Tensor:
+    return function.apply(*args)
+
+
+def _learns(axis: Axis) -> bool:
+    return axis.size > 1 and torch.is_grad_enabled()
+
+
+def f(x: Tensor, axis: Axis, region: Region = WHOLE) -> Tensor:
+    """Enter a region: x outside -> x [B, T, C] of all tokens, on every rank."""
+    return _apply(_F, x, axis, region) if _learns(axis) else region.gather(x, axis, "forward")
+
+
+def g(x: Tensor, axis: Axis, region: Region = WHOLE) -> Tensor:
+    """Leave a region: the sum of the ranks' x [B, T, C], as it lies outside."""
+    return _apply(_G, x, axis, region) if _learns(axis) else region.sum(x, axis, "forward")
+
+
+def f_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, region: Region = WHOLE
+) -> Tensor:
+    """F.linear(f(x), weight, bias)"""
+    if _learns(axis) or isinstance(region, SplitTokens):  # which gathers in autocast's dtype
+        return _apply(_FLinear, x, weight, bias, axis, region)
+    return F.linear(x, weight, bias)
+
+
+class _DivideGradient(torch.autograd.Function):
+    """Forward nothing, backward divides the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parts: int) -> Tensor:
+        ctx.parts = parts
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.parts, None
+
+
+def divide_gradient(x: Tensor, axis: Axis) -> Tensor:
+    """x. For where every rank computes the full gradient of x, and the ranks' gradients of x are
+    summed later."""
+    divided: Tensor = _DivideGradient.apply(x, axis.size)
+    return divided
+
+
+# --- dropout --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def own_stream(device: torch.device, axis: Axis) -> Iterator[None]:
+    """Within, torch's default stream is this rank's own.
+
+    Its seed is drawn from the stream that all ranks of a tp group share, so that activation
+    checkpointing repeats it, and moved by the rank.
+    """
+    seed = int(torch.randint(2**62, ()).item()) + axis.rank
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@outside_graphs
+def own_dropout(x: Tensor, p: float, axis: Axis) -> Tensor:
+    """Dropout with a mask of this rank's own, for x that other ranks do not hold."""
+    with own_stream(x.device, axis):
+        return F.dropout(x, p)

@@ -1,0 +1,56 @@
+"""A model's gradients after an iteration's last backward pass: parts summed, and their norm."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from parallel.collectives import Axis, all_reduce
+from parallel.parameters import local_part
+from plan import messages
+from tp_model import TensorParallelGPT
+
+
+def partial_gradients(model: TensorParallelGPT) -> list[nn.Parameter]:
+    """The replicated parameters of whose gradient each rank has only a part."""
+    names = messages.partial_gradients(model.split, model.schedule, model.sequence_parallel)
+    return list(map(model.get_parameter, names))
+
+
+def sum_partial_gradients(model: TensorParallelGPT) -> None:
+    """One all-reduce, or none if there are no partial gradients, as in plain Megatron."""
+    sum_gradients(partial_gradients(model), model.tp.at("optimizer"))
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Iterable[nn.Parameter], axis: Axis) -> None:
+    """Sum the gradients of these parameters over the axis, in place, in one all-reduce."""
+    gradients = [local_part(p.grad)[0] for p in parameters if p.grad is not None]
+    if gradients:
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        sums = all_reduce(flat, axis, "step").split([gradient.numel() for gradient in gradients])
+        for gradient, summed in zip(gradients, sums, strict=True):
+            gradient.copy_(summed.view_as(gradient))
+
+
+@torch.no_grad()
+def grad_norm(model: TensorParallelGPT) -> Tensor:
+    """The 2-norm of the full model's gradient, float32, equal on all ranks.
+
+    One all-reduce adds the squares of tp-split parameters, and one over dp those of sharded ones.
+    Replicated gradients are the same on every rank and count once; padding rows have none.
+    """
+    replicated: list[Tensor] = []
+    split: list[Tensor] = []
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            norm = torch.linalg.vector_norm(local_part(p.grad)[0].float())
+            (replicated if model.split.rules[name].dim is None else split).append(norm)
+    squares = [
+        torch.stack(norms).square().sum() if norms else torch.zeros((), device=model.device)
+        for norms in (replicated, split)
+    ]
+    square = squares[0] + all_reduce(squares[1], model.tp.at("optimizer"), "step")
+    if model.parts.dp:
+        square = all_reduce(square, model.parts.dp.at("optimizer"), "step")
+    return square.sqrt()
