@@ -1,54 +1,34 @@
-"""Measure: how fast ranks decode, read a prompt, train and start, what they wait for, and how that compares, round by round,
-with what a user would pick instead.
+"""Measure how fast ranks decode, read a prompt and train, and what they wait for; compare it, round by
+round, with the programs that a user would pick instead.
 
     torchrun --standalone --nproc_per_node=2 bench_tp.py decode --against=hf,ctranslate2,one_rank
     torchrun --standalone --nproc_per_node=2 bench_tp.py prefill --against=hf,ctranslate2
     torchrun --standalone --nproc_per_node=2 bench_tp.py train --against=reference
     torchrun --standalone --nproc_per_node=2 bench_tp.py save
     torchrun --standalone --nproc_per_node=2 bench_tp.py allreduce
-    torchrun --standalone --nproc_per_node=2 bench_tp.py block --part=layer --n_embd=768 --n_head=12 --tp=1,2,4,8
-    python bench_tp.py start --ranks=2
+    torchrun --standalone --nproc_per_node=2 bench_tp.py block --part=layer --tp=1,2,4,8
     python bench_tp.py diagram --tp=2,4,8
     python bench_tp.py page --kept=run.json --report=run.html
-    torchrun --standalone --nproc_per_node=2 bench_tp.py predict
     python bench_tp.py predict --hardware=all
 """
 
-from collections.abc import Callable
-from typing import Any
-
-from bench.diagram import diagram, page
-from bench.inference import decode, prefill, start
-from bench.laboratory import block
-from bench.messages import allreduce
-from bench.prediction import predict
+from bench.inference import decode, prefill
+from bench.laboratory import allreduce, block, diagram, page
+from bench.predict import predict
 from bench.training import save, train
-from cli.options import (
-    BenchAllreduceOptions,
-    BenchBlockOptions,
-    BenchDecodeOptions,
-    BenchDiagramOptions,
-    BenchPageOptions,
-    BenchPredictOptions,
-    BenchPrefillOptions,
-    BenchSaveOptions,
-    BenchStartOptions,
-    BenchTrainOptions,
-)
-from world.entry import run_commands
-from world.mesh import World
+from cli import options
+from world.entry import Main, run_commands
 
-COMMANDS: dict[str, tuple[type[Any], Callable[[World, Any], None]]] = {
-    "decode": (BenchDecodeOptions, decode),
-    "prefill": (BenchPrefillOptions, prefill),
-    "train": (BenchTrainOptions, train),
-    "save": (BenchSaveOptions, save),
-    "allreduce": (BenchAllreduceOptions, allreduce),
-    "block": (BenchBlockOptions, block),
-    "start": (BenchStartOptions, start),
-    "diagram": (BenchDiagramOptions, diagram),
-    "page": (BenchPageOptions, page),
-    "predict": (BenchPredictOptions, predict),
+COMMANDS: dict[str, tuple[type[options.RunOptions], Main]] = {
+    "decode": (options.BenchDecodeOptions, decode),
+    "prefill": (options.BenchPrefillOptions, prefill),
+    "train": (options.BenchTrainOptions, train),
+    "save": (options.BenchSaveOptions, save),
+    "allreduce": (options.BenchAllreduceOptions, allreduce),
+    "block": (options.BenchBlockOptions, block),
+    "diagram": (options.BenchDiagramOptions, diagram),
+    "page": (options.BenchPageOptions, page),
+    "predict": (options.BenchPredictOptions, predict),
 }
 
 if __name__ == "__main__":

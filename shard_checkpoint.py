@@ -9,7 +9,6 @@
 import math
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -19,57 +18,66 @@ from base.console import console
 from base.errors import ReaderGone, UserError
 from base.numbers import nbytes
 from checkpoints import convert
-from checkpoints.shards import TensorEntry
+from checkpoints.manifest import TensorEntry
+from checkpoints.sources import open_shards
 from cli.grammar import parse_command
-from cli.options import EntryOptions, InspectOptions, MergeOptions, SplitOptions, VerifyOptions
+from cli.options import InspectOptions, MergeOptions, SplitOptions, VerifyOptions
 from plan.partition import Partition
 from plan.schedule import Schedule
 
 
 def split(options: SplitOptions) -> None:
-    manifest, note = convert.split(options)
-    sizes = [f"{size / 1e6:,.1f} MB" if size >= 1e5 else nbytes(size) for _, size, _ in manifest.files]
-    print(f"{options.out}: {manifest.source} in {options.tp} shards of {', '.join(sizes)} ({manifest.dtype})")
-    for line in filter(None, (Partition.of(manifest.model, options.tp).imbalance(), note)):
+    made, note = convert.split(options)
+    sizes = [f"{n / 1e6:,.1f} MB" if n >= 1e5 else nbytes(n) for _, n, _ in made.files]
+    print(f"{options.out}: {made.source} in {made.tp} shards of {', '.join(sizes)} ({made.dtype})")
+    for line in filter(None, (Partition.of(made.model, made.tp).imbalance(), note)):
         print(line)
 
 
 def merge(options: MergeOptions) -> None:
-    shards = convert.merge(options)
-    manifest = shards.manifest
-    print(f"{options.out}: {shards.description}, merged from {manifest.tp} shards ({options.format})")
-    if (made := manifest.sync) is not None:
-        print(f"note: these weights were made for --sync={made.schedule} on tp={made.tp}; {options.format} cannot say so.")
-    if options.format == "nanogpt" and manifest.model.activation != "gelu":
-        print("note: these weights use the tanh approximation of GELU; nanoGPT computes the exact one.")
+    shards, form = convert.merge(options), options.format
+    tp, made = shards.manifest.tp, shards.sync
+    print(f"{options.out}: {shards.description}, merged from {tp} shards ({form})")
+    if made is not None:
+        weights = f"these weights were made for --sync={made.schedule} on tp={made.tp}"
+        print(f"note: {weights}; {form} cannot say so.")
+    if form == "nanogpt" and shards.config.activation != "gelu":
+        weights = "these weights use the tanh approximation of GELU"
+        print(f"note: {weights}; nanoGPT computes the exact one.")
 
 
 def verify(options: VerifyOptions) -> None:
     shards = convert.verify(options.shards)
-    files = shards.manifest.files
+    files, total = shards.manifest.files, 0
     for name, size, _ in files:
         print(f"{name}  {size:>13,} bytes  sha256 ok")
-    total = sum(size for _, size, _ in files)
-    print(f"{shards.directory}: whole: {len(files)} files, {len(shards.manifest.tensors)} tensors, {total:,} bytes")
+        total += size
+    whole = f"{len(files)} files, {len(shards.manifest.tensors)} tensors, {total:,} bytes"
+    print(f"{shards.directory}: whole: {whole}")
 
 
 def inspect(options: InspectOptions) -> None:
-    """All of it as the manifest has it, which need not be as this program would split."""
-    manifest = convert.open_shards(options.shards).manifest
-    tensors, config = manifest.tensors, manifest.model
-    print(f"{options.shards}: {manifest.source or 'unnamed source'}, tp {manifest.tp}, {manifest.dtype}")
+    """Print the manifest's split, which need not be the one that this program makes."""
+    manifest = open_shards(options.shards).manifest
+    tensors, config, made = manifest.tensors, manifest.model, manifest.sync
+    source = manifest.source or "unnamed source"
+    print(f"{options.shards}: {source}, tp {manifest.tp}, {manifest.dtype}")
     sizes = ", ".join(f"{key} {value}" for key, value in asdict(config).items())
     print(f"model: {sizes}; {Partition.of(config, 1).count():,} parameters")
-    if (made := manifest.sync) is not None:
+    if made is not None:
         points = Schedule.parse(made.schedule, config.n_layer).points
-        print(f"made for --sync={made.schedule} on tp={made.tp} ranks: {points} sync points in {config.n_layer} layers")
-    print(f"{'rank':>4} {'heads':>9} {'MLP columns':>13} {'vocabulary':>15} {'parameters':>14} {'bytes':>14}")
+        where = f"{points} sync points in {config.n_layer} layers"
+        print(f"made for --sync={made.schedule} on tp={made.tp} ranks: {where}")
+    row = "{:>4} {:>9} {:>13} {:>15} {:>14} {:>14}".format
+    print(row("rank", "heads", "MLP columns", "vocabulary", "parameters", "bytes"))
+    width = config.n_embd // config.n_head
     for rank, (_, size, _) in enumerate(manifest.files):
-        heads = _owned(tensors["transformer.h.0.attn.c_proj.weight"], 1, rank, config.n_embd // config.n_head)
+        heads = _owned(tensors["transformer.h.0.attn.c_proj.weight"], 1, rank, width)
         columns = _owned(tensors["transformer.h.0.mlp.c_fc.weight"], 0, rank)
         vocabulary = _owned(tensors["transformer.wte.weight"], 0, rank)
-        count = sum(math.prod(entry.rule.local_shape(entry.shape, rank)) for entry in tensors.values())
-        print(f"{rank:>4} {heads:>9} {columns:>13} {vocabulary:>15} {count:>14,} {size:>14,}")
+        shapes = (entry.rule.local_shape(entry.shape, rank) for entry in tensors.values())
+        count = sum(map(math.prod, shapes))
+        print(row(rank, heads, columns, vocabulary, f"{count:,}", f"{size:,}"))
     print(f"{'tensor':<36} {'shape':>14} {'split':>12}")
     for name, entry in tensors.items():
         how = "replicated" if entry.rule.dim is None else f"dim {entry.rule.dim}"
@@ -82,40 +90,35 @@ def _owned(entry: TensorEntry, dim: int, rank: int, unit: int = 1) -> str:
     return ",".join(f"{lo // unit}-{(hi - 1) // unit}" for lo, hi in runs if lo < hi)
 
 
-COMMANDS: dict[str, tuple[type[EntryOptions], Callable[[Any], None]]] = {
-    "split": (SplitOptions, split),
-    "merge": (MergeOptions, merge),
-    "verify": (VerifyOptions, verify),
-    "inspect": (InspectOptions, inspect),
-}
+COMMANDS: dict[str, tuple[type[Any], Any]] = {
+    "split": (SplitOptions, split), "merge": (MergeOptions, merge),
+    "verify": (VerifyOptions, verify), "inspect": (InspectOptions, inspect),
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
+    """Run a command; the exit status, see docs/how_it_works.md."""
+    options, prog = None, "shard_checkpoint.py"
+    torch.set_num_threads(1)  # each file has a thread here: torch's own would be in their way
     with console():
-        return _main(argv)
-
-
-def _main(argv: list[str]) -> int:
-    options = None
-    torch.set_num_threads(1)  # the threads here are one a file: torch's own would only stand in their way
-    try:
-        name, options = parse_command({name: cls for name, (cls, _) in COMMANDS.items()}, argv, "shard_checkpoint.py")
-        COMMANDS[name][1](options)
-        sys.stdout.flush()  # so that a reader who has gone is noticed here
-        return 0
-    except ReaderGone:  # `inspect | head`: whoever read has seen enough
-        return 128 + signal.SIGPIPE  # as a program that SIGPIPE ends
-    except UserError as error:
-        if getattr(options, "debug", False):
-            raise
-        print(f"shard_checkpoint.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"shard_checkpoint.py: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("shard_checkpoint.py: stopped by Ctrl-C", file=sys.stderr)
-        return 130
+        try:
+            classes = {name: cls for name, (cls, _) in COMMANDS.items()}
+            name, options = parse_command(classes, argv, prog)
+            COMMANDS[name][1](options)
+            sys.stdout.flush()  # here it is noticed if the reader has gone
+            return 0
+        except ReaderGone:  # `inspect | head`
+            return 128 + signal.SIGPIPE  # as a program that SIGPIPE ends
+        except UserError as error:
+            if getattr(options, "debug", False):
+                raise
+            status, message = 2, str(error)
+        except OSError as error:
+            status, message = 1, f"{error.filename or 'output'}: {error.strerror}"
+        except KeyboardInterrupt:
+            status, message = 130, "stopped by Ctrl-C"
+        print(f"{prog}: {message}", file=sys.stderr)
+        return status
 
 
 if __name__ == "__main__":

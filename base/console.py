@@ -1,8 +1,8 @@
-"""Standard output and standard error as every command has them.
+"""Standard output and standard error of every command.
 
-A console that cannot show a character shows its number. On a terminal control characters of the
-text are shown too, not obeyed: a vocabulary or a prompt may come from anywhere. A file or a pipe
-gets the text as it is. Whoever reads may leave (`| head`): that ends a command quietly.
+A character that the console cannot show is shown by its number. Texts may come from anywhere, so a
+terminal shows their control characters instead of obeying them; files and pipes get the text
+unchanged. When nothing reads standard output any more (`| head`) the command ends quietly.
 """
 
 import contextlib
@@ -21,81 +21,83 @@ CONTROLS = {
 
 
 class Output(io.TextIOWrapper):
-    """Standard output on the bytes of `stream`. ReaderGone where nobody reads any more; OSError
-    names it where it cannot be written. After either it takes what is written, and drops it."""
+    """Standard output, on the bytes of `stream`.
+
+    Raises ReaderGone if nothing reads it, OSError with the file name "standard output" if writing
+    fails. After either, everything written is discarded.
+    """
 
     def __init__(self, stream: Any):
         how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
         super().__init__(stream.buffer, stream.encoding, "backslashreplace", **how)
-        self._stream = stream  # that closes the bytes where it is forgotten
-        self._shows = self.isatty()
+        self._stream = stream  # keeps the bytes open: the stream closes them when it is collected
+        self._escapes = self.isatty()
 
     def isatty(self) -> bool:
         return bool(self._stream.isatty())
 
     def write(self, text: str) -> int:
-        with self._heard():
-            super().write(text.translate(CONTROLS) if self._shows else text)
+        with self._translating_errors():
+            super().write(text.translate(CONTROLS) if self._escapes else text)
         return len(text)
 
     def flush(self) -> None:
-        with self._heard():
+        with self._translating_errors():
             super().flush()
 
     def close(self) -> None:
-        """The bytes are another's to close."""
+        """Only flush: `stream` owns the bytes."""
         self.flush()
 
     @contextlib.contextmanager
-    def _heard(self) -> Iterator[None]:
+    def _translating_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            _drop(self.fileno())
-            if self._shows and error.errno == errno.EIO:  # a terminal that has been closed
-                return
+            _discard(self.fileno())
             if isinstance(error, BrokenPipeError):
                 raise ReaderGone from None
-            raise OSError(error.errno, error.strerror, "standard output") from None
+            if not (self._escapes and error.errno == errno.EIO):  # EIO: the terminal was closed
+                raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 class Errors(Output):
-    """Standard error: where that cannot be written there is nobody to tell. Bars move the cursor."""
+    """Standard error. Failing to write it raises nothing. Not escaped: bars move the cursor."""
 
     def __init__(self, stream: Any):
         super().__init__(stream)
-        self._shows = False
+        self._escapes = False
 
     @contextlib.contextmanager
-    def _heard(self) -> Iterator[None]:
+    def _translating_errors(self) -> Iterator[None]:
         with contextlib.suppress(OSError):
             yield
 
 
-def _drop(number: int) -> None:
-    """Let the descriptor take what is written to it, and drop it."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    if nowhere != number:
-        os.dup2(nowhere, number)
-        os.close(nowhere)
+def _discard(descriptor: int) -> None:
+    """Connect the descriptor to /dev/null."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    if null != descriptor:
+        os.dup2(null, descriptor)
+        os.close(null)
 
 
 @contextlib.contextmanager
 def console() -> Iterator[None]:
-    """Within, sys.stdout and sys.stderr are these."""
+    """Replace sys.stdout and sys.stderr by an Output and an Errors inside the block."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _opened(sys.stdout, 1, Output), _opened(sys.stderr, 2, Errors)
+    sys.stdout, sys.stderr = _wrapped(sys.stdout, 1, Output), _wrapped(sys.stderr, 2, Errors)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
 
 
-def _opened(stream: Any, number: int, kind: type[Output]) -> Any:
-    if stream is None:  # it was closed before Python began (`2>&-`)
-        with contextlib.suppress(OSError):
-            os.fstat(number)  # another file may have its number by now
-            return open(os.devnull, "w")
-        _drop(number)
-        return open(os.devnull, "w")
-    return kind(stream) if hasattr(stream, "buffer") else stream
+def _wrapped(stream: Any, descriptor: int, kind: type[Output]) -> Any:
+    if stream is not None:
+        return kind(stream) if hasattr(stream, "buffer") else stream
+    try:  # the stream was closed before Python started (`2>&-`)
+        os.fstat(descriptor)  # succeeds if another file has this number by now
+    except OSError:
+        _discard(descriptor)
+    return open(os.devnull, "w")

@@ -1,28 +1,27 @@
-"""The exceptions that are no fault of the program's, and how a message quotes a value that is wrong."""
+"""Exceptions that are not bugs of this program, and how a message quotes a wrong value."""
 
+import re
 import reprlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# as torch says it of a GPU and of the host, the system, and Python of a thread
-OUT_OF_MEMORY = ("out of memory", "defaultcpuallocator", "cannot allocate memory", "can't start new thread")
+# from the messages of torch (for a GPU and for the host), the system, and Python (for a thread)
+OUT_OF_MEMORY = re.compile(
+    "out of memory|defaultcpuallocator|cannot allocate memory|can't start new thread", re.IGNORECASE
+)
 
 
 class UserError(Exception):
-    """A mistake the user can mend: shown as one line on standard error, exit status 2, no traceback.
+    """A mistake of the user's: one line on standard error, exit status 2, no traceback.
 
-    The message names what is wrong and what to do; `--debug=True` shows the traceback as well.
+    The message names the mistake and what to do. `--debug=True` adds the traceback.
     """
 
 
-class Unheard(UserError):
-    """One that a rank alone can tell, as it reaches no other."""
-
-
 class Stopped(Exception):
-    """A run that ended early because it was told to, in good order; its text is for the terminal. status: the exit status."""
+    """A run ended early and in good order, because it was asked to. status: the exit status."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
@@ -30,17 +29,17 @@ class Stopped(Exception):
 
 
 class ReaderGone(Exception):
-    """Whoever read standard output has gone, as `| head` does when it has seen enough."""
+    """Nothing reads standard output any more, as after `| head`."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch has a class of its own for a GPU's memory, and for the host's a message only."""
-    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
+    """torch has an exception class for a GPU's memory; for the host's it has only a message."""
+    return isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)) is not None
 
 
 @contextmanager
 def explaining_memory(need: Callable[[], str]) -> Iterator[None]:
-    """Within, an error for want of memory is told with what the run needs."""
+    """Add what the run needs, `need()`, to an out-of-memory error raised inside."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -54,10 +53,10 @@ def print_error(line: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """A wrong value as a message quotes it: on one line, and neither long nor deep."""
+    """A wrong value as a message quotes it: one line, shortened."""
     return " ".join(reprlib.repr(value).split())
 
 
 def printable(text: str, most: int = 100) -> str:
-    """The beginning of a text that a file brought, fit for a terminal."""
+    """The first `most` characters of a text from a file, safe to print on a terminal."""
     return "".join(char if char.isprintable() else "?" for char in text[:most])

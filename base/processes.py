@@ -1,4 +1,4 @@
-"""What the processes of a group find out about each other: who still runs, and whether all of them can do a thing."""
+"""Processes of one group: who is running, who answers, and agreeing on a step that may fail."""
 
 import contextlib
 import os
@@ -9,53 +9,52 @@ from typing import Any, TypeVar
 from base.native import Unavailable
 
 T = TypeVar("T")
-Exchange = Callable[[Any], list[Any]]  # a small picklable thing of every rank of the group, in rank order
+Exchange = Callable[[Any], list[Any]]  # all-gather of a small picklable value, in rank order
 
 
 def process_state(pid: int) -> str:
-    """The letter that /proc has for it: Z for one that has ended and waits for its parent, T for a stopped one; "" where there
-    is none, ? where it exists and nothing more is known."""
+    """The state letter in /proc: Z zombie, T stopped, ...; "" no such process, ? unknown."""
     try:
         os.kill(pid, 0)
         with open(f"/proc/{pid}/stat") as stat:
             return stat.read().rpartition(")")[2].split()[0]
     except ProcessLookupError:
         return ""
-    except OSError:  # another user's process, or a system without /proc
+    except OSError:  # another user's process, or no /proc
         return "?"
 
 
 def is_running(pid: int) -> bool:
-    """False for one that has ended, also while it waits as a zombie for its parent."""
+    """False for a process that has ended, including a zombie."""
     return process_state(pid) not in ("", "Z", "X")
 
 
-def answer(ask: Callable[[], T], otherwise: T, seconds: float) -> T:
-    """What `ask` gives; `otherwise` where it fails, or takes longer: it is left to itself then."""
-    given = []
+def call_within(function: Callable[[], T], default: T, seconds: float) -> T:
+    """function(), or `default` if it raises or takes longer; it is then left running."""
+    results = []
 
-    def asked() -> None:
+    def call() -> None:
         with contextlib.suppress(Exception):
-            given.append(ask())
+            results.append(function())
 
-    thread = threading.Thread(target=asked, daemon=True)
+    thread = threading.Thread(target=call, daemon=True)
     try:
         thread.start()
-    except RuntimeError:  # there is no memory for a thread
-        asked()
+    except RuntimeError:  # no memory for a thread
+        call()
     else:
         thread.join(seconds)
-    return given[0] if given else otherwise
+    return results[0] if results else default
 
 
 def on_all(exchange: Exchange, make: Callable[[], Any]) -> Any:
-    """What this rank's `make` gives. Where it fails on one rank it fails on all, and says why and where."""
+    """make() of this rank. If it raises Unavailable on one rank, all raise it and name the rank."""
     made, fault = None, ""
     try:
         made = make()
     except Unavailable as error:
         fault = str(error)
-    for rank, theirs in enumerate(exchange(fault)):
-        if theirs:
-            raise Unavailable(f"rank {rank}: {theirs}" if rank else theirs)
+    for rank, other in enumerate(exchange(fault)):
+        if other:
+            raise Unavailable(f"rank {rank}: {other}" if rank else other)
     return made

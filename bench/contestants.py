@@ -1,5 +1,7 @@
-"""What a user would pick instead, as a process of its own: loads once, then answers each line on standard input with the
-seconds that a round took. Between rounds it waits for the next line and costs nothing.
+"""A contestant: a program that a user would pick instead, in a process of its own.
+
+It loads once, then answers each line on standard input with the seconds that a round took. Between
+rounds it waits for the next line and uses no core.
 
     python -m bench.contestants '{"kind": "hf", ...}'
 """
@@ -10,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +25,25 @@ TRAINERS = ("reference",)
 
 
 class Contestant:
-    """The parent's end. `job` is what the child is told at the start; UserError where it cannot run."""
+    """The parent's end. `job` is what the child needs; UserError if it cannot run."""
 
     def __init__(self, job: dict[str, Any]):
         self.kind = job["kind"]
         command = [sys.executable, "-m", "bench.contestants", json.dumps(job)]
-        self._said = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill
-        self._child = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
-        )
+        self._errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
+        self._child = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
         self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self._child.stdout is not None
         for line in self._child.stdout:
-            if line.startswith("{"):  # libraries print what they like
+            if line.startswith("{"):  # libraries print other lines
                 answer: dict[str, Any] = json.loads(line)
                 return answer
-        self._said.seek(0)
-        said = self._said.read().strip().splitlines() or ["no message"]
-        raise UserError(f"--against={self.kind} failed: {said[-1][:200]}")
+        self._errors.seek(0)
+        errors = self._errors.read().strip().splitlines() or ["no message"]
+        raise UserError(f"--against={self.kind} failed: {errors[-1][:200]}")
 
     def round(self) -> dict[str, Any]:
         """{"seconds": of a round, ...}"""
@@ -53,28 +55,26 @@ class Contestant:
     def close(self) -> None:
         self._child.kill()
         self._child.wait()
-        self._said.close()
+        self._errors.close()
 
 
-# --- the child ------------------------------------------------------------------------------------------------------
+# --- the child ------------------------------------------------------------------------------------
 
 Round = Callable[[], dict[str, Any]]
 
 
 def decoding(job: dict[str, Any], generate: Callable[[int], list[int]]) -> Round:
-    """Seconds of a decode step: what N new tokens take longer than one, so that reading the prompt does not count. Where N
-    is 1, seconds to the first token."""
+    """Seconds of a decode step: the time of N new tokens less that of one, so that the prompt does
+    not count. If N is 1, seconds to the first token."""
     n = job["new_tokens"]
 
     def once() -> dict[str, Any]:
-        started = time.perf_counter()
-        tokens = generate(1)
-        first = time.perf_counter() - started
-        if n == 1:
-            return {"seconds": first, "tokens": tokens}
-        started = time.perf_counter()
-        tokens = generate(n)
-        return {"seconds": (time.perf_counter() - started - first) / (n - 1), "tokens": tokens}
+        seconds = 0.0
+        for count in sorted({1, n}):
+            started = time.perf_counter()
+            tokens = generate(count)
+            seconds = time.perf_counter() - started - seconds
+        return {"seconds": seconds / max(1, n - 1), "tokens": tokens}
 
     generate(2)
     return once
@@ -85,15 +85,15 @@ def hf(job: dict[str, Any]) -> Round:
     from transformers import GPT2LMHeadModel
 
     torch.set_num_threads(job["threads"])
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it is slow where every token has a new length
-    dtype = getattr(torch, job["dtype"])
-    model: Any = GPT2LMHeadModel.from_pretrained(job["weights"]).to(job["device"], dtype).eval()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it is slow if every token has a new length
+    model: Any = GPT2LMHeadModel.from_pretrained(job["weights"])
+    model = model.to(job["device"], getattr(torch, job["dtype"])).eval()
     idx = torch.tensor([job["prompt"]], device=job["device"])
+    fixed = {"attention_mask": torch.ones_like(idx), "do_sample": False, "pad_token_id": 0}
 
     @torch.inference_mode()
     def generate(n: int) -> list[int]:
-        mask = torch.ones_like(idx)
-        out = model.generate(idx, attention_mask=mask, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
+        out = model.generate(idx, max_new_tokens=n, min_new_tokens=n, **fixed)
         tokens: list[int] = out[0, idx.shape[1] :].tolist()
         return tokens
 
@@ -112,53 +112,47 @@ def ctranslate2(job: dict[str, Any]) -> Round:
     device, _, index = job["device"].partition(":")
     where = {"device": device, "device_index": int(index or 0), "compute_type": compute}
     model = ct2.Generator(str(place), intra_threads=job["threads"], **where)
-    # its vocabulary is a list of words; the converter made one of the tokenizer files that lie beside the weights
+    # a list of words, which the converter made of the tokenizer beside the weights
     words = json.loads((place / "vocabulary.json").read_text())
     prompt = [words[token] for token in job["prompt"]]
 
     def generate(n: int) -> list[int]:
-        options = {"max_length": n, "min_length": n, "sampling_topk": 1, "include_prompt_in_result": False}
-        tokens: list[int] = list(model.generate_batch([prompt], **options)[0].sequences_ids[0])
-        return tokens
+        options = {"sampling_topk": 1, "include_prompt_in_result": False}
+        (made,) = model.generate_batch([prompt], max_length=n, min_length=n, **options)
+        return list(made.sequences_ids[0])
 
     return decoding(job, generate)
 
 
 def one_rank(job: dict[str, Any]) -> Round:
+    """nanoTP on one rank of one thread."""
     import torch
 
-    from checkpoints.sources import open_source, reader
+    from bench.inference import Subject
+    from checkpoints.sources import open_source, reader, tokenizer_of
     from inference.decoding import decoder_for
-    from inference.generation import generate as write
-    from inference.sampling import Sampling
     from parallel.collectives import Axis
+    from parallel.ledger import Ledger
     from parallel.quantized import quantize
     from tp_model import TensorParallelGPT
 
     torch.set_num_threads(1)
-    source, where = open_source(job["weights"]), {"device": job["device"], "dtype": getattr(torch, job["dtype"])}
+    source = open_source(job["weights"])
+    where = {"device": job["device"], "dtype": getattr(torch, job["dtype"])}
     model = TensorParallelGPT(source.config, Axis("tp"), reader(source, 0), **where).eval()
     if job["quantize"]:
         quantize(model, lambda mine: [mine])
     if job["compile"]:
         model.compile_blocks()
-    decoder = decoder_for(model)
-    n = job["new_tokens"]
-    sampling = Sampling(n_tokens=source.config.vocab_size, temperature=0, max_new_tokens=n)
-
-    def once() -> dict[str, Any]:
-        captured = decoder.capture_s
-        result = write(model, [job["prompt"]], sampling, decoder=decoder)
-        seconds = result.timing.decode_s - (decoder.capture_s - captured)
-        return {"seconds": seconds / (n - 1), "tokens": result.rows[0].tokens[-n:]}
-
+    ours = Subject(model, tokenizer_of(source), job["prompt"], job["new_tokens"], Ledger())
+    once = partial(ours.measure, decoder_for(model))
     once()
     return once
 
 
 def reference(job: dict[str, Any]) -> Round:
-    """model.py in one process. On a CPU with AdamW as torch has it when nothing is asked of it; on a GPU
-    as nanoGPT trains: autocast, fused AdamW, compiled as a whole where ours is compiled."""
+    """model.py in one process. On a CPU with AdamW as torch has it by default; on a GPU as nanoGPT
+    trains: autocast, fused AdamW, compiled as a whole if ours is compiled."""
     import torch
 
     from model import GPT, GPTConfig
@@ -167,12 +161,9 @@ def reference(job: dict[str, Any]) -> Round:
     torch.set_num_threads(job["threads"])
     device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
     model = GPT(GPTConfig(**job["config"])).to(device)
-    forward: Any = model
-    if job["compile"] and model.config.n_layer > 24:  # one graph of so many would take minutes
-        for block in model.transformer.h:
-            block.compile()
-    elif job["compile"]:
-        forward = torch.compile(model)
+    whole = model.config.n_layer <= 24  # one graph of more layers would take minutes
+    for part in ([model] if whole else model.transformer.h) if job["compile"] else ():
+        part.compile()
     tokens, rows = Dataset(job["dataset"]).train, range(job["batch_size"])
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False, fused=fused)
@@ -180,7 +171,7 @@ def reference(job: dict[str, Any]) -> Round:
     def step(i: int) -> float:
         x, y = (part.to(device) for part in batch(tokens, rows, model.config.block_size, 1, i))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = forward(x, y)[1]
+            loss = model(x, y)[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -198,7 +189,8 @@ def reference(job: dict[str, Any]) -> Round:
 
 def main() -> None:
     job = json.loads(sys.argv[1])
-    once = {"hf": hf, "ctranslate2": ctranslate2, "one_rank": one_rank, "reference": reference}[job["kind"]](job)
+    kinds = {"hf": hf, "ctranslate2": ctranslate2, "one_rank": one_rank, "reference": reference}
+    once = kinds[job["kind"]](job)
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
         print(json.dumps(once()), flush=True)

@@ -1,203 +1,341 @@
-"""The laboratory: a part of a layer under every strategy (bench/strategies.py), measured: is it right, what do its ranks
-say, how long does it take, what does it hold."""
+"""A part of a layer under every strategy (strategies.py): its errors, messages, time and memory.
+
+`block` runs it on ranks. `diagram` counts it for any shape, and draws the layer. `allreduce`
+measures single messages over every transport.
+"""
 
 import math
+import sys
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from base.errors import UserError
-from bench.rounds import Bench, plot_bars, spread
-from bench.strategies import MISTAKES, Case, Piece, Said, Split, answers, formula, kept_bytes, summed, wire_bytes
-from cli.options import BenchBlockOptions
+from base.native import Unavailable
+from bench import strategies
+from bench.rounds import Bench, numbers, spread, table
+from bench.strategies import MISTAKES, Case, Counts, Piece, answers, formula
+from cli import options as opt
 from model import GPTConfig
-from parallel.collectives import all_reduce
+from parallel.collectives import Axis, all_reduce
 from parallel.ledger import total
+from plan.cost import ring_bytes
+from plan.memory import Training
+from plan.partition import Partition
+from plan.schedule import Schedule
+from report import report
+from report.diagram import fit, layer, lines
 from world.devices import pick_dtype
-from world.mesh import World, first_ranks
+from world.mesh import World, first_ranks, make_axis
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear")
 WAYS = ("forward", "backward", "step")
-WRONG = 0.03  # a relative error that no rounding explains, in bfloat16 either
+LINEAR = {
+    "columns_error": "columns, side by side, are the full column",
+    "rows_error": "addends add up to the full row",
+}
+WRONG = 0.03  # a relative error that no rounding explains, not even in bfloat16
+NOTES = [
+    "forward, back: collectives in a pass; +1: one sum of partial gradients, apart",
+    "told: KB of a rank's messages; wire: KB that it sends of them in rings",
+    "weights: MB of the rank with most; kept: MB for the backward pass, without them",
+]
+TIMED_NOTES = [
+    "error: the largest relative one of output, input gradient and any weight's gradient, against",
+    "one rank in double precision (spd: its own equations); ms: both passes, median; in coll.: the",
+    "share of them (rank 0's clock); products: self time of mm, addmm and bmm under the profiler",
+]
 
 
-def together(world: World, piece: Piece) -> None:
-    """The ranks of the group begin at the same time."""
+def line(case: Case, strategy: str, tp: int, counts: Counts, **measured: Any) -> dict[str, Any]:
+    """A line of the report. weight_bytes: of rank 0, which has most."""
+    rules, width = case.rules(tp), case.x.element_size()
+    shapes = (rules[name].local_shape(tuple(full.shape), 0) for name, full in case.weights.items())
+    passes = {key: value for key, value in counts.items() if key[0] != "step"}
+    told = [
+        {"direction": way, "op": op, "calls": n, "bytes": nbytes}
+        for (way, op), (n, nbytes) in sorted(counts.items())
+    ]
+    return {
+        "strategy": strategy if tp > 1 or strategy in MISTAKES else "one rank", "tp": tp,
+        "calls": {way: sum(n for key, (n, _) in counts.items() if key[0] == way) for way in WAYS},
+        "told": told, "bytes_told": sum(nbytes for _, nbytes in passes.values()),
+        "bytes_on_the_wire": strategies.wire_bytes(passes, strategy, tp),
+        "weight_bytes": width * sum(map(math.prod, shapes)), **measured,
+    }  # fmt: skip
+
+
+def strategy_table(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each strategy and tp. A strategy that did not run has no times."""
+    timed = any("seconds" in row for row in rows)
+    head = [" tp", "strategy", "forward", "back", "KB told", "KB wire", "weights MB", "kept MB"]
+    made = [head + ["error", "ms", "in coll.", "products ms"] * timed]
+    for row in rows:
+        name, calls, kept = row["strategy"], row["calls"], row.get("kept_bytes")
+        cells = [f"{row['tp']:>3}", name if len(name) < 17 else f"{name[:15]}…"]
+        cells += [f"{calls['forward']:.3g}", f"{calls['backward']:.3g}{'+1' * bool(calls['step'])}"]
+        cells += [f"{row[key] / 1e3:,.1f}" for key in ("bytes_told", "bytes_on_the_wire")]
+        cells += [f"{row['weight_bytes'] / 1e6:,.2f}", f"{kept / 1e6:,.2f}" if kept else ""]
+        if "seconds" in row:
+            cells += [f"{row['error']:.1e}", f"{1e3 * row['seconds']['median']:,.2f}"]
+            cells += [f"{row['share_in_collectives']['median']:.1%}"]
+            cells += [f"{1e3 * row['product_seconds']:,.2f} {row['share_in_products']:>4.0%}"]
+        made.append(cells + ["", "counted", "", ""] * (timed and "seconds" not in row))
+    return table(made, 2) + NOTES + TIMED_NOTES * timed
+
+
+# --- measured -------------------------------------------------------------------------------------
+
+
+def together(world: World, piece: Piece) -> float:
+    """The time at which the ranks of the group begin."""
     all_reduce(torch.zeros(1, device=world.device), piece.axis, "step")
+    return time.perf_counter()
 
 
 def timed(world: World, piece: Piece) -> dict[str, Any]:
-    """A forward and a backward pass with their clock and account, then the sum of what the ranks have in parts."""
-    together(world, piece)
-    before, started = world.ledger.snapshot(), time.perf_counter()
+    """The clock and the account of both passes, and the sum of partial gradients after them."""
+    started, before = together(world, piece), world.ledger.snapshot()
     piece.run()
     world.synchronize()
     seconds = time.perf_counter() - started
     share = total(world.ledger.since(before)).seconds / seconds
     piece.sum_partial()
-    return {"seconds": seconds, "share": share, "said": summed(world.ledger.since(before))}
+    counts = strategies.summed(world.ledger.since(before))
+    return {"seconds": seconds, "share": share, "counts": counts}
 
 
 def products(world: World, piece: Piece) -> tuple[float, float]:
-    """Seconds in matrix products in one forward and backward pass, the profiler's self time of torch's operators for them, and
-    the share of them in that pass (which the profiler makes slower)."""
+    """Seconds in matrix products in both passes (the profiler's self time of torch's operators),
+    and their share of these passes under the profiler."""
     gpu = world.device.type == "cuda"
-    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * gpu
-    with torch.profiler.profile(activities=kinds) as profile:
-        together(world, piece)  # one rank's profiler may take a second longer to start
-        started = time.perf_counter()
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
+    with profile(activities=kinds) as seen:
+        started = together(world, piece)  # a rank's profiler may take a second longer to start
         piece.run()
         world.synchronize()
         passed = time.perf_counter() - started
-    events: list[Any] = [event for event in profile.key_averages() if event.key in PRODUCTS]
-    seconds = sum(event.self_device_time_total if gpu else event.self_cpu_time_total for event in events) / 1e6
+    self_time = "self_device_time_total" if gpu else "self_cpu_time_total"
+    events = (event for event in seen.key_averages() if event.key in PRODUCTS)
+    seconds = sum(getattr(event, self_time) for event in events) / 1e6
     return seconds, seconds / passed
-
-
-def line(case: Case, strategy: str, tp: int, said: Said, **measured: Any) -> dict[str, Any]:
-    """A line of the report. weight_bytes: of rank 0, which has the most."""
-    shapes = (rule.local_shape(tuple(case.weights[name].shape), 0) for name, rule in case.rules(tp).items())
-    calls = {way: sum(n for (direction, _), (n, _) in said.items() if direction == way) for way in WAYS}
-    passes = {key: value for key, value in said.items() if key[0] != "step"}  # the sum of partial gradients stands apart
-    return {
-        "strategy": strategy if tp > 1 or strategy in MISTAKES else "one rank",
-        "tp": tp,
-        "calls": calls,
-        "told": [{"direction": key[0], "op": key[1], "calls": n, "bytes": size} for key, (n, size) in sorted(said.items())],
-        "bytes_told": sum(nbytes for _, nbytes in passes.values()),
-        "bytes_on_the_wire": wire_bytes(passes, strategy, tp),
-        "weight_bytes": case.x.element_size() * sum(math.prod(shape) for shape in shapes),
-        **measured,
-    }
 
 
 def measured(
     world: World, bench: Bench, case: Case, dense: dict[str, Tensor], tp: int, mistake: str
-) -> list[dict[str, Any]]:
-    """The lines of all strategies, or of megatron with and without a mistake, run on the first tp ranks while the others wait;
-    rank 0's are to be read."""
+) -> Iterator[dict[str, Any]]:
+    """The lines of all strategies, or of megatron with and without a mistake, run on the first tp
+    ranks while the others wait. Rank 0's are valid."""
     axis = first_ranks(world, tp, bench.options.comm_timeout)
     names = ("megatron", mistake) if mistake else case.strategies(tp)
     pieces = {} if axis is None else {name: Piece(case, name, axis, world.device) for name in names}
-    wanted = {name: answers(case, case.split(tp)) if name == "spd" else dense for name in pieces}
-    errors = [theirs for theirs in world.gather({name: p.errors(wanted[name]) for name, p in pieces.items()}) if theirs]
+    right = {name: answers(case, case.split(tp)) if name == "spd" else dense for name in pieces}
+    errors = world.gather({name: piece.errors(right[name]) for name, piece in pieces.items()})
     turns = bench.rounds(lambda: {name: timed(world, piece) for name, piece in pieces.items()}, [])
-    found = []
     for name, piece in pieces.items():
         rounds = [turn["nanotp"][name] for turn in turns]
-        error, where = max((value, where) for theirs in errors for where, value in theirs[name].items())
+        worst = {key: max(found[name][key] for found in errors[:tp]) for key in errors[0][name]}
+        where = max(worst, key=lambda key: worst[key])
         columns, rows = piece.linear_errors()
         seconds, share = products(world, piece)
-        figures = {
-            "error": error,
-            "error_in": where,
-            "errors": {way: max(theirs[name][way] for theirs in errors) for way in ("output", "input gradient")},
-            "seconds": spread([turn["seconds"] for turn in rounds]),
-            "share_in_collectives": spread([turn["share"] for turn in rounds]),
-            "product_seconds": seconds,
-            "share_in_products": share,
-            "kept_bytes": kept_bytes(piece.body, piece.forward),
-            "columns_error": columns,
-            "rows_error": rows,
-        }
-        found.append(line(case, name, tp, rounds[0]["said"], **figures))
-    return found
+        yield line(
+            case, name, tp, rounds[0]["counts"], error=worst[where], error_in=where,
+            errors={way: worst[way] for way in ("output", "input gradient")},
+            seconds=spread([turn["seconds"] for turn in rounds]),
+            share_in_collectives=spread([turn["share"] for turn in rounds]),
+            product_seconds=seconds, share_in_products=share, columns_error=columns,
+            rows_error=rows, kept_bytes=strategies.kept_bytes(piece.body, piece.forward),
+        )  # fmt: skip
 
 
-def table(lines: list[dict[str, Any]]) -> list[str]:
-    """One line for each strategy and tp; `counted` where there were no ranks to run it on."""
-    said = [
-        f"{'tp':>3} {'strategy':<14}{'error':>9}{'calls':>7}{'KB told':>10}{'KB wire':>10}{'ms':>9}{'in coll.':>9}"
-        f"{'products ms':>15}{'weights MB':>11}{'kept MB':>9}"
-    ]
-    for row in lines:
-        calls = f"{row['calls']['forward']}/{row['calls']['backward']}" + ("+1" if row["calls"]["step"] else "")
-        head = f"{row['tp']:>3} {row['strategy']:<14}"
-        sizes = f"{calls:>7}{row['bytes_told'] / 1e3:>10,.1f}{row['bytes_on_the_wire'] / 1e3:>10,.1f}"
-        weights = f"{row['weight_bytes'] / 1e6:>11,.2f}"
-        if "seconds" in row:
-            times = f"{1e3 * row['seconds']['median']:>9,.2f}{row['share_in_collectives']['median']:>9.1%}"
-            times += f"{1e3 * row['product_seconds']:>10,.2f}{row['share_in_products']:>5.0%}"
-            times += f"{weights}{row['kept_bytes'] / 1e6:>9,.2f}"
-            said.append(f"{head}{row['error']:>9.1e}{sizes}{times}")
-        else:
-            said.append(f"{head}{'':>9}{sizes}{'counted':>9}{'':>24}{weights}")
-    return said + [
-        "error: the largest relative one of output, input gradient and any weight's gradient, against one rank in double",
-        "precision (spd: its own equations); calls: collectives forward/backward, +1 the sum of partial gradients, apart;",
-        "told: bytes of one rank's messages; wire: what a rank sends of them in rings; ms: forward and backward, median;",
-        "in coll.: share of that inside collectives (rank 0's clock); products: the profiler's self time of mm, addmm and bmm",
-        "in one pass under it, and the share of that pass; weights: of one rank; kept: for the backward pass, without weights",
-    ]
-
-
-def words(case: Case, lines: list[dict[str, Any]]) -> list[str]:
-    """What the lines say, in words."""
-    said, size = [], case.config.n_head
-    ran = [row for row in lines if "seconds" in row and row["strategy"] == "megatron"]
-    if ran:
-        columns, rows = max(row["columns_error"] for row in ran), max(row["rows_error"] for row in ran)
-        said.append(f"the ranks' columns, side by side, are the full column layer's output (relative error {columns:.1e})")
-        said.append(f"the ranks' addends add up to the full row layer's output (relative error {rows:.1e})")
+def words(case: Case, rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The lines in words."""
+    ran = [row for row in rows if "seconds" in row]
+    right = [row for row in ran if row["strategy"] == "megatron"]
+    for key, fact in LINEAR.items() if right else ():
+        error = max(row[key] for row in right)
+        yield f"the ranks' {fact} layer's output (relative error {error:.1e})"
     name = {"layer": "layer", "mlp": "MLP", "attention": "attention block"}[case.part]
-    for row in lines:
+    for row in rows:
         if row["strategy"] in ("one rank", "megatron"):
-            calls = row["calls"]
-            said.append(
-                f"one {name} of {size} heads at tp={row['tp']}, megatron: {calls['forward']} all-reduces forward and "
-                f"{calls['backward']} backward" + ("" if "seconds" in row else " (counted)")
-            )
-    for row in lines:
-        if row["strategy"] in MISTAKES:
-            outside = [f"{way} {error:.1e}" for way, error in row["errors"].items()]
-            wrong = row["error"] > WRONG
-            verdict, most = ("wrong", f"most in {row['error_in']}") if wrong else ("right", "at most")
-            said.append(f"{row['strategy']} at tp={row['tp']} is {verdict}: {', '.join(outside)}, {most} {row['error']:.1e}")
-    said += [f"{name}: {MISTAKES[name]}" for name in dict.fromkeys(row["strategy"] for row in lines) if name in MISTAKES]
-    for row in lines:
-        if "seconds" in row and row["tp"] > 1 and row["strategy"] not in MISTAKES:
+            calls, counted = row["calls"], "" if row in ran else " (counted)"
+            passes = f"{calls['forward']} all-reduces forward and {calls['backward']} backward"
+            heads = f"{case.config.n_head} heads at tp={row['tp']}"
+            yield f"one {name} of {heads}, megatron: {passes}{counted}"
+    mistakes = [row for row in rows if row["strategy"] in MISTAKES]
+    for row in mistakes:
+        outside = ", ".join(f"{way} {error:.1e}" for way, error in row["errors"].items())
+        verdict, most = ("right", "at most")
+        if row["error"] > WRONG:
+            verdict, most = ("wrong", f"most in {row['error_in']}")
+        found = f"{verdict}: {outside}, {most} {row['error']:.1e}"
+        yield f"{row['strategy']} at tp={row['tp']} is {found}"
+    yield from {f"{row['strategy']}: {MISTAKES[row['strategy']]}" for row in mistakes}
+    for row in ran:
+        if row["tp"] > 1 and row not in mistakes:
             share = row["share_in_collectives"]
-            said.append(
-                f"communication at tp={row['tp']}, {row['strategy']}: {share['median']:.1%} of the time "
-                f"({share['min']:.1%} to {share['max']:.1%})"
-            )
-    return said
+            of = f"{share['median']:.1%} of the time ({share['min']:.1%} to {share['max']:.1%})"
+            yield f"communication at tp={row['tp']}, {row['strategy']}: {of}"
 
 
-def block(world: World, options: BenchBlockOptions) -> None:
-    bench = Bench(world, options, ())
-    try:
-        sizes = sorted({int(word) for word in options.tp.split(",")})
-    except ValueError:
-        raise UserError(f"--tp={options.tp} are not sizes with commas between.") from None
+def block(world: World, options: opt.BenchBlockOptions) -> None:
+    bench, T = Bench(world, options), options.block_size
+    sizes = sorted(set(numbers(options.tp, "tp")))
     if options.mistake == "qkv" and options.part == "mlp":
-        raise UserError("--mistake=qkv: an MLP has no heads. Use --part=attention or --part=layer.")
-    config = GPTConfig(options.block_size, options.vocab_size, 1, options.n_head, options.n_embd)
+        parts = "--part=attention or --part=layer"
+        raise UserError(f"--mistake=qkv: an MLP has no heads. Use {parts}.")
+    config = GPTConfig(T, options.vocab_size, 1, options.n_head, options.n_embd)
     for tp in sizes:
-        width = Split.sized(config, tp, options.intermediate).n_hidden  # or its UserError
-        if tp > options.block_size:
-            raise UserError(f"block_size={options.block_size} is shorter than tp={tp}: some ranks would have no token.")
-        if tp > width:
-            raise UserError(f"tp={tp} is more than intermediate={width}: some ranks would hold no column.")
+        width = strategies.Split.sized(config, tp, options.intermediate).n_hidden
+        if tp > T:
+            few, lacks = f"block_size={T} is shorter than tp={tp}", "have no token"
+        elif tp > width:
+            few, lacks = f"tp={tp} is more than intermediate={width}", "hold no column"
+        else:
+            continue
+        raise UserError(f"{few}: some ranks would {lacks}.")
     dtype = pick_dtype(options.dtype, world.device)
-    case = Case.draw(options.part, config, options.batch_size, options.intermediate, dtype, options.seed)
-    dense = answers(case)
-    lines = []
+    batch, intermediate = options.batch_size, options.intermediate
+    case = Case.draw(options.part, config, batch, intermediate, dtype, options.seed)
+    dense, rows = answers(case), list[dict[str, Any]]()
     for tp in sizes:
         if tp <= world.size:
-            lines += measured(world, bench, case, dense, tp, options.mistake)
+            rows += measured(world, bench, case, dense, tp, options.mistake)
         else:
             names = ("megatron",) if options.mistake else case.strategies(tp)
-            lines += [line(case, name, tp, formula(case, name, tp)) for name in names]
-    about = {"n_embd": config.n_embd, "n_head": config.n_head, "intermediate": case.split(1).n_hidden}
-    about |= {"batch_size": options.batch_size, "block_size": options.block_size}
-    head = f"{options.part}: " + ", ".join(f"{name}={value}" for name, value in about.items())
-    head += f"; {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads a rank, {world.comm}"
-    if world.is_main and options.plot:
-        ran = {f"{row['strategy']}, tp={row['tp']}": row["seconds"] for row in lines if "seconds" in row}
-        tokens = f"{options.batch_size} x {options.block_size} tokens"
-        title = f"{options.part}, {config.n_embd} wide, {tokens}: forward and backward"
-        plot_bars(options.plot, title, "ms", {name: {"ms": {k: 1e3 * v for k, v in s.items()}} for name, s in ran.items()})
-    bench.finish("block", {"part": options.part, **about, "lines": lines}, [head, *table(lines), *words(case, lines)])
+            rows += [line(case, name, tp, formula(case, name, tp)) for name in names]
+    about = {"n_embd": config.n_embd, "n_head": config.n_head, "intermediate": width}
+    about |= {"batch_size": batch, "block_size": T}
+    ranks = f"{str(dtype)[6:]}, {torch.get_num_threads()} threads a rank, {world.comm}"
+    head = f"{case.part}: {', '.join(f'{key}={value}' for key, value in about.items())}; {ranks}"
+    said = [head, *strategy_table(rows), *words(case, rows)]
+    bench.finish("block", {"part": options.part, **about, "lines": rows}, said)
+
+
+def allreduce(world: World, options: opt.BenchAllreduceOptions) -> None:
+    bench = Bench(world, options)
+    if world.size == 1:
+        command = "torchrun --standalone --nproc_per_node=2 bench_tp.py allreduce"
+        raise UserError(f"bench_tp.py allreduce needs ranks: {command}")
+    sizes, axes = numbers(options.sizes, "sizes", "numbers of bytes"), {}
+    for comm in ("nccl",) if world.device.type == "cuda" else ("shm", "gloo"):
+        try:
+            axes[comm] = make_axis("tp", world.groups.get("tp"), comm, world.ledger)
+        except Unavailable as error:
+            print(f"{comm}: {error}", file=sys.stderr)
+    heads = [head for comm in axes for head in (f"{comm} median", "min", "bus GB/s")]
+    found, rows = [], [["bytes", *heads]]
+    for nbytes in sizes:
+        us = microseconds(world, axes, nbytes, options.repeats)
+        found.append({"bytes": nbytes, "us": us})
+        rows.append([f"{nbytes:,}"])
+        for times in us.values():
+            bus = ring_bytes(nbytes, world.size) / times["median"] / 1e3
+            rows[-1] += [f"{times['median']:,.1f}", f"{times['min']:,.1f}", f"{bus:.2f}"]
+    ranks = f"{world.size} ranks of {torch.get_num_threads()} threads"
+    head = f"all-reduce over {ranks}, float32; microseconds of a call"
+    bench.finish("allreduce", {"sizes": found}, [head, *table(rows, 0)])
+
+
+def microseconds(
+    world: World, axes: dict[str, Axis], nbytes: int, repeats: int
+) -> dict[str, dict[str, float]]:
+    """The spread of an all-reduce's time over each axis, which take turns."""
+    message = torch.randn(max(1, nbytes // 4), device=world.device)
+    warm, calls = 3, max(5, min(300, (1 << 24) // nbytes))
+    times: dict[str, list[float]] = {comm: [] for comm in axes}
+    for _ in range(repeats):
+        for comm, axis in axes.items():
+            world.barrier()
+            for i in range(warm + calls):
+                started = time.perf_counter()
+                all_reduce(message, axis, "forward")
+                world.synchronize()
+                times[comm] += [1e6 * (time.perf_counter() - started)] * (i >= warm)
+    return {comm: spread(found) for comm, found in times.items()}
+
+
+# --- counted --------------------------------------------------------------------------------------
+
+
+def kept(config: GPTConfig, strategy: str, tp: int, batch: int, width: int) -> int:
+    """Bytes that rank 0 keeps of a layer for its backward pass. width: bytes of a number."""
+    split = Partition.of(config, 1 if strategy == "naive" else tp)  # naive keeps all columns
+    training = Training(
+        split=split, dp=1, rows=batch, micro_steps=1, eval_rows=batch,
+        width=width, dropout=False, gpu=False, logit_rows=1,
+        sequence_parallel=strategy.startswith("sequence"),
+    )  # fmt: skip
+    others = training.tokens - training.own_tokens if strategy == "sequence+kept" else 0
+    return training.kept_by_layer + 2 * others * config.n_embd * width
+
+
+def averaged(row: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The line of all layers as the mean of one. The sum of partial gradients is one for all."""
+    calls = {way: n if way == "step" else n / layers for way, n in row["calls"].items()}
+    told = [one | {key: one[key] / layers for key in ("calls", "bytes")} for one in row["told"]]
+    sizes = {key: row[key] / layers for key in ("bytes_told", "bytes_on_the_wire")}
+    return row | {"calls": calls, "told": told} | sizes
+
+
+def counted(
+    config: GPTConfig, schedule: Schedule, sizes: list[int], batch: int, dtype: torch.dtype
+) -> Iterator[dict[str, Any]]:
+    """A line for each strategy at each tp, and for the schedule unless it is one of them."""
+    case = Case.draw("layer", config, batch, dtype=dtype, device="meta")
+    for tp in sizes:
+        for name in case.strategies(tp):
+            if tp <= config.block_size or not name.startswith("sequence"):
+                row = line(case, name, tp, formula(case, name, tp))
+                yield row | {"kept_bytes": kept(config, name, tp, batch, dtype.itemsize)}
+        if tp > 1 and str(schedule) not in ("all", "mlp"):
+            row = line(case, f"--sync={schedule}", tp, formula(case, "megatron", tp, schedule))
+            size = {"kept_bytes": kept(config, "spd", tp, batch, dtype.itemsize)}
+            yield averaged(row, config.n_layer) | size
+
+
+def diagram(world: World, options: opt.BenchDiagramOptions) -> None:
+    if world.size > 1:
+        advice = "start it with plain python. --tp is what is drawn."
+        raise UserError(f"bench_tp.py diagram is one process: {advice}")
+    report.check_place(options.report, "report")
+    sizes, T, batch = numbers(options.tp, "tp"), options.block_size, options.batch_size
+    config = GPTConfig(T, options.vocab_size, options.n_layer, options.n_head, options.n_embd)
+    split, *_ = [Partition.of(config, tp) for tp in sizes]  # or its UserError
+    schedule = Schedule.parse(options.sync, config.n_layer)
+    if options.sequence_parallel and (not schedule.is_plain or sizes[0] > T):
+        raise UserError(
+            "--sequence_parallel=True needs --sync=all and a token for every rank: "
+            f"--sync={schedule} and block_size={T} on tp={sizes[0]}."
+        )
+    dtype = pick_dtype(options.dtype, world.device)
+    drawn = layer(split, schedule, options.sequence_parallel)
+    rows = list(counted(config, schedule, sizes, batch, dtype))
+    about = f"a layer's two passes by formula, {batch} x {T} tokens, {str(dtype)[6:]}:"
+    said = [*lines(drawn), "", about, *strategy_table(rows)]
+    print(fit("\n".join(said), sys.stdout.encoding))
+    if options.report:
+        model = {**asdict(config), "parameters": split.count()}
+        model["parameters_per_rank"] = [split.count(rank) for rank in range(split.tp)]
+        figures = {"entry": "bench_tp", "what": "diagram", "tp": split.tp, "dtype": str(dtype)[6:]}
+        figures |= {"sync": str(schedule), "sequence_parallel": drawn.sequence, "batch_size": batch}
+        report.write(options.report, {**figures, "model": model, "lines": rows})
+
+
+def page(world: World, options: opt.BenchPageOptions) -> None:
+    """A kept report, written again."""
+    if world.size > 1:
+        raise UserError("bench_tp.py page is one process: start it with plain python.")
+    report.check_place(options.report, "report")
+    if not options.report:
+        raise UserError("--report=FILE.html is required: the page to write.")
+    found = report.read(Path(options.kept))
+    if not isinstance(found, dict):
+        raise UserError(f"{options.kept} is no report: --report=FILE of any command writes one.")
+    report.write(options.report, found)

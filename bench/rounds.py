@@ -1,15 +1,17 @@
-"""Rounds of nanoTP and its contestants: their clockwork, figures, tables and plots.
+"""Rounds of nanoTP and its contestants: their order, their figures and the tables that are printed.
 
-A round is one turn of nanoTP and one of each contestant; ratios are taken within rounds, between neighbours in time. While
-one runs the others wait without using a core. Figures are medians over the rounds, with the least and the most.
+In a round nanoTP runs once, then each contestant. Ratios are taken within a round, between
+neighbours in time. While one runs the others wait without using a core. Figures are medians over
+the rounds, with the smallest and the largest.
 """
 
 import os
 import platform
+import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ from report import report
 from world.devices import pick_dtype
 from world.mesh import World
 
+Round = dict[str, dict[str, Any]]  # the figures of each party, by its name
+Once = Callable[[], dict[str, Any]]  # measures once
+
 
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
@@ -33,71 +38,82 @@ def shown(values: list[float], form: str = ",.1f") -> str:
     return f"{s['median']:{form}} ({s['min']:{form}} to {s['max']:{form}})"
 
 
+def column(rounds: list[Round], key: str, scale: float = 1.0) -> list[float]:
+    """A figure of nanoTP in each round."""
+    return [scale * turn["nanotp"][key] for turn in rounds]
+
+
+def table(rows: list[list[str]], names: int = 1) -> list[str]:
+    """The lines of a table with a head. The first `names` columns are aligned to the left."""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        left = " ".join(map(str.ljust, row[:names], widths))
+        right = (cell.rjust(n + 2) for cell, n in zip(row[names:], widths[names:], strict=True))
+        lines.append((left + "".join(right)).rstrip())
+    return lines
+
+
+def numbers(text: str, option: str, what: str = "sizes") -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"--{option}={text} are not {what} with commas between.") from None
+
+
 def machine() -> dict[str, Any]:
-    name = platform.processor()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-        name = next(names, name)
-    found: dict[str, Any] = {"cpu": name, "cores": os.cpu_count(), "torch": torch.__version__}
-    found["python"] = platform.python_version()
+    model = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    found: dict[str, Any] = {"cpu": model[1].strip() if model else platform.processor()}
+    found |= {"cores": os.cpu_count(), "torch": torch.__version__}
+    found |= {"python": platform.python_version()}
     if torch.cuda.is_available():
         found["gpus"] = list(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
     return found
 
 
 class Bench:
-    """Rounds of nanoTP and its contestants; rank 0 alone has contestants, and speaks."""
+    """A measurement in rounds. Only rank 0 has contestants, prints and writes the report."""
 
-    def __init__(self, world: World, options: BenchOptions, known: tuple[str, ...], own: tuple[str, ...] = ()):
-        """known: contestants that there are; own: those of `against` that these ranks are themselves."""
-        self.world, self.options, self.own = world, options, own
+    def __init__(self, world: World, options: BenchOptions, known: tuple[str, ...] = ()):
+        """known: the names that --against may have."""
+        self.world, self.options = world, options
         self.names = [name for name in options.against.split(",") if name]
         for name in self.names:
-            if name not in known + own:
-                raise UserError(f"--against={name} is not one of {', '.join(known + own)}.")
+            if name not in known:
+                raise UserError(f"--against={name} is not one of {', '.join(known)}.")
         if world.is_main:
             report.check_place(options.report, "report")
-            report.check_place(options.plot, "plot")
-        if options.plot and world.is_main:
-            report.pyplot()
-        self.threads = world.size * torch.get_num_threads()
-
-    @contextmanager
-    def contestants(self, job: dict[str, Any]) -> Iterator[list[Contestant]]:
-        """The contestants, loaded; on the other ranks none."""
-        with ExitStack() as stack:
-            found = []
-            for name in self.names if self.world.is_main else []:
-                if name in self.own:
-                    continue
-                contestant = Contestant({"kind": name, "threads": self.threads, **self.place(), **job})
-                stack.callback(contestant.close)
-                found.append(contestant)
-            self.world.barrier()
-            yield found
 
     def place(self) -> dict[str, str]:
         """Where contestants compute: on a GPU in the run's precision, on a CPU in float32."""
         device = self.world.device
-        half = device.type == "cuda" and pick_dtype(self.options.dtype, device) != torch.float32
-        dtype = str(pick_dtype(self.options.dtype, device))[6:] if half else "float32"
-        return {"device": str(device), "dtype": dtype}
+        dtype = pick_dtype(self.options.dtype, device) if device.type == "cuda" else torch.float32
+        return {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
 
-    def rounds(
-        self, ours: Callable[[], dict[str, Any]], contestants: list[Contestant], **others: Callable[[], dict[str, Any]]
-    ) -> list[dict[str, dict[str, Any]]]:
-        """For each round what each of the parties answered; the others than rank 0 get nanoTP's alone. others: what these
-        ranks do in another way, beside `ours`."""
+    def against(self, ours: Once, job: dict[str, Any], **own: Once) -> list[Round]:
+        """Rounds of `ours` and all of --against: contestants that do the job, and `own`, which
+        these ranks run themselves."""
+        job = {"threads": self.world.size * torch.get_num_threads(), **self.place(), **job}
+        others = [name for name in self.names if name not in own]
+        own = {name: run for name, run in own.items() if name in self.names}
+        with ExitStack() as stack:
+            contestants = []
+            for name in others if self.world.is_main else []:
+                contestants.append(Contestant({"kind": name, **job}))
+                stack.callback(contestants[-1].close)
+            self.world.barrier()
+            return self.rounds(ours, contestants, **own)
+
+    def rounds(self, ours: Once, contestants: list[Contestant], **own: Once) -> list[Round]:
+        """The contestants' figures are on rank 0 only."""
         made = []
         show = self.world.is_main and sys.stderr.isatty()
         for _ in tqdm(range(self.options.repeats), desc="bench", unit="round", disable=not show):
             self.world.barrier()
-            turn = {"nanotp": ours()} | {name: other() for name, other in others.items()}
-            for contestant in contestants:
-                turn[contestant.kind] = contestant.round()
-            self.world.barrier()  # gloo's: those who wait here sleep
+            turn = {"nanotp": ours()} | {name: run() for name, run in own.items()}
+            turn |= {contestant.kind: contestant.round() for contestant in contestants}
+            self.world.barrier()  # gloo's: a rank that waits in it sleeps
             made.append(turn)
         return made
 
@@ -106,36 +122,26 @@ class Bench:
             return
         print("\n".join(lines))
         if self.options.report:
-            sizes = {"world_size": self.world.size, "tp": self.world.tp.size, "dp": self.world.dp.size}
-            world = {**sizes, "comm": self.world.comm, "device": self.world.device.type}
-            made = {"entry": "bench_tp", "what": what, **world, "machine": machine(), "command": sys.argv, **figures}
-            report.write(self.options.report, made)
+            world = self.world
+            made = {"entry": "bench_tp", "what": what, "world_size": world.size}
+            made |= {"tp": world.tp.size, "dp": world.dp.size, "comm": world.comm}
+            made |= {"device": world.device.type, "machine": machine(), "command": sys.argv}
+            report.write(self.options.report, made | figures)
 
 
-def compare(rounds: list[dict[str, dict[str, Any]]], unit: str, per_round: float) -> tuple[dict[str, Any], list[str]]:
-    """Rates of all parties (per_round / seconds), and within each round nanoTP's over each contestant's."""
-    rates = {name: [per_round / turn[name]["seconds"] for turn in rounds] for name in rounds[0]}
-    figures: dict[str, Any] = {name: {unit: spread(values), "rounds": values} for name, values in rates.items()}
-    lines = [f"{'':<14} {unit:>28} {'nanoTP is so many times as fast':>34}"]
+def compare(rounds: list[Round], unit: str, amount: float) -> tuple[dict[str, Any], list[str]]:
+    """The rates of all parties, amount / seconds, and in each round nanoTP's rate over theirs."""
+    rates = {name: [amount / turn[name]["seconds"] for turn in rounds] for name in rounds[0]}
+    figures, rows = {}, [["", unit, "nanoTP is so many times as fast"]]
     for name, values in rates.items():
         ratios = [ours / theirs for ours, theirs in zip(rates["nanotp"], values, strict=True)]
-        figures[name]["ratio"] = spread(ratios)
-        lines.append(f"{name:<14} {shown(values):>28} {'' if name == 'nanotp' else shown(ratios, '.2f'):>34}")
-    return figures, lines
+        figures[name] = {unit: spread(values), "rounds": values, "ratio": spread(ratios)}
+        rows.append([name, shown(values), "" if name == "nanotp" else shown(ratios, ".2f")])
+    return figures, table(rows)
 
 
-def plot_bars(path: str, title: str, unit: str, figures: dict[str, Any]) -> None:
-    """A bar for each party, with the spread of its rounds."""
-    plt = report.pyplot()
-    names = list(figures)
-    middles = [figures[name][unit]["median"] for name in names]
-    low = [figures[name][unit]["median"] - figures[name][unit]["min"] for name in names]
-    high = [figures[name][unit]["max"] - figures[name][unit]["median"] for name in names]
-    figure, axes = plt.subplots(figsize=(7, 0.7 * len(names) + 1.4))
-    bars = axes.barh(names, middles, xerr=[low, high], color=["#c44e52" if n == "nanotp" else "#8c9bb0" for n in names])
-    axes.bar_label(bars, [f"{m:,.1f}" for m in middles], padding=6)
-    axes.invert_yaxis()
-    axes.margins(x=0.15)
-    axes.set(xlabel=unit, title=title)
-    figure.tight_layout()
-    report.write_figure(path, figure)
+def collectives(rounds: list[Round], of: str, unit: str) -> str:
+    """of: the time that shares are of; unit: what calls and bytes are counted in."""
+    first, share = rounds[0]["nanotp"], shown(column(rounds, "share"), ".1%")
+    counted = f"{first['calls']:.{int(unit != '')}f} calls and {first['bytes']:,.0f} bytes{unit}"
+    return f"in collectives (rank 0's clock): {share} of {of}; {counted}"

@@ -1,18 +1,19 @@
-"""One MLP, one attention block or one layer under every strategy, on the same weights and the same input.
+"""A layer, its MLP or its attention under every strategy, with the same weights and the same input.
 
-    naive          all-gather after the column-parallel layer, all-reduce after the row-parallel one
-    megatron       nothing between the two, one all-reduce after them
-    sequence       megatron, with the tokens split outside of the two (+kept: what was gathered is kept for the backward pass)
-    spd            megatron, without the all-reduce after the attention (a layer only): another function, approximately the same
+    naive           all-gather after the column-parallel layer, all-reduce after the row-parallel
+    megatron        no collective between the two, one all-reduce after them
+    sequence        megatron with the tokens split outside of the two
+    sequence+kept   the same, and what was gathered is kept for the backward pass
+    spd             megatron without the all-reduce after the attention (a layer only): another
+                    function, approximately the same
 
-and under megatron with one of the mistakes that are easily made, to see what catches it (MISTAKES).
+MISTAKES are megatron with one common mistake, to see what finds it.
 
-Shapes: B batch, T tokens, t of them this rank's, C = n_embd, m = this rank's columns, M = all columns.
+Shapes: B batch, T tokens, t of them this rank's, C = n_embd, M columns, m of them this rank's.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ from model import GPTConfig, attend, gelu
 from parallel.collectives import Axis, all_gather, all_reduce
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, f, g
 from parallel.ledger import Account, total
-from plan.cost import ring_bytes
-from plan.partition import Partition, Rule, Span, spans
+from plan.cost import Step, ring_bytes
+from plan.memory import FLOAT
+from plan.partition import Partition, Rule, spans
+from plan.schedule import KINDS, Schedule
 from tp_model import MLP, Block, CausalSelfAttention, Stream, default_dtype, sum_gradients, take
 
 STRATEGIES = ("naive", "megatron", "sequence", "sequence+kept", "spd")
@@ -36,12 +39,9 @@ MISTAKES = {
     "no_f": "x enters the column-parallel layer without f: no all-reduce of its gradient",
     "no_g": "the row-parallel layer's addend leaves without g: no all-reduce of the output",
 }
-INSIDE = {"layer": "", "attention": "attn.", "mlp": "mlp."}  # where a part stands in a layer
+INSIDE = {"layer": "", "attention": "attn.", "mlp": "mlp."}  # prefix of a part's names in a layer
 
-Said = dict[tuple[str, str], tuple[int, int]]  # (direction, op) -> (calls, bytes told to the ledger)
-
-
-# --- what is measured -----------------------------------------------------------------------------------------------
+Counts = dict[tuple[str, str], tuple[int, int]]  # (direction, op) -> (calls, bytes) in the ledger
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,18 @@ class Split(Partition):
     def sized(cls, config: GPTConfig, tp: int, intermediate: int) -> "Split":
         return cls(**asdict(Partition.of(config, tp)), intermediate=intermediate)
 
+    def widths(self, kind: str) -> list[int]:
+        """The columns of each rank's column-parallel layer."""
+        unit, runs = (3 * self.head_dim, self.heads) if kind == "attention" else (1, self.columns)
+        return [unit * (hi - lo) for lo, hi in map(runs, range(self.tp))]
+
 
 @dataclass(frozen=True)
 class Case:
-    """A part of a layer, its full weights (named as in that part), its input and its output's gradient, both [B, T, C]."""
+    """A part of a layer: its full weights, its input and its output's gradient, both [B, T, C]."""
 
     part: str
-    config: GPTConfig  # block_size is T, and there is one layer
+    config: GPTConfig  # block_size is T
     intermediate: int
     weights: dict[str, Tensor]
     x: Tensor
@@ -72,15 +77,19 @@ class Case:
 
     @classmethod
     def draw(
-        cls, part: str, config: GPTConfig, batch: int, intermediate: int = 0, dtype: torch.dtype = torch.float32, seed: int = 1
-    ) -> "Case":
-        """Weights at which every part matters; the same on all ranks."""
-        generator = torch.Generator().manual_seed(seed)
+        cls, part: str, config: GPTConfig, batch: int, intermediate: int = 0,
+        dtype: torch.dtype = torch.float32, seed: int = 1, device: str = "cpu",
+    ) -> "Case":  # fmt: skip
+        """Random numbers, the same on all ranks; on the device "meta" only shapes."""
+        generator = torch.Generator().manual_seed(seed) if device == "cpu" else None
         weights = {}
         for name, shape in of_part(part, Split.sized(config, 1, intermediate).shapes()).items():
-            drawn = torch.randn(shape, generator=generator) * (0.1 if len(shape) == 1 else shape[-1] ** -0.5)
-            weights[name] = (drawn + 1 if "ln_" in name and name.endswith("weight") else drawn).to(dtype)
-        x, dy = (torch.randn(batch, config.block_size, config.n_embd, generator=generator).to(dtype) for _ in range(2))
+            drawn = torch.randn(shape, generator=generator, device=device)
+            drawn = drawn * (0.1 if len(shape) == 1 else shape[-1] ** -0.5)
+            is_gain = "ln_" in name and name.endswith("weight")
+            weights[name] = (drawn + is_gain).to(dtype)
+        shape = (2, batch, config.block_size, config.n_embd)
+        x, dy = torch.randn(shape, generator=generator, device=device).to(dtype)
         return cls(part, config, intermediate, weights, x, dy)
 
     def split(self, tp: int) -> Split:
@@ -89,208 +98,199 @@ class Case:
     def rules(self, tp: int) -> dict[str, Rule]:
         return of_part(self.part, self.split(tp).rules)
 
-    def replicated(self, strategy: str) -> list[str]:
-        """The parameters of which a rank has a part of the gradient only."""
+    def partial(self, strategy: str) -> list[str]:
+        """The parameters for which a rank computes only a part of the gradient."""
         names = [name for name, rule in self.rules(1).items() if rule.dim is None]
         if strategy == "spd":
             return [name for name in names if name != "mlp.c_proj.bias"]
         return names if strategy.startswith("sequence") else []
 
     def strategies(self, tp: int) -> tuple[str, ...]:
-        """Those that there are; on one rank all are the same."""
-        return ("megatron",) if tp == 1 else STRATEGIES if self.part == "layer" else STRATEGIES[:-1]
+        """On one rank all are the same."""
+        return ("megatron",) if tp == 1 else STRATEGIES[: None if self.part == "layer" else -1]
 
 
 def of_part(part: str, table: dict[str, Any]) -> dict[str, Any]:
-    """Of a Partition's table, the lines of one part of its first layer, by their names in that part."""
+    """The entries of a Partition's table for one part of its first layer, by their names there."""
     prefix = f"transformer.h.0.{INSIDE[part]}"
-    return {name.removeprefix(prefix): value for name, value in table.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): v for name, v in table.items() if name.startswith(prefix)}
 
 
-# --- what is expected -----------------------------------------------------------------------------------------------
+# --- the right answers ----------------------------------------------------------------------------
 
 
-def answers(case: Case, virtual: Split | None = None) -> dict[str, Tensor]:
-    """Output, input gradient and every weight's gradient in double precision: model.py's, or spd's over virtual ranks."""
+def answers(case: Case, split: Split | None = None) -> dict[str, Tensor]:
+    """Output, input gradient and every weight's gradient in double precision, by model.py; with
+    `split`, of spd."""
     C, H, bias = case.config.n_embd, case.split(1).n_hidden, case.config.bias
     with default_dtype(torch.float64):
         whole = model.Block(case.config)
         whole.mlp.c_fc, whole.mlp.c_proj = nn.Linear(C, H, bias), nn.Linear(H, C, bias)
-    part: nn.Module = {"layer": whole, "attention": whole.attn, "mlp": whole.mlp}[case.part]
-    with torch.no_grad():
-        for name, parameter in part.named_parameters():
-            parameter.copy_(case.weights[name])
+    part: nn.Module = whole.get_submodule(INSIDE[case.part].rstrip("."))
+    part.load_state_dict(case.weights)
     x = case.x.double().requires_grad_()
-    y = part(x) if virtual is None else dropped_sync(whole, virtual, x)
+    y = part(x) if split is None else dropped_sync(whole, split, x)
     y.backward(case.dy.double())
-    gradients = {"input gradient": x.grad} | {name: p.grad for name, p in part.named_parameters()}
-    return {"output": y.detach()} | {name: grad for name, grad in gradients.items() if grad is not None}
+    found: dict[str, Any] = {"output": y.detach(), "input gradient": x.grad}
+    return found | {name: p.grad for name, p in part.named_parameters()}
 
 
 def dropped_sync(whole: model.Block, split: Split, x: Tensor) -> Tensor:
-    """A layer without the sync point after its attention, ranks as turns of a loop: each rank's MLP reads x, the attention's
-    bias and its own heads' output; the sum of all heads and columns reaches the stream."""
-    p, rules = dict(whole.named_parameters()), of_part("layer", split.rules)
+    """A layer without the sync point after its attention, computed rank after rank. Each rank's MLP
+    reads x, the attention's bias and its own heads' output; all ranks' outputs are added."""
+    rules = of_part("layer", split.rules)
 
-    def linear(z: Tensor, name: str, rank: int, bias: bool) -> Tensor:
-        b = take(p[f"{name}.bias"], rules[f"{name}.bias"], rank) if bias and split.bias else None
-        return F.linear(z, take(p[f"{name}.weight"], rules[f"{name}.weight"], rank), b)
+    def addend(name: str, z: Tensor, rank: int) -> Tensor:
+        """The output of this rank's heads or columns alone, without bias."""
+        part: Any = whole.get_submodule(name)
+        weight, ((lo, hi),) = part.c_proj.weight, rules[f"{name}.c_proj.weight"].runs[rank]
+        own = {"c_proj.weight": F.pad(weight[:, lo:hi], (lo, weight.shape[1] - hi))}
+        if split.bias:
+            own["c_proj.bias"] = torch.zeros_like(part.c_proj.bias)
+        return torch.func.functional_call(part, own, z)
 
-    biases = [p[f"{name}.c_proj.bias"] if split.bias else torch.zeros(()) for name in ("attn", "mlp")]
-    out = x + biases[0] + biases[1]
+    a, b = (part.c_proj.bias if split.bias else 0.0 for part in (whole.attn, whole.mlp))
+    out = x + a + b
     for rank in range(split.tp):
-        qkv = linear(whole.ln_1(x), "attn.c_attn", rank, True).chunk(3, dim=-1)
-        q, k, v = (z.unflatten(-1, (-1, split.head_dim)).transpose(1, 2) for z in qkv)
-        heads = linear(attend(q, k, v, None, 0.0), "attn.c_proj", rank, False)
-        hidden = gelu(linear(whole.ln_2(x + heads + biases[0]), "mlp.c_fc", rank, True), whole.mlp.activation)
-        out = out + heads + linear(hidden, "mlp.c_proj", rank, False)
+        heads = addend("attn", whole.ln_1(x), rank)
+        out = out + heads + addend("mlp", whole.ln_2(x + a + heads), rank)
     return out
 
 
-def formula(case: Case, strategy: str, tp: int) -> Said:
-    """What a rank tells the ledger in a forward and a backward pass (and in the step after them)."""
+def formula(case: Case, strategy: str, tp: int, schedule: Schedule | None = None) -> Counts:
+    """A rank's collectives in a forward and a backward pass and in the step after them, as the cost
+    model counts them. schedule: of a whole model, instead of one layer under the strategy."""
     if tp == 1:
         return {}
-    split, rows, x = case.split(tp), case.x.shape[0] * case.x.shape[1], case.x.numel()
-    widths = {
-        "attention": [3 * split.head_dim * (hi - lo) for lo, hi in map(split.heads, range(tp))],
-        "mlp": [hi - lo for lo, hi in map(split.columns, range(tp))],
-    }
-    calls: list[tuple[str, str, int]] = []  # (direction, op, elements)
-    for kind in widths if case.part == "layer" else (case.part,):
-        if strategy.startswith("sequence"):
-            calls += [(way, op, x) for way in ("forward", "backward") for op in ("all_gather", "reduce_scatter")]
-            calls += [("backward", "all_gather", x)] if strategy == "sequence" else []
-        if strategy == "naive":  # the gather's message is one rank's, padded to the widest
-            calls += [("forward", "all_gather", rows * max(widths[kind])), ("backward", "all_reduce", rows * sum(widths[kind]))]
-        if strategy in ("naive", "megatron") or (strategy, kind) == ("spd", "mlp"):
-            calls.append(("forward", "all_reduce", x))
-        if strategy in ("naive", "megatron") or (strategy, kind) == ("spd", "attention"):
-            calls.append(("backward", "all_reduce", x))
-    if partial := case.replicated(strategy):
-        calls.append(("step", "all_reduce", sum(case.weights[name].numel() for name in partial)))
-    said: Said = {}
+    B, T, C = case.x.shape
+    points = schedule or Schedule.parse("mlp" if strategy == "spd" else "all", 1)
+    split = replace(case.split(tp), n_layer=len(points.syncs) // 2)
+    sequence = strategy.startswith("sequence")
+    step = Step(split, points, "train", B, T, sequence_parallel=sequence, logit_rows=B * T)
+    kinds, messages = KINDS if case.part == "layer" else (case.part,), list(step.messages())
+    calls = [(m.direction, m.op, m.nbytes // FLOAT) for m in messages if m.block in kinds]
+    for widths in map(split.widths, kinds):
+        if strategy == "sequence+kept":
+            calls.remove(("backward", "all_gather", B * T * C))
+        elif strategy == "naive":  # the gather's message is one rank's, padded to the widest
+            calls.append(("forward", "all_gather", B * T * max(widths)))
+            calls.append(("backward", "all_reduce", B * T * sum(widths)))
+    partial = sum(case.weights[name].numel() for name in case.partial(strategy))
+    if schedule:  # the optimizer's last message is the gradient's norm
+        partial = sum(m.nbytes for m in messages if m.block == "optimizer") // FLOAT - 1
+    calls += [("step", "all_reduce", partial)] * (partial > 0)
+    counts: Counts = {}
     for direction, op, elements in calls:
-        before = said.get((direction, op), (0, 0))
-        said[direction, op] = before[0] + 1, before[1] + elements * case.x.element_size()
-    return said
+        n, nbytes = counts.get((direction, op), (0, 0))
+        counts[direction, op] = n + 1, nbytes + elements * case.x.element_size()
+    return counts
 
 
-def summed(account: Account) -> Said:
-    """The same of what was told."""
-    tallies = {key: total(account, direction=key[0], op=key[1]) for key in {(e.direction, e.op) for e in account}}
+def summed(account: Account) -> Counts:
+    """The account in the same form."""
+    keys = {(entry.direction, entry.op) for entry in account}
+    tallies = {(way, op): total(account, direction=way, op=op) for way, op in keys}
     return {key: (tally.calls, tally.bytes) for key, tally in tallies.items()}
 
 
-def wire_bytes(said: Said, strategy: str, tp: int) -> float:
-    """What a rank sends in rings: 2 (N - 1) / N of an all-reduce's message, half of that of the other two's whole message."""
-    found = 0.0
-    for (_, op), (_, nbytes) in said.items():
-        whole = nbytes * tp if (strategy, op) == ("naive", "all_gather") else nbytes  # told: one rank's; the others tell all
-        found += ring_bytes(whole, tp) / (1 if op == "all_reduce" else 2)
-    return found
+def wire_bytes(counts: Counts, strategy: str, tp: int) -> float:
+    """Bytes that a rank sends in rings: 2 (N - 1) / N of an all-reduce's message, half of that of
+    the others' whole message. The ledger has whole messages, except of naive's gather."""
+    sent = 0.0
+    for (_, op), (_, nbytes) in counts.items():
+        whole = nbytes * tp if (strategy, op) == ("naive", "all_gather") else nbytes
+        sent += ring_bytes(whole, tp) / (1 if op == "all_reduce" else 2)
+    return sent
 
 
-# --- one rank's share -----------------------------------------------------------------------------------------------
+# --- one rank's share -----------------------------------------------------------------------------
 
 
 class _GatherColumns(torch.autograd.Function):
-    """Every rank's columns [B, T, m] side by side, [B, T, M]; backward, the ranks' gradients are summed, and one's own kept."""
+    """forward: all ranks' columns [B, T, m] side by side, [B, T, M].
+    backward: the sum of the ranks' gradients, this rank's columns of it."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, axis: Axis, widths: list[int]) -> Tensor:
         ctx.axis, ctx.widths = axis, widths
         parts = all_gather(F.pad(y, (0, max(widths) - y.shape[-1])), axis, "forward")
-        return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
+        return torch.cat([part[..., :n] for part, n in zip(parts, widths, strict=True)], dim=-1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return all_reduce(grad, ctx.axis, "backward").split(ctx.widths, dim=-1)[ctx.axis.rank], None, None
+        parts = all_reduce(grad, ctx.axis, "backward").split(ctx.widths, dim=-1)
+        return parts[ctx.axis.rank], None, None
 
 
-def naive(body: CausalSelfAttention | MLP, split: Split, x: Tensor) -> Tensor:
-    """The same function of x [B, T, C] with everything between the two layers done by every rank in full.
-
-    The row-parallel layer wants this rank's columns only, which it had before: nothing comes of the gather, and Megatron leaves
-    it out.
-    """
-    column = body.c_attn if isinstance(body, CausalSelfAttention) else body.c_fc
-    axis, attention = column.axis, isinstance(body, CausalSelfAttention)
-    unit, runs = (split.head_dim, split.heads) if attention else (1, split.columns)
-    edges = [(unit * lo, unit * hi) for lo, hi in map(runs, range(axis.size))]
-    widths = [(3 if attention else 1) * (hi - lo) for lo, hi in edges]
-    y: Tensor = _GatherColumns.apply(column.local(f(x, axis)), axis, widths)
-    if isinstance(body, MLP):
+def changed(body: Any, x: Tensor, how: str, split: Split) -> Tensor:
+    """A sub-block of x [B, T, C] as in tp_model.py, except for what is naive or a mistake (qkv is a
+    mistake in the rules)."""
+    attention = isinstance(body, CausalSelfAttention)
+    column, row = body.c_attn if attention else body.c_fc, body.c_proj
+    y = column.local(x if how == "no_f" else f(x, column.axis))
+    if how == "naive":
+        y = in_full(body, y, split)
+    elif attention:
+        y = body.heads(y, None)
+    else:
         y = gelu(y, body.activation)
-    else:  # each rank's columns are its heads' [q | k | v]
-        parts = [part.chunk(3, dim=-1) for part in y.split(widths, dim=-1)]
-        q, k, v = (torch.cat(z, dim=-1).unflatten(-1, (-1, unit)).transpose(1, 2) for z in zip(*parts, strict=True))
-        y = attend(q, k, v, None, 0.0)
-    lo, hi = edges[axis.rank]
-    return body.c_proj(y[..., lo:hi])
+    if how == "bias":
+        return g(F.linear(y, row.weight, row.bias), column.axis)
+    return F.linear(y, row.weight, row.bias) if how == "no_g" else row(y)
 
 
-def mistaken(body: CausalSelfAttention | MLP, x: Tensor, mistake: str) -> Tensor:
-    """A sub-block of x [B, T, C] as tp_model.py has it, but for one line (in qkv that line is in the table of rules)."""
-    column = body.c_attn if isinstance(body, CausalSelfAttention) else body.c_fc
-    row, axis = body.c_proj, column.axis
-    y = column.local(x if mistake == "no_f" else f(x, axis))
-    y = body.heads(y, None) if isinstance(body, CausalSelfAttention) else gelu(y, body.activation)
-    if mistake == "bias":
-        return g(F.linear(y, row.weight, row.bias), axis)
-    if mistake == "no_g":
-        return F.linear(y, row.weight, row.bias)
-    return row(y)
-
-
-def in_a_row(rule: Rule) -> Rule:
-    """As many rows for each rank as the rule gives it, one rank's after the other's."""
-    owned = [rule.owned(rank) for rank in range(len(rule.runs))]
-    edges: list[Span] = [(sum(owned[:rank]), sum(owned[: rank + 1])) for rank in range(len(owned))]
-    return replace(rule, runs=tuple((edge,) for edge in edges))
+def in_full(body: Any, y: Tensor, split: Split) -> Tensor:
+    """Attention or GELU of all columns on every rank. The row-parallel layer then reads this rank's
+    columns only, so the gather is useless: Megatron has none."""
+    axis = body.c_proj.axis
+    if isinstance(body, MLP):
+        lo, hi = split.columns(axis.rank)
+        return gelu(_GatherColumns.apply(y, axis, split.widths("mlp")), body.activation)[..., lo:hi]
+    widths = split.widths("attention")
+    parts = _GatherColumns.apply(y, axis, widths).split(widths, dim=-1)  # of each rank [q | k | v]
+    parts = [part.unflatten(-1, (3, -1, split.head_dim)) for part in parts]
+    q, k, v = torch.cat(parts, dim=-2).transpose(1, 3).unbind(2)
+    lo, hi = (split.head_dim * head for head in split.heads(axis.rank))
+    return attend(q, k, v, None, 0.0)[..., lo:hi]
 
 
 class Piece:
-    """One rank's share of a case under one strategy, or with one of the mistakes."""
+    """One rank's share of a case under a strategy or with a mistake."""
 
     def __init__(self, case: Case, strategy: str, axis: Axis, device: torch.device | str = "cpu"):
         self.case, self.strategy, self.axis = case, strategy, axis
         self.split, self.rules = case.split(axis.size), case.rules(axis.size)
-        if strategy == "qkv":
-            self.rules |= {name: in_a_row(rule) for name, rule in self.rules.items() if "c_attn" in name}
-        T = case.x.shape[1]
-        self.tokens = T if strategy.startswith("sequence") and axis.size > 1 else 0
-        self.own = slice(*spans(T, axis.size)[axis.rank]) if self.tokens else slice(None)  # its tokens
-        made = (case.config, self.split, axis, 0)
-        keep = strategy == "sequence+kept"
+        if strategy == "qkv":  # as many rows for each rank, one rank's after the other's
+            unit, heads = 3 * self.split.head_dim, map(self.split.heads, range(axis.size))
+            row = Rule(0, tuple(((unit * lo, unit * hi),) for lo, hi in heads))
+            self.rules |= {name: row for name in self.rules if "c_attn" in name}
+        T, sequence = case.x.shape[1], strategy.startswith("sequence") and axis.size > 1
+        self.tokens = T if sequence else 0
+        self.own = slice(*spans(T, axis.size)[axis.rank]) if sequence else slice(None)  # its tokens
+        made, keep = (case.config, self.split, axis, 0), strategy == "sequence+kept"
         self.body: Any
-        with torch.device(device), default_dtype(case.x.dtype):
+        with torch.device(device), default_dtype(case.x.dtype), torch.no_grad():
             if case.part == "layer":
                 self.body = Block(*made, (strategy != "spd", True), keep)
             else:
                 self.body = (MLP if case.part == "mlp" else CausalSelfAttention)(*made, keep)
-        with torch.no_grad():
             for name, parameter in self.body.named_parameters():
                 parameter.copy_(take(case.weights[name], self.rules[name], axis.rank))
-        self.x = case.x[:, self.own].to(device).clone().requires_grad_()  # a part that is kept would hold the whole
+        self.x = case.x[:, self.own].to(device).clone().requires_grad_()  # a view keeps the whole
         self.dy = case.dy[:, self.own].to(device)
 
     def forward(self) -> Tensor:
         """The output [B, T, C], or of this rank's tokens [B, t, C]."""
-        body, x = self.body, self.x
-        ways = {"naive": partial(naive, split=self.split)} | {name: partial(mistaken, mistake=name) for name in MISTAKES}
-        if self.strategy in ways:
-            way = ways[self.strategy]
-            if self.case.part != "layer":
-                return way(body, x=x)
-            x = x + way(body.attn, x=body.ln_1(x))
-            return x + way(body.mlp, x=body.ln_2(x))
-        if self.case.part == "layer":
-            return body(Stream(x), None, self.tokens).x
-        return body(x, tokens=self.tokens)
+        body, x, how, layer = self.body, self.x, self.strategy, self.case.part == "layer"
+        if how not in ("naive", *MISTAKES):
+            return body(Stream(x), None, self.tokens).x if layer else body(x, tokens=self.tokens)
+        if not layer:
+            return changed(body, x, how, self.split)
+        x = x + changed(body.attn, body.ln_1(x), how, self.split)
+        return x + changed(body.mlp, body.ln_2(x), how, self.split)
 
     def run(self) -> Tensor:
-        """A forward and a backward pass; gradients are left where torch leaves them."""
+        """A forward and a backward pass."""
         self.body.zero_grad()
         self.x.grad = None
         y = self.forward()
@@ -298,66 +298,60 @@ class Piece:
         return y
 
     def sum_partial(self) -> None:
-        names = self.case.replicated(self.strategy) if self.axis.size > 1 else []
-        parameters = dict(self.body.named_parameters())
-        sum_gradients([parameters[name] for name in names], self.axis.at("optimizer"))
+        names = self.case.partial(self.strategy) if self.axis.size > 1 else []
+        sum_gradients(map(self.body.get_parameter, names), self.axis.at("optimizer"))
 
     def errors(self, expected: dict[str, Tensor]) -> dict[str, float]:
-        """The relative errors of the output, the input gradient and every weight's gradient."""
-        y = self.run()
+        """Relative errors of the output, the input gradient and every weight's gradient."""
+        found = {"output": self.run(), "input gradient": self.x.grad}
         self.sum_partial()
-        assert self.x.grad is not None
-        errors = {"output": relative(y, expected["output"][:, self.own])}
-        errors["input gradient"] = relative(self.x.grad, expected["input gradient"][:, self.own])
+        errors = {name: relative(y, expected[name][:, self.own]) for name, y in found.items()}
         for name, parameter in self.body.named_parameters():
             part = take(expected[name], self.rules[name], self.axis.rank)
-            # a key's bias moves all scores of a query alike: its gradient is zero but for rounding
-            errors[name] = relative(parameter.grad, part, expected[name] if name.endswith("c_attn.bias") else part)
+            # a key's bias moves all scores of a query alike: its gradient is only rounding
+            scale = expected[name] if name.endswith("c_attn.bias") else part
+            errors[name] = relative(parameter.grad, part, scale)
         return errors
-
-    def worst(self, expected: dict[str, Tensor]) -> tuple[float, str]:
-        """The largest of them, and where."""
-        errors = self.errors(expected)
-        worst = max(errors, key=lambda name: errors[name])
-        return errors[worst], worst
 
     @torch.no_grad()
     def linear_errors(self) -> tuple[float, float]:
-        """Relative errors of two statements: all ranks' columns side by side are the full column-parallel layer's output, and
-        their addends add up to the full row-parallel layer's."""
-        columns = rows = 0.0
+        """Relative errors of two statements about random inputs: the ranks' columns, side by side,
+        are the full column-parallel layer's output; the ranks' addends add up to the full
+        row-parallel layer's output without its bias."""
+        columns, rows, device = [0.0], [0.0], self.x.device
         for name, layer in self.body.named_modules():
             if not isinstance(layer, ColumnParallelLinear | RowParallelLinear):
                 continue
-            weight, bias = self.case.weights[f"{name}.weight"].double(), self.case.weights[f"{name}.bias"].double()
-            rule, axis = replace(self.rules[f"{name}.weight"], dim=2), layer.axis
-            if isinstance(layer, ColumnParallelLinear):
-                full = F.linear(self.case.x.double(), weight, bias)
-                widths = [rule.owned(rank) for rank in range(axis.size)]
-                ours = _GatherColumns.apply(layer.local(self.case.x.to(self.x.device)), axis, widths)
-                columns = max(columns, relative(ours, torch.cat([take(full, rule, rank) for rank in range(axis.size)], dim=2)))
-            else:
-                y = F.gelu(self.case.x.repeat(1, 1, -(-layer.in_features // self.case.x.shape[2]))[..., : layer.in_features])
-                addend = layer.partial(take(y, rule, axis.rank).to(self.x.device))
-                full = F.linear(y.double(), weight, bias)
-                rows = max(rows, relative(all_reduce(addend, axis, "forward").cpu(), full - bias))
-        return columns, rows
+            weight, rule = self.case.weights[f"{name}.weight"], self.rules[f"{name}.weight"]
+            z = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(1))
+            z, rule, axis = z.to(weight.dtype), replace(rule, dim=1), layer.axis
+            full = F.linear(z.double(), weight.double())
+            if isinstance(layer, RowParallelLinear):
+                addend = layer.partial(take(z, rule, axis.rank).to(device))
+                rows.append(relative(all_reduce(addend, axis, "forward"), full))
+                continue
+            full += self.case.weights[f"{name}.bias"].double()
+            widths = [rule.owned(rank) for rank in range(axis.size)]
+            ours = _GatherColumns.apply(layer.local(z.to(device)), axis, widths)
+            parts = [take(full, rule, rank) for rank in range(axis.size)]
+            columns.append(relative(ours, torch.cat(parts, dim=1)))
+        return max(columns), max(rows)
 
 
-def relative(ours: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
-    return ((ours.detach().cpu().double() - expected).norm() / (expected if scale is None else scale).norm()).item()
+def relative(ours: Any, expected: Tensor, scale: Tensor | None = None) -> float:
+    error = (ours.detach().cpu().double() - expected).norm()
+    return (error / (expected if scale is None else scale).norm()).item()
 
 
 def kept_bytes(body: nn.Module, forward: Callable[[], Any]) -> int:
-    """Bytes that a forward pass keeps for its backward pass, each storage once, the body's parameters not counted."""
-    parameters = {p.untyped_storage().data_ptr() for p in body.parameters()}
+    """Bytes that a forward pass keeps for its backward pass, without the parameters."""
     found: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in parameters:
-            found[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used again
+        found[tensor.untyped_storage().data_ptr()] = tensor  # so that its address is not used again
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward()
-    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+    parameters = {p.untyped_storage().data_ptr() for p in body.parameters()}
+    return sum(t.untyped_storage().nbytes() for at, t in found.items() if at not in parameters)

@@ -1,4 +1,4 @@
-"""Training, measured: its iterations, and what a checkpoint costs."""
+"""Training, measured: its iterations, and the time that a checkpoint takes."""
 
 import tempfile
 import time
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from bench.contestants import TRAINERS
-from bench.rounds import Bench, compare, plot_bars, shown, spread
-from checkpoints.sources import GPT2_TOKENS
+from bench.rounds import Bench, collectives, column, compare, shown, spread
+from checkpoints.huggingface import GPT2_TOKENS
 from cli.options import BenchSaveOptions, BenchTrainOptions, TrainOptions
 from parallel.ledger import total
 from text.dataset import Dataset, write_tokens
@@ -25,10 +25,16 @@ from train.setup import Run, prepare
 from world import peaks
 from world.mesh import World
 
+SETTINGS = (
+    "device", "dtype", "compile", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "tp",
+)  # fmt: skip
+
 
 @contextmanager
-def prepared(world: World, options: BenchTrainOptions | BenchSaveOptions, **more: Any) -> Iterator[tuple[Run, Path]]:
-    """A run on random tokens that stands before its first iteration, and the directory that it is in."""
+def prepared(
+    world: World, options: BenchTrainOptions | BenchSaveOptions, **more: Any
+) -> Iterator[tuple[Run, Path]]:
+    """A run on random tokens before its first iteration, and the directory that it is in."""
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(world.gather(scratch)[0])
         if world.is_main:
@@ -39,109 +45,109 @@ def prepared(world: World, options: BenchTrainOptions | BenchSaveOptions, **more
             if options.vocab_size != GPT2_TOKENS:  # else the table has nanoGPT's 50304 rows
                 write_tokenizer(IdsTokenizer(options.vocab_size), place / "random")
         world.barrier()
-        names = ("device", "dtype", "compile", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "tp")
-        settings = {name: getattr(options, name) for name in names} | more
+        settings = {name: getattr(options, name) for name in SETTINGS} | more
         settings |= {"data_dir": str(place), "dataset": "random", "out_dir": str(place / "out")}
         asked = TrainOptions(gradient_accumulation_steps=1, bias=True, **settings)
         yield prepare(world, asked, Dataset(place / "random")), place
         world.barrier()
 
 
+def iterations(run: Run, count: int) -> tuple[float, list[float]]:
+    """Their seconds, and the loss of each."""
+    started, losses = time.perf_counter(), []
+    for _ in range(count):
+        losses.append(iterate(run, 1e-4)[0])
+        run.progress.iter_num += 1
+    run.world.synchronize()
+    return time.perf_counter() - started, losses
+
+
 def train(world: World, options: BenchTrainOptions) -> None:
     bench = Bench(world, options, TRAINERS)
-    with prepared(world, options, activation_checkpointing=options.activation_checkpointing) as (run, place):
+    tokens = options.batch_size * options.block_size
+    more = {"activation_checkpointing": options.activation_checkpointing}
+    with prepared(world, options, **more) as (run, place):
+        needed = tokens * peaks.operations(run.model.split, options.block_size, backward=True)
 
         def once() -> dict[str, Any]:
-            before, started = world.ledger.snapshot(), time.perf_counter()
-            losses = []
-            for _ in range(options.steps):
-                losses.append(iterate(run, 1e-4)[0])
-                run.progress.iter_num += 1
-            world.synchronize()
-            seconds = time.perf_counter() - started
-            account = total(world.ledger.since(before))
-            made = {"seconds": seconds / options.steps, "losses": losses, "share": account.seconds / seconds}
-            made |= {"bytes": account.bytes / options.steps, "calls": account.calls / options.steps}
-            return made | {"arithmetic": peaks.arithmetic(world, run.dtype)}
+            before = world.ledger.snapshot()
+            seconds, losses = iterations(run, options.steps)
+            account, count = total(world.ledger.since(before)), options.steps
+            arithmetic = peaks.arithmetic(world, run.dtype)
+            made = {"seconds": seconds / count, "losses": losses, "arithmetic": arithmetic}
+            made |= {"calls": account.calls / count, "bytes": account.bytes / count}
+            made["share"] = account.seconds / seconds
+            return made | {"mfu": count * needed / seconds / arithmetic}
 
         once()
         config = asdict(run.model.config)
         job = {"config": config, "dataset": str(place / "random"), "compile": options.compile}
         job |= {"batch_size": options.batch_size, "steps": options.steps}
-        with bench.contestants(job) as contestants:
-            rounds = bench.rounds(once, contestants)
-    tokens = options.batch_size * options.block_size
-    figures, lines = compare(rounds, "tokens/s", tokens)
-    ours = [turn["nanotp"] for turn in rounds]
-    shares = [turn["share"] for turn in ours]
-    needed = tokens * peaks.operations(run.model.split, options.block_size, backward=True)
-    mfu = [needed / turn["seconds"] / turn["arithmetic"] for turn in ours]
+        rounds = bench.against(once, job)
+    parties, lines = compare(rounds, "tokens/s", tokens)
+    shares, mfu = column(rounds, "share"), column(rounds, "mfu")
+    rates = shown(column(rounds, "arithmetic", 1e-9))
+    ranks = f"dp {world.dp.size} x tp {world.tp.size}, {torch.get_num_threads()} threads a rank"
+    step = f"{options.batch_size} x {options.block_size} tokens a step"
     lines += [
-        f"training of {options.batch_size} x {options.block_size} tokens a step: dp {world.dp.size} x tp {world.tp.size}, "
-        f"{torch.get_num_threads()} threads a rank, {world.comm}",
-        f"in collectives (rank 0's clock): {shown(shares, '.1%')} of a step; {ours[0]['calls']:.1f} calls and "
-        f"{ours[0]['bytes']:,.0f} bytes a step",
-        f"products: {shown(mfu, '.1%')} of {shown([turn['arithmetic'] / 1e9 for turn in ours])} GFLOP/s (MFU)",
+        f"training of {step}: {ranks}, {world.comm}",
+        collectives(rounds, "a step", " a step"),
+        f"products: {shown(mfu, '.1%')} of {rates} GFLOP/s (MFU)",
     ]
-    if world.is_main and options.plot:
-        plot_bars(options.plot, f"training, {options.batch_size} x {options.block_size} tokens a step", "tokens/s", figures)
     found = {"share_in_collectives": spread(shares), "share_of_arithmetic": spread(mfu)}
-    bench.finish("train", {"model": config, "parties": figures, **found}, lines)
+    bench.finish("train", {"model": config, "parties": parties, **found}, lines)
 
 
-# --- saves ----------------------------------------------------------------------------------------------------------
+# --- saves ----------------------------------------------------------------------------------------
 
 
 def save(world: World, options: BenchSaveOptions) -> None:
-    """For how long a run stands still for a checkpoint, in front and in the background."""
-    bench = Bench(world, options, ())
+    """How long a run is stopped by a checkpoint, in front and in the background."""
+    bench = Bench(world, options)
+    rounds: list[dict[str, Any]] = []
     with prepared(world, options) as (run, place):
-        savers = {kind: Saver(world, place / kind, 1, kind == "background") for kind in ("front", "background")}
-        if world.is_main:
-            for kind in savers:
-                (place / kind).mkdir()
-
-        def iterations(count: int) -> float:
-            started = time.perf_counter()
-            for _ in range(count):
-                iterate(run, 1e-4)
-                run.progress.iter_num += 1
-            world.synchronize()
-            return time.perf_counter() - started
-
-        def saved(kind: str, usual: float) -> dict[str, Any]:
-            """What a save costs: the seconds that it and the iterations beside it take, beyond what these usually take."""
-            started, count = time.perf_counter(), 0
-            ended = save_run(run, savers[kind])
-            pause = time.perf_counter() - started
-            while agree(world, (int(world.is_main and not ended),))[0]:
-                iterations(1)
-                count += 1
-                ended = savers[kind].poll(not agree(world, (int(savers[kind].busy),))[0])
-            seconds = time.perf_counter() - started
-            return {"pause": pause, "stall": seconds - count * usual, "seconds": seconds, "iterations": count}
-
-        iterations(2)
-        for saver in savers.values():  # the first takes the memory
+        savers = {}
+        for way in ("front", "background"):
+            savers[way] = Saver(world, place / way, 1, way == "background")
+            if world.is_main:
+                (place / way).mkdir()
+        iterations(run, 2)
+        for saver in savers.values():  # the first save allocates memory
             save_run(run, saver)
             saver.finish()
-        rounds: list[dict[str, Any]] = []
         for _ in range(options.repeats):
-            usual = iterations(options.steps) / options.steps
-            rounds.append({kind: saved(kind, usual) for kind in savers} | {"iteration": usual})
-    front, background = ([turn[kind]["stall"] for turn in rounds] for kind in savers)
+            usual = iterations(run, options.steps)[0] / options.steps
+            found = {way: saved(run, saver, usual) for way, saver in savers.items()}
+            rounds.append({"iteration": usual, **found})
+    front, background = ([turn[way]["stall"] for turn in rounds] for way in savers)
     ratios = [b / f for f, b in zip(front, background, strict=True)]
     parameters = run.model.split.count()
-    figures = {"parameters": parameters, "bytes": 12 * parameters, "dp": world.dp.size, "tp": world.tp.size, "rounds": rounds}
-    figures |= {"front_s": spread(front), "background_s": spread(background), "ratio": spread(ratios)}
+    figures = {"parameters": parameters, "bytes": 12 * parameters, "rounds": rounds}
+    figures |= {"front_s": spread(front), "background_s": spread(background)}
     pauses, times = ([turn["background"][key] for turn in rounds] for key in ("pause", "seconds"))
+    at_once = [p / f for p, f in zip(pauses, front, strict=True)]
+    usual_s = shown([turn["iteration"] for turn in rounds], ".2f")
     lines = [
-        f"a checkpoint of {parameters / 1e6:.0f}M parameters, {12 * parameters / 1e9:.2f} GB; an iteration takes "
-        f"{shown([turn['iteration'] for turn in rounds], '.2f')} s",
+        f"a checkpoint of {parameters / 1e6:.0f}M parameters, {12 * parameters / 1e9:.2f} GB; "
+        f"an iteration takes {usual_s} s",
         f"in front          costs the run {shown(front, '.2f')} s",
-        f"in the background {shown(background, '.2f')} s: at once {shown(pauses, '.2f')} s, the rest is what writing takes of "
-        f"the processor; written after {shown(times, '.1f')} s",
-        f"background over front: {shown(ratios, '.2f')}; what is at once: "
-        f"{shown([p / f for p, f in zip(pauses, front, strict=True)], '.2f')}",
+        f"in the background {shown(background, '.2f')} s: at once {shown(pauses, '.2f')} s, "
+        f"the rest is processor time that writing takes; written after {shown(times, '.1f')} s",
+        f"background over front: {shown(ratios, '.2f')}; at once: {shown(at_once, '.2f')}",
     ]
-    bench.finish("save", figures, lines)
+    bench.finish("save", figures | {"ratio": spread(ratios)}, lines)
+
+
+def saved(run: Run, saver: Saver, usual: float) -> dict[str, Any]:
+    """The cost of a save. stall: seconds of it and of the iterations beside it, less what these
+    iterations usually take; pause: seconds before the first of them."""
+    started, count = time.perf_counter(), 0
+    ended = save_run(run, saver)
+    pause = time.perf_counter() - started
+    while agree(run.world, (int(run.world.is_main and not ended),))[0]:
+        iterations(run, 1)
+        count += 1
+        ended = saver.poll(not agree(run.world, (int(saver.busy),))[0])
+    seconds = time.perf_counter() - started
+    stall = seconds - count * usual
+    return {"pause": pause, "stall": stall, "seconds": seconds, "iterations": count}

@@ -1,1 +1,1 @@
-"""Weights on disk: the shard directory, the sources they may come from, and the state of a training run."""
+"""Weights on disk: the shard directory, and the sources that weights may come from."""

@@ -1,103 +1,163 @@
-"""The zip archive that torch.save writes, looked through before torch maps it.
+"""Read the zip archive that torch.save writes: its pickle as data, its tensors mapped.
 
-torch.load with mmap takes a record's place for its content: of a compressed record, or beyond the end of a short one, it
-would read whatever lies there as numbers. And it unpacks the pickle whole, however large that says it is.
+torch.load(weights_only=True, mmap=True) maps whatever lies where the archive says that a record
+begins, compressed or shorter than the tensor made of it, and unpickles calls and keys that take all
+memory or all time. So the archive is read here, by zipfile and base/pickles.py.
 """
 
+import io
+import pickle
 import struct
-import zipfile
-import zlib
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
-from zipfile import BadZipFile, ZipInfo
+from typing import Any, BinaryIO, NamedTuple
+from zipfile import BadZipFile, ZipFile
+
+import torch
+from torch import Tensor, UntypedStorage
 
 from base.errors import shown
-from base.pickles import Opaque, outline
+from base.pickles import Operations, PlainUnpickler, Refused
 
 MAX_PICKLE = 1 << 20  # bytes: that of gpt2-xl with its optimizer's state has 200 KB
+STORAGES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}  # fmt: skip
 
 
-def check_archive(path: Path, verify: tuple[int, int] | None = None) -> None:
-    """An error of some kind unless the file is what torch.save writes of dicts, lists, numbers, strings and tensors, and has
-    all the bytes of each tensor; pickles.Refused where it asks for more than data.
+def read_archive(path: Path, verify: tuple[int, int] | None = None) -> Any:
+    """The dicts, lists, numbers, strings and tensors that torch.save wrote, tensors mapped.
 
-    verify=(rank, size): the checksums of the model's tensors too, each by one of `size` ranks.
+    verify=(rank, size): compare the checksums of the model's tensors too, each by one of `size`
+    ranks. Raises pickles.Refused where the pickle holds more than data, and an error of some other
+    kind where the file is damaged or no such archive.
     """
-    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-        _check_end(file, archive.start_dir)
-        entries = {entry.filename: entry for entry in archive.infolist()}
-        _check_entries(archive.infolist())
-        root = next(iter(entries)).partition("/")[0]
-        pickle, prefix = entries[f"{root}/data.pkl"], f"{root}/data/"
-        if pickle.file_size > MAX_PICKLE:
-            raise BadZipFile(f"a pickle of {pickle.file_size:,} bytes")
-        starts = _starts(file, archive.infolist(), archive.start_dir)
-        records = {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
-        _check_sum(file, pickle, starts[pickle.filename])
-        file.seek(starts[pickle.filename])
-        whole = outline(file.read(pickle.file_size), {key: entry.file_size for key, entry in records.items()})
-        model = whole.get("model") if isinstance(whole, dict) else None
-        if verify is not None and isinstance(model, dict):
+    with open(path, "rb") as file, ZipFile(file) as archive:
+        starts = _starts(file, archive)
+        root = archive.filelist[0].filename.partition("/")[0]
+        pickled, order = archive.getinfo(f"{root}/data.pkl"), f"{root}/byteorder"
+        if pickled.file_size > MAX_PICKLE:
+            raise BadZipFile(f"a pickle of {pickled.file_size:,} bytes")
+        swap = order in starts and archive.read(order) != sys.byteorder.encode()
+        mapped = UntypedStorage.from_file(str(path), False, file.seek(0, 2))
+        records = {}
+        for name, start in starts.items():
+            end = start + archive.getinfo(name).file_size
+            records[name.removeprefix(f"{root}/data/")] = mapped[start:end]
+        whole = _TensorUnpickler(archive.read(pickled), records, swap).load()
+        if verify is not None and isinstance(whole, dict) and isinstance(whole.get("model"), dict):
+            tensors = (value for value in whole["model"].values() if isinstance(value, Tensor))
+            used = {t.untyped_storage().data_ptr() - mapped.data_ptr() for t in tensors}
             rank, size = verify
-            keys = sorted({value.key for value in model.values() if isinstance(value, Opaque)})
-            for entry in (records[key] for key in keys[rank::size]):
-                _check_sum(file, entry, starts[entry.filename])
+            for name in [name for name in starts if starts[name] in used][rank::size]:
+                with archive.open(name) as record:
+                    while record.read(1 << 20):  # at its end BadZipFile if it is damaged
+                        pass
+        return whole
 
 
-def _check_end(file: BinaryIO, directory: int) -> None:
-    """Python finds an archive's directory by its size, torch by its offset: these must agree, or torch would read another
-    archive than is checked here."""
-    length = file.seek(0, 2)
-    file.seek(max(0, length - 98))
-    tail = file.read().rjust(98, b"\0")
-    locator, end = tail[56:76], tail[76:]
-    offset = int.from_bytes(end[16:20], "little")
-    if locator[:4] == b"PK\6\7":  # what is larger than 4 GB has a second record, just before
-        offset = int.from_bytes(tail[48:56], "little")
-        if tail[:4] != b"PK\6\6" or int.from_bytes(locator[8:16], "little") != length - 98:
-            raise BadZipFile("its end is not as torch.save writes it")
-    if end[:4] != b"PK\5\6" or end[20:] != b"\0\0" or offset != directory:
-        raise BadZipFile("its end is not as torch.save writes it")
+def _starts(file: BinaryIO, archive: ZipFile) -> dict[str, int]:
+    """Where the content of each record begins, in order.
 
-
-def _check_entries(entries: list[ZipInfo]) -> None:
-    """Records are stored as they are, in one folder, under names that differ in more than case (torch ignores it)."""
-    roots = {entry.filename.partition("/")[0] for entry in entries}
-    names = {entry.filename.lower() for entry in entries}
-    if len(roots) != 1 or len(names) != len(entries):
-        raise BadZipFile("a name stands in it twice, or there are several folders")
+    BadZipFile unless the records are stored as they are, in one folder, under names that differ in
+    more than case (torch ignores it), and fill the file from its first byte to the archive's
+    directory, each apart, and nothing follows that.
+    """
+    starts, edge = {}, 0
+    entries = sorted(archive.filelist, key=lambda entry: entry.header_offset)
     for entry in entries:
-        if entry.filename != entry.orig_filename or not entry.filename.isascii() or not entry.filename.isprintable():
-            raise BadZipFile(f"a record is called {shown(entry.orig_filename)}")
-        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
-            raise BadZipFile(f"{shown(entry.filename)} is compressed or encrypted, which torch.save never does")
-
-
-def _starts(file: BinaryIO, entries: list[ZipInfo], directory: int) -> dict[str, int]:
-    """Where the content of each record begins; none reaches into the next."""
-    starts = {}
-    ordered = sorted(entries, key=lambda entry: entry.header_offset)
-    limits = [entry.header_offset for entry in ordered[1:]] + [directory]
-    for entry, limit in zip(ordered, limits, strict=True):
+        name, size, shows = entry.filename, entry.file_size, shown(entry.orig_filename)
+        if name != entry.orig_filename or not name.isascii() or not name.isprintable():
+            raise BadZipFile(f"a record is called {shows}")
+        if entry.compress_type or entry.compress_size != size or entry.flag_bits & 1:
+            raise BadZipFile(f"{shows} is compressed or encrypted, which torch.save never does")
+        entry.CRC = entry.CRC or None  # type: ignore[assignment]  # 0: torch was told to write none
         file.seek(entry.header_offset)
-        signature, name, extra = struct.unpack("<4s22xHH", file.read(30))
-        start = entry.header_offset + 30 + name + extra
-        if signature != b"PK\3\4" or start + entry.file_size > limit:
-            raise BadZipFile(f"{shown(entry.filename)} is cut short")
-        starts[entry.filename] = start
+        signature, name_size, extra = struct.unpack("<4s22xHH", file.read(30))
+        starts[name] = entry.header_offset + 30 + name_size + extra
+        if signature != b"PK\3\4" or entry.header_offset < edge:
+            raise BadZipFile(f"{shows} is cut short")
+        edge = starts[name] + size
+    one_folder = len({name.partition("/")[0] for name in starts}) == 1
+    if not one_folder or len({name.lower() for name in starts}) != len(entries):
+        raise BadZipFile("a name stands in it twice, or there are several folders")
+    length = file.seek(-42, 2) + 42
+    locator, end = file.read(20), file.read()  # the former if there is a record of 64-bit sizes
+    whole = end.startswith(b"PK\5\6") and end.endswith(b"\0\0")
+    if locator.startswith(b"PK\6\7"):
+        whole = whole and int.from_bytes(locator[8:16], "little") == length - 98
+    if not whole or entries[0].header_offset or edge > archive.start_dir:
+        raise BadZipFile("its beginning or end is not as torch.save writes it")
     return starts
 
 
-def _check_sum(file: BinaryIO, entry: ZipInfo, start: int) -> None:
-    """The record's CRC-32, unless torch was told to write none."""
-    if entry.CRC == 0:
-        return
-    found, left = 0, entry.file_size
-    file.seek(start)
-    while left:
-        content = file.read(min(left, 1 << 20))
-        if not content:
-            raise BadZipFile(f"{shown(entry.filename)} is cut short")
-        found, left = zlib.crc32(content, found), left - len(content)
-    if found != entry.CRC:
-        raise BadZipFile(f"{shown(entry.filename)} is damaged: its checksum is another")
+class _Storage(NamedTuple):
+    dtype: torch.dtype
+    data: UntypedStorage
+
+
+class _TensorUnpickler(PlainUnpickler):
+    """Also makes the tensors that torch.save wrote. records: the bytes of each storage by its key;
+    swap: they are in the other byte order."""
+
+    dispatch = Operations(PlainUnpickler.dispatch)
+
+    def __init__(self, raw: bytes, records: dict[str, UntypedStorage], swap: bool):
+        super().__init__(io.BytesIO(raw))
+        self.records, self.swap = records, set(records if swap else ())
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = CALLS.get(f"{module}.{name}", STORAGES.get(name) if module == "torch" else None)
+        return found or super().find_class(module, name)
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        what, dtype, key, device, count = pid
+        if what != "storage" or not isinstance(dtype, torch.dtype) or type(count) is not int:
+            raise Refused("it holds a storage that is none")
+        size, record = count * dtype.itemsize, self.records.get(key) if type(key) is str else None
+        if record is None or not 0 <= size <= record.nbytes():
+            raise Refused(f"it holds a storage of {count} numbers that the file does not have")
+        if key in self.swap:
+            self.swap.remove(key)
+            record.byteswap(dtype)
+        return _Storage(dtype, record[:size])
+
+    def load_binpersid(self) -> None:
+        self.append(self.persistent_load(self.stack.pop()))
+
+    def load_reduce(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        known = type(arguments) is tuple and any(function is call for call in CALLS.values())
+        made = function(*arguments) if known else None
+        if not isinstance(made, Tensor | dict):
+            raise Refused("it calls what makes no tensor")
+        self.append(made)
+
+    def load_build(self) -> None:
+        attributes, target = self.stack.pop(), self.stack[-1]
+        # state_dict() adds this one to its OrderedDict; any other could replace a method of it
+        dicts = type(target) is dict and type(attributes) is dict
+        if not dicts or set(attributes) != {"_metadata"}:
+            raise Refused("it sets attributes")
+
+    dispatch[pickle.BINPERSID[0]], dispatch[pickle.REDUCE[0]] = load_binpersid, load_reduce
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any) -> Any:
+    if not isinstance(storage, _Storage):
+        return None
+    return torch.empty(0, dtype=storage.dtype).set_(storage.data, offset, size, stride)
+
+
+# the names that torch.save writes. A seventh argument of _rebuild_tensor_v2 would be metadata: bits
+# that say to negate or conjugate what is stored
+CALLS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": lambda: {},
+    "torch._utils._rebuild_parameter": lambda tensor, grad, hooks: tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+}

@@ -1,5 +1,6 @@
 """Weights as transformers saves GPT-2: config.json and model.safetensors, here or on the hub."""
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable
@@ -12,140 +13,125 @@ from torch import Tensor
 
 from base.errors import UserError, printable, shown
 from base.files import read_json
+from checkpoints.manifest import Sync, config_from
 from checkpoints.runs import runs_of
-from checkpoints.shards import CODES, Sync, config_from, open_tensors
-from checkpoints.tensors import (
-    HEAD,
-    TABLE,
-    by_plain_name,
-    check_all_used,
-    check_tied,
-    common_dtype,
-    tokenizer_for,
-)
+from checkpoints.tensor_file import CODES, open_tensors
+from checkpoints.tensors import HEAD, TABLE, by_plain_name, check_tied, check_weights, tokenizer_for
 from model import GPTConfig
-from plan.partition import Partition, Span
+from plan.partition import Span
 
-HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+GPT2_TOKENS = 50257
+# (layers, heads, width) of the hub's models, as their config.json has them
+HUB_SIZES = {
+    "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
+}  # fmt: skip
+OWNER = "openai-community/"
+DTYPE_OF_CODE = {code: dtype for dtype, code in CODES.items()}
 
 
 def hub_name(spec: str) -> str:
     """The short name of the hub's model that `spec` names, with or without its owner, or ""."""
-    return next((name for name, full in HUB.items() if spec in (name, full)), "")
+    name = spec.removeprefix(OWNER)
+    return name if name in HUB_SIZES else ""
 
 
 def from_hub(name: str) -> Path:
-    """The local copy of a hub model, downloaded if need be: the one place of the program that uses the network."""
+    """The local copy of a hub model, downloaded if need be: nothing else here uses the network."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    patterns = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
-    for repository in (HUB[name], name):  # the short name is where older caches have it
-        try:
-            path = Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=True))
-            if (path / "config.json").is_file() and any(file.is_file() for file in path.glob("model*.safetensors")):
-                return path
-        except LocalEntryNotFoundError:
-            continue
+    patterns = ["config.json", "model.safetensors*", "model-*.safetensors"]
+    for repository in (OWNER + name, name):  # older caches have it under the short name
+        with contextlib.suppress(LocalEntryNotFoundError):
+            found = snapshot_download(repository, allow_patterns=patterns, local_files_only=True)
+            weights = Path(found).glob("model*.safetensors")
+            if Path(found, "config.json").is_file() and any(file.is_file() for file in weights):
+                return Path(found)
     try:
-        return Path(snapshot_download(HUB[name], allow_patterns=patterns))
-    except Exception as error:  # requests, httpx and the hub's own errors differ by version: all mean "not to be had"
+        return Path(snapshot_download(OWNER + name, allow_patterns=patterns))
+    except Exception as error:  # of requests, httpx or the hub, by version: it is not to be had
         reason = type(error).__name__
     raise UserError(
         f"{name} is not in the local Hugging Face cache and the hub cannot be reached ({reason}). "
-        f"A directory with config.json and model.safetensors works too: --init_from=/path/to/{name}"
+        "A directory with config.json and model.safetensors works too: "
+        f"--init_from=/path/to/{name}"
     )
 
 
 class HuggingFaceDirectory:
-    """A directory with config.json and model.safetensors (or several files and an index), as transformers saves GPT-2.
-
-    transformers keeps the linear weights as [in, out] (Conv1D); here they are [out, in].
-    """
+    """config.json, and model.safetensors or several files and an index. In them linear weights are
+    [in, out] (transformers' Conv1D); `read` gives [out, in]."""
 
     dataset: str | None = None
     sync: Sync | None = None
 
     def __init__(self, directory: Path, description: str = ""):
-        self.directory = directory
-        self.description = description or str(directory)
-        self._files: dict[Path, Any] = {}
-        raw = read_json(directory / "config.json")
-        self.config = config_from_hf(raw, directory / "config.json")
-        self._where = self._locate()
-        self.tokenizer = tokenizer_for(self.config.vocab_size, raw)
+        self.directory, self.description = directory, description or str(directory)
+        self._open: dict[Path, Any] = {}
+        settings = read_json(directory / "config.json")
+        self.config = config_from_hf(settings, directory / "config.json")
+        self._where = by_plain_name(self._locate().items(), str(directory))
+        self.tokenizer = tokenizer_for(self.config.vocab_size, settings)
         self.dtype = self._check()
 
     def _locate(self) -> dict[str, tuple[Path, str]]:
-        """nanoGPT's name -> (file, its name in that file)."""
-        index, single = self.directory / "model.safetensors.index.json", self.directory / "model.safetensors"
+        """Of each tensor its file and its name there."""
+        index, single = (self.directory / f"model.safetensors{end}" for end in (".index.json", ""))
         if os.path.lexists(single):
-            pairs = self._within(single)
-        elif os.path.lexists(index):
-            weight_map = read_json(index)
-            weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
-            if not isinstance(weight_map, dict):
-                raise UserError(f"{index} has no weight_map.")
-            for name in weight_map.values():
-                if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,200}\.safetensors", name):
-                    raise UserError(f"{index}: {shown(name)} is not a safetensors file of this directory.")
-            pairs = [(key, (self.directory / name, key)) for key, name in weight_map.items()]
-        else:
-            hint = " Save the model again with save_pretrained(...)." if list(self.directory.glob("*.bin")) else ""
+            file = self._file(single)
+            keys, settings = set(file.keys()), file.metadata() or {}
+            # of several tensors that are one, save_model keeps one and names the others here
+            same = {name: key for name, key in settings.items() if key in keys}
+            names = same | {key: key for key in keys}
+            return {name: (single, key) for name, key in names.items()}
+        if not os.path.lexists(index):
+            old = any(self.directory.glob("*.bin"))
+            hint = " Save the model again with save_pretrained(...)." if old else ""
             raise UserError(f"{self.directory} has config.json but no model.safetensors.{hint}")
-        return by_plain_name(pairs, str(self.directory))
+        content = read_json(index)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index} has no weight_map.")
+        for name in weight_map.values():
+            if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,200}\.safetensors", name):
+                fault = "is not a safetensors file of this directory"
+                raise UserError(f"{index}: {shown(name)} {fault}.")
+        return {key: (self.directory / name, key) for key, name in weight_map.items()}
 
-    def _within(self, path: Path) -> list[tuple[str, tuple[Path, str]]]:
-        """The tensors of a file. Of several that are the same, safetensors' save_model keeps one and
-        names the others in the metadata."""
-        keys, said = set(self._open(path).keys()), self._open(path).metadata() or {}
-        same = {alias: key for alias, key in said.items() if key in keys and alias not in keys}
-        return [(name, (path, key)) for name, key in ({key: key for key in keys} | same).items()]
-
-    def _open(self, path: Path) -> Any:
-        if path not in self._files:
-            self._files[path] = open_tensors(path)
-        return self._files[path]
+    def _file(self, path: Path) -> Any:
+        if path not in self._open:
+            self._open[path] = open_tensors(path)
+        return self._open[path]
 
     def _slice(self, name: str) -> Any:
-        file, key = self._where[name]
+        path, key = self._where[name]
         try:
-            return self._open(file).get_slice(key)
+            return self._file(path).get_slice(key)
         except SafetensorError:
-            raise UserError(f"{file}: tensor {key} is missing, though the index names it.") from None
+            fault = "is missing, though the index names it"
+            raise UserError(f"{path}: tensor {key} {fault}.") from None
 
     def _check(self) -> torch.dtype:
-        dtypes, shapes = {}, Partition.of(self.config, 1).shapes()
-        if HEAD in self._where:
-            shapes[HEAD] = shapes[TABLE]
-        for name, shape in shapes.items():
-            if name not in self._where:
-                fault = "is missing: these are not the weights of config.json's GPT-2"
-                raise UserError(f"{self.directory}: tensor {name} {fault}.")
+        """The weights' dtype. UserError unless the tensors are those of config.json's model."""
+        found = {}
+        for name in self._where:
             part = self._slice(name)
-            expected = shape[::-1] if is_conv1d(name) else shape
-            if tuple(part.get_shape()) != expected:
-                fault = f"has shape {part.get_shape()}, config.json says {list(expected)}"
-                raise UserError(f"{self._where[name][0]}: tensor {name} {fault}.")
-            dtypes[name] = _DTYPE_OF_CODE.get(part.get_dtype(), part.get_dtype())
-        self._check_no_more(shapes)
-        dtype = common_dtype(dtypes, str(self.directory))
-        if HEAD in self._where and self._where[HEAD] != self._where[TABLE]:
-            check_tied(self._slice(HEAD)[:], self._slice(TABLE)[:], str(self.directory))
-        return dtype
-
-    def _check_no_more(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        def shape_of(name: str) -> tuple[int, ...]:
-            return tuple(self._slice(name).get_shape())
-
-        check_all_used(self._where, shapes, self.config.n_layer, shape_of, str(self.directory))
+            shape, code = part.get_shape(), part.get_dtype()
+            found[name] = shape[:: -1 if is_conv1d(name) else 1], DTYPE_OF_CODE.get(code, code)
+        files = {name: path for name, (path, _) in self._where.items()}
+        where = str(self.directory)
+        dtype = check_weights(found, self.config, where, "config.json says", files)
+        self.files = sorted({self.directory / "config.json", *files.values()})
         known = set(self._where.values())
-        for path, file in self._files.items():
+        for path, file in self._open.items():
             for key in file.keys():  # noqa: SIM118 - it is no dict
                 if (path, key) not in known:
-                    raise UserError(
-                        f"{path}: tensor {printable(key)} is not in the index. Save the model again."
-                    )
+                    fault = "is not in the index. Save the model again"
+                    raise UserError(f"{path}: tensor {printable(key)} {fault}.")
+        if HEAD in found and self._where[HEAD] != self._where[TABLE]:
+            check_tied(self._slice(HEAD)[:], self._slice(TABLE)[:], where)
+        return dtype
 
     def read(self, name: str, dim: int | None, runs: Iterable[Span]) -> Tensor:
         part = self._slice(name)
@@ -159,33 +145,34 @@ def is_conv1d(name: str) -> bool:
     return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
-_DTYPE_OF_CODE = {code: dtype for dtype, code in CODES.items()}
 _GELU_OF_HF = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _HF_FIXED = {
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
+    "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
     "tie_word_embeddings": True,
-}
+}  # fmt: skip
+_HF_DEFAULTS = {
+    "vocab_size": GPT2_TOKENS, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12,
+    "activation_function": "gelu_new",
+}  # fmt: skip
 
 
 def config_from_hf(raw: Any, where: Path) -> GPTConfig:
-    """GPTConfig of a Hugging Face config.json; UserError for anything that would be computed differently here."""
+    """The GPTConfig of a config.json. UserError for anything that would be computed differently."""
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind != "gpt2":
         raise UserError(f"{where}: model_type is {shown(kind)}, nanoTP reads gpt2.")
-    sizes = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}  # transformers' defaults
-    values = {key: raw.get(key, default) for key, default in sizes.items()}
     for key, expected in _HF_FIXED.items():
         if raw.get(key, expected) != expected:
             raise UserError(f"{where}: {key}={shown(raw[key])}, only {expected} is supported.")
-    activation = raw.get("activation_function", "gelu_new")
-    if not isinstance(activation, str) or activation not in _GELU_OF_HF:
-        raise UserError(f"{where}: activation_function={shown(activation)} is not one of {', '.join(_GELU_OF_HF)}.")
-    values |= {"block_size": values.pop("n_positions"), "dropout": 0.0, "bias": True, "activation": _GELU_OF_HF[activation]}
+    values = {key: raw.get(key, default) for key, default in _HF_DEFAULTS.items()}
+    name, values["block_size"] = values.pop("activation_function"), values.pop("n_positions")
+    if not isinstance(name, str) or name not in _GELU_OF_HF:
+        known = ", ".join(_GELU_OF_HF)
+        raise UserError(f"{where}: activation_function={shown(name)} is not one of {known}.")
+    values |= {"dropout": 0.0, "bias": True, "activation": _GELU_OF_HF[name]}
     try:
-        config = config_from(values, lambda name: {"block_size": "n_positions"}.get(name, name))
+        config = config_from(values, lambda key: "n_positions" if key == "block_size" else key)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if raw.get("n_inner") not in (None, 4 * config.n_embd):

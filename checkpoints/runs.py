@@ -1,4 +1,4 @@
-"""Runs of a tensor: contiguous ranges along one dimension, which is how a rank's part is described."""
+"""Runs of a tensor: contiguous ranges along one dimension, by which a rank's part is described."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,12 +8,15 @@ from torch import Tensor
 
 from plan.partition import Rule, Span
 
-Read = Callable[[str, Rule], Tensor]  # (name, its rule): the entries that this rank owns, without padding
+Read = Callable[[str, Rule], Tensor]  # (name, its rule): the entries that this rank owns, unpadded
 
 
 def runs_of(part: Any, dim: int | None, runs: Iterable[Span]) -> Tensor:
-    """Runs along `dim`, concatenated, of a tensor or a safetensors slice; the whole if dim is None."""
+    """Runs along `dim`, concatenated, of a tensor or safetensors slice; all if dim is None."""
     if dim is None:
         return part[:]
-    pieces = [part[(slice(None),) * dim + (slice(lo, hi),)] for lo, hi in runs]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+    return joined([part[(slice(None),) * dim + (slice(lo, hi),)] for lo, hi in runs], dim)
+
+
+def joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -64,6 +64,13 @@ class RunOptions(EntryOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshOptions(RunOptions):
+    """Options of every command that arranges its ranks as dp x tp."""
+
+    tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class InferenceOptions(RunOptions):
     """Options of every command that runs a trained model."""
 
@@ -104,7 +111,7 @@ class SampleOptions(InferenceOptions):
 # job's micro-batches (nanoGPT divides by its ranks, this by dp), so an iteration holds the same
 # tokens on any number of ranks.
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(RunOptions):
+class TrainOptions(MeshOptions):
     """Train from scratch, fine-tune, resume or evaluate a GPT, tp ranks to a model and
     world size / tp models."""
 
@@ -141,7 +148,6 @@ class TrainOptions(RunOptions):
     lr_decay_iters: int = option(600000, "iteration at which the decay has reached min_lr", low=0)
     min_lr: float = option(6e-5, "lowest learning rate", low=0)
     backend: str = option("", "nanoGPT's name for comm, used where comm=auto", ("", "nccl", "gloo"))
-    tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
     sync: str = option("", SYNC)
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
     sequence_parallel: bool = option(False, "split what lies between matrix products over the"
@@ -236,11 +242,10 @@ class RepairOptions(DropOptions, OutOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions(RunOptions):
-    """What every measurement has."""
+    """Options of every measurement."""
 
     repeats: int = option(7, "rounds; medians and spreads are over them", low=1)
     against: str = option("", "contestants that run in turn with nanoTP in each round, with commas between")
-    plot: str = option("", "draw the figures into this PNG (needs matplotlib)")
     n_layer: int = option(12, "layers of the model that is measured", low=1)
     n_head: int = option(12, "its attention heads a layer", low=1)
     n_embd: int = option(768, "the width of its residual stream", low=1)
@@ -249,25 +254,25 @@ class BenchOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchModelOptions(BenchOptions):
-    """What the measurements of generation have."""
+    """Options of the measurements of generation."""
 
     init_from: str = option("", "weights as in sample_tp.py; default: random ones")
     prompt_tokens: int = option(128, "length of the prompt", low=1)
-    quantize: str = option("", "int8: the matrices in 8 bits (the contestants' too, where they have that)", ("", "int8"))
+    quantize: str = option("", "int8: 8-bit matrices (in contestants too, if they can)", ("", "int8"))
     sync: str = option("", "sync points, as in sample_tp.py")
-    sequence_parallel: bool = option(False, "split the prompt's activations over the sequence, as in sample_tp.py")
+    sequence_parallel: bool = option(False, "split the prompt's activations, as in sample_tp.py")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchDecodeOptions(BenchModelOptions):
-    """Decode greedily after a prompt; --against=hf,ctranslate2,one_rank,all_syncs,no_draft (the last three: nanoTP on one
-    thread; with the schedule all; without the draft)."""
+    """Decode greedily after a prompt; --against=hf,ctranslate2,one_rank,all_syncs,no_draft (the last
+    three: nanoTP on one thread; with the schedule all; without the draft)."""
 
     new_tokens: int = option(128, "tokens generated in a round", low=2)
-    prompt: str = option("", "text to decode after, or FILE:path; default: prompt_tokens random ones")
+    prompt: str = option("", "text to decode after, or FILE:path; default: random tokens")
     draft: str = option("", "guess ahead, as in sample_tp.py")
     draft_tokens: int = option(5, "tokens guessed ahead at most", low=1)
-    ledger: bool = option(False, "measure what the account costs: every round once with it and once without")
+    ledger: bool = option(False, "measure the cost of the account: every round with it and without")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,17 +283,9 @@ class BenchPrefillOptions(BenchModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchStartOptions(BenchOptions):
-    """From torchrun to the first token, beside a torchrun of ranks that only import torch and make a gloo group."""
-
-    ranks: int = option(2, "ranks that torchrun starts", low=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchTrainOptions(BenchOptions):
+class BenchTrainOptions(BenchOptions, MeshOptions):
     """Train; --against=reference (model.py on all cores in one process, plain AdamW, full logits)."""
 
-    tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
     batch_size: int = option(4, "sequences in a step", low=1)
     block_size: int = option(256, "tokens in a sequence", low=1)
     steps: int = option(3, "steps in a round", low=1)
@@ -296,31 +293,30 @@ class BenchTrainOptions(BenchOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchSaveOptions(BenchOptions):
-    """How long a run stands still for a checkpoint, saved in front and in the background."""
+class BenchSaveOptions(BenchOptions, MeshOptions):
+    """How long a checkpoint stops a run, saved in front and in the background."""
 
-    tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
     batch_size: int = option(2, "sequences in an iteration", low=1)
     block_size: int = option(128, "tokens in a sequence", low=1)
-    steps: int = option(4, "iterations of which the usual time is taken", low=1)
+    steps: int = option(4, "iterations that give the usual time of one", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchAllreduceOptions(BenchOptions):
     """All-reduces of many sizes over every transport that can run here."""
 
-    sizes: str = option("1024,3072,16384,65536,262144,1048576,4194304,16777216", "bytes of the messages")
+    sizes: str = option("1024,3072,16384,65536,262144,1048576,4194304,16777216", "bytes of messages")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchBlockOptions(BenchOptions):
-    """One MLP, one attention block or one layer under every strategy: naive, megatron, sequence, spd; is it right, what do its
-    ranks say, how long does it take, what does it hold."""
+    """An MLP, an attention block or a layer under every strategy (naive, megatron, sequence, spd): its
+    errors, its messages, its time, its memory."""
 
     part: str = option("layer", "what is measured", ("mlp", "attention", "layer"))
-    mistake: str = option("", "beside megatron, the same with a mistake: qkv cut in one piece, bias added on every rank,"
-                              " f or g left out", ("", "qkv", "bias", "no_f", "no_g"))
-    tp: str = option("1,2,4,8", "tensor-parallel sizes; those that there are no ranks for are counted, not run")
+    mistake: str = option("", "beside megatron, the same with a mistake: qkv cut in one piece, bias "
+                              "added on every rank, f or g left out", ("", "qkv", "bias", "no_f", "no_g"))
+    tp: str = option("1,2,4,8", "tensor-parallel sizes; those above the world size are only counted")
     intermediate: int = option(0, "width of the MLP's hidden layer, 0 = 4 x n_embd", low=0)
     batch_size: int = option(1, "sequences", low=1)
     block_size: int = option(128, "tokens in a sequence", low=1)
@@ -328,13 +324,13 @@ class BenchBlockOptions(BenchOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchDiagramOptions(RunOptions):
-    """Draw a layer as its ranks see it, and compare the strategies by formula (one process, nothing runs)."""
+    """Draw a layer as its ranks see it, and compare the strategies by formula (one process)."""
 
     n_layer: int = option(12, "layers", low=1)
     n_head: int = option(12, "attention heads a layer", low=1)
     n_embd: int = option(768, "width of the residual stream", low=1)
     vocab_size: int = option(50257, "the size of the vocabulary", low=2)
-    tp: str = option("2", "tensor-parallel sizes with commas between: the first is drawn, the table has all")
+    tp: str = option("2", "tensor-parallel sizes, the first is drawn, the table has all")
     sync: str = option("all", "sync points, as in sample_tp.py")
     sequence_parallel: bool = option(False, "draw it with activations split over the sequence")
     batch_size: int = option(1, "sequences", low=1)
@@ -343,30 +339,32 @@ class BenchDiagramOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchPageOptions(RunOptions):
-    """Write a report that was kept as a page: --kept=run.json --report=run.html (one process)."""
+    """Make a page of a kept report: --kept=run.json --report=run.html (one process)."""
 
-    kept: str = option("", "the report: JSON, or a page, which carries its own", required=True)
+    kept: str = option("", "the report: JSON, or a page, which contains its JSON", required=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchPredictOptions(BenchOptions):
-    """What a step takes, reckoned: on this machine, held against what it does take (2 ranks, a few minutes); or, with
-    --hardware, elsewhere: which tp and which sync points, and when one device is faster."""
+    """Predict with a cost model how long a step takes on given hardware, at which tp and with which
+    sync points it is fastest, and when one device is."""
 
-    hardware: str = option("", "profiles with commas between, all, or custom; default: this machine, measured")
+    hardware: str = option("all", "profiles with commas between, all, or custom")
     model: str = option("gpt2,gpt2-medium,gpt2-large,gpt2-xl,7b-like,13b-like",
-                        "shapes with commas between, all, or custom: that of --n_layer, --n_head, --n_embd and --vocab_size")
+                        "shapes with commas between, all, or custom: --n_layer, --n_head, --n_embd "
+                        "and --vocab_size")
     tp: str = option("1,2,4,8", "tensor-parallel sizes with commas between")
     mode: str = option("decode", "decode, prefill and train with commas between, or all")
     batch_size: int = option(1, "sequences", low=1)
-    tokens: int = option(512, "tokens in the cache (decode), or of a sequence that is read", low=1)
+    tokens: int = option(512, "tokens in the cache (decode), or in a sequence that is read", low=1)
     quantize: str = option("", "int8: weights of 8 bits", ("", "int8"))
-    alpha_us: float = option(0.0, "instead of the profile's: microseconds of a message between two ranks", low=0)
-    link_GBps: float = option(0.0, "instead of the profile's: GB/s of the link", low=0)
-    memory_GBps: float = option(0.0, "instead of the profile's: GB/s that a rank reads from its memory", low=0)
-    peak_tflops: float = option(0.0, "instead of the profile's: TFLOP/s of its products", low=0)
-    memory_GB: float = option(0.0, "instead of the profile's: GB of its memory", low=0)
-    overhead_us: float = option(-1.0, "microseconds of a sub-block beyond reading and products, -1 = the profile's", low=-1)
+    alpha_us: float = option(0.0, "replaces the profile's microseconds of a message", low=0)
+    link_GBps: float = option(0.0, "replaces the profile's GB/s of the link", low=0)
+    memory_GBps: float = option(0.0, "replaces the profile's GB/s that a rank reads", low=0)
+    peak_tflops: float = option(0.0, "replaces the profile's TFLOP/s of products", low=0)
+    memory_GB: float = option(0.0, "replaces the profile's GB of memory", low=0)
+    overhead_us: float = option(-1.0, "microseconds of a sub-block beyond reading and products, "
+                                      "-1 = the profile's", low=-1)
 
 
 @dataclass(frozen=True, kw_only=True)

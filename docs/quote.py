@@ -1,6 +1,6 @@
 """Pages whose commands and code are quoted from the real thing: run every command, write what it says into the page.
 
-    python docs/quote.py docs/tensor_parallelism.md             run it all and rewrite the page and its figures
+    python docs/quote.py docs/tensor_parallelism.md             run it all and rewrite the page
     python docs/quote.py docs/tensor_parallelism.md --check     change nothing; exit status 1 where the page says otherwise
 
 In a page, each command of a ```console block stands after "$ " and its output below it, up to the next command. Commands run
@@ -241,22 +241,13 @@ def outputs(lines: list[str], check: bool, place: Path) -> list[str]:
     return made + lines[at:]
 
 
-def figures(lines: list[str]) -> list[str]:
-    """The files that the page's commands draw, as the commands name them."""
-    found = (re.findall(r"--plot=(\S+)", command.text) for block in blocks(lines, "console")
-             for command in commands(lines[block.first : block.last]))  # fmt: skip
-    return [name for names in found for name in names]
-
-
 def quote(page: Path, check: bool) -> None:
-    """Rewrite a page and its figures; check: only compare."""
+    """Rewrite a page; check: only compare."""
     lines = excerpts(page.read_text().splitlines(), check)
     with tempfile.TemporaryDirectory() as scratch:
         place = copy_of_repository(Path(scratch))
         lines = outputs(lines, check, place)
         if not check:
-            for name in figures(lines):  # without matplotlib they are what they were
-                shutil.copy(place / name, ROOT / name)
             page.write_text("\n".join(lines) + "\n")
 
 

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from base.errors import UserError
+from base.files import check_target, new_directory, write_json
 from checkpoints.convert import SHARD_FILES, place, write_shards
+from checkpoints.manifest import Sync
 from checkpoints.runs import runs_of
-from checkpoints.shards import Sync, check_target, new_directory, write_json
 from checkpoints.sources import Source
 from cli.options import GroupOptions
 from fewer_syncs.inputs import about, open_inputs

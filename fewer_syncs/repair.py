@@ -17,8 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from base.errors import UserError
+from base.files import check_target
 from checkpoints.convert import SHARD_FILES, place
-from checkpoints.shards import Sync, check_target
+from checkpoints.manifest import Sync
 from checkpoints.sources import Source
 from cli.options import RepairOptions
 from fewer_syncs.inputs import about, build, need_ranks, open_inputs, perplexity, validation_tokens

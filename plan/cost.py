@@ -8,7 +8,7 @@ JPDC 69, 2009). A step is as fast as its slowest rank, the first of a tp group: 
 heads, columns and vocabulary rows.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -250,25 +250,3 @@ class Step:
         if self.int8:  # look-ups read the table in full width
             return self.numbers + self.entries[-1] * self.width + cache
         return self.numbers * self.width + cache
-
-
-def fit_link(times: Iterable[tuple[float, float]], one_shot: bool = False) -> Link:
-    """The link between two ranks of which all-reduces of so many bytes took so many seconds:
-    [(bytes, seconds), ...].
-
-    Over two ranks every algorithm is 2 alpha + m beta. Weighted least squares, each residual over
-    the time it is of, so that microseconds count as much as milliseconds; neither constant is
-    negative. ValueError with fewer than two sizes.
-    """
-    points = [(1 / t, m / t) for m, t in times]  # 2 alpha u + beta v = 1 at each (u, v)
-    uu, uv, vv = (sum(p[i] * p[j] for p in points) for i, j in ((0, 0), (0, 1), (1, 1)))
-    u, v = (sum(p[i] for p in points) for i in (0, 1))
-    if len({v / u for u, v in points}) < 2:
-        raise ValueError("latency and bandwidth are told apart by messages of two sizes at least")
-    determinant = uu * vv - uv * uv
-    latency, beta = (u * vv - v * uv) / determinant, (v * uu - u * uv) / determinant
-    if latency < 0:
-        latency, beta = 0.0, v / vv
-    if beta < 0:
-        latency, beta = u / uu, 0.0
-    return Link(latency / 2, beta, one_shot)

@@ -131,7 +131,7 @@ def rank(place: Path, phase: str, name: str, argv: list[str]) -> None:
     sys.path[:0] = [str(ROOT)]
     import sample_tp
     import train_tp
-    from checkpoints.shards import TensorFile
+    from checkpoints.tensor_file import TensorFile
     from cli.options import SampleOptions, TrainOptions
     from parallel.collectives import Axis
     from parallel.ledger import Ledger

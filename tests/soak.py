@@ -149,7 +149,7 @@ def check_latest(out: Path) -> int:
         shards = ShardDirectory(directory)
         for rank in range(shards.manifest.tp):
             shards.check_bytes(rank)
-            shards.check_header(rank)
+            shards.file(rank)
     return int(json.loads((path / "training.json").read_text())["progress"]["iter_num"])
 
 

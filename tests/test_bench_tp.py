@@ -119,14 +119,6 @@ def test_prefill_and_transformers_choose_the_same_token(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_start_is_measured_beside_a_bare_group(tmp_path: Path) -> None:
-    path = tmp_path / "r.json"
-    said = run(alone(), "start", *TINY, "--vocab_size=131", "--repeats=1", f"--report={path}")
-    made = json.loads(path.read_text())
-    assert set(made["seconds"]) == {"nanotp", "bare"} and made["ratio"]["median"] > 0 and "times as long" in said
-
-
-@pytest.mark.slow
 def test_training_and_the_reference_see_the_same_losses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[dict[str, dict[str, Any]]] = []
     rounds = Bench.rounds
@@ -170,7 +162,6 @@ def test_allreduce_measures_every_transport(tmp_path: Path) -> None:
         ("train", ["--against=hf"], "--against=hf is not one of reference."),
         ("decode", ["--new_tokens=1000", *TINY, "--vocab_size=131"], "a prompt of 128 tokens and 1000 new ones do not fit"),
         ("allreduce", [], "bench_tp.py allreduce needs ranks"),
-        ("start", [*TINY, "--vocab_size=131", "--ranks=4"], "tp=4 is more than n_head=3"),
         ("prefill", ["--against=one_rank"], "--against=one_rank is not one of hf, ctranslate2."),
         ("decode", ["--report=/dev/null/r.json"], "--report=/dev/null/r.json"),
     ],

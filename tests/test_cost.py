@@ -1,6 +1,5 @@
 """The cost model: against closed formulas, in its limits, and what it says is said against the account of real ranks."""
 
-import importlib.util
 import json
 from collections import Counter
 from dataclasses import replace
@@ -14,9 +13,7 @@ from test_bench_tp import run
 from test_sample_tp import alone
 
 from base.errors import UserError
-from bench import prediction
-from bench.elsewhere import PROFILES, SHAPES, pays_from
-from bench.prediction import FITTED, Constants, Job, solve
+from bench.predict import PROFILES, SHAPES, pays_from
 from bench.strategies import Case, formula
 from cli.options import BenchPredictOptions
 from inference.generation import generate
@@ -24,11 +21,11 @@ from inference.sampling import Sampling
 from model import GPTConfig
 from parallel.ledger import Account
 from parallel.loss import chunk_rows
-from plan.cost import OPTIMIZER, TIED, Hardware, Link, Seconds, Step, fit_link, ring_bytes
+from plan.cost import OPTIMIZER, TIED, Hardware, Link, Seconds, Step, ring_bytes
 from plan.partition import Partition
 from plan.schedule import Schedule
 from tp_model import TensorParallelGPT
-from world.mesh import World, make_axis
+from world.mesh import World
 
 CONFIG = GPTConfig(block_size=16, vocab_size=131, n_layer=3, n_head=6, n_embd=24)
 MACHINE = Hardware("a machine", memory=1e9, peak=1e11, overhead=1e-5, link=Link(1e-5, 1e-9))
@@ -53,18 +50,6 @@ def test_a_collective_is_the_fastest_of_its_algorithms() -> None:
     assert Link(a, b).seconds("all_gather", m, 4) == pytest.approx(ring[1] / 2)
     assert Link(a, b).seconds("broadcast", m, 5) == pytest.approx(3 * (a + m * b))
     assert all(Link(a, b).seconds(op, m, 1) == 0 for op in ("all_reduce", "all_gather", "reduce_scatter", "broadcast"))
-
-
-def test_the_fit_finds_known_constants() -> None:
-    sizes = (64, 3072, 65536, 1 << 20)
-    link = fit_link([(m, 2 * 4e-6 + m * 2e-10) for m in sizes])
-    assert (link.alpha, link.beta) == pytest.approx((4e-6, 2e-10))
-    noisy = fit_link([(m, (2 * 4e-6 + m * 2e-10) * (1.05 if i % 2 else 0.95)) for i, m in enumerate(sizes)])
-    assert (noisy.alpha, noisy.beta) == pytest.approx((4e-6, 2e-10), rel=0.1)  # small messages count as much as large ones
-    assert fit_link([(1, 2e-6), (10**6, 1e-6)]).beta == 0  # never negative
-    assert fit_link([(10, 1e-9), (10**6, 1e-3)]).alpha >= 0
-    with pytest.raises(ValueError, match="two sizes"):
-        fit_link([(64, 1e-6), (64, 2e-6)])
 
 
 def counted(messages: Any) -> dict[tuple[str, str, str], tuple[int, int]]:
@@ -211,70 +196,6 @@ def test_limits_and_monotony() -> None:
     assert step(past=500).seconds(MACHINE).attention > step(past=5).seconds(MACHINE).attention
 
 
-def test_constants_are_found_again_from_what_they_make_jobs_take() -> None:
-    rates = {alone: {"peak": 1e11, "attend": 5e10, "touch": 1e-9} for alone in (True, False)}
-    links = {"shm": Link(3e-6, 1e-10, True), "gloo": Link(2e-4, 1e-9)}
-    true = Constants(1e-5, 8e9, {True: 25e9, False: 18e9}, rates, links)
-    steps: dict[str, list[Step]] = {}
-    took: dict[str, list[float]] = {}
-    for name, jobs in FITTED.items():
-        steps[name] = []
-        for job in jobs:
-            n_layer, n_embd, n_head, vocab = job.sizes
-            config = GPTConfig(1024, vocab, n_layer, n_head, n_embd)
-            tp = 1 if job.comm == "one rank" else 2
-            steps[name].append(Step(Partition.of(config, tp), Schedule.plain(n_layer), "decode", past=44, int8=job.int8))
-        took[name] = [one.seconds(true.hardware(job.comm)).total for one, job in zip(steps[name], jobs, strict=True)]
-    # the smallest model is not all overhead: what it reads in 25 GB/s is a tenth of it
-    overhead = took["overhead"][0] / 49
-    assert 1e-5 < overhead < 1.5e-5
-    found = solve(took, steps, rates, links)
-    assert found.overhead == overhead and found.widening == pytest.approx(8e9, rel=0.1)
-    assert found.memory[True] == pytest.approx(25e9, rel=0.02) and found.memory[False] == pytest.approx(18e9, rel=0.05)
-
-
-def _checked(world: World, words: list[str]) -> str:
-    """The whole command on small models; rank 0's words."""
-    small = (2, 24, 3, 131)
-    fitted = {"overhead": "one rank", "memory alone": "one rank", "memory": "shm", "widening": "shm"}
-    jobs = {name: (Job("decode", small, comm, int8=name == "widening"),) for name, comm in fitted.items()}
-    checked = (
-        Job("decode", small, "gloo", "mlp"),
-        Job("prefill", small, tokens=16),
-        Job("train", small, "one rank", rows=2, tokens=16),
-    )
-    shm = replace(world, comm="shm", tp=make_axis("tp", world.groups.get("tp"), "shm", world.ledger))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prediction, "FITTED", jobs)
-        patch.setattr(prediction, "CHECKED", checked)
-        return run(shm, "predict", *words)
-
-
-def drawn(picture: Path) -> list[str]:
-    """What has it drawn, where something draws: matplotlib is not among the requirements."""
-    return [f"--plot={picture}"] if importlib.util.find_spec("matplotlib") else []
-
-
-def is_drawn(picture: Path) -> bool:
-    return picture.stat().st_size > 5_000 if importlib.util.find_spec("matplotlib") else not picture.exists()
-
-
-@pytest.mark.slow
-def test_the_check_measures_what_it_predicts(tmp_path: Path) -> None:
-    path, picture = tmp_path / "r.json", tmp_path / "p.png"
-    first, second = run_ranks(2, _checked, ["--repeats=1", f"--report={path}", *drawn(picture)])
-    made = json.loads(path.read_text())
-    assert second == "" and "of 3 within 20%" in first and is_drawn(picture)
-    assert [line["mode"] for line in made["lines"]] == ["decode", "prefill", "train"]
-    assert [line["comm"] for line in made["lines"]] == ["gloo", "shm", "one rank"]
-    for line in made["lines"]:
-        assert line["measured"]["median"] > 0 and line["ratio"]["min"] <= line["ratio"]["median"] <= line["ratio"]["max"]
-        assert (line["predicted"]["communication"] > 0) == (line["comm"] != "one rank")
-    # over gloo a decode step of 4 all-reduces and two smaller messages costs more than all else of so small a model
-    gloo = made["lines"][0]["predicted"]
-    assert gloo["communication"] > 0.5 * sum(gloo.values()) and made["constants"]["gloo_alpha_us"]["median"] > 1
-
-
 # --- elsewhere ------------------------------------------------------------------------------------------------------
 
 
@@ -293,10 +214,10 @@ def ask(*words: str) -> str:
 
 
 def test_the_answer_for_gpus(tmp_path: Path) -> None:
-    path, picture = tmp_path / "r.json", tmp_path / "p.png"
+    path = tmp_path / "r.json"
     words = ["--hardware=h100-nvlink,h100-ethernet", "--model=gpt2,13b-like", "--mode=decode,train", f"--report={path}"]
-    said = ask(*words, "--tp=1,2,8", *drawn(picture))
-    assert "predictions: nothing was measured" in said and is_drawn(picture)
+    said = ask(*words, "--tp=1,2,8")
+    assert "predictions: nothing was measured" in said
     made = json.loads(path.read_text())["predictions"]
     fast, slow = ({line["model"]: line for line in found["lines"]} for found in made[:2])
     assert fast["gpt2"]["best"]["tp"] == 1 and fast["13b-like"]["best"]["tp"] == 8  # small models are faster on one device
@@ -345,8 +266,6 @@ def test_what_does_not_fit_one_is_said_of_it() -> None:
         (["--hardware=all", "--model=custom", "--n_head=3", "--n_embd=24", "--tp=4"], "tp=4 is more than n_head=3"),
         (["--hardware=all", "--model=custom", "--n_head=5"], "n_embd=768 does not divide into n_head=5 heads"),
         (["--hardware=all", "--model=custom", "--n_layer=0"], "n_layer"),
-        (["--hardware=all", "--plot=/nowhere/at/all.png"], "the directory /nowhere/at does not exist."),
-        ([], "bench_tp.py predict measures this machine on 2 CPU ranks over shm"),
     ],
 )  # fmt: skip
 def test_mistakes(words: list[str], message: str) -> None:

@@ -12,7 +12,7 @@ from ranks import run_ranks
 from test_training import curve, figures, letters, options  # noqa: F401
 
 import train_tp
-from checkpoints.shards import read_manifest
+from checkpoints.manifest import read_manifest
 from cli.options import TrainOptions
 from parallel import data_parallel
 from tp_model import held

@@ -12,8 +12,7 @@ from test_bench_tp import run
 from test_sample_tp import alone
 
 from base.errors import UserError
-from bench.diagram import averaged, kept, outline, rows, scheduled
-from bench.laboratory import line
+from bench.laboratory import averaged, counted, kept, line
 from bench.strategies import STRATEGIES, Case, Piece, formula, kept_bytes, summed
 from model import GPTConfig
 from plan.partition import Partition
@@ -23,6 +22,10 @@ from tp_model import TensorParallelGPT
 from world.mesh import World
 
 CONFIG = GPTConfig(block_size=11, vocab_size=67, n_layer=3, n_head=5, n_embd=20)  # 11 tokens and 5 heads over 2, 3, 4 ranks
+
+
+def outline(config: GPTConfig) -> Case:
+    return Case.draw("layer", config, 3, device="meta")
 
 
 BIG = GPTConfig(n_layer=48, n_head=25, n_embd=25 * 492)
@@ -96,7 +99,7 @@ def _scheduled(world: World, sync: str, bias: bool) -> tuple[Any, Any]:
     model.sum_partial_gradients()
     told = world.ledger.since(before)
     mine = {entry: tally for entry, tally in told.items() if entry.block in ("attention", "mlp", "optimizer")}
-    return summed(mine), scheduled(outline(config, 3, torch.float32), schedule)
+    return summed(mine), formula(outline(config), "megatron", world.size, schedule)
 
 
 @pytest.mark.parametrize("sync, bias", [("all", True), ("mlp", True), ("every:3", True), ("0a,1m", True), ("0a,1m", False)])
@@ -106,7 +109,7 @@ def test_a_schedules_line_is_the_account(sync: str, bias: bool) -> None:
 
 
 def test_an_outline_is_the_case_without_its_numbers() -> None:
-    drawn, empty = Case.draw("layer", CONFIG, 3), outline(CONFIG, 3, torch.float32)
+    drawn, empty = Case.draw("layer", CONFIG, 3), outline(CONFIG)
     for tp in (2, 3):
         for name in STRATEGIES:
             assert formula(empty, name, tp) == formula(drawn, name, tp)
@@ -114,9 +117,9 @@ def test_an_outline_is_the_case_without_its_numbers() -> None:
 
 
 def test_every_layer_alike_is_the_mean_of_all() -> None:
-    case = outline(CONFIG, 3, torch.float32)
+    case = outline(CONFIG)
     for sync, name in (("all", "megatron"), ("mlp", "spd")):
-        mean = averaged(line(case, name, 2, scheduled(case, Schedule.parse(sync, 3))), 3)
+        mean = averaged(line(case, name, 2, formula(case, "megatron", 2, Schedule.parse(sync, 3))), 3)
         one = line(case, name, 2, formula(case, name, 2))
         assert {key: mean[key] for key in ("calls", "bytes_told", "bytes_on_the_wire")} == {
             key: one[key] for key in ("calls", "bytes_told", "bytes_on_the_wire")
@@ -129,7 +132,7 @@ def test_the_command(tmp_path: Path) -> None:
     said = run(alone(), "diagram", *words, f"--report={path}")
     assert max(map(len, said.splitlines())) <= PAGE
     made = json.loads(path.read_text())
-    found = rows(CONFIG, Schedule.parse("every:3", 3), [2, 5], 1, torch.float32)
+    found = list(counted(CONFIG, Schedule.parse("every:3", 3), [2, 5], 1, torch.float32))
     assert [row["strategy"] for row in made["lines"]] == [*STRATEGIES, "--sync=every:3"] * 2
     assert [row["bytes_told"] for row in made["lines"]] == [row["bytes_told"] for row in found]
     assert (made["what"], made["tp"], made["sync"], made["model"]["n_layer"]) == ("diagram", 2, "every:3", 3)

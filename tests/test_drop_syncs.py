@@ -20,7 +20,8 @@ from torch import Tensor
 import drop_syncs
 from base.errors import UserError
 from checkpoints.convert import write_hf
-from checkpoints.shards import ShardDirectory, read_manifest
+from checkpoints.manifest import read_manifest
+from checkpoints.shards import ShardDirectory
 from cli.grammar import parse
 from fewer_syncs.grouping import Regrouped, damages, deal, group, partitions
 from fewer_syncs.repair import Lessons, repair_stretch, repair_whole

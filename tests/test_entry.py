@@ -24,7 +24,7 @@ from cli.grammar import parse
 from cli.options import RunOptions, TrainOptions
 from parallel.collectives import all_reduce
 from parallel.data_parallel import replicate
-from world import devices, entry, mesh
+from world import devices, entry
 from world.mesh import World
 
 ROOT = Path(__file__).parent.parent
@@ -350,14 +350,14 @@ def test_ports_that_cannot_be(port: str, tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setenv(key, value)
     with pytest.raises(UserError, match="^MASTER_PORT(=| is not set)"):
         world.launch.open_store(world.launch.Launch(0, 2, 0, 2), 1)
-    assert mesh.first_to_fail(None)
+    assert entry.first_to_fail(None)
 
 
 @pytest.mark.parametrize("rank, size, says", [("3", "2", True), ("x", "2", True), ("1", "²", True), ("1", "2", False)])
 def test_a_rank_that_cannot_be_says_so_itself(rank: str, size: str, says: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(key, value)
-    assert mesh.first_to_fail(None) == says
+    assert entry.first_to_fail(None) == says
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
@@ -431,13 +431,13 @@ def _interrupted(world: World, options: Any) -> None:
 
 
 def test_a_second_ctrl_c_does_not_break_off_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    linger = mesh.linger
+    linger = entry.linger
 
     def impatient(world: World | None, said: bool) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         linger(world, said)
 
-    monkeypatch.setattr(mesh, "linger", impatient)
+    monkeypatch.setattr(entry, "linger", impatient)
     ends = launch(2, _interrupted, tmp_path, ["--device=cpu"])
     assert spoken(ends) == "prog.py: stopped by Ctrl-C\n"
     assert [status for status, _ in ends] == [130, 130]

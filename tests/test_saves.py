@@ -18,7 +18,7 @@ from test_training import curve, figures, letters, options  # noqa: F401
 
 import train_tp
 from base.errors import Stopped
-from checkpoints.shards import TensorFile
+from checkpoints.tensor_file import TensorFile
 from cli.options import TrainOptions
 from train import checkpoint as training
 from train import loop

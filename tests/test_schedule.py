@@ -20,7 +20,7 @@ from test_training import curve, letters, trained  # noqa: F401  letters is a fi
 from torch import Tensor
 
 from base.errors import UserError
-from checkpoints.shards import Sync, read_manifest
+from checkpoints.manifest import Sync, read_manifest
 from inference.decoding import NativeDecoder, TorchDecoder
 from model import GPT, GPTConfig
 from plan.partition import Partition

@@ -22,8 +22,9 @@ from transformers import GPT2LMHeadModel
 
 import shard_checkpoint
 from checkpoints.convert import hf_config
-from checkpoints.shards import TensorFile
-from checkpoints.sources import ShardSource, open_source
+from checkpoints.shards import ShardSource
+from checkpoints.sources import open_source
+from checkpoints.tensor_file import TensorFile
 from model import GPT, GPTConfig
 from plan.partition import Partition
 from shard_checkpoint import main

@@ -23,11 +23,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from base import files as files_module
 from base.errors import UserError
-from checkpoints import shards as shards_module
+from base.files import write_json
 from checkpoints.convert import write_shards
-from checkpoints.shards import CHUNK, DTYPES, Manifest, ShardDirectory, Sync, TensorEntry, TensorFile, read_manifest, write_json
-from checkpoints.sources import ShardSource
+from checkpoints.manifest import DTYPES, Manifest, Sync, TensorEntry, read_manifest
+from checkpoints.shards import ShardDirectory, ShardSource
+from checkpoints.tensor_file import CHUNK, TensorFile
 from model import GPTConfig
 from plan.partition import Partition, Rule, Span
 from shard_checkpoint import main
@@ -317,7 +319,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_directory(two: Any, swap: bool) -> 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(os, "fsync", dying)
                 if not swap:
-                    patch.setattr(shards_module, "_swap", lambda a, b: False)
+                    patch.setattr(files_module, "_swap", lambda a, b: False)
                 return main(words)
 
         status, text = in_child(run)
@@ -344,7 +346,7 @@ def test_a_failed_rename_puts_the_old_directory_back(two: Any, monkeypatch: pyte
             raise OSError(errno.EIO, "Input/output error")
         return rename(self, target)
 
-    monkeypatch.setattr(shards_module, "_swap", lambda a, b: False)
+    monkeypatch.setattr(files_module, "_swap", lambda a, b: False)
     monkeypatch.setattr(Path, "rename", failing)
     assert main(words) == 1
     assert capsys.readouterr().err == f"shard_checkpoint.py: {path}: Input/output error, so it was not written\n"
@@ -355,10 +357,10 @@ def test_a_failed_rename_puts_the_old_directory_back(two: Any, monkeypatch: pyte
 def test_two_names_are_exchanged_in_one_step(tmp_path: Path) -> None:
     (tmp_path / "a" / "in a").mkdir(parents=True)
     (tmp_path / "b" / "in b").mkdir(parents=True)
-    if not shards_module._swap(tmp_path / "a", tmp_path / "b"):
+    if not files_module._swap(tmp_path / "a", tmp_path / "b"):
         pytest.skip("this system or file system cannot")
     assert (tmp_path / "b" / "in a").is_dir() and (tmp_path / "a" / "in b").is_dir()
-    assert not shards_module._swap(tmp_path / "a", tmp_path / "missing")
+    assert not files_module._swap(tmp_path / "a", tmp_path / "missing")
 
 
 def test_leftovers_of_the_living_stay(two: Any) -> None:

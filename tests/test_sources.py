@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,17 +23,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from base.errors import UserError
 from checkpoints import nanogpt as nanogpt_module
-from checkpoints.shards import TensorFile
-from checkpoints.sources import (
-    HUB,
-    HuggingFaceDirectory,
-    NanoGPTCheckpoint,
-    ShardSource,
-    open_for_inference,
-    open_sizes,
-    open_source,
-    tokenizer_of,
-)
+from checkpoints.huggingface import HUB_SIZES as HUB
+from checkpoints.huggingface import HuggingFaceDirectory
+from checkpoints.nanogpt import NanoGPTCheckpoint
+from checkpoints.shards import ShardSource
+from checkpoints.sources import open_for_inference, open_sizes, open_source, tokenizer_of
+from checkpoints.tensor_file import TensorFile
 from cli.options import SampleOptions
 from model import GPT, GPTConfig
 from plan.partition import Partition
@@ -585,6 +581,25 @@ def test_more_than_data_beside_the_weights(tmp_path: Path, more: Any) -> None:
     lines = nanogpt_module.WITHOUT.partition("alone: ")[2].rstrip(".").replace("'ckpt.pt'", repr(str(tmp_path / "ckpt.pt")))
     exec(lines, {"torch": torch, "checkpoint": checkpoint})
     assert open_source(str(tmp_path)).config == CONFIG
+
+
+def test_a_checkpoint_of_the_other_byte_order(tmp_path: Path) -> None:
+    """Its numbers are turned; torch.load reads it alike."""
+    raw, path = nanogpt(), tmp_path / "ckpt.pt"
+    torch.save(raw, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records.items():
+            if name.endswith("byteorder"):
+                content = b"big"
+            elif "/data/" in name:
+                content = np.frombuffer(content, "<f4").astype(">f4").tobytes()
+            archive.writestr(name, content)
+    expected = torch.load(path, weights_only=True)["model"]
+    assert all(torch.equal(tensor, raw["model"][name]) for name, tensor in expected.items())
+    del expected["lm_head.weight"]
+    check_source(open_source(str(tmp_path), verify=(0, 1)), expected)
 
 
 def test_damaged_checkpoints(tmp_path: Path) -> None:

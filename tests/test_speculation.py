@@ -16,8 +16,8 @@ from test_generation import PROMPTS, SMALL, Ends, reference, split
 from torch import Tensor
 
 import sample_tp
+from base.files import write_json
 from checkpoints.convert import split as split_source
-from checkpoints.shards import write_json
 from cli.grammar import parse
 from cli.options import SampleOptions, SplitOptions
 from inference.decoding import GraphDecoder, NativeDecoder, TorchDecoder

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 import shard_checkpoint
 import train_tp
 from base.errors import UserError
-from checkpoints.shards import ShardDirectory, read_manifest
+from checkpoints.manifest import read_manifest
+from checkpoints.shards import ShardDirectory
 from cli.options import TrainOptions
 from model import GPT, GPTConfig
 from parallel.replicas import DriftError

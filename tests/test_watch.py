@@ -24,13 +24,13 @@ from test_entry import launch, spoken
 from test_training import TINY, letters  # noqa: F401
 
 from base.errors import UserError
-from base.processes import answer, is_running, process_state
+from base.processes import call_within, is_running, process_state
 from parallel import collectives
 from parallel.collectives import Axis, all_reduce, all_reduce_later, average_later
 from parallel.ledger import Entry, Ledger, Track, call_text
-from world.mesh import World, _check_statements, _warn_of_hosts
-from world.roll_call import call_roll, ranks_text
-from world.watch import Peer, Seen, verdict
+from world.mesh import World
+from world.peers import Peer, Progress, diagnosis, ranks_text
+from world.roll_call import call_roll, check_statements, warn_of_hosts
 
 HOST = socket.gethostname()
 
@@ -107,16 +107,16 @@ def test_a_rank_that_no_launcher_has_started_is_missed(tmp_path: Path, monkeypat
 
 def test_ranks_on_other_devices_are_named() -> None:
     here = {"device": "cuda:0", "options": {}, "host": "a"}
-    _check_statements([here, here | {"device": "cuda:1"}])
+    check_statements([here, here | {"device": "cuda:1"}])
     with pytest.raises(UserError, match=r"rank 1 \(host b\) on cpu, rank 0 \(host a\) on cuda. Give --device"):
-        _check_statements([here, here | {"device": "cpu", "host": "b"}])
+        check_statements([here, here | {"device": "cpu", "host": "b"}])
 
 
 def test_a_tp_group_that_spans_hosts_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     peers = tuple(Peer(host, 1, host) for host in "aaabbb")
-    _warn_of_hosts(peers, 3, "prog.py")
+    warn_of_hosts(peers, 3, "prog.py")
     assert capsys.readouterr().err == ""
-    _warn_of_hosts(peers, 2, "prog.py")
+    warn_of_hosts(peers, 2, "prog.py")
     said = "prog.py: tp group 1 (ranks 2-3) spans hosts a, b: every all-reduce of its layers crosses the network. --tp=3 keeps"
     assert capsys.readouterr().err.startswith(said)
 
@@ -148,8 +148,8 @@ def test_ranks_that_read_other_weights_do_not_go_on(tmp_path: Path) -> None:
 MLP = Entry(5, "mlp", "forward", "all_reduce")
 
 
-def seen(number: int, waits: bool, text: str, beat: int = 7, left: bool = False) -> Seen:
-    return Seen(beat, left, "tp 0 1 2 3", {"tp 0 1 2 3": (number, waits, text)})
+def seen(number: int, waits: bool, text: str, beat: int = 7, left: bool = False) -> Progress:
+    return Progress(beat, left, "tp 0 1 2 3", {"tp 0 1 2 3": (number, waits, text)})
 
 
 def test_a_call_as_text() -> None:
@@ -163,8 +163,8 @@ def test_the_verdict_names_who_is_to_be_looked_at() -> None:
     behind = "all_reduce #1841 (step 77, layer 4, attention, forward)"
     there = {rank: seen(1843, True, late) for rank in range(3)} | {3: seen(1841, False, behind)}
 
-    def said(ended: set[int], silent: set[int], ranks: dict[int, Seen] = there) -> str:
-        return verdict("tp 0 1 2 3", 1843, late, (0, 1, 2, 3), ranks, ended, silent)
+    def said(ended: set[int], silent: set[int], ranks: dict[int, Progress] = there) -> str:
+        return diagnosis("tp 0 1 2 3", 1843, late, (0, 1, 2, 3), ranks, ended, silent)
 
     places = " Last seen: ranks 0-2 #1843, rank 3 #1841 (step 77, layer 4, attention, forward)."
     assert said(set(), set()) == f"{places} Look at rank 3 first: it is in no collective."
@@ -176,7 +176,7 @@ def test_the_verdict_names_who_is_to_be_looked_at() -> None:
     assert said(set(), set(), other).endswith("Look at rank 3 first: it is in another call.")
     all_there = there | {3: seen(1843, True, late)}
     assert said(set(), set(), all_there).endswith("All have come to it: look at the network between them.")
-    elsewhere = all_there | {6: Seen(9, False, "dp 2 6", {"dp 2 6": (4, False, "all_reduce #4 (step 77)")})}
+    elsewhere = all_there | {6: Progress(9, False, "dp 2 6", {"dp 2 6": (4, False, "all_reduce #4 (step 77)")})}
     assert said(set(), {6}, elsewhere).startswith(" Last seen: ranks 0-3 #1843, rank 6 #4 (step 77). Look at rank 6 first")
     assert said(set(), set(), {}).startswith(" The store does not answer.")
 
@@ -209,13 +209,13 @@ def test_a_gpus_calls_are_open_until_its_stream_has_got_there(monkeypatch: pytes
 
 
 def test_an_answer_that_does_not_come() -> None:
-    assert answer(lambda: 3, 0, 1.0) == 3
-    assert answer(threading.Event().wait, True, 0.1)
+    assert call_within(lambda: 3, 0, 1.0) == 3
+    assert call_within(threading.Event().wait, True, 0.1)
 
     def fails() -> int:
         raise RuntimeError("gone")
 
-    assert answer(fails, 7, 1.0) == 7
+    assert call_within(fails, 7, 1.0) == 7
 
 
 def test_the_state_of_a_process() -> None:
@@ -466,7 +466,7 @@ def test_a_rank_that_finds_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Rank 1 is started alone; where rank 0 should be is nobody, or somebody who listens and says nothing."""
     start = test_entry._rank
     monkeypatch.setattr(test_entry, "_rank", lambda rank, size, *rest: start(1, 2, *rest))
-    monkeypatch.setattr("world.mesh.ANSWER_S", 0.2)
+    monkeypatch.setattr("world.launch.ANSWER_S", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         port = silent.getsockname()[1]

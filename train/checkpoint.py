@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from base.errors import UserError
-from base.files import inside, read_json
-from checkpoints import shards
-from checkpoints.shards import MANIFEST, Sync, TensorEntry, shard_name, write_json
+from base.files import inside, publish, read_json, sync_directory, write_json
+from checkpoints.manifest import MANIFEST, Manifest, Sync, TensorEntry, dtype_name, read_manifest, shard_name
+from checkpoints.shards import ShardDirectory
 from checkpoints.sources import latest_checkpoint, reader
+from checkpoints.tensor_file import TensorFile
 from plan.partition import Partition
 from text.tokenizer import TOKENIZER_FILE
 from tp_model import TensorParallelGPT
@@ -174,8 +175,8 @@ class Saver:
         _write_manifest(model, scratch / OPTIMIZER, moments, source, sync, PREFIXES)
         write_json(scratch / TOKENIZER_FILE, tokenizer)
         write_json(scratch / STATE, state)
-        shards.sync_directory(scratch / OPTIMIZER)
-        shards.publish(scratch, path)
+        sync_directory(scratch / OPTIMIZER)
+        publish(scratch, path)
         point(path, self._replaces)
         # one of a later iteration stems from a run that went further, and does not count here
         before = [old for old in steps(path.parent) if iteration(old) < iteration(path)]
@@ -224,7 +225,7 @@ def _write(
         for name, entry in _entries(model, prefixes).items()
     }
     try:
-        file = shards.TensorFile(path, shapes, torch.float32)
+        file = TensorFile(path, shapes, torch.float32)
         for name, tensor in itertools.islice(tensors, len(shapes)):
             file.write(name, tensor)
         return path.name, *file.close()
@@ -245,8 +246,8 @@ def _write_manifest(
     model: TensorParallelGPT, directory: Path, files: Iterable[File], source: str,
     sync: Sync | None, prefixes: Sequence[str] = ("",),
 ) -> None:  # fmt: skip
-    dtype, entries = shards.dtype_name(torch.float32), _entries(model, prefixes)
-    made = shards.Manifest(model.config, model.tp.size, dtype, source, tuple(files), entries, sync)
+    dtype, entries = dtype_name(torch.float32), _entries(model, prefixes)
+    made = Manifest(model.config, model.tp.size, dtype, source, tuple(files), entries, sync)
     write_json(directory / MANIFEST, made.as_json())
 
 
@@ -266,7 +267,7 @@ def export(
     if world.is_main:
         _write_manifest(model, scratch, filter(None, files), source, sync)
         write_json(scratch / TOKENIZER_FILE, tokenizer)
-        shards.publish(scratch, path)
+        publish(scratch, path)
     world.barrier()
 
 
@@ -317,8 +318,8 @@ def load_optimizer(
     """Load AdamW's moments, at this run's tp and block_size, from a checkpoint of any other."""
     if optimizer_steps == 0:
         return
-    stored = shards.ShardDirectory(inside(path / OPTIMIZER))
-    shapes = Partition.of(shards.read_manifest(path).model, 1).shapes()
+    stored = ShardDirectory(inside(path / OPTIMIZER))
+    shapes = Partition.of(read_manifest(path).model, 1).shapes()
     stored.check_tensors({p + name: shapes[name] for p in PREFIXES for name in shapes})
     for i in range(world.rank, stored.manifest.tp, world.size):
         stored.check_bytes(i)

@@ -21,8 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from base.errors import UserError, printable
-from base.files import inside
-from checkpoints.shards import new_file, sync_directory
+from base.files import inside, new_file, sync_directory
 from checkpoints.sources import LATEST, latest_checkpoint
 from cli.options import TrainOptions
 from train.metrics import cut_metrics

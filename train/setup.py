@@ -34,6 +34,8 @@ SHAPES_THE_CURVE = {
     "lr_decay_iters", "min_lr", "dtype",
 }  # fmt: skip
 
+AnySource = sources.Source | sources.Described
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -175,7 +177,7 @@ def make_model(
 
 
 def make_config(
-    options: TrainOptions, dataset: Dataset | None, source: sources.Described | None
+    options: TrainOptions, dataset: Dataset | None, source: AnySource | None
 ) -> GPTConfig:
     """The source's sizes or, without one, those of the options. Without a dataset, GPT-2's ids."""
     if source is None:
@@ -189,14 +191,14 @@ def make_config(
 
 
 def pick_schedule(
-    options: TrainOptions, config: GPTConfig, source: sources.Described | None, tp: int
+    options: TrainOptions, config: GPTConfig, source: AnySource | None, tp: int
 ) -> Schedule:
     if source is not None:
         return sources.schedule_of(source, options.sync, tp)
     return Schedule.parse(options.sync or "all", config.n_layer)
 
 
-def report_differences(run: Run, source: sources.Described, before: dict[str, Any]) -> None:
+def report_differences(run: Run, source: AnySource, before: dict[str, Any]) -> None:
     """Print options that do not apply to these weights; on resume (`before` has the options of the
     run so far) those that change the loss curve. Values in use count, not those asked for."""
     config = run.model.config

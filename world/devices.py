@@ -1,4 +1,4 @@
-"""Where a rank computes: its device, precision, transport and threads."""
+"""Where and how a rank computes: device, precision, transport, threads."""
 
 import importlib.util
 import os
@@ -14,123 +14,136 @@ from world.launch import Launch
 
 
 def pick_device(device: str, launch: Launch) -> torch.device:
-    """The device of this rank. auto is a GPU where there is one, else the CPU. Several ranks take the
-    GPUs that they see in turn: whether two of them have the same one, the roll call finds out."""
+    """The device of this rank. auto: a GPU if there is one, else the CPU.
+
+    Ranks of a host take the GPUs they see in turn; `share_gpus` finds out if two have the same.
+    """
     try:
-        kind = torch.device("cpu" if device == "auto" else device)
+        found = torch.device("cpu" if device == "auto" else device)
     except RuntimeError:
-        raise UserError(f"--device={device} is not a device. Use auto, cpu, cuda or cuda:N.") from None
-    if kind.type == "mps" and launch.size > 1:
-        raise UserError(
-            "--device=mps runs one rank only: it has no collectives. Use --device=cpu for several ranks."
-        )
-    if device != "auto" and kind.type != "cuda":
-        return kind
-    count, why = _gpus()
+        fault = f"--device={device} is not a device. Use auto, cpu, cuda or cuda:N."
+        raise UserError(fault) from None
+    if found.type == "mps" and launch.size > 1:
+        advice = "Use --device=cpu for several ranks."
+        raise UserError(f"--device=mps runs one rank only: it has no collectives. {advice}")
+    if device != "auto" and found.type != "cuda":
+        return found
+    count, why = _count_gpus()
     if device == "auto" and not count:
         if why and launch.rank == 0:
             print(f"no GPU is used: {why}", file=sys.stderr)
-        return kind
+        return found
     if not count:
-        raise UserError(f"--device={device}, but {why or 'torch sees no CUDA device'}. Use --device=cpu.")
-    if kind.index is not None and launch.size > 1:
-        raise UserError(
-            f"--device={device} is one GPU and there are {launch.size} ranks. Use --device=cuda, and "
-            f"CUDA_VISIBLE_DEVICES to choose GPUs."
-        )
-    if kind.index is not None and kind.index >= count:
+        why = why or "torch sees no CUDA device"
+        raise UserError(f"--device={device}, but {why}. Use --device=cpu.")
+    if found.index is None:
+        return torch.device("cuda", launch.local_rank % count)
+    if launch.size > 1:
+        advice = "Use --device=cuda, and CUDA_VISIBLE_DEVICES to choose GPUs."
+        raise UserError(f"--device={device} is one GPU and there are {launch.size} ranks. {advice}")
+    if found.index >= count:
         raise UserError(f"--device={device}, but this host has {count} CUDA devices.")
-    index = launch.local_rank % count if kind.index is None else kind.index
-    return torch.device("cuda", index)
+    return found
 
 
-def _gpus() -> tuple[int, str]:
-    """(how many GPUs this process can use, why none where there is a driver that does not work)."""
-    with warnings.catch_warnings(record=True) as said:  # torch warns of a driver that is too old
+def _count_gpus() -> tuple[int, str]:
+    """(number of usable GPUs, torch's warning about a driver that does not work)."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    texts = [str(warning.message).strip() for warning in said if "CUDA" in str(warning.message)]
+    texts = [str(warning.message).strip() for warning in caught if "CUDA" in str(warning.message)]
     return count, texts[0].partition(". ")[0].splitlines()[0].rstrip(".") if texts else ""
 
 
 def gpu_name(device: torch.device) -> str:
-    """What tells a GPU from every other, whatever number a rank has for it; "" for a CPU."""
+    """The GPU's UUID, the same in every process; "" for a CPU."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
-def share_gpus(stated: list[dict[str, Any]], oversubscribe: bool) -> bool:
-    """Whether ranks share a GPU, by what each has stated. UserError where they may not."""
-    owner: dict[str, int] = {}
-    for rank, mine in enumerate(stated):
-        other = owner.setdefault(mine["gpu"], rank) if mine["gpu"] else rank
-        if other != rank and not oversubscribe:
-            here = [said["gpu"] for said in stated if said["host"] == mine["host"]]
-            count = len(set(here))
-            raise UserError(
-                f"{len(here)} processes on host {mine['host']} but {count} CUDA devices: ranks {other} and "
-                f"{rank} have the same one. Start {count}, pass --device=cpu, or share a device with "
-                f"--oversubscribe=True."
-            )
-    return 0 < len(owner) < sum(1 for mine in stated if mine["gpu"])
+def share_gpus(statements: list[dict[str, Any]], oversubscribe: bool) -> bool:
+    """Whether two ranks have the same GPU. UserError if so, without --oversubscribe."""
+    first: dict[str, int] = {}
+    for rank, mine in enumerate(statements):
+        other = first.setdefault(mine["gpu"], rank)
+        if other == rank or not mine["gpu"]:
+            continue
+        if oversubscribe:
+            return True
+        gpus = [theirs["gpu"] for theirs in statements if theirs["host"] == mine["host"]]
+        count = len(set(gpus))
+        raise UserError(
+            f"{len(gpus)} processes on host {mine['host']} but {count} CUDA devices: ranks {other} "
+            f"and {rank} have the same one. Start {count}, pass --device=cpu, or share a device "
+            f"with --oversubscribe=True."
+        )
+    return False
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The precision of a run: auto is bfloat16 on a GPU that has it, else float32 (never float16 by
-    surprise). UserError for bfloat16 on a GPU that only emulates it."""
-    has = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if dtype == "bfloat16" and not has:
+    """The precision of a run. auto: bfloat16 on a GPU that has it, else float32.
+
+    UserError for bfloat16 on a GPU that only emulates it.
+    """
+    native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "bfloat16" and not native:
         name = torch.cuda.get_device_name(device)
-        raise UserError(f"--dtype=bfloat16: {name} has none. Use --dtype=float16 or --dtype=float32.")
+        advice = "Use --dtype=float16 or --dtype=float32."
+        raise UserError(f"--dtype=bfloat16: {name} has none. {advice}")
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and has else "float32"
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return kinds[dtype]
+        dtype = "bfloat16" if device.type == "cuda" and native else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
-def pick_comm(comm: str, device: torch.device, launch: Launch, tp: int, shared: bool = False) -> str:
-    """The transport: nccl where every rank has a GPU of its own, shm between CPU ranks where no tp
-    group leaves its host, else gloo. shared: two ranks have one GPU."""
+def pick_comm(
+    comm: str, device: torch.device, launch: Launch, tp: int, shared: bool = False
+) -> str:
+    """The transport of the tp axis. UserError if the one asked for cannot work here.
+
+    auto: nccl if every rank has its own GPU; shm between CPU ranks if no tp group spans hosts;
+    else gloo. shared: two ranks have the same GPU.
+    """
+    kind, whole = device.type, launch.local_size % tp == 0  # whole: a host holds whole tp groups
     if comm == "auto":
-        comm = "gloo"
-        if device.type == "cuda" and not shared:
+        comm = "shm" if kind == "cpu" and tp > 1 and whole else "gloo"
+        if kind == "cuda" and not shared:
             comm = "nccl"
-        elif device.type == "cpu" and tp > 1 and launch.local_size % tp == 0:
-            comm = "shm"
-    if comm == "shm" and device.type != "cpu":
-        kind = device.type
-        raise UserError(f"--comm=shm is for ranks on CPU cores, the device is {kind}. Use --comm=auto.")
-    if comm == "shm" and launch.local_size % tp:
-        raise UserError(
-            f"--comm=shm: hosts of {launch.local_size} ranks do not hold whole groups of tp={tp}. "
-            f"Use --comm=gloo."
-        )
-    if comm == "nccl" and device.type != "cuda":
-        raise UserError(f"--comm=nccl needs GPUs, the device is {device.type}. Use --comm=gloo.")
-    if comm == "nccl" and shared:
-        raise UserError("--comm=nccl cannot share a GPU between ranks. Use --comm=gloo.")
+    fault = ""
+    if comm == "shm" and kind != "cpu":
+        fault = f" is for ranks on CPU cores, the device is {kind}. Use --comm=auto."
+    elif comm == "shm" and not whole:
+        hosts = f"hosts of {launch.local_size} ranks"
+        fault = f": {hosts} do not hold whole groups of tp={tp}. Use --comm=gloo."
+    elif comm == "nccl" and kind != "cuda":
+        fault = f" needs GPUs, the device is {kind}. Use --comm=gloo."
+    elif comm == "nccl" and shared:
+        fault = " cannot share a GPU between ranks. Use --comm=gloo."
+    if fault:
+        raise UserError(f"--comm={comm}{fault}")
     if comm == "shm" and tp == 1:
-        comm = "gloo"  # the dp axis is torch's own
+        comm = "gloo"  # shm is for the tp axis only
     return comm if launch.size > 1 else "none"
 
 
 def set_threads(threads: int, device: torch.device, launch: Launch) -> None:
-    """CPU threads of this rank: its share of the cores it may use, unless told otherwise."""
+    """Set this rank's CPU threads. 0: on a CPU, its share of the cores that it may use."""
     if not threads and device.type == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+        affinity = getattr(os, "sched_getaffinity", None)
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         threads = max(1, cores // launch.local_size)
     if threads:
         torch.set_num_threads(threads)
 
 
 def check_compiler(device: torch.device) -> None:
-    """UserError where torch.compile has nothing to compile with: a C++ compiler for a CPU; Triton and a C compiler
-    (for what starts its kernels) for a GPU."""
+    """UserError if torch.compile lacks what it needs: a C++ compiler for a CPU; Triton and a C
+    compiler for a GPU."""
     gpu = device.type == "cuda"
-    given = os.environ.get("CC" if gpu else "CXX")
     usual = ("gcc", "clang") if gpu else ("clang++" if sys.platform == "darwin" else "g++",)
-    names = (given,) if given else usual
+    chosen = os.environ.get("CC" if gpu else "CXX")
+    names = (chosen,) if chosen else usual
     missing = "" if any(map(shutil.which, names)) else f"a compiler ({' or '.join(names)})"
     if gpu and importlib.util.find_spec("triton") is None:
         missing = "the package triton"
     if missing:
-        raise UserError(f"--compile=True needs {missing}, which is not here. Install it, or leave --compile out.")
+        advice = "Install it, or leave --compile out."
+        raise UserError(f"--compile=True needs {missing}, which is not here. {advice}")

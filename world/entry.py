@@ -1,4 +1,4 @@
-"""How every entry point begins and ends: options, world, the run; and how a mistake or a lost rank is reported."""
+"""How every entry point begins and ends: parse options, start the world, run, report a failure."""
 
 import atexit
 import contextlib
@@ -14,36 +14,44 @@ import torch
 import torch.distributed as dist
 
 from base.console import CONTROLS, console
-from base.errors import ReaderGone, Stopped, Unheard, UserError, is_out_of_memory, print_error
+from base.errors import ReaderGone, Stopped, UserError, is_out_of_memory, print_error
+from base.processes import call_within
 from cli.grammar import parse, parse_command
-from cli.options import RunOptions, as_dict
+from cli.options import MeshOptions, RunOptions, as_dict
 from parallel.collectives import CollectiveError
 from parallel.replicas import DriftError
 from world import mesh
+from world.launch import ANSWER_S, NoStore, connect
+from world.mesh import World
+from world.peers import ended_ranks
+from world.watch import report_failure
 
-# Options that may differ between ranks without harm: they name what only rank 0 does.
-_OWN = ("wandb_run_name", "wandb_project", "wandb_log", "debug")
+# options that need not be the same on all ranks: rank 0 alone uses them
+OF_RANK_0 = {"wandb_run_name", "wandb_project", "wandb_log", "debug"}
+
+Main = Callable[[World, Any], None]
 
 
-Main = Callable[[mesh.World, Any], None]
+def _rank() -> str:
+    return os.environ.get("RANK", "0")
 
 
 def say_once(line: str) -> None:
-    """Before there is a world: by rank 0 alone."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print on rank 0 only, before there is a world."""
+    if _rank() == "0":
         print_error(line)
 
 
 def run(options_class: type[RunOptions], main: Main, prog: str) -> None:
-    """Parse sys.argv, start the world, run `main(world, options)` on every rank, and exit; see `run_parsed`."""
+    """Parse sys.argv and run `main(world, options)` on every rank; see `run_parsed`."""
     run_parsed(lambda: (main, parse(options_class, sys.argv[1:], prog, say_once)), prog)
 
 
 def run_commands(commands: dict[str, tuple[type[RunOptions], Main]], prog: str) -> None:
-    """The same where the first word says which options and which main."""
+    """The same for an entry point whose first word picks the options and the main function."""
 
     def parsed() -> tuple[Main, Any]:
-        classes = {name: cls for name, (cls, _) in commands.items()}
+        classes = {name: options_class for name, (options_class, _) in commands.items()}
         name, options = parse_command(classes, sys.argv[1:], prog, say_once)
         return commands[name][1], options
 
@@ -53,93 +61,116 @@ def run_commands(commands: dict[str, tuple[type[RunOptions], Main]], prog: str) 
 def run_parsed(parsed: Callable[[], tuple[Main, Any]], prog: str) -> None:
     """Start the world that the options ask for, run main on every rank, and exit.
 
-    Exit status: 0; 2 for a user's mistake (one line, no traceback); 1 for an error of ours or of the machine; 130 for
-    Ctrl-C, 143 for SIGTERM. One rank speaks; no rank is left waiting for another. Where nobody reads standard output any
-    more: 141, as of a program that SIGPIPE ends, and 0 of a rank, as its launcher would make a report of any other.
+    parsed: gives main and the options. Exit status: 0; 1 for a fault of this program or of the
+    machine; 2 for a UserError; that of Stopped; 130 for Ctrl-C. If nothing reads standard output any
+    more: 141, as after SIGPIPE; under a launcher, which would report that as a failure, 0.
+    One rank prints the reason, and no rank is left waiting for another.
     """
-    with console():
-        _run_parsed(parsed, prog)
-
-
-def _run_parsed(parsed: Callable[[], tuple[Main, Any]], prog: str) -> None:
-    debug = any(word.replace("-", "_").lstrip("_").startswith("debug") for word in sys.argv[1:])
-    world = None
-    if os.environ.get("RANK", "0") != "0" and {"--help", "-h"} & set(sys.argv):
+    if _rank() != "0" and {"--help", "-h"} & {*sys.argv}:
         return  # rank 0 prints it
-    try:
-        main, options = parsed()
-        debug = options.debug
-        promise = {name: value for name, value in as_dict(options).items() if name not in _OWN}
-        tp = getattr(options, "tp", 0)
-        tp = tp if isinstance(tp, int) else 0  # bench_tp.py block makes groups of several sizes, of all ranks
-        with mesh.start(options, tp, prog, promise) as world:
-            main(world, options)
-            sys.stdout.flush()
-        if world.size > 1:
-            _leave()
-    except ReaderGone:
-        _die(0 if "RANK" in os.environ else 128 + signal.SIGPIPE, "", False, world)
-    except UserError as error:
-        _die(2, f"{prog}: {error}", debug, world)
-    except Stopped as stop:
-        _die(stop.status, f"{prog}: {stop}", False, world)
-    except KeyboardInterrupt:
-        _die(130, f"{prog}: stopped by Ctrl-C", False, world)
-    except Exception as error:
-        _die(1, *_describe(prog, error, world, debug), world)
+    with console():
+        world, debug = None, False
+        try:
+            main, options = parsed()
+            debug = options.debug
+            shared = {key: value for key, value in as_dict(options).items() if key not in OF_RANK_0}
+            tp = options.tp if isinstance(options, MeshOptions) else 0
+            with mesh.start(options, tp, prog, shared) as world:
+                main(world, options)
+                sys.stdout.flush()
+            if world.size > 1:
+                _exit_before_the_interpreter()
+        except ReaderGone:
+            _die(world, 0 if "RANK" in os.environ else 128 + signal.SIGPIPE, "")
+        except UserError as error:
+            _die(world, 2, f"{prog}: {error}", debug)
+        except Stopped as stop:
+            _die(world, stop.status, f"{prog}: {stop}")
+        except KeyboardInterrupt:
+            _die(world, 130, f"{prog}: stopped by Ctrl-C")
+        except Exception as error:
+            known = _description(error, world)
+            text = known or f"rank {_rank()}: {type(error).__name__}: {_first_line(error)}"
+            _die(world, 1, f"{prog}: {text}", debug or not known)
 
 
-def _describe(prog: str, error: Exception, world: mesh.World | None, debug: bool) -> tuple[str, bool]:
-    """The message for an error that is not the user's, and whether its traceback helps."""
-    rank = os.environ.get("RANK", "0")
+def _description(error: Exception, world: World | None) -> str:
+    """One line for an error that needs no traceback to be understood; "" for any other."""
+    first = _first_line(error)
     if is_out_of_memory(error):
         need = " ".join(getattr(error, "__notes__", ["Use a smaller batch or a larger tp."]))
-        what = _first_line(error).rpartition("DefaultCPUAllocator: ")[2].rstrip(".")
-        return f"{prog}: rank {rank} is out of memory: {what}. {need}", debug
+        what = first.rpartition("DefaultCPUAllocator: ")[2].rstrip(".")
+        return f"rank {_rank()} is out of memory: {what}. {need}"
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{prog}: rank {rank}: {error.strerror}: {error.filename}", debug
+        return f"rank {_rank()}: {error.strerror}: {error.filename}"
     if isinstance(error, DriftError):
-        return f"{prog}: {error}", debug
+        return str(error)
     cause = error.__cause__ if isinstance(error, CollectiveError) else error
     if isinstance(cause, torch.AcceleratorError):
-        where = f" in {_first_line(error)}" if cause is not error else f": {_first_line(error)}"
+        where = f": {first}" if cause is error else f" in {first}"
         return (
-            f"{prog}: rank {rank}: its GPU failed{where}. Look at nvidia-smi and the kernel's log; "
+            f"rank {_rank()}: its GPU failed{where}. Look at nvidia-smi and the kernel's log; "
             f"train_tp.py goes on from its last checkpoint with --init_from=resume."
-        ), debug
-    if _is_lost_peer(error):
-        time.sleep(0.1)  # a peer's sockets close a moment before its process is gone
-        gone = ", ".join(f"rank {r} is gone" for r in (world.gone() if world else ())) or "no rank of this host is gone"
-        return f"{prog}: rank {rank} lost contact with its peers ({gone}) in {_first_line(error)}", debug
-    return f"{prog}: rank {rank}: {type(error).__name__}: {_first_line(error)}", True
+        )
+    if isinstance(error, CollectiveError | dist.DistError) or "by peer" in str(error):
+        time.sleep(0.1)  # a process ends a moment after its sockets have closed
+        ended = sorted(ended_ranks(world.peers, world.rank)) if world and world.peers else []
+        gone = ", ".join(f"rank {rank} is gone" for rank in ended) or "no rank of this host is gone"
+        return f"rank {_rank()} lost contact with its peers ({gone}) in {first}"
+    return ""
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _is_lost_peer(error: Exception) -> bool:
-    return isinstance(error, CollectiveError | dist.DistError) or "by peer" in str(error)
-
-
-def _leave() -> None:
-    """End this process without taking down the interpreter. A gloo thread may still free the tensors of the last message.
-    It needs the interpreter for that, and aborts the process if that is gone."""
+def _exit_before_the_interpreter() -> None:
+    """End this process with its interpreter alive: a gloo thread that frees the tensors of the last
+    message needs it, and would abort the process."""
     atexit._run_exitfuncs()
     sys.stdout.flush()
     os._exit(0)
 
 
-def _die(status: int, message: str, show_traceback: bool, world: mesh.World | None) -> None:
-    """Say it once and end this process at once: a tidy shutdown would wait for ranks that are not coming."""
+def _die(world: World | None, status: int, message: str, show_traceback: bool = False) -> None:
+    """Print the message if no other rank failed before, and end this process at once: an orderly
+    shutdown would wait for ranks that are not coming."""
     with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever is impatient does not break off this
-    first = isinstance(sys.exception(), Unheard) or mesh.first_to_fail(world)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C does not interrupt this
+    first = isinstance(sys.exception(), NoStore) or first_to_fail(world)
     if first and message:
         if show_traceback:
             traceback.print_exc()
-        print(message.translate(CONTROLS), file=sys.stderr, flush=True)
-    mesh.linger(world, first)
+        print_error(message.translate(CONTROLS))
+    linger(world, first)
     with contextlib.suppress(OSError, ReaderGone):
         sys.stdout.flush()
     os._exit(status)
+
+
+def first_to_fail(world: World | None) -> bool:
+    """Report that the run has failed; True on the first rank, which prints why."""
+    if world is not None:
+        return world.watch is None or world.watch.is_first()
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return True
+    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "0")
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    valid = rank.isdecimal() and size.isdecimal() and int(rank) < int(size)
+
+    def report() -> bool:
+        store = connect(host, int(port), False, time.monotonic())
+        return report_failure(dist.PrefixStore(f"start {restarts}", store))
+
+    # without a store rank 0 prints
+    return call_within(report, not valid or int(rank) == 0, ANSWER_S)
+
+
+def linger(world: World | None, printed: bool) -> None:
+    """Wait, before a failed run's exit, while other ranks need this process."""
+    if world is not None and world.watch is not None:
+        world.watch.linger(printed)
+    elif os.environ.get("WORLD_SIZE", "1") != "1":
+        # torchrun ends all ranks when the first one exits: let it be the one that printed
+        time.sleep(0.3 if printed else 5)

@@ -1,7 +1,8 @@
-"""What the machine gives while all ranks ask for it at once, and how much of that a run has used.
+"""The machine's measured peaks, and what share of them a run has used.
 
-MBU: bytes of weights that decoding reads a second over those that memory gives. MFU: operations of the model's products a
-second over what a large product of the same precision gets, counted as nanoGPT counts them.
+MBU: bytes of weights that decoding reads a second, over the memory bandwidth. MFU: operations of
+the model's products a second, counted as nanoGPT counts them, over the rate of a large product of
+the same precision. All ranks measure at once.
 """
 
 import time
@@ -17,16 +18,16 @@ from plan.partition import Partition
 from world.mesh import World
 
 COPIED_BYTES = 1 << 28  # in a GPU's memory: more than its cache holds
-LEAST_BYTES = 1 << 14  # of a weight that is read: a call of torch's takes microseconds
+LEAST_BYTES = 1 << 14  # smaller weights are not read: a torch call takes microseconds
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices that are multiplied
 WINDOW_S = 0.05
-WINDOWS = 5  # the best counts: other programs may run beside
+WINDOWS = 5  # the best one counts: other programs may be running
 
 
-def together(world: World, once: Callable[[], object], amount: float) -> float:
-    """What all ranks together get done a second where each call of `once` gets `amount` done."""
+def best_rate(world: World, once: Callable[[], object], amount: float) -> float:
+    """The sum over all ranks of `amount` per second, if each call of `once` does `amount`."""
     best = 0.0
-    for _ in range(1 + WINDOWS):  # in the first one memory is mapped, and kernels are loaded
+    for _ in range(1 + WINDOWS):  # the first one maps memory and loads kernels
         world.barrier()
         count, started, seconds = 0, time.perf_counter(), 0.0
         while seconds < WINDOW_S:
@@ -37,8 +38,8 @@ def together(world: World, once: Callable[[], object], amount: float) -> float:
     return best
 
 
-def _room(world: World, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-    """Memory for a measurement; None on all ranks where one has none left: the run comes first."""
+def _buffer(world: World, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """Memory for a measurement; None on all ranks if one rank has none left."""
     made = None
     with suppress(RuntimeError, MemoryError):
         made = torch.full(shape, 0.5, device=world.device, dtype=dtype)
@@ -46,37 +47,42 @@ def _room(world: World, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | 
 
 
 def bandwidth(world: World, weights: list[Tensor]) -> float:
-    """Bytes a second that memory gives: on a CPU for reading these weights themselves, as where they lie
-    matters (its caches, another socket's memory); on a GPU for a copy (a byte read, a byte written)."""
+    """Memory bandwidth in bytes a second; 0 if there is no memory to measure it.
+
+    On a CPU, of reading these weights: where they lie (cache, socket) decides the speed. On a GPU,
+    of a copy (each byte is read once and written once).
+    """
     if world.device.type != "cuda":
-        words = [w.detach().flatten().view(torch.uint8) for w in weights if w.nbytes >= LEAST_BYTES]
-        words = [w[: len(w) // 8 * 8].view(torch.int64) for w in words]  # summed as fast as they come
-        return together(world, lambda: [w.sum() for w in words], sum(w.nbytes for w in words))
-    buffer = _room(world, (2, COPIED_BYTES // 4), torch.float32)
+        parts = [w.detach().flatten().view(torch.uint8) for w in weights if w.nbytes >= LEAST_BYTES]
+        words = [part[: len(part) // 8 * 8].view(torch.int64) for part in parts]  # the fastest sum
+        return best_rate(world, lambda: [w.sum() for w in words], sum(w.nbytes for w in words))
+    buffer = _buffer(world, (2, COPIED_BYTES // 4), torch.float32)
     if buffer is None:
         return 0.0
 
     def copy() -> None:
-        for _ in range(8):  # long beside the host's wait for the last
+        for _ in range(8):  # the host waits once for eight copies
             buffer[1].copy_(buffer[0])
 
-    return together(world, copy, 16 * COPIED_BYTES)
+    return best_rate(world, copy, 16 * COPIED_BYTES)
 
 
 def arithmetic(world: World, dtype: torch.dtype) -> float:
-    """Operations a second of a matrix product in this precision."""
+    """Operations a second of a matrix product; 0 if there is no memory to measure it."""
     n = SIDE.get(world.device.type, SIDE["cpu"])
-    matrix = _room(world, (n, n), dtype)
+    matrix = _buffer(world, (n, n), dtype)
     if matrix is None:
         return 0.0
-    matrix.uniform_(-1, 1)  # a GPU multiplies equal numbers faster than it does a model's
-    return together(world, lambda: torch.mm(matrix, matrix), 2.0 * n**3)
+    matrix.uniform_(-1, 1)  # a GPU multiplies equal numbers faster than random ones
+    return best_rate(world, lambda: torch.mm(matrix, matrix), 2.0 * n**3)
 
 
 def operations(split: Partition, length: float, backward: bool) -> float:
-    """Of the model's matrix products for one token whose attention sees `length` tokens (PaLM, arXiv
-    2204.02311, appendix B; nanoGPT counts the same): two a parameter, and those of the scores. The
-    backward pass has twice as many."""
+    """Operations of the model's products for a token that attends to `length` tokens.
+
+    As nanoGPT counts them (PaLM, arXiv 2204.02311, appendix B): two a parameter, and those of the
+    scores; three times as many with the backward pass.
+    """
     weights = split.count() - split.block_size * split.n_embd
     forward = 2.0 * weights + 4.0 * split.n_layer * split.n_embd * length
     return 3.0 * forward if backward else forward
@@ -84,8 +90,11 @@ def operations(split: Partition, length: float, backward: bool) -> float:
 
 @dataclass(frozen=True)
 class Use:
-    """What a run has used a second, of what there was. dtype: of its products. read: bytes of `weights`
-    over all ranks, 0 where reading them is not what bounds it."""
+    """What a run used.
+
+    operations: a second, of products in `dtype`. read: bytes of `weights` read a second by all
+    ranks; 0 if that does not bound the run.
+    """
 
     operations: float
     dtype: torch.dtype
@@ -93,7 +102,7 @@ class Use:
     weights: list[Tensor] = field(default_factory=list)
 
     def figures(self, world: World) -> dict[str, Any]:
-        """The report's `utilisation`; every rank calls this."""
+        """The report's `utilisation`. All ranks call this."""
         found: dict[str, Any] = {}
         if self.read:
             found["bandwidth_bytes_per_s"] = peak = bandwidth(world, self.weights)
@@ -104,21 +113,13 @@ class Use:
 
 
 def text(figures: dict[str, Any], what: str, precision: str) -> str:
-    """`decoding: MBU 78.1% of 27.3 GB/s, ...`: the figures and what they are held against."""
-    words = []
+    """`decoding: MBU 78.1% of the 27.3 GB/s at which its weights can be read, MFU ...`"""
+    parts = []
     if figures.get("mbu"):
-        most = figures["bandwidth_bytes_per_s"] / 1e9
-        words.append(
-            f"MBU {figures['mbu']:.1%} of the {most:,.1f} GB/s at which its weights can be read"
-        )
+        peak = f"{figures['bandwidth_bytes_per_s'] / 1e9:,.1f} GB/s"
+        parts.append(f"MBU {figures['mbu']:.1%} of the {peak} at which its weights can be read")
     if figures.get("mfu"):
-        most = figures["peak_operations_per_s"] / 1e9
-        unit, most = ("TFLOP/s", most / 1e3) if most >= 1e4 else ("GFLOP/s", most)
-        words.append(
-            f"MFU {figures['mfu']:.1%} of {most:,.1f} {unit} (a large {precision} product)"
-        )
-    return (
-        f"{what}: {', '.join(words)}"
-        if words
-        else f"{what}: no memory was left to measure the peak"
-    )
+        giga = figures["peak_operations_per_s"] / 1e9
+        peak = f"{giga:,.1f} GFLOP/s" if giga < 1e4 else f"{giga / 1e3:,.1f} TFLOP/s"
+        parts.append(f"MFU {figures['mfu']:.1%} of {peak} (a large {precision} product)")
+    return f"{what}: {', '.join(parts) or 'no memory was left to measure the peak'}"

@@ -1,12 +1,23 @@
-"""The watchdog: a run in which a rank has died, stopped or lost its way ends within seconds, and says which one and where.
+"""The watchdog: ends a run within seconds if a rank has died, stopped or diverged, and names it.
 
-Each rank has two threads beside the one that computes. One wakes about once a second: it publishes in the store how far the
-rank has come along each axis, looks whether a call has been under way for longer than the limit, and whether a rank of this
-host has ended. The other waits for the word that some rank has failed. Only a rank that waits complains; it reads what the
-others have published twice, with a pause between, and a rank that has published nothing meanwhile does not run: on its own host
-it is killed, as a stopped process answers to nothing else, and its launcher would wait for it half a minute.
+Beside the thread that computes, each rank has two that talk through the launcher's key-value store
+alone, because torch.distributed may be what hangs. The store's keys:
 
-Nothing here talks through torch.distributed: its transports may be what hangs.
+    seen/RANK          the `Progress` that the rank publishes, as JSON
+    failed             number of ranks that have reported a failure; the first prints the reason
+    failed by a rank   set before `failed`; if missing, another program has set `failed`
+
+`_watch` publishes once a second, and ends the run if
+  - the launcher is gone, and training does not save within ORPHAN_S seconds: status 143;
+  - a process of this host has ended and had not published that it finished: status 1;
+  - a signal of STOPS came for which the run has no handler: status 128 + signal;
+  - a call of this rank has been open for longer than `limit` seconds: status 1. First it reads what
+    all ranks have published, twice: a rank that publishes nothing in between is stalled. If a rank
+    of the axis is compiling, the watchdog waits.
+
+`_listen` polls `failed`. Once that is set, it ends this process after GRACE_S seconds: status 1.
+Both kill the stalled processes of this host. A stopped process obeys only SIGKILL, which its
+launcher would send half a minute later.
 """
 
 import contextlib
@@ -14,397 +25,287 @@ import json
 import os
 import select
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
+from collections.abc import Callable, Collection
+from dataclasses import astuple
 from typing import Any, NoReturn
 
-from base.processes import answer, is_running, process_state
+from base.errors import print_error
+from base.processes import call_within, process_state
 from parallel.ledger import Call, Ledger, Track, call_text
-from world.roll_call import ranks_text
+from world.launch import ANSWER_S, Launch
+from world.peers import Peer, Progress, diagnosis, ended_ranks, key_of, ranks_text
 
 BEAT_S = 1.0
-ANSWER_S = 3.0  # how long the store is waited for when a run ends: the process that holds it may be the one that hangs
-GRACE_S = 2.0  # from the word that a rank has failed to the end of the others
-BEATS = 2  # between two looks at the others
-FAILED = "failed"  # the store's counter of ranks that have found the run to have failed
-BY_A_RANK = "failed by a rank"  # set before that: any process that reaches the store can count there
-ORPHAN_S = 8.0  # how long a run may go on without a launcher before it saves
-# what asks a process to end: SIGHUP where its terminal is closed, the last two what batch systems send ahead of time
+GRACE_S = 2.0  # from a failure to the end of the other ranks
+BEATS = 2  # between the two readings of what ranks have published
+FAILED = "failed"
+BY_A_RANK = "failed by a rank"
+FOREIGN = (
+    f"key {FAILED!r} of the run's store was set, and by none of its ranks: another process, which "
+    f"can reach the store, has ended the run."
+)
+ORPHAN_S = 8.0  # the longest that training may go on without a launcher before it saves
+# SIGHUP: the terminal was closed. SIGUSR1 and SIGUSR2: batch systems send them ahead of the end
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-@dataclass(frozen=True)
-class Peer:
-    """Where a rank runs. space: of processes; a process id means the same only within one (containers may share a name)."""
-
-    host: str
-    pid: int
-    space: str
-
-    @classmethod
-    def here(cls) -> "Peer":
-        parts = [socket.gethostname()]
-        with contextlib.suppress(OSError):
-            parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
-        return cls(parts[0], os.getpid(), " ".join(parts))
-
-    def has_ended(self, seen_from: "Peer") -> bool:
-        return self.space == seen_from.space and not is_running(self.pid)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a rank has published. left: it has come to its end. calls: of each axis, by `key_of`, the number of the last call,
-    whether it has not come back, and its text. latest: along which axis the last of all was made. compiles: it is in torch's
-    compiler."""
-
-    beat: int
-    left: bool
-    latest: str
-    calls: dict[str, tuple[int, bool, str]]
-    compiles: bool = False
-
-    def as_json(self) -> str:
-        return json.dumps([self.beat, self.left, self.latest, self.calls, self.compiles])
-
-    @classmethod
-    def parse(cls, text: bytes) -> "Seen":
-        beat, left, latest, calls, compiles = json.loads(text)
-        known = {key: (number, is_open, said) for key, (number, is_open, said) in calls.items()}
-        return cls(beat, left, latest, known, compiles)
-
-    @property
-    def waits(self) -> bool:
-        return any(is_open for _, is_open, _ in self.calls.values())
-
-    def at(self, key: str) -> tuple[int, str]:
-        """(number, text) of the last call along an axis."""
-        number, _, said = self.calls.get(key, (0, False, "no call yet"))
-        return number, said
-
-
-def is_compiling() -> bool:
-    """Whether a thread of this process is in torch's compiler (autograd's threads compile backward passes)."""
-    for frame in sys._current_frames().values():
-        at: FrameType | None = frame
-        while at is not None:
-            if at.f_code.co_filename.endswith(("convert_frame.py", "compile_fx.py")):
-                return True
-            at = at.f_back
-    return False
-
-
-def key_of(track: Track) -> str:
-    return " ".join([track.name, *map(str, track.ranks)])
-
-
 class Watch:
-    """The watchdog of one rank.
-
-    store: each thread has a clone of this client, as a call that waits blocks its connection. holds: the store is in this
-    process. peers: of all ranks. limit: the seconds a call may take; it may be changed while the watch goes on. prog: what
-    messages begin with. gone: tells whether the launcher, which has the store, is; None where there is none.
-    """
+    """The watchdog of one rank. holds: this process holds the store. limit: seconds that a call may
+    take; it may be changed at any time. prog: how messages begin."""
 
     def __init__(
-        self, store: Any, holds: bool, rank: int, peers: tuple[Peer, ...], ledger: Ledger, limit: float, prog: str,
-        gone: Callable[[], bool] | None = None,
+        self, store: Any, holds: bool, launch: Launch, peers: tuple[Peer, ...], ledger: Ledger,
+        limit: float, prog: str,
     ):  # fmt: skip
-        self._gone, self._lost_at = gone or (lambda: False), 0.0
-        self._launched = gone is not None
-        self._placed = False  # this rank has been asked where no store could tell who is first
-        self.holds = holds
-        self.store, self.rank, self.peers, self.ledger, self.limit, self.prog = store.clone(), rank, peers, ledger, limit, prog
-        self._failed, self._asking = store.clone(), store.clone()
-        self._beat = 0
-        self._since: dict[tuple[str, int], float] = {}  # the calls that are under way, and when each was first seen to be
-        self._heard = threading.Event()  # that some rank has failed
-        self._lingers = False  # at this rank's end
-        self._mute = False  # the store has not answered, or is gone: who asks it again may wait for ever
-        self._left: set[int] = set()  # ranks of this host that have come to their end
+        self.holds, self.launch, self.rank, self.peers = holds, launch, launch.rank, peers
+        self.ledger, self.limit, self.prog = ledger, limit, prog
+        # one client for each thread: a call that waits blocks its connection
+        self.store, self._listening, self._reporting = (store.clone() for _ in range(3))
+        space = peers[self.rank].space
+        self._here = {rank for rank, peer in enumerate(peers) if peer.space == space}
+        self._beat = 0  # publications
+        self._open_since: dict[tuple[Track, int], float] = {}  # when a call was first seen open
+        self._finished: set[int] = set()  # ranks of this host that have ended well
+        self._failed = threading.Event()  # a rank has reported that the run failed
+        self._exiting = False  # this rank is about to exit with a status of its own
+        self._store_lost = False  # never asked again: the question might not return
+        self._reported = False
+        self._orphaned_at = 0.0
         self._stop = threading.Event()
-        self._bell, self._rope = os.pipe()  # a signal rings it, whatever the main thread does
-        self._before: dict[int, Any] = {}  # how signals were handled; the bell's as number 0
-        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._watch, self._listen)]
+        self._wakeup, self._wake = os.pipe()  # signals write to it, whatever the main thread does
+        targets = self._watch, self._listen
+        self._threads = [threading.Thread(target=target, daemon=True) for target in targets]
 
-    # --- what the run calls -----------------------------------------------------------------------------------------
+    # --- called by the run ------------------------------------------------------------------------
 
     def start(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            os.set_blocking(self._rope, False)
-            self._before[0] = signal.set_wakeup_fd(self._rope, warn_on_full_buffer=False)
-            for number in STOPS:  # a run that saves when it is told to stop has a handler of its own
+            os.set_blocking(self._wake, False)
+            signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+            for number in STOPS:
                 if signal.getsignal(number) == signal.SIG_DFL:
-                    self._before[number] = signal.signal(number, self._terminated)
+                    signal.signal(number, self._on_signal)
         self._publish()
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """This rank has come to its end; others may not have. Who holds the store stays for them, some seconds."""
+        """This rank has ended well. If it holds the store it waits for the others, some seconds."""
         self._stop.set()
-        os.write(self._rope, b"\0")
+        os.write(self._wake, b"\0")
         for thread in self._threads:
             thread.join(ANSWER_S)
         with contextlib.suppress(RuntimeError):
-            self._publish(left=True)
-            end = time.monotonic() + (ANSWER_S if self.holds else 0)
-            while time.monotonic() < end and not all(seen.left for seen in (self._others(self.store) or {}).values()):
-                time.sleep(0.01)
-        for number, handler in self._before.items():
-            if number == 0:
-                signal.set_wakeup_fd(handler)
-            elif signal.getsignal(number) == self._terminated:
-                signal.signal(number, handler)
+            self._publish(finished=True)
+            if self.holds:
+                _wait_until(self._all_finished, ANSWER_S)
+
+    @property
+    def orphaned(self) -> bool:
+        """The launcher is gone: nothing would end this process, or start it again."""
+        return self._orphaned_at > 0
 
     def is_first(self) -> bool:
-        """Whether this rank is the first to have found the run to have failed; all are told."""
-        # where the store is gone its holder went without a word, the launcher or rank 0: the first of each host speaks
-        by_place = self.rank == min({rank for rank, peer in enumerate(self.peers) if self._is_here(peer)} - self._ended())
-        if self._heard.is_set() or self._mute or self._gone():
-            by_place, self._placed = by_place and not self._placed and not self._heard.is_set(), True
-            return by_place
-        return answer(lambda: first_to_say(self._asking), by_place, ANSWER_S)
+        """Report that the run has failed; True on the first rank, which prints why. Without a store
+        that is the lowest running rank of each host."""
+        if self._failed.is_set() or self._reported:
+            return False
+        self._reported = True
+        lowest = self.rank == min(self._here - self._ended())
+        if self._store_lost or self.launch.has_ended():
+            return lowest
+        return call_within(lambda: report_failure(self._reporting), lowest, ANSWER_S)
 
-    def linger(self, said: bool) -> None:
-        """Stay for as long as others need this process, at a run's bad end. said: this rank has said why."""
-        self._lingers = True
-        if self.holds:
-            end = time.monotonic() + BEAT_S + GRACE_S + ANSWER_S  # others have its store to ask
-            while time.monotonic() < end and len(self._ended()) < len(self.peers) - 1:
-                time.sleep(0.05)
-        elif said and (self._mute or self._gone()):
-            time.sleep(2 * BEAT_S)  # while this rank is there no other of its host speaks
-        else:
-            time.sleep(0.3 if said else 1)  # a launcher ends all with the first one: that is who has spoken
+    def linger(self, printed: bool) -> None:
+        """Wait before the exit of a failed run, while others need this process. printed: this rank
+        has printed why it failed."""
+        self._exiting = True
+        if self.holds:  # others ask its store
+            others = len(self.peers) - 1
+            _wait_until(lambda: len(self._ended()) == others, BEAT_S + GRACE_S + ANSWER_S)
+        elif printed and (self._store_lost or self.launch.has_ended()):
+            time.sleep(2 * BEAT_S)  # no other rank of this host prints as long as this one runs
+        else:  # a launcher ends all ranks when the first exits: let that be the one that printed
+            time.sleep(0.3 if printed else 1)
 
-    def _terminated(self, number: int, frame: Any) -> None:
-        """Python wants a handler, or it rings no bell. The bell does the work: the main thread may be deep in a call."""
+    def _on_signal(self, number: int, frame: Any) -> None:
+        """`_watch` reads signals from a pipe, which Python writes only if there is a handler."""
         if not self._threads[0].is_alive():
             os._exit(128 + number)
 
-    # --- once a beat ------------------------------------------------------------------------------------------------
+    # --- once a second ----------------------------------------------------------------------------
 
     def _watch(self) -> None:
         last = time.monotonic()
         while True:
             beat = min(BEAT_S, self.limit / 4)
-            ready, _, _ = select.select([self._bell], [], [], beat)
-            rung = os.read(self._bell, 64) if ready else b""
+            ready, _, _ = select.select([self._wakeup], [], [], beat)
+            signals = os.read(self._wakeup, 64) if ready else b""
             if self._stop.is_set():
                 return
             now = time.monotonic()
             if now - last > 3 * beat + 1:
-                self._since.clear()  # this process has been stopped itself: it was not the others who were late
+                self._open_since.clear()  # this process itself was stopped: do not blame the others
             last = now
-            if self._lingers:  # the run has failed, and this rank is about to end with a status of its own
+            if self._exiting:
                 with contextlib.suppress(RuntimeError):
                     self._publish()
                 continue
-            self._look_at_launcher(now)
-            self._look_at_processes()
+            self._check_launcher(now)
+            self._check_processes()
             for number in STOPS:
-                if number in rung and signal.getsignal(number) == self._terminated:
-                    self._end(f"rank {self.rank} was told to stop ({number.name}) {self._where()}", 128 + number)
-            self._look_at_calls(now)
+                if number in signals and signal.getsignal(number) == self._on_signal:
+                    stopped = f"rank {self.rank} was told to stop ({number.name}) {self._where()}"
+                    self._end_run(stopped, 128 + number)
+            self._check_calls(now)
 
-    def _publish(self, left: bool = False) -> None:
-        if self._mute:
-            return
-        calls = {}
-        for track in self.ledger.tracks:
-            if track.call is not None:
-                open_calls = list(track.open())
-                number, call = open_calls[0] if open_calls else (track.number, track.call)
-                calls[key_of(track)] = number, bool(open_calls), call_text(number, call)
-        self._beat += 1
-        latest = self.ledger.latest
-        axis = key_of(latest) if latest else ""
-        mine = Seen(self._beat, left, axis, calls, is_compiling())
-        self.store.set(f"seen/{self.rank}", mine.as_json())
+    def _publish(self, finished: bool = False) -> None:
+        if not self._store_lost:
+            self._beat += 1
+            progress = Progress.of(self._beat, finished, self.ledger)
+            self.store.set(f"seen/{self.rank}", json.dumps(astuple(progress)))
+
+    def _read(self, store: Any) -> dict[int, Progress]:
+        """The last publication of each rank; empty if the store does not answer."""
+
+        def read() -> dict[int, Progress]:
+            ranks = [rank for rank in range(len(self.peers)) if store.check([f"seen/{rank}"])]
+            texts = store.multi_get([f"seen/{rank}" for rank in ranks])
+            return {r: Progress(*json.loads(text)) for r, text in zip(ranks, texts, strict=True)}
+
+        found = None if self._store_lost else call_within(read, None, ANSWER_S)
+        self._store_lost = found is None
+        return found or {}
+
+    def _all_finished(self) -> bool:
+        return all(seen.finished for seen in self._read(self.store).values())
+
+    def _ended(self) -> set[int]:
+        return ended_ranks(self.peers, self.rank)
+
+    def _open_calls(self) -> dict[tuple[Track, int], Call]:
+        tracks = self.ledger.tracks
+        return {(track, number): call for track in tracks for number, call in track.open()}
 
     def _where(self) -> str:
         """`in all_reduce #1843 (...)`"""
-        for track in self.ledger.tracks:
-            for number, call in track.open():
-                return f"in {call_text(number, call)}"
+        for (_, number), call in self._open_calls().items():
+            return f"in {call_text(number, call)}"
         latest = self.ledger.latest
-        return f"after {call_text(latest.number, latest.call)}" if latest and latest.call else "before its first collective"
+        if latest is None or latest.call is None:
+            return "before its first collective"
+        return f"after {call_text(latest.number, latest.call)}"
 
-    @property
-    def orphaned(self) -> bool:
-        """Whether the launcher is gone: nobody would end this process, or start it again."""
-        return self._lost_at > 0
-
-    def _look_at_launcher(self, now: float) -> None:
-        """Publish in its store. Where it is gone the run saves if it can, and ends."""
-        gone = self._gone()
+    def _check_launcher(self, now: float) -> None:
+        gone = self.launch.has_ended()
+        self._store_lost |= gone
         try:
-            self._mute = self._mute or gone
             self._publish()
-        except RuntimeError:  # the store is gone, and torch would complain at each further question
-            self._mute, gone = True, self._launched
+        except RuntimeError:  # the store is gone, and torch would log each further attempt
+            self._store_lost, gone = True, bool(self.launch.run)
         if gone and not self.orphaned:
-            self._lost_at = now
-        saves = signal.getsignal(signal.SIGTERM) != self._terminated
-        saving = saves and (now - self._lost_at < ORPHAN_S or "save" in self.ledger.doing)
-        if self.orphaned and not saving:
-            self._end(f"the launcher of rank {self.rank} is gone: the run has ended {self._where()}", 128 + signal.SIGTERM)
+            self._orphaned_at = now
+        saves = signal.getsignal(signal.SIGTERM) != self._on_signal
+        in_time = now - self._orphaned_at < ORPHAN_S or "save" in self.ledger.doing
+        if self.orphaned and not (saves and in_time):
+            lost = f"the launcher of rank {self.rank} is gone: the run has ended {self._where()}"
+            self._end_run(lost, 128 + signal.SIGTERM)
 
-    def _look_at_processes(self) -> None:
-        """A rank of this host whose process has ended without a word ends the run."""
-        ended = self._ended() - self._left
-        if ended:
-            seen = self._others(self.store)
-            # where nothing can be read the store was that rank's: it may have left in order, and if not, the next call fails
-            self._left |= {rank for rank in ended if seen is None or rank in seen and seen[rank].left}
-            if ended - self._left:
-                gone = ranks_text(ended - self._left)
-                self._end(f"rank {self.rank} lost contact with its peers ({gone} {_is_or_are(gone)} gone) {self._where()}")
+    def _check_processes(self) -> None:
+        ended = self._ended() - self._finished
+        if not ended:
+            return
+        progress = self._read(self.store)
+        finished = {rank for rank, seen in progress.items() if seen.finished}
+        # without a store: the rank that ended held it. If that rank failed, the next call fails
+        self._finished |= ended if self._store_lost else ended & finished
+        if lost := ended - self._finished:
+            gone = f"{ranks_text(lost)} {'is' if len(lost) == 1 else 'are'} gone"
+            self._end_run(f"rank {self.rank} lost contact with its peers ({gone}) {self._where()}")
 
-    def _look_at_calls(self, now: float) -> None:
-        calls = {(key_of(track), number): (track, call) for track in self.ledger.tracks for number, call in track.open()}
-        self._since = {at: self._since.get(at, now) for at in calls}
-        late = [at for at, since in self._since.items() if now - since > self.limit]
-        if late:
-            (key, number), (track, call) = late[0], calls[late[0]]
-            self._complain(key, number, track, call)
-
-    # --- when a call is late ----------------------------------------------------------------------------------------
-
-    def _complain(self, key: str, number: int, track: Track, call: Call) -> None:
-        before = self._others(self.store)
+    def _check_calls(self, now: float) -> None:
+        calls = self._open_calls()
+        self._open_since = {at: self._open_since.get(at, now) for at in calls}
+        late = [at for at, since in self._open_since.items() if now - since > self.limit]
+        if not late:
+            return
+        (track, number), call = late[0], calls[late[0]]
+        before = self._read(self.store)
         for _ in range(BEATS):
             self._stop.wait(BEAT_S)
             with contextlib.suppress(RuntimeError):
-                self._publish()  # others may be looking at this rank
-        if self._stop.is_set() or number not in [still for still, _ in track.open()]:
-            return  # it was late, and came
-        seen = self._others(self.store) or {}
-        ended, silent = self._ended(), self._silent(before or {}, seen)
-        if any(rank in seen and seen[rank].compiles for rank in set(track.ranks) - ended - silent):
-            return  # it comes when it has compiled, and is asked for again at the next beat
-        waited = f"[rank {self.rank} host {self.peers[self.rank].host}] waited {self.limit:g} s in "
-        line = waited + call_text(number, call, with_bytes=True) + "."
-        self._end(line + verdict(key, number, call_text(number, call), track.ranks, seen, ended, silent), silent=silent)
+                self._publish()  # other ranks may be reading
+        if self._stop.is_set() or late[0] not in self._open_calls():
+            return  # the call was late, and came back
+        progress = self._read(self.store)
+        ended, stalled = self._ended(), self._stalled(before, progress)
+        running = progress.keys() & set(track.ranks) - ended - stalled
+        if any(progress[rank].compiling for rank in running):
+            return
+        text, key = call_text(number, call), key_of(track)
+        where = f"[rank {self.rank} host {self.peers[self.rank].host}]"
+        line = f"{where} waited {self.limit:g} s in {call_text(number, call, with_bytes=True)}."
+        line += diagnosis(key, number, text, track.ranks, progress, ended, stalled)
+        self._end_run(line, stalled=stalled)
 
-    def _others(self, store: Any) -> dict[int, Seen] | None:
-        """What each rank has published last; None where the store does not answer."""
-        if self._mute:
-            return None
+    def _stalled(self, before: dict[int, Progress], now: dict[int, Progress]) -> set[int]:
+        """Ranks that have published nothing between two readings, and stopped ones of this host."""
+        both = now.keys() & before.keys()
+        silent = {r for r in both if now[r].beat == before[r].beat and not now[r].finished}
+        stopped = {r for r in self._here if process_state(self.peers[r].pid) in ("T", "t")}
+        return (silent | stopped) - {self.rank} - self._ended()
 
-        def read() -> dict[int, Seen] | None:
-            keys = {rank: f"seen/{rank}" for rank in range(len(self.peers))}
-            there = [rank for rank, key in keys.items() if store.check([key])]
-            return dict(zip(there, map(Seen.parse, store.multi_get([keys[rank] for rank in there])), strict=True))
-
-        found = answer(read, None, ANSWER_S)
-        self._mute = found is None
-        return found
-
-    def _ended(self) -> set[int]:
-        return {rank for rank, peer in enumerate(self.peers) if peer.has_ended(self.peers[self.rank])}
-
-    def _silent(self, before: dict[int, Seen], seen: dict[int, Seen]) -> set[int]:
-        """Ranks whose processes do not run: stopped ones of this host, and those that have published nothing between two
-        looks."""
-        mute = {rank for rank in seen.keys() & before.keys() if seen[rank].beat == before[rank].beat and not seen[rank].left}
-        here = {rank: peer for rank, peer in enumerate(self.peers) if self._is_here(peer)}
-        stopped = {rank for rank, peer in here.items() if process_state(peer.pid) in ("T", "t")}
-        return (mute | stopped) - {self.rank} - self._ended()
-
-    def _is_here(self, peer: Peer) -> bool:
-        return peer.space == self.peers[self.rank].space
-
-    # --- the end ----------------------------------------------------------------------------------------------------
+    # --- the end ----------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        """End this process some time after another has said that the run has failed, whatever it does."""
-        with contextlib.suppress(RuntimeError):  # the store is gone, with its holder: there will be no word
-            while not self._stop.wait(min(BEAT_S, self.limit / 4)) and not self._gone():
-                if self._failed.check([FAILED]):
-                    self._heard.set()
+        store = self._listening
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            while not self._stop.wait(min(BEAT_S, self.limit / 4)) and not self.launch.has_ended():
+                if store.check([FAILED]):
+                    self._failed.set()
+                    if not store.check([BY_A_RANK]) and store.add(BY_A_RANK, 1) == 1:
+                        print_error(f"{self.prog}: {FOREIGN}")
                     break
-        if not self._heard.is_set():
+        if not self._failed.is_set():
             return
-        with contextlib.suppress(RuntimeError):
-            if not self._failed.check([BY_A_RANK]) and self._failed.add(BY_A_RANK, 1) == 1:
-                said = f"key {FAILED!r} of the run's store was set, and by none of its ranks"
-                line = f"{self.prog}: {said}: another process, which can reach the store, has ended the run."
-                print(line, file=sys.stderr, flush=True)
-        before = self._others(self._failed) or {}
+        before = self._read(store)
         if self._stop.wait(GRACE_S):
             return
-        self._kill(self._silent(before, self._others(self._failed) or {}))
-        if self._lingers:
+        self._kill(self._stalled(before, self._read(store)))
+        if self._exiting:
             return
         if self.holds:
-            self.linger(said=True)  # torch complains on ranks whose store goes before they do
+            self.linger(printed=True)  # torch logs errors on ranks that outlive their store
         os._exit(1)
 
-    def _end(self, line: str, status: int = 1, silent: set[int] | None = None) -> NoReturn:
-        """Say it, unless another has spoken, and end this process at once: the main thread hangs, or will."""
-        said = self.is_first()
-        if said:
-            with contextlib.suppress(OSError):  # a terminal that has been closed
-                print(f"{self.prog}: {line}", file=sys.stderr, flush=True)
-            self._kill(silent or set())
-        answer(lambda: self._publish(left=True), None, 0.5)  # or this rank would be taken for a silent one
-        self.linger(said)
-        answer(sys.stdout.flush, None, 0.5)
+    def _end_run(self, line: str, status: int = 1, stalled: Collection[int] = ()) -> NoReturn:
+        """Print the line if no other rank has, and end this process: the main thread may hang."""
+        first = self.is_first()
+        if first:
+            with contextlib.suppress(OSError):  # the terminal was closed
+                print_error(f"{self.prog}: {line}")
+            self._kill(stalled)
+        call_within(lambda: self._publish(finished=True), None, 0.5)  # this rank is not stalled
+        self.linger(first)
+        call_within(sys.stdout.flush, None, 0.5)
         os._exit(status)
 
-    def _kill(self, silent: set[int]) -> None:
-        """A stopped process ends by nothing else, and its launcher would ask it kindly first, for half a minute."""
-        for peer in (self.peers[rank] for rank in silent):
-            if self._is_here(peer):
-                with contextlib.suppress(OSError):
-                    os.kill(peer.pid, signal.SIGKILL)
+    def _kill(self, ranks: Collection[int]) -> None:
+        for rank in self._here.intersection(ranks):
+            with contextlib.suppress(OSError):
+                os.kill(self.peers[rank].pid, signal.SIGKILL)
 
 
-def first_to_say(store: Any) -> bool:
-    """True on the first rank that asks; all are told by it that the run has failed."""
+def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not condition():
+        time.sleep(0.02)
+
+
+def report_failure(store: Any) -> bool:
+    """Tell all ranks that the run has failed; True on the first rank that does."""
     store.set(BY_A_RANK, "1")
     return bool(store.add(FAILED, 1) == 1)
-
-
-def verdict(
-    key: str, number: int, text: str, ranks: tuple[int, ...], seen: dict[int, Seen], ended: set[int], silent: set[int]
-) -> str:
-    """Where the ranks of the axis were last seen, and which to look at, after a call that did not come back.
-
-    key, ranks: of the axis; number, text: of the call.
-    """
-    places = {rank: seen[rank].at(key) for rank in ranks if rank in seen}
-    behind = [rank for rank, (at, _) in places.items() if at < number]
-    idle = [rank for rank, theirs in seen.items() if not theirs.waits and not theirs.left]
-    left = [rank for rank in ranks if rank in seen and seen[rank].left]
-    suspects = (
-        (sorted(ended), "its process has ended"),
-        (sorted(silent), "it does not run: stopped, or its host is out of reach"),
-        (left, "it has come to its end"),
-        ([rank for rank in behind if rank in idle], "it is in no collective"),
-        (idle, "it is in no collective"),
-        (sorted(behind, key=lambda rank: places[rank][0]), "it is behind"),
-        ([rank for rank, (_, said) in places.items() if said != text], "it is in another call"),
-    )
-    found, why = next(((ranks, why) for ranks, why in suspects if ranks), ([], ""))
-    if found and found[0] not in places and found[0] in seen:
-        places[found[0]] = seen[found[0]].at(seen[found[0]].latest)
-    lines: dict[str, list[int]] = {}
-    for rank, (at, said) in sorted(places.items()):
-        op = text.partition(" ")[0]
-        lines.setdefault(f"#{at}" if said == text else said.removeprefix(op + " "), []).append(rank)
-    last_seen = ", ".join(f"{ranks_text(who)} {said}" for said, who in lines.items())
-    advice = f"Look at rank {found[0]} first: {why}." if found else "All have come to it: look at the network between them."
-    return (f" Last seen: {last_seen}." if last_seen else " The store does not answer.") + f" {advice}"
-
-
-def _is_or_are(ranks: str) -> str:
-    return "are" if ranks.startswith("ranks") else "is"

@@ -1,0 +1,131 @@
+"""The process of each rank, how far it has come, and which rank to suspect when a call is late."""
+
+import contextlib
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from base.processes import is_running
+from parallel.ledger import Ledger, Track, call_text
+
+COMPILER_FILES = ("convert_frame.py", "compile_fx.py")  # of torch.compile
+ALL_THERE = "All have come to it: look at the network between them."
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The process of a rank. space: the host, boot and PID namespace in which `pid` is unique."""
+
+    host: str
+    pid: int
+    space: str
+
+    @classmethod
+    def here(cls) -> "Peer":
+        parts = [socket.gethostname()]
+        with contextlib.suppress(OSError):
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            parts += [boot, os.readlink("/proc/self/ns/pid")]
+        return cls(parts[0], os.getpid(), " ".join(parts))
+
+
+def ended_ranks(peers: tuple[Peer, ...], rank: int) -> set[int]:
+    """Ranks in the process space of `rank` whose process has ended."""
+    here = {other for other, peer in enumerate(peers) if peer.space == peers[rank].space}
+    return {other for other in here if not is_running(peers[other].pid)}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a rank publishes every second.
+
+    beat: counts the publications. finished: the rank has ended well. calls: for each axis, under
+    `key_of` it, (number, is open, text) of the oldest open call or else of the last one. latest: the
+    axis of the last call. compiling: a thread is in torch's compiler.
+    """
+
+    beat: int
+    finished: bool
+    latest: str
+    calls: dict[str, tuple[int, bool, str]]
+    compiling: bool = False
+
+    @classmethod
+    def of(cls, beat: int, finished: bool, ledger: Ledger) -> "Progress":
+        calls = {}
+        for track in ledger.tracks:
+            if track.call is not None:
+                opened = next(track.open(), None)
+                number, call = opened or (track.number, track.call)
+                calls[key_of(track)] = number, opened is not None, call_text(number, call)
+        latest = key_of(ledger.latest) if ledger.latest else ""
+        return cls(beat, finished, latest, calls, is_compiling())
+
+    @property
+    def waits(self) -> bool:
+        return any(is_open for _, is_open, _ in self.calls.values())
+
+    def at(self, key: str) -> tuple[int, str]:
+        """(number, text) of the call along an axis."""
+        number, _, text = self.calls.get(key, (0, False, "no call yet"))
+        return number, text
+
+
+def key_of(track: Track) -> str:
+    return " ".join([track.name, *map(str, track.ranks)])
+
+
+def is_compiling() -> bool:
+    """Whether any thread is in torch's compiler: autograd's threads compile backward passes."""
+    stacks = map(traceback.walk_stack, sys._current_frames().values())
+    files = (frame.f_code.co_filename for stack in stacks for frame, _ in stack)
+    return any(file.endswith(COMPILER_FILES) for file in files)
+
+
+def diagnosis(
+    key: str, number: int, text: str, ranks: tuple[int, ...], progress: dict[int, Progress],
+    ended: set[int], stalled: set[int],
+) -> str:  # fmt: skip
+    """Where each rank was last seen, and which rank to look at, when a call does not come back.
+
+    key, ranks: of the call's axis. number, text: of the call. ended: ranks whose process has ended.
+    stalled: ranks whose process does not run.
+    """
+    places = {rank: progress[rank].at(key) for rank in ranks if rank in progress}
+    behind = [rank for rank, (at, _) in places.items() if at < number]
+    finished = {rank for rank, seen in progress.items() if seen.finished}
+    idle = {rank for rank, seen in progress.items() if not seen.waits} - finished
+    suspects: tuple[tuple[Sequence[int], str], ...] = (
+        (sorted(ended), "its process has ended"),
+        (sorted(stalled), "it does not run: stopped, or its host is out of reach"),
+        ([rank for rank in ranks if rank in finished], "it has come to its end"),
+        (sorted(idle, key=lambda rank: (rank not in behind, rank)), "it is in no collective"),
+        (sorted(behind, key=lambda rank: places[rank][0]), "it is behind"),
+        ([rank for rank, (_, theirs) in places.items() if theirs != text], "it is in another call"),
+    )
+    first, why = next(((who[0], why) for who, why in suspects if who), (-1, ""))
+    advice = f"Look at rank {first} first: {why}." if why else ALL_THERE
+    if first in progress:
+        places.setdefault(first, progress[first].at(progress[first].latest))
+    groups: dict[str, list[int]] = {}
+    for rank, (at, theirs) in sorted(places.items()):
+        short = theirs.removeprefix(text.partition(" ")[0] + " ")
+        groups.setdefault(f"#{at}" if theirs == text else short, []).append(rank)
+    seen = ", ".join(f"{ranks_text(who)} {where}" for where, who in groups.items())
+    return (f" Last seen: {seen}." if seen else " The store does not answer.") + f" {advice}"
+
+
+def ranks_text(ranks: Iterable[int]) -> str:
+    """`rank 3`, `ranks 0-2, 5`"""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and runs[-1][1] == rank - 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ", ".join(f"{lo}" if lo == hi else f"{lo}-{hi}" for lo, hi in runs)
+    return f"rank{'s' if ',' in text or '-' in text else ''} {text}"
