@@ -31,8 +31,7 @@ class Unavailable(Exception):
 def load(source: Path) -> ctypes.CDLL:
     """The C file as a library for this processor. Unavailable without a working compiler."""
     found = filter(None, map(shutil.which, ("cc", "gcc", "clang")))
-    compiler = os.environ.get("CC") or next(found, None)
-    if not compiler:
+    if not (compiler := os.environ.get("CC") or next(found, None)):
         raise Unavailable("there is no C compiler (cc, gcc or clang)")
     made_of = source.read_bytes() + "\0".join([_processor(), compiler, *FLAGS]).encode()
     stem = f"{source.stem}-{hashlib.sha256(made_of).hexdigest()[:16]}"

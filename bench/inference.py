@@ -42,9 +42,12 @@ def write_random(directory: Path, options: BenchModelOptions) -> None:
     sizes = (options.vocab_size, options.n_layer, options.n_head, options.n_embd)
     config = GPTConfig(1024, *sizes, activation="gelu_tanh")
     shapes = Partition.of(config, 1).shapes()
+
+    def read(name: str) -> Tensor:
+        return initial_tensor(name, shapes[name], config.n_layer, options.seed)
+
     directory.mkdir()
-    write_hf(config, torch.float32, lambda name: initial_tensor(
-        name, shapes[name], config.n_layer, options.seed), directory)  # fmt: skip
+    write_hf(config, torch.float32, read, directory)
     # ctranslate2's converter wants a tokenizer: a word for each id
     words = [f"t{i}" for i in range(options.vocab_size - 1)] + ["<|endoftext|>"]
     write_json(directory / "vocab.json", {word: i for i, word in enumerate(words)})
@@ -172,7 +175,7 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
     figures |= {"decoder": decoder.name, "weight_bytes_read": read, "capture_s": decoder.capture_s}
     if ratios:
         figures["ledger_ratio"] = spread(ratios)
-        lines.append(f"a step takes {shown(ratios, '.3f')} times as long with the account")
+        lines.append(f"with the account a step takes {shown(ratios, '.3f')} times as long")
     step = f"{decoder.name} step{', int8' if options.quantize else ''}"
     head = f"decode of {ours.n} tokens after {len(ours.prompt)}, batch 1, on {ranks(world)}, {step}"
     lines = [f"{head}; sync points: {ours.model.schedule}", *lines, *same_tokens(rounds)]

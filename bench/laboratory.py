@@ -131,7 +131,7 @@ def measured(
     world: World, bench: Bench, case: Case, dense: dict[str, Tensor], tp: int, mistake: str
 ) -> Iterator[dict[str, Any]]:
     """The lines of all strategies, or of megatron with and without a mistake, run on the first tp
-    ranks while the others wait. Rank 0's are valid."""
+    ranks while the others wait. They are complete on rank 0."""
     axis = first_ranks(world, tp, bench.options.comm_timeout)
     names = ("megatron", mistake) if mistake else case.strategies(tp)
     pieces = {} if axis is None else {name: Piece(case, name, axis, world.device) for name in names}
@@ -194,12 +194,11 @@ def block(world: World, options: opt.BenchBlockOptions) -> None:
     for tp in sizes:
         width = strategies.Split.sized(config, tp, options.intermediate).n_hidden
         if tp > T:
-            few, lacks = f"block_size={T} is shorter than tp={tp}", "have no token"
-        elif tp > width:
-            few, lacks = f"tp={tp} is more than intermediate={width}", "hold no column"
-        else:
-            continue
-        raise UserError(f"{few}: some ranks would {lacks}.")
+            few = f"block_size={T} is shorter than tp={tp}"
+            raise UserError(f"{few}: some ranks would have no token.")
+        if tp > width:
+            few = f"tp={tp} is more than intermediate={width}"
+            raise UserError(f"{few}: some ranks would hold no column.")
     dtype = pick_dtype(options.dtype, world.device)
     batch, intermediate = options.batch_size, options.intermediate
     case = Case.draw(options.part, config, batch, intermediate, dtype, options.seed)

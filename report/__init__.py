@@ -1,1 +1,1 @@
-"""What people look at: the picture of a layer, and a report as a page. Nothing here measures anything."""
+"""What people look at: a layer's picture, a report as a page. Nothing here measures anything."""

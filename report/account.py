@@ -1,49 +1,38 @@
-"""A report's account, read: its lines, what they add up to, and the schedule and layout that they stand for."""
+"""From a report: the collectives of its account, and the layer as its ranks saw it."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
 from typing import Any
 
 from model import GPTConfig
+from parallel.ledger import Account, Entry, Tally, total
 from plan.partition import Partition
 from plan.schedule import KINDS, Schedule
 from report.diagram import Layer, layer
 
-
-@dataclass(frozen=True)
-class Line:
-    """What was told of one collective. layer: its number, or "-" outside of the layers."""
-
-    layer: str
-    block: str
-    direction: str
-    op: str
-    calls: int
-    bytes: int
-    seconds: float
+SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
 
 
-def told(account: dict[str, Any]) -> Iterator[Line]:
-    """Each layer's attention and MLP in turn, then the rest."""
-    blocks = [(str(layer["layer"]), block, layer[block]) for layer in account["layers"] for block in KINDS]
-    blocks += [("-", block, passes) for block, passes in account["other"].items()]
-    for number, block, passes in blocks:
-        for direction, ops in passes.items():
-            for op, tally in ops.items():
-                yield Line(number, block, direction, op, tally["calls"], tally["bytes"], tally["seconds"])
+def entries(report: dict[str, Any]) -> Account:
+    """Its account: each layer's attention and MLP in turn, then the rest. Empty if it has none."""
+    account = report.get("comm_account") or {"layers": [], "other": {}}
+    blocks = [(layer["layer"], kind, layer[kind]) for layer in account["layers"] for kind in KINDS]
+    blocks += [(None, block, passes) for block, passes in account["other"].items()]
+    return {Entry(number, block, direction, op): Tally(t["calls"], t["bytes"], t["seconds"])
+            for number, block, passes in blocks
+            for direction, ops in passes.items() for op, t in ops.items()}
+
+
+def rows(account: Account, digits: int = 6) -> list[dict[str, str]]:
+    """The cells of a table: a row for each collective, then their sum. digits: of seconds."""
+    found = [("-" if e.layer is None else str(e.layer), e, tally) for e, tally in account.items()]
+    found.append(("", Entry(None, "sum", "", ""), total(account)))
+    return [{"layer": layer, "block": e.block, "pass": e.direction, "collective": e.op,
+             "calls": f"{t.calls:,}", "bytes": f"{t.bytes:,}", "seconds": f"{t.seconds:.{digits}f}"}
+            for layer, e, t in found]
 
 
 def picture(report: dict[str, Any]) -> Layer:
-    """The layer as this report's ranks saw it. KeyError where it has no model with sizes, UserError where they do not go
-    together."""
-    sizes = {field.name: report["model"][field.name] for field in fields(GPTConfig) if field.name in report["model"]}
-    split = Partition.of(GPTConfig(**sizes), report["tp"])
+    """The layer as this report's ranks saw it. UserError if its sizes do not go together."""
+    split = Partition.of(GPTConfig(**{name: report["model"][name] for name in SIZES}), report["tp"])
     schedule = Schedule.parse(report.get("sync") or "all", split.n_layer)
-    found = told(report["comm_account"]) if "comm_account" in report else ()
-    sequence = report.get("sequence_parallel") or any(line.op == "reduce_scatter" and line.block in KINDS for line in found)
-    return layer(split, schedule, bool(sequence))
-
-
-def all_reduces_per_token(report: dict[str, Any]) -> float | None:
-    """All-reduces of the forward passes for each generated token, prompts included; None where nothing was generated."""
-    return float(report["per_token"].get("all_reduce", 0)) if "per_token" in report else None
+    scattered = any(e.op == "reduce_scatter" and e.block in KINDS for e in entries(report))
+    return layer(split, schedule, scattered or bool(report.get("sequence_parallel")))

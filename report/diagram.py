@@ -1,11 +1,10 @@
-"""One transformer layer as the ranks of a tensor-parallel group see it: what each of them does, and where they speak.
+"""One transformer layer as the ranks of a tensor-parallel group see it, in words and in a terminal.
 
-`layer` is the description; it is drawn in a terminal here (`lines`) and on a page in drawing.py.
+`layer` describes it, `lines` draws it with characters, svg.py draws it on a page.
 """
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from base.numbers import plural
@@ -13,16 +12,19 @@ from plan.messages import MEGATRON, SEQUENCE, exchanges
 from plan.partition import Partition
 from plan.schedule import KINDS, Schedule
 
-MOST = 3  # ranks that are drawn; of more the first two and the last
-WIDE, NOTES, PAGE = 43, 46, 80  # in a terminal: columns of the picture, where what is said of it begins, and all there are
-BOXES = {1: (17, 0), 2: (17, 9), 3: (13, 2), 4: (13, 1)}  # by how many stand side by side: columns of a box, and between two
-KINDS_OF_PART = {"column": "column-parallel", "middle": "own part only", "row": "row-parallel: a partial sum"}
+MOST = 3  # ranks that are drawn; of more, the first two and the last
+# Columns of a terminal: the picture's width, the first column of notes, the width of all.
+WIDE, NOTES, PAGE = 43, 46, 80
+# By the number of boxes side by side: columns of a box and of the gap between two.
+BOXES = {1: (17, 0), 2: (17, 9), 3: (13, 2), 4: (13, 1)}
+PART_NOTES = {"column": "column-parallel", "middle": "own part only",
+              "row": "row-parallel: a partial sum"}
 ASCII = str.maketrans("│─┌┐└┘┬┴┼━╌·•○–…×", "|-+++++++=-.*o-.x")
 
 
 @dataclass(frozen=True)
-class Alike:
-    """What every rank does alike, or the stream itself, which they all have."""
+class Shared:
+    """Work that every rank repeats, or (stream) the residual stream, of which all have a copy."""
 
     name: str
     note: str = ""
@@ -30,9 +32,12 @@ class Alike:
 
 
 @dataclass(frozen=True)
-class Own:
-    """What each rank does with its own heads or hidden units. parts: (name, kind), kind being column (a column-parallel layer),
-    middle or row (a row-parallel layer); shares: what of it each rank has."""
+class Sharded:
+    """The work of each rank on its own heads or hidden units.
+
+    parts: (name, kind), kind is column (a column-parallel layer), middle or row (row-parallel).
+    shares: for each rank, its heads or its number of units.
+    """
 
     parts: tuple[tuple[str, str], ...]
     shares: tuple[str, ...]
@@ -40,8 +45,11 @@ class Own:
 
 @dataclass(frozen=True)
 class Message:
-    """A place where ranks speak to each other. forward, backward: in which collectives; times: in how many of the model's
-    `layers` layers they do, where the schedule leaves some out. sync: whether the stream is whole again after it."""
+    """A place where ranks communicate.
+
+    forward, backward: the collectives of that pass. times: in how many of the model's `layers`
+    layers; the schedule may drop some. sync: the stream is equal on all ranks after it.
+    """
 
     name: str
     forward: tuple[str, ...]
@@ -51,26 +59,25 @@ class Message:
     sync: bool = False
 
     @property
-    def ways(self) -> list[tuple[str, tuple[str, ...]]]:
-        """(pass, collectives) for each pass that has any."""
-        both = ("forward", self.forward), ("backward", self.backward)
-        return [(way, tuple(op.replace("_", "-") for op in ops)) for way, ops in both if ops]
+    def passes(self) -> dict[str, tuple[str, ...]]:
+        passes = ("forward", self.forward), ("backward", self.backward)
+        return {name: tuple(op.replace("_", "-") for op in ops) for name, ops in passes if ops}
 
     @property
     def words(self) -> list[str]:
-        """What is said here, a line for each pass; where it is left out, or not everywhere, that too."""
-        said = [f"{way}: {', '.join(ops)}" for way, ops in self.ways]
+        """A line for each pass, and one if the message is left out in some layers."""
+        lines = [f"{name}: {', '.join(ops)}" for name, ops in self.passes.items()]
         if self.times == 0:
-            return [f"left out ({said[0]})"]
-        return said + ([f"in {self.times} of {self.layers} layers"] if self.times < self.layers else [])
+            return [f"left out ({lines[0]})"]
+        return lines + [f"in {self.times} of {self.layers} layers"] * (self.times < self.layers)
 
 
-Place = Alike | Own | Message
+Place = Shared | Sharded | Message
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the model `split` under a schedule. halves: for attention and mlp the places from the stream to the stream."""
+    """halves: for attention and mlp, the places from the residual stream back to it."""
 
     split: Partition
     schedule: Schedule
@@ -79,72 +86,60 @@ class Layer:
 
     @property
     def title(self) -> str:
-        s, points = self.split, self.schedule.points
-        spoken = f"{points} of {2 * s.n_layer} sync points" if s.tp > 1 else "nothing is communicated"
+        s, points = self.split, f"{self.schedule.points} of {2 * self.split.n_layer} sync points"
         sequence = ", split over the sequence" if self.sequence else ""
-        return f"a layer of {s.n_layer} on {plural(s.tp, 'rank')}: {s.n_head} heads, {s.n_embd} wide{sequence}; {spoken}"
+        return (
+            f"a layer of {s.n_layer} on {plural(s.tp, 'rank')}: {s.n_head} heads, {s.n_embd} wide"
+            f"{sequence}; {points if s.tp > 1 else 'nothing is communicated'}"
+        )
 
 
 def layer(split: Partition, schedule: Schedule, sequence: bool = False) -> Layer:
-    """The description. sequence: with sequence parallelism, which a single rank has not."""
+    """The description. sequence: with sequence parallelism, which has no effect on one rank."""
     alone, ranks, n = split.tp == 1, range(split.tp), split.n_layer
     sequence = sequence and not alone
-    start, end = SEQUENCE if sequence else MEGATRON
+    first, last = SEQUENCE if sequence else MEGATRON
     times = Counter(exchanges(schedule, sequence))
     names = ("gather", "scatter") if sequence else ("f", "g")
-    tokens = f"T/{split.tp}" if sequence else "T"
-    shape = f"[B, {tokens}, {split.n_embd}]"
-    whose = "own tokens" if sequence else "on every rank"
-    heads = [f"head {lo}" if hi - lo == 1 else f"heads {lo}–{hi - 1}" for lo, hi in map(split.heads, ranks)]
+    tokens, owner = (f"T/{split.tp}", "own tokens") if sequence else ("T", "on every rank")
+    stream = Shared("x", f"[B, {tokens}, {split.n_embd}], {owner}", stream=True)
+    heads = [f"head {lo}" if hi - lo == 1 else f"heads {lo}–{hi - 1}"
+             for lo, hi in map(split.heads, ranks)]
     units = [f"{hi - lo} units" for lo, hi in map(split.columns, ranks)]
-    owns = {
-        "attention": Own((("c_attn", "column"), ("attention", "middle"), ("c_proj", "row")), tuple(heads)),
-        "mlp": Own((("c_fc", "column"), ("gelu", "middle"), ("c_proj", "row")), tuple(units)),
-    }
+    work = {"attention": (("c_attn", "column"), ("attention", "middle"), ("c_proj", "row")),
+            "mlp": (("c_fc", "column"), ("gelu", "middle"), ("c_proj", "row"))}
     halves = {}
-    for kind, norm in zip(KINDS, ("ln_1", "ln_2"), strict=True):
-        places: list[Place] = [Alike("x", f"{shape}, {whose}", stream=True), Alike(norm)]
-        if alone:
-            places.append(owns[kind])
-        else:
-            places.append(Message(names[0], *start, times[kind, start], n))
-            places.append(owns[kind])
-            places.append(Message(names[1], *end, times[kind, end], n, sync=True))
-        whole = alone or times[kind, end]
-        places.append(Alike("+ bias + x", "" if whole else "each rank its own version of x"))
-        halves[kind] = tuple(places)
+    for kind, norm, shares in zip(KINDS, ("ln_1", "ln_2"), (heads, units), strict=True):
+        places: list[Place] = [Sharded(work[kind], tuple(shares))]
+        if not alone:
+            f = Message(names[0], *first, times[kind, first], n)
+            g = Message(names[1], *last, times[kind, last], n, sync=True)
+            places = [f, *places, g]
+        whole = alone or times[kind, last]
+        end = Shared("+ bias + x", "" if whole else "each rank its own version of x")
+        halves[kind] = (stream, Shared(norm), *places, end)
     return Layer(split, schedule, sequence, halves)
 
 
-def seen(tp: int) -> list[int | None]:
+def drawn_ranks(tp: int) -> list[int | None]:
     """The ranks that are drawn, None for those left out in between."""
     return list(range(tp)) if tp <= MOST else [0, 1, None, tp - 1]
 
 
-# --- in a terminal --------------------------------------------------------------------------------------------------
+# --- in a terminal ----------------------------------------------------------------------------
 
 
-def lines(made: Layer) -> list[str]:
+def lines(layer: Layer) -> list[str]:
     """The picture, in at most 80 columns."""
-    drawn = [*textwrap.wrap(made.title, PAGE), ""]
-    for places in made.halves.values():
+    drawn = [*textwrap.wrap(layer.title, PAGE), ""]
+    for places in layer.halves.values():
         for place in places:
-            drawn += _own(place, made.split.tp) if isinstance(place, Own) else _place(place)
-    return drawn + [_row("x", ""), "", *strip(made)]
-
-
-def strip(made: Layer) -> list[str]:
-    """All layers' sync points: after attention, after the MLP."""
-    if made.split.tp == 1:
-        return []
-    marks = "".join("•" if sync else "○" for sync in made.schedule.syncs)
-    cells = [f"{i:>3} {marks[2 * i : 2 * i + 2]}" for i in range(made.split.n_layer)]
-    rows = ["".join(cells[i : i + 12]) for i in range(0, len(cells), 12)]
-    return ["sync points after attention and MLP, layer by layer (• is there, ○ left out)", *rows]
+            drawn += _place(place, layer.split.tp)
+    return drawn + [_row("x"), "", *_strip(layer)]
 
 
 def fit(text: str, encoding: str | None) -> str:
-    """The text, in ASCII where the encoding of who will read it (None: not known) has no such lines."""
+    """The text, in ASCII if the reader's encoding (None: not known) lacks its lines."""
     try:
         text.encode(encoding or "utf-8")
     except (UnicodeEncodeError, LookupError):
@@ -152,49 +147,61 @@ def fit(text: str, encoding: str | None) -> str:
     return text
 
 
-def _row(picture: str, note: str) -> str:
+def _strip(layer: Layer) -> list[str]:
+    """The sync points of all layers: after attention, after the MLP."""
+    if layer.split.tp == 1:
+        return []
+    marks = "".join("•" if sync else "○" for sync in layer.schedule.syncs)
+    cells = [f"{i:>3} {marks[2 * i : 2 * i + 2]}" for i in range(layer.split.n_layer)]
+    rows = ["".join(cells[i : i + 12]) for i in range(0, len(cells), 12)]
+    return ["sync points after attention and MLP, layer by layer (• is there, ○ left out)", *rows]
+
+
+def _row(picture: str, note: str = "") -> str:
     return f"{picture.center(WIDE):<{NOTES}}{note}".rstrip()
 
 
-def _place(place: Alike | Message) -> list[str]:
-    if isinstance(place, Alike):
-        return [_row(place.name, place.note), _row("│", "")]
-    words = place.words + (["SYNC POINT"] if place.sync and place.times else [])
-    first, *rest = (line for text in words for line in textwrap.wrap(text, PAGE - NOTES, break_on_hyphens=False))
+def _place(place: Place, tp: int) -> list[str]:
+    if isinstance(place, Sharded):
+        return _sharded(place, tp)
+    if isinstance(place, Shared):
+        return [_row(place.name, place.note), _row("│")]
+    words = place.words + ["SYNC POINT"] * bool(place.sync and place.times)
+    wrapped = [textwrap.wrap(text, PAGE - NOTES, break_on_hyphens=False) for text in words]
+    first, *rest = (line for lines in wrapped for line in lines)
     rule = ("━" if place.times else "╌") * (WIDE // 2 - 3 - len(place.name) // 2)
     return [_row(f"{rule} {place.name} {rule}", first), *(_row("│", line) for line in rest or [""])]
 
 
-def _own(own: Own, tp: int) -> Iterator[str]:
+def _sharded(place: Sharded, tp: int) -> list[str]:
     """A box for each rank, with a fork above and a join below."""
-    ranks = seen(tp)
+    ranks = drawn_ranks(tp)
     width, gap = BOXES[len(ranks)]
 
-    def across(cells: list[str], note: str = "") -> str:
-        return _row((" " * gap).join("·" if rank is None else cell for rank, cell in zip(ranks, cells, strict=True)), note)
+    def across(cells: list[str]) -> str:
+        cells = ["·" if rank is None else cell for rank, cell in zip(ranks, cells, strict=True)]
+        return (" " * gap).join(cells).center(WIDE)
 
-    def each(text: str, note: str = "") -> str:
-        return across([text] * len(ranks), note)
+    def each(text: str) -> str:
+        return across([text] * len(ranks))
 
-    centres = [i for i, char in enumerate(each("┴".center(width))) if char == "┴"]
-    if len(centres) > 1:
-        yield _branch(centres, "┌", "┬", "┐", "┴")
-    yield each("┌" + "┴".center(width - 2, "─") + "┐")
-    for texts in ([f"rank {rank}" for rank in ranks], [own.shares[rank or 0] for rank in ranks]):
-        yield across([f"│{text:^{width - 2}}│" for text in texts])
-    for name, kind in own.parts:
-        yield each(f"│{name:^{width - 2}}│", KINDS_OF_PART[kind])
-    yield each("└" + "┬".center(width - 2, "─") + "┘")
-    if len(centres) > 1:
-        yield _branch(centres, "└", "┴", "┘", "┬")
+    texts = [f"rank {rank}" for rank in ranks], [place.shares[rank or 0] for rank in ranks]
+    drawn = [
+        _branch(each("┬".center(width)), "┌┐┴"),
+        each("┌" + "┴".center(width - 2, "─") + "┐"),
+        *(across([f"│{text:^{width - 2}}│" for text in row]) for row in texts),
+        *(_row(each(f"│{name:^{width - 2}}│"), PART_NOTES[kind]) for name, kind in place.parts),
+        each("└" + "┬".center(width - 2, "─") + "┘"),
+        _branch(each("┴".center(width)), "└┘┬"),
+    ]
+    return [row.rstrip() for row in (drawn if tp > 1 else drawn[1:-1])]
 
 
-def _branch(centres: list[int], left: str, middle: str, right: str, trunk: str) -> str:
-    """A line from the trunk to each rank's box, or back."""
-    row = [" "] * WIDE
-    row[centres[0] : centres[-1] + 1] = "─" * (centres[-1] + 1 - centres[0])
-    for i in centres:
-        row[i] = middle
-    row[centres[0]], row[centres[-1]] = left, right
-    row[WIDE // 2] = "┼" if WIDE // 2 in centres else trunk
-    return "".join(row).rstrip()
+def _branch(ends: str, corners: str) -> str:
+    """A line from the trunk to the boxes' middles. corners: its left and right, and the trunk's."""
+    line = list(ends)
+    first, last, trunk = len(ends) - len(ends.lstrip()), len(ends.rstrip()) - 1, WIDE // 2
+    line[first : last + 1] = ends[first : last + 1].replace(" ", "─").replace("·", "─")
+    line[first], line[last] = corners[0], corners[1]
+    line[trunk] = corners[2] if line[trunk] == "─" else "┼"
+    return "".join(line)

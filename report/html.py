@@ -1,33 +1,35 @@
-"""HTML as a tree, and tables of anything.
+"""HTML as a tree, and any JSON as facts and tables.
 
-Everything that a page says goes through `E`, and ElementTree writes it: text stays text, whatever is in it.
+A page's text goes through `E` and ElementTree escapes it: text stays text, whatever is in it.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
-from xml.etree.ElementTree import Element, tostring
+from xml.etree.ElementTree import Element
 
-from base.numbers import number
+from base.numbers import nbytes, number, seconds, share
+from report.shapes import SPREAD, fits, is_number
 
 Content: TypeAlias = "str | Element | None | Iterable[Content]"
 
-# what HTML has no place for: control characters, and the halves of characters that Python keeps of bytes that are no text
-_UNFIT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
-DEEP, LONG = 5, 24  # of what a report has beyond what is known: how deep tables go, how many numbers of a list are shown
+# not in HTML: control characters, noncharacters, surrogates (Python's for bytes that are no text)
+FORBIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+FIGURE = re.compile(r"[-+]?\d|$")
+DEEP, LONG, TEXT = 5, 24, 2000  # most levels of nesting, numbers of a list, characters of a text
 
 
 def clean(text: str) -> str:
-    return _UNFIT.sub("\N{REPLACEMENT CHARACTER}", text)
+    return FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def E(tag: str, *content: Content, **attributes: Any) -> Element:
-    """An element. Attributes are spelled as in Python: class_, stroke_width; None leaves one out."""
+    """An element. Attributes are spelled class_, stroke_width; one that is None is left out."""
     made = Element(tag)
     for name, value in attributes.items():
         if value is not None:
-            said = f"{value:g}" if isinstance(value, float) else clean(str(value))
-            made.set(name.rstrip("_").replace("_", "-"), said)
+            text = f"{value:g}" if isinstance(value, float) else clean(str(value))
+            made.set(name.rstrip("_").replace("_", "-"), text)
     _fill(made, content)
     return made
 
@@ -45,73 +47,92 @@ def _fill(parent: Element, content: Content) -> None:
             _fill(parent, part)
 
 
-def written(element: Element) -> str:
-    return tostring(element, encoding="unicode", method="html")
+def note(*text: Content) -> Element:
+    return E("p", text, class_="note")
 
 
-# --- tables ---------------------------------------------------------------------------------------------------------
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Content]], words: int = 1) -> Element:
-    """A table that scrolls by itself where it is too wide. words: how many columns at the left are text, not figures."""
-
-    def row(tag: str, cells: Sequence[Content]) -> Element:
-        return E("tr", [E(tag, cell, class_=None if i < words else "n") for i, cell in enumerate(cells)])
-
-    body = E("tbody", [row("td", cells) for cells in rows])
-    return E("div", E("table", E("thead", row("th", head)), body), class_="scroll", tabindex="0")
+def folded(summary: str, *content: Content) -> Element:
+    return E("details", E("summary", summary), content)
 
 
 def facts(cells: Iterable[tuple[str, Content]], class_: str = "facts") -> Element:
     """Figures, each with its name below it."""
-    return E("dl", [E("div", E("dt", name), E("dd", said)) for name, said in cells], class_=class_)
+    return E("dl", [E("div", E("dt", name), E("dd", text)) for name, text in cells], class_=class_)
 
 
-def is_short(value: Any) -> bool:
-    """Whether a value is said in a few words."""
-    return is_spread(value) or not isinstance(value, Mapping | list) or isinstance(value, list) and 0 < len(value) <= 8 and all(
-        _is_number(inner) for inner in value)
+def table(rows: Iterable[Mapping[str, Content]]) -> Element:
+    """A table that scrolls sideways if it is too wide. Rows name their cells by column.
+
+    Columns without content are left out, columns of figures are set to the right.
+    """
+    rows = list(rows)
+    columns = dict.fromkeys(head for row in rows for head, cell in row.items() if cell != "")
+    classes = {}
+    for head in columns:
+        cells = [row.get(head, "") for row in rows]
+        figures = all(isinstance(cell, str) and FIGURE.match(cell) for cell in cells)
+        classes[head] = "n" if figures else None
+    lines = [E("tr", [E("td", row.get(head, ""), class_=classes[head]) for head in columns])
+             for row in rows]
+    heads = E("tr", [E("th", head, class_=classes[head]) for head in columns])
+    return E("div", E("table", E("thead", heads), E("tbody", lines)), class_="scroll", tabindex="0")
+
+
+# --- any JSON ---------------------------------------------------------------------------------
+
+
+def words(key: str) -> str:
+    """A report's key as words, without the unit that its values are shown in."""
+    name = f"{key.removesuffix('_per_s')}/s" if key.endswith("_per_s") else key.removesuffix("_s")
+    return name.replace("_", " ")
+
+
+def unit(key: str) -> Callable[[float], str]:
+    """How the numbers of a key, or of a path of keys, are written."""
+    if key.endswith("_per_s"):
+        return number
+    if key.endswith(("_s", "seconds")):
+        return seconds
+    if key.startswith(("share_", "fraction_")):
+        return share
+    return nbytes if "bytes" in key else number
 
 
 def is_spread(value: Any) -> bool:
-    return isinstance(value, Mapping) and set(value) == {"median", "min", "max"} and all(map(_is_number, value.values()))
+    return fits(value, SPREAD) and len(value) == len(SPREAD)
 
 
-def spread(value: Mapping[str, float]) -> str:
-    return f"{number(value['median'])} ({number(value['min'])} to {number(value['max'])})"
+def spread(value: Mapping[str, float], text: Callable[[float], str] = number) -> str:
+    return f"{text(value['median'])} ({text(value['min'])} to {text(value['max'])})"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def flat(row: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """The cells of a row: a mapping in it is several."""
+    for key, value in row.items():
+        if depth < DEEP and isinstance(value, dict) and not is_spread(value):
+            yield from flat(value, f"{prefix}{key} ", depth + 1)
+        else:
+            yield f"{prefix}{key}", value
 
 
-def plain(value: Any, depth: int = 0) -> Content:
-    """Any value of JSON: mappings and lists of mappings as tables, long lists by their beginning."""
+def plain(value: Any, key: str = "", depth: int = 0) -> Content:
+    """Any JSON: short values as facts, lists of mappings as tables, the beginning of long lists."""
+    if isinstance(value, Element):
+        return value
+    if is_number(value):
+        return unit(key)(value)
     if is_spread(value):
-        return spread(value)
-    if isinstance(value, Mapping) and value and not depth and all(map(is_short, value.values())):
-        return facts(((words(key), plain(inner, 1)) for key, inner in value.items()), "facts small")
-    if isinstance(value, Mapping) and value and depth < DEEP:
-        return table(("", ""), [(words(key), plain(inner, depth + 1)) for key, inner in value.items()])
-    if isinstance(value, list) and value and depth < DEEP and all(isinstance(inner, Mapping) for inner in value):
-        keys = list(dict.fromkeys(key for inner in value for key in inner))
-        cells = ([plain(inner.get(key, ""), depth + 1) for key in keys] for inner in value)
-        return table([words(key) for key in keys], cells, words=0)
-    if isinstance(value, list):
-        more = f" … {len(value):,} in all" if len(value) > LONG else ""
-        return ", ".join(_one(inner) for inner in value[:LONG]) + more
-    return _one(value)
-
-
-def _one(value: Any) -> str:
-    if value is None or value == {}:
-        return "–"
-    if _is_number(value):
-        return number(value)
-    text = str(value)
-    return text if len(text) <= 2000 else f"{text[:2000]}…"
-
-
-def words(key: Any) -> str:
-    """A report's key as words."""
-    return str(key).replace("_", " ")
+        return spread(value, unit(key))
+    if value and depth < DEEP and isinstance(value, dict):
+        cells = {words(name): plain(inner, name, depth + 1) for name, inner in value.items()}
+        short = {name: cell for name, cell in cells.items() if isinstance(cell, str)}
+        more = [E("div", E("h3", name), cells[name]) for name in cells if name not in short]
+        return [facts(short.items(), "facts small") if short else None, more]
+    if value and depth < DEEP and fits(value, [dict]):
+        return table({words(name): plain(inner, name, depth + 1) for name, inner in flat(row)}
+                     for row in value)
+    if isinstance(value, list) and value:
+        texts = [str(plain(inner, key, DEEP)) for inner in value[:LONG]]
+        texts += [f"… {len(value):,} in all"] * (len(value) > LONG)
+        return (" " if fits(value, [str]) else ", ").join(texts)
+    return "" if value is None else "–" if value in ({}, []) else str(value)[:TEXT]

@@ -1,77 +1,73 @@
-"""A report as one page of HTML that needs nothing else: no network, no script, no file beside it. The whole report is in it."""
+"""A report as one page of HTML that needs no network, no script and no other file.
+
+All of the report is on it: in sections, in tables of what no section shows, and as JSON.
+"""
 
 import html
 import json
-from collections.abc import Iterator
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from xml.etree.ElementTree import Element
+from xml.etree.ElementTree import tostring
 
-from base.errors import UserError
 from base.numbers import count, nbytes, number, plural, share
-from report import account
-from report.html import Content, E, facts, is_short, plain, words, written
-from report.sections import SECTIONS, Report, Section, note, unit_of
+from report.html import E, facts, folded, note, plain, words
+from report.sections import SECTIONS, Report, unit_of
+from report.shapes import at, fits, is_number
 
 STYLE = Path(__file__).with_name("style.css")
 RECORD = '<pre id="report">'
-NOTHING_FROM_ELSEWHERE = "default-src 'none'; style-src 'unsafe-inline'"
-# what a report lacks, or has otherwise than this version writes it, a section stumbles over in one of these ways
-UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration, ArithmeticError, UserError)
-HEAD = ("entry", "what", "world_size", "tp", "dp", "comm", "device", "dtype", "quantize", "sync", "decoder", "source",
-        "best_val_loss")  # fmt: skip
-
-
-HEADINGS = {  # of what has no model
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # nothing from elsewhere
+HEAD = {"entry", "what", "world_size", "tp", "dp", "comm", "device", "dtype", "quantize", "sync",
+        "decoder", "source", "best_val_loss"}  # keys that the page's beginning shows
+HEADINGS = {  # of reports without a model
     "block": "A layer under every strategy",
     "allreduce": "All-reduces of many sizes",
     "start": "From torchrun to the first token",
     "save": "What a checkpoint costs",
 }
+lost = partial(share, digits=2)
+HEADLINE = (  # name, text of the figures at these paths, paths
+    ("sync points within the budget", "{} of {}".format, "chosen.points", "plain.points"),
+    ("sync points", lambda n, layers: f"{n} of {2 * layers}", "points", "model.n_layer"),
+    ("perplexity lost", lost, "chosen.loss"),
+    ("perplexity lost", lost, "evidence.loss"),
+    ("of the draft's guesses right", share, "speculation.acceptance_rate"),
+    ("tokens/s", number, "timing.decode_tokens_per_s"),
+    ("tokens/s", number, "timing.tokens_per_s"),
+    ("perplexity", number, "evaluation.perplexity"),
+    ("best validation loss", number, "best_val_loss"),
+    ("of the time in collectives", share, "comm_account.total.fraction_of_time"),
+    ("of the time in collectives", share, "share_in_collectives.median"),
+)
 
 
 def page(report: Report) -> str:
-    """The page. Whatever is in the report is on it: in a section of its own, in a table of what is left, and as JSON."""
-    left, body = dict.fromkeys(report), list[Element]()
+    shown, sections = set(HEAD), []
     for section in SECTIONS:
-        found = _section(section, report)
-        if found is not None:
-            body.append(found)
-            for key in section.shows:
-                left.pop(key, None)
-    for key in HEAD:
-        left.pop(key, None)
-    if left:
-        rest = {key: " ".join(map(str, report[key])) if is_command(key, report[key]) else report[key] for key in left}
-        short = {key: value for key, value in rest.items() if is_short(value)}
-        tables = [E("div", E("h3", words(key)), paragraph(plain(rest[key]))) for key in rest if key not in short]
-        body.append(E("section", E("h2", "Further figures"), plain(short) if short else None, E("div", tables, class_="rest")))
-    record = json.dumps(report, indent=1)
-    whole = E("details", E("summary", "The report itself, as JSON"), E("pre", record, id="report"))
-    title = f"{heading(report)} – nanoTP"
-    head = E(
-        "head",
-        E("meta", charset="utf-8"),
-        E("meta", http_equiv="Content-Security-Policy", content=NOTHING_FROM_ELSEWHERE),
-        E("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        E("meta", name="color-scheme", content="light dark"),
-        E("title", title),
-        E("style", STYLE.read_text(encoding="utf-8")),
-    )
-    main = E("main", top(report), body, E("section", whole, class_="record"))
-    return "<!DOCTYPE html>\n" + written(E("html", head, E("body", main), lang="en")) + "\n"
-
-
-def is_command(key: str, value: object) -> bool:
-    return key == "command" and isinstance(value, list)
-
-
-def paragraph(said: Content) -> Content:
-    return E("p", said) if isinstance(said, str) else said
+        drawn = section.draw(report)
+        if drawn is not None:
+            sections.append(drawn)
+            shown |= {key.rstrip("?") for key in section.shape} - {"model"}
+    if rest := {key: value for key, value in report.items() if key not in shown}:
+        sections.append(E("section", E("h2", "Further figures"), plain(rest)))
+    record = E("pre", json.dumps(report, indent=1), id="report")
+    record = folded("The report itself, as JSON", record)
+    title, cells = heading(report), headline(report)
+    head = E("head", E("meta", charset="utf-8"),
+             E("meta", http_equiv="Content-Security-Policy", content=POLICY),
+             E("meta", name="viewport", content="width=device-width, initial-scale=1"),
+             E("meta", name="color-scheme", content="light dark"),
+             E("title", f"{title} – nanoTP"), E("style", STYLE.read_text(encoding="utf-8")))
+    command = " ".join(str(report[key]) for key in ("entry", "what") if report.get(key))
+    top = E("header", E("p", "nanoTP", E("span", command), class_="over"), E("h1", title),
+            note(" · ".join(about(report))), facts(cells) if cells else None)
+    main = E("main", top, sections, E("section", record, class_="record"))
+    whole = tostring(E("html", head, E("body", main), lang="en"), encoding="unicode", method="html")
+    return f"<!DOCTYPE html>\n{whole}\n"
 
 
 def record(text: str) -> str:
-    """The JSON that a page carries. ValueError where it is none of these pages."""
+    """The JSON that a page carries. ValueError if it is no page of this kind."""
     _, mark, rest = text.partition(RECORD)
     body, end, _ = rest.partition("</pre>")
     if not mark or not end:
@@ -79,100 +75,39 @@ def record(text: str) -> str:
     return html.unescape(body)
 
 
-def _section(section: Section, report: Report) -> Element | None:
-    """The section, or None where the report has nothing for it, or not as it should be: that is shown as it is, then."""
-    if not all(report.get(key) for key in section.needs):
-        return None
-    try:
-        content = section.make(report)
-        return None if content is None else E("section", E("h2", section.title), content)
-    except UNREADABLE:
-        return None
-
-
-# --- the beginning --------------------------------------------------------------------------------------------------
-
-
-def top(report: Report) -> Element:
-    said = headline(report)
-    command = " ".join(str(report[key]) for key in ("entry", "what") if report.get(key))
-    return E(
-        "header",
-        E("p", "nanoTP", E("span", command), class_="over"),
-        E("h1", heading(report)),
-        note(" · ".join(_about(report))),
-        facts(said) if said else None,
-    )
-
-
 def heading(report: Report) -> str:
-    """What ran, in a few words."""
-    model = report.get("model")
+    """In a few words: the model or the measurement, and the number of ranks."""
     ranks = report.get("world_size") or report.get("tp") or report.get("ranks")
     where = f" on {plural(ranks, 'rank')}" if isinstance(ranks, int) else ""
-    parameters = model.get("parameters") if isinstance(model, dict) else None
-    if isinstance(parameters, int):
+    parameters, layers = at(report, "model.parameters"), at(report, "model.n_layer")
+    if is_number(parameters):
         return f"GPT of {count(parameters)} parameters{where}"
-    layers = model.get("n_layer") if isinstance(model, dict) else None
     if isinstance(layers, int):
         return f"GPT of {plural(layers, 'layer')}{where}"
     what = str(report.get("what") or report.get("entry") or "report")
     return f"{HEADINGS.get(what, words(what).capitalize())}{where}"
 
 
-def _about(report: Report) -> Iterator[str]:
-    model = report.get("model")
-    if isinstance(model, dict):
-        for key, said in (("n_layer", "layers"), ("n_head", "heads"), ("n_embd", "wide")):
-            if key in model:
-                yield f"{model[key]} {said}"
-    if "tp" in report:
-        yield f"dp {report['dp']} × tp {report['tp']}" if "dp" in report else f"tp {report['tp']}"
-    for key in ("comm", "device", "dtype", "source"):
-        if report.get(key) and report[key] != "none":
-            yield str(report[key])
-    if report.get("quantize"):
-        yield f"{report['quantize']} weights"
-    if report.get("decoder"):
-        yield f"{report['decoder']} step"
-    if "sync" in report:
-        yield f"sync points: {report['sync']}"
+def about(report: Report) -> list[str]:
+    texts = {"model.n_layer": "{} layers", "model.n_head": "{} heads", "model.n_embd": "{} wide",
+             "tp": "dp {dp} × tp {}" if "dp" in report else "tp {}", "comm": "{}", "device": "{}",
+             "dtype": "{}", "source": "{}", "quantize": "{} weights", "decoder": "{} step",
+             "sync": "sync points: {}"}
+    return [text.format(value, dp=report.get("dp")) for path, text in texts.items()
+            if (value := at(report, path)) and value != "none"]
 
 
 def headline(report: Report) -> list[tuple[str, str]]:
-    """The figures that a reader looks for first, each with its name; up to the first that the report has otherwise."""
-    found = []
-    with suppress(*UNREADABLE):
-        for named in _headline(report):
-            found.append(named)
+    """The figures that a reader looks for first, each with its name. 0 stands for not measured."""
+    found, unit = [], unit_of(report)
+    if fits(report.get("per_token"), {"all_reduce?": float}):
+        calls = report["per_token"].get("all_reduce") or 0
+        found.append(("all-reduces a generated token", number(calls)))
+    for name, text, *paths in ((unit, number, f"parties.nanotp.{unit}.median"), *HEADLINE):
+        figures = [at(report, path) for path in paths]
+        if fits(figures, [float]) and (any(figures) or text is lost):
+            found.append((name, text(*figures)))
+    weights = at(report, "memory.weight_bytes_per_rank")
+    if weights and fits(weights, [int]):
+        found.append(("weights a rank", nbytes(max(weights))))
     return found
-
-
-def _headline(report: Report) -> Iterator[tuple[str, str]]:
-    said, timing = account.all_reduces_per_token(report), report.get("timing", {})
-    if said is not None:
-        yield "all-reduces a generated token", number(round(said, 3))
-    if accepted := report.get("speculation", {}).get("acceptance_rate"):
-        yield "of the draft's guesses right", share(accepted)
-    for key in ("decode_tokens_per_s", "tokens_per_s"):
-        if timing.get(key):
-            yield "tokens/s", number(timing[key])
-    if "evaluation" in report:
-        yield "perplexity", number(report["evaluation"]["perplexity"])
-    if "best_val_loss" in report:
-        yield "best validation loss", number(report["best_val_loss"])
-    if "parties" in report:
-        unit = unit_of(report["parties"])
-        yield unit, number(report["parties"]["nanotp"][unit]["median"])
-    if chosen := report.get("chosen"):
-        yield "sync points within the budget", f"{chosen['points']} of {report['plain']['points']}"
-        yield "perplexity lost", share(chosen["loss"], 2)
-    if "evidence" in report:
-        yield "sync points", f"{report['points']} of {2 * report['model']['n_layer']}"
-        yield "perplexity lost", share(report["evidence"]["loss"], 2)
-    if "comm_account" in report and report.get("world_size", 1) > 1:
-        yield "of the time in collectives", share(report["comm_account"]["total"]["fraction_of_time"])
-    elif "share_in_collectives" in report:
-        yield "of the time in collectives", share(report["share_in_collectives"]["median"])
-    if "memory" in report:
-        yield "weights a rank", nbytes(max(report["memory"]["weight_bytes_per_rank"]))

@@ -2,15 +2,19 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 # looking for GPUs must not begin to use them: ranks are forked
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 torch.set_num_threads(1)
+
+from warm import Warm  # noqa: E402
 
 from world import peaks  # noqa: E402
 
@@ -32,6 +36,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def warm() -> None:
-    """Import in the parent what every forked rank would otherwise import again (assert_close alone pulls in sympy)."""
+def warm() -> Iterator[None]:
+    """Import in the parent what every forked rank would otherwise import again (assert_close alone
+    pulls in sympy), and have programs that tests start forked, too."""
     torch.testing.assert_close(torch.zeros(1), torch.zeros(1))
+    programs = Warm()
+    sys.executable = programs.python
+    yield
+    programs.close()

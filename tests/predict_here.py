@@ -140,7 +140,7 @@ class Runner:
                 return typical(seconds_of(lambda i: generate(model, [prompt], sampling), REPEATED))
             clocked = ClockedSteps(decoder_for(model), world.ledger)
             generate(model, [prompt], sampling, decoder=clocked)
-            return typical(list(np.diff(clocked.began)))
+            return typical(np.diff(clocked.began).tolist())
 
         past, tokens = (job.past + DECODED // 2, 1) if decodes else (0, job.tokens)
         points = schedule if model.tp.size > 1 else Schedule.plain(job.sizes[0])

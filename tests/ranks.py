@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -18,6 +19,7 @@ from parallel.collectives import Axis
 from parallel.ledger import Ledger
 from world.mesh import World, make_axis, make_groups
 
+PYTHON = sys.executable  # conftest.py puts a quicker one in its place
 TIMEOUT = 90.0
 
 

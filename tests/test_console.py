@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import PYTHON
 from test_entry import launch, spoken
 
 import sample_tp
@@ -125,7 +126,7 @@ def test_what_was_closed_is_there_and_no_other_file_takes_its_number(
         f"    open({str(tmp_path / 'done')!r}, 'w').close()\n"
     )
     (tmp_path / "script.py").write_text(script)
-    command = f'"{sys.executable}" "{tmp_path}/script.py" {closed}'
+    command = f'"{PYTHON}" "{tmp_path}/script.py" {closed}'
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert (tmp_path / "done").exists(), done
     assert (done.returncode, done.stdout + done.stderr) == (

@@ -18,7 +18,9 @@ from train import directory
 from world.launch import Launch
 from world.mesh import World
 
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run"]
+
+def torchrun(*words: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", *words]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def curve(out: Path) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def unbroken(scratch: Path) -> dict[int, float]:
     words = faults.command(scratch, "forward", "shm", scratch / "whole")
-    command = [*LAUNCHER, "--standalone", "--nproc_per_node=2", "train_tp.py", *words]
+    command = torchrun("--standalone", "--nproc_per_node=2", "train_tp.py", *words)
     subprocess.run(command, cwd=faults.ROOT, env=faults.environment(), check=True, capture_output=True, timeout=180)
     return curve(scratch / "whole")
 
@@ -68,7 +70,7 @@ def test_torchrun_goes_on_from_the_last_whole_checkpoint_by_itself(
         meeting = f"--rdzv_endpoint=127.0.0.1:{free_port()}"
         where = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", meeting, "--rdzv_id=job"]
     words = faults.command(scratch, "forward", "gloo" if agents == 2 else "shm", tmp_path / "broken")
-    command = [*LAUNCHER, *where, "--max_restarts=1", faults.__file__, "rank", str(tmp_path), "forward", "SIGKILL", *words]
+    command = torchrun(*where, "--max_restarts=1", faults.__file__, "rank", str(tmp_path), "forward", "SIGKILL", *words)
     runs = [
         subprocess.Popen(command, cwd=faults.ROOT, env=faults.environment(), stderr=subprocess.PIPE, text=True)
         for _ in range(agents)

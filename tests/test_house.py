@@ -1,6 +1,7 @@
 """The habits this code keeps, checked on its source."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ ROOMS = [name for name in ORDER if (ROOT / name).is_dir()]
 SOURCES = [
     path for pattern in ("*.py", *(f"{room}/*.py" for room in ROOMS)) for path in sorted(ROOT.glob(pattern))
 ]
+CODE = [*SOURCES, *sorted(ROOT.glob("*/*.c")), *sorted(ROOT.glob("report/*.css"))]
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -56,6 +58,42 @@ def test_imports_point_down() -> None:
         ours = {name.partition(".")[0] for name in imports(path)} & {*ORDER, *(entry.stem for entry in ROOT.glob("*.py"))}
         upward |= {(str(path.relative_to(ROOT)), name) for name in ours - allowed - {room}}
     assert not upward
+
+
+def test_the_root_has_what_one_runs_and_the_two_models() -> None:
+    assert sorted(path.name for path in ROOT.glob("*.py")) == [
+        "bench_tp.py", "drop_syncs.py", "eval_tp.py", "model.py", "sample_tp.py", "shard_checkpoint.py", "tp_model.py",
+        "train_tp.py",
+    ]  # fmt: skip
+
+
+def lines_of(*paths: Path) -> int:
+    return sum(bool(line.strip()) for path in paths for line in path.read_text().splitlines())
+
+
+def test_lines_fit_a_window_and_files_an_hour() -> None:
+    assert not [(path, line) for path in CODE for line in path.read_text().splitlines() if len(line) > 100]
+    assert not [path for path in CODE if len(path.read_text().splitlines()) > 400]
+    assert lines_of(*CODE) <= 11_000
+
+
+def test_functions_fit_a_screen() -> None:
+    functions = (
+        (f"{path.relative_to(ROOT)}: {node.name}", (node.end_lineno or 0) - node.lineno + 1)
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    )
+    assert len([name for name, length in functions if length > 40]) <= 5
+
+
+def test_the_core_is_read_in_an_evening() -> None:
+    """README's reading path: what a training step and a sampled token take, with counts to ten lines."""
+    listed = re.findall(r"^\| `([\w/.]+)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(listed) > 10
+    for name, count in listed:
+        assert int(count) == round(lines_of(ROOT / name), -1), name
+    assert sum(lines_of(ROOT / name) for name, _ in listed) <= 3_500
 
 
 def test_paper_needs_no_torch() -> None:

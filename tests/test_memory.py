@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from measure_split import write_model
+from ranks import PYTHON
 
 from model import GPTConfig
 from shard_checkpoint import main
@@ -43,7 +43,7 @@ print(json.dumps([max(peak, anonymous()), base, weights]))
 def load(shards: Path, rank: int, tp: int) -> tuple[int, int, int]:
     """(peak anonymous bytes, those before loading, bytes of weights) of a fresh process that loads one rank's part."""
     script = LOAD.format(root=str(ROOT), shards=str(shards), rank=rank, tp=tp)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run([PYTHON, "-c", script], capture_output=True, text=True, check=True)
     peak, base, weights = json.loads(done.stdout)
     return peak, base, weights
 

@@ -6,7 +6,6 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from ranks import PYTHON
 from safetensors.torch import load_file, save_file, save_model
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
@@ -302,7 +302,7 @@ def test_offline_by_the_environment(saved: Path, tmp_path: Path) -> None:
         f"print(main(['split', '--init_from=gpt2', '--tp=2', '--out={tmp_path / 'shards'}']))\n"
         f"print(main(['split', '--init_from=gpt2-large', '--tp=2', '--out={tmp_path / 'none'}']))\n"
     )
-    command = [sys.executable, "-c", script]
+    command = [PYTHON, "-c", script]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-2:] == ["0", "2"]
     assert done.stderr.startswith("shard_checkpoint.py: gpt2-large is not in the local Hugging Face cache and the hub")

@@ -5,14 +5,13 @@ import pickle
 import platform
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import PYTHON, run_ranks
 from safetensors.torch import load_file
 
 import shard_checkpoint
@@ -305,7 +304,7 @@ def test_freed_memory_is_used_again() -> None:
     faults = []
     for keep in ("", "setup.set_up_heap(keep=True)"):
         script = PAGES.format(root=str(Path(train_tp.__file__).parent), keep=keep)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        done = subprocess.run([PYTHON, "-c", script], capture_output=True, text=True, check=True)
         faults.append(int(done.stdout))
     assert faults[0] > 4 * 5000 and faults[1] < faults[0] / 10, faults
 
@@ -331,7 +330,7 @@ def test_freed_memory_is_given_back_where_a_run_is_sharded() -> None:
     held = []
     for keep in (True, False):
         script = HOLES.format(root=str(Path(train_tp.__file__).parent), keep=keep)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        done = subprocess.run([PYTHON, "-c", script], capture_output=True, text=True, check=True)
         held.append(float(done.stdout))
     assert held == pytest.approx([40, 20], abs=2)
 

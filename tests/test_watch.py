@@ -1,4 +1,5 @@
-"""The roll call and the watchdog: who is missing, late, stopped or gone is named, and nobody who computes is accused."""
+"""The roll call and the watchdog: who is missing, late, stopped or gone is named, and nobody who
+computes is accused."""
 
 import os
 import re
@@ -35,11 +36,14 @@ from world.roll_call import call_roll, check_statements, warn_of_hosts
 HOST = socket.gethostname()
 
 
-# --- the roll call --------------------------------------------------------------------------------------------------
+# --- the roll call --------------------------------------------------------------------------------
 
 
-def attempt(store: Any, size: int, absent: int = -1, seconds: float = 5.0, last: int = -1) -> list[Any]:
-    """What each rank of one attempt makes of the roll call, or its error. last: the rank that comes after the others."""
+def attempt(
+    store: Any, size: int, absent: int = -1, seconds: float = 5.0, last: int = -1
+) -> list[Any]:
+    """What each rank of one attempt makes of the roll call, or its error. last: the rank that comes
+    after the others."""
     found: list[Any] = [None] * size
 
     def come(rank: int) -> None:
@@ -50,7 +54,9 @@ def attempt(store: Any, size: int, absent: int = -1, seconds: float = 5.0, last:
         except UserError as error:
             found[rank] = str(error)
 
-    threads = [threading.Thread(target=come, args=(rank,)) for rank in range(size) if rank != absent]
+    threads = [
+        threading.Thread(target=come, args=(rank,)) for rank in range(size) if rank != absent
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -77,7 +83,10 @@ def test_what_an_earlier_attempt_left_in_the_store_is_not_believed(last: int) ->
 def test_who_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("world.roll_call.LATER_S", 0.1)
     found = attempt(dist.HashStore(), 4, absent=2, seconds=0.3)
-    said = "rank 2 did not come within 0.3 s; ranks 0-1, 3 did, on h0, h1, h3. Look at the output of those that are missing"
+    said = (
+        "rank 2 did not come within 0.3 s; ranks 0-1, 3 did, on h0, h1, h3. Look at the output of "
+        "those that are missing"
+    )
     assert found[0].startswith(said) and found[1] == found[3] == found[0]
     found = attempt(dist.HashStore(), 2, absent=0, seconds=0.3)
     assert found[1].startswith("rank 0 did not come within 0.3 s.")
@@ -91,7 +100,9 @@ def _never(world: World, options: Any) -> None:
     raise AssertionError("never started")
 
 
-def test_a_rank_that_no_launcher_has_started_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_no_launcher_has_started_is_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three ranks are announced and two started, by nobody who would know."""
     start = test_entry._rank
 
@@ -101,14 +112,19 @@ def test_a_rank_that_no_launcher_has_started_is_missed(tmp_path: Path, monkeypat
     monkeypatch.setattr(test_entry, "_rank", rank_of_three)
     ends = launch(2, _never, tmp_path, ["--device=cpu", "--start_timeout=1"], seconds=20)
     said = spoken(ends)
-    assert said.startswith(f"prog.py: rank 2 did not come within 1 s; ranks 0-1 did, on {HOST}. ") and said.count("\n") == 1
+    assert (
+        said.startswith(f"prog.py: rank 2 did not come within 1 s; ranks 0-1 did, on {HOST}. ")
+        and said.count("\n") == 1
+    )
     assert [status for status, _ in ends] == [2, 2]
 
 
 def test_ranks_on_other_devices_are_named() -> None:
     here = {"device": "cuda:0", "options": {}, "host": "a"}
     check_statements([here, here | {"device": "cuda:1"}])
-    with pytest.raises(UserError, match=r"rank 1 \(host b\) on cpu, rank 0 \(host a\) on cuda. Give --device"):
+    with pytest.raises(
+        UserError, match=r"rank 1 \(host b\) on cpu, rank 0 \(host a\) on cuda. Give --device"
+    ):
         check_statements([here, here | {"device": "cpu", "host": "b"}])
 
 
@@ -117,14 +133,20 @@ def test_a_tp_group_that_spans_hosts_is_a_warning(capsys: pytest.CaptureFixture[
     warn_of_hosts(peers, 3, "prog.py")
     assert capsys.readouterr().err == ""
     warn_of_hosts(peers, 2, "prog.py")
-    said = "prog.py: tp group 1 (ranks 2-3) spans hosts a, b: every all-reduce of its layers crosses the network. --tp=3 keeps"
+    said = (
+        "prog.py: tp group 1 (ranks 2-3) spans hosts a, b: every all-reduce of its layers crosses "
+        "the network. --tp=3 keeps"
+    )
     assert capsys.readouterr().err.startswith(said)
 
 
 def _limits(world: World) -> dict[str, tuple[int, float]]:
     """Of each axis's group: its ranks, and the seconds that torch waits in it."""
     groups: dict[str, Any] = dict(world.groups)
-    limits = {name: group._get_backend(torch.device("cpu")).options._timeout for name, group in groups.items()}
+    limits = {
+        name: group._get_backend(torch.device("cpu")).options._timeout
+        for name, group in groups.items()
+    }
     return {name: (groups[name].size(), limit.total_seconds()) for name, limit in limits.items()}
 
 
@@ -140,10 +162,12 @@ def _other_weights(world: World, options: Any) -> None:
 
 def test_ranks_that_read_other_weights_do_not_go_on(tmp_path: Path) -> None:
     said = spoken(launch(3, _other_weights, tmp_path, ["--device=cpu"]))
-    assert said == f"prog.py: ranks disagree on weights: rank 2 (host {HOST}) has w1, rank 0 has w0.\n"
+    assert (
+        said == f"prog.py: ranks disagree on weights: rank 2 (host {HOST}) has w1, rank 0 has w0.\n"
+    )
 
 
-# --- what is said ---------------------------------------------------------------------------------------------------
+# --- what is said ---------------------------------------------------------------------------------
 
 MLP = Entry(5, "mlp", "forward", "all_reduce")
 
@@ -153,9 +177,15 @@ def seen(number: int, waits: bool, text: str, beat: int = 7, left: bool = False)
 
 
 def test_a_call_as_text() -> None:
-    assert call_text(1843, (MLP, 3_145_728, "step 77"), True) == "all_reduce #1843 (step 77, layer 5, mlp, forward, 3.1 MB)"
+    assert (
+        call_text(1843, (MLP, 3_145_728, "step 77"), True)
+        == "all_reduce #1843 (step 77, layer 5, mlp, forward, 3.1 MB)"
+    )
     assert call_text(1, (MLP, 3072, ""), True) == "all_reduce #1 (layer 5, mlp, forward, 3.1 kB)"
-    assert call_text(7, (Entry(None, "", "", "gather"), 0, "step 8, save"), True) == "gather #7 (step 8, save)"
+    assert (
+        call_text(7, (Entry(None, "", "", "gather"), 0, "step 8, save"), True)
+        == "gather #7 (step 8, save)"
+    )
 
 
 def test_the_verdict_names_who_is_to_be_looked_at() -> None:
@@ -175,9 +205,15 @@ def test_the_verdict_names_who_is_to_be_looked_at() -> None:
     other = there | {3: seen(1843, True, late.replace("mlp", "attention"))}
     assert said(set(), set(), other).endswith("Look at rank 3 first: it is in another call.")
     all_there = there | {3: seen(1843, True, late)}
-    assert said(set(), set(), all_there).endswith("All have come to it: look at the network between them.")
-    elsewhere = all_there | {6: Progress(9, False, "dp 2 6", {"dp 2 6": (4, False, "all_reduce #4 (step 77)")})}
-    assert said(set(), {6}, elsewhere).startswith(" Last seen: ranks 0-3 #1843, rank 6 #4 (step 77). Look at rank 6 first")
+    assert said(set(), set(), all_there).endswith(
+        "All have come to it: look at the network between them."
+    )
+    elsewhere = all_there | {
+        6: Progress(9, False, "dp 2 6", {"dp 2 6": (4, False, "all_reduce #4 (step 77)")})
+    }
+    assert said(set(), {6}, elsewhere).startswith(
+        " Last seen: ranks 0-3 #1843, rank 6 #4 (step 77). Look at rank 6 first"
+    )
     assert said(set(), set(), {}).startswith(" The store does not answer.")
 
 
@@ -194,14 +230,17 @@ def test_calls_that_have_not_come_back() -> None:
     assert list(track.open()) == [(1, first)] and len(track.queued) == 2
 
 
-def test_a_gpus_calls_are_open_until_its_stream_has_got_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpus_calls_are_open_until_its_stream_has_got_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A call over nccl returns at once; what tells that it was made is an event."""
     arrived: list[bool] = [False]
     event = SimpleNamespace(query=lambda: arrived[0])
     monkeypatch.setattr(collectives, "_clock", lambda message: event)
     axis = Axis("tp", 0, 2).at("mlp", 5)
     axis.track.queued = deque()
-    axis.account("all_reduce", "forward", SimpleNamespace(is_cuda=True, nbytes=8), lambda: None)  # type: ignore[arg-type]
+    message: Any = SimpleNamespace(is_cuda=True, nbytes=8)
+    axis.account("all_reduce", "forward", message, lambda: None)
     ((number, (entry, _, _)),) = axis.track.open()
     assert number == 1 and entry == MLP and not axis.track.waiting
     arrived[0] = True
@@ -233,7 +272,7 @@ def test_the_state_of_a_process() -> None:
     assert process_state(child) == ""
 
 
-# --- real ranks -----------------------------------------------------------------------------------------------------
+# --- real ranks -----------------------------------------------------------------------------------
 
 
 def _stopped(world: World, options: Any) -> None:
@@ -246,17 +285,22 @@ def _stopped(world: World, options: Any) -> None:
 
 @pytest.mark.parametrize("comm", ["gloo", "shm"])
 def test_a_stopped_rank_is_named_and_killed(tmp_path: Path, comm: str) -> None:
-    ends = launch(3, _stopped, tmp_path, ["--device=cpu", f"--comm={comm}", "--comm_timeout=1"], seconds=15)
+    ends = launch(
+        3, _stopped, tmp_path, ["--device=cpu", f"--comm={comm}", "--comm_timeout=1"], seconds=15
+    )
     said = spoken(ends)
-    assert f" host {HOST}] waited 1 s in all_reduce #101 (step 100, layer 3, mlp, forward, 1.2 kB). Last seen: " in said
+    assert (
+        f" host {HOST}] waited 1 s in all_reduce #101 (step 100, layer 3, mlp, forward, 1.2 kB). "
+        "Last seen: " in said
+    )
     assert "Look at rank 1 first: it does not run: stopped, or its host is out of reach.\n" in said
     assert said.count("prog.py:") == 1
     assert [status for status, _ in ends] == [1, -signal.SIGKILL, 1]
 
 
 def _stopped_in_a_replay(world: World, options: Any) -> None:
-    """Rank 1 stops while a CUDA graph runs: the others' GPUs never come to its end, and their hosts wait
-    for the logits, which is no collective."""
+    """Rank 1 stops while a CUDA graph runs: the others' GPUs never come to its end, and their hosts
+    wait for the logits, which is no collective."""
     with world.ledger.telling_aside() as told:
         all_reduce(torch.ones(300), world.tp.at("mlp", 3), "forward")
     for i in range(200):
@@ -272,7 +316,10 @@ def test_a_rank_that_stops_in_a_replay_is_named(tmp_path: Path) -> None:
     words = ["--device=cpu", "--comm=gloo", "--comm_timeout=1"]
     ends = launch(2, _stopped_in_a_replay, tmp_path, words, seconds=15)
     said = spoken(ends)
-    assert f"[rank 0 host {HOST}] waited 1 s in all_reduce #102 (step 100, CUDA graph, layer 3, mlp, forward, 1.2 kB)" in said
+    assert (
+        f"[rank 0 host {HOST}] waited 1 s in all_reduce #102 (step 100, CUDA graph, layer 3, mlp, "
+        "forward, 1.2 kB)" in said
+    )
     assert "Look at rank 1 first: it does not run: stopped, or its host is out of reach.\n" in said
     assert [status for status, _ in ends] == [1, -signal.SIGKILL]
 
@@ -286,13 +333,18 @@ def _slow(world: World, options: Any) -> None:
 
 
 def test_who_computes_is_not_late(tmp_path: Path) -> None:
-    assert launch(2, _slow, tmp_path, ["--device=cpu", "--comm_timeout=1"], seconds=20) == [(0, "")] * 2
+    assert (
+        launch(2, _slow, tmp_path, ["--device=cpu", "--comm_timeout=1"], seconds=20)
+        == [(0, "")] * 2
+    )
 
 
 def _compiles(world: World, options: Any) -> None:
     if world.rank == 1:
 
-        def backend(graph: Any, inputs: Any) -> Any:  # what torch.compile calls, in the middle of compiling
+        def backend(
+            graph: Any, inputs: Any
+        ) -> Any:  # what torch.compile calls, in the middle of compiling
             time.sleep(6)
             return graph
 
@@ -338,7 +390,9 @@ def _later(world: World, options: Any) -> None:
     ],
 )
 def test_every_kind_of_waiting_is_watched(tmp_path: Path, body: Any, call: str) -> None:
-    ends = launch(2, body, tmp_path, ["--device=cpu", "--comm=gloo", "--comm_timeout=1"], seconds=15)
+    ends = launch(
+        2, body, tmp_path, ["--device=cpu", "--comm=gloo", "--comm_timeout=1"], seconds=15
+    )
     said = spoken(ends)
     assert f"prog.py: [rank 0 host {HOST}] waited 1 s in {call}. Last seen: " in said
     assert "Look at rank 1 first: it is in no collective.\n" in said
@@ -354,7 +408,10 @@ def _gone_while_others_compute(world: World, options: Any) -> None:
 def test_a_rank_that_dies_while_the_others_compute_is_found(tmp_path: Path) -> None:
     ends = launch(3, _gone_while_others_compute, tmp_path, ["--device=cpu"], seconds=15)
     said = spoken(ends)
-    assert said.count("\n") == 1 and " lost contact with its peers (rank 1 is gone) after all_reduce #" in said
+    assert (
+        said.count("\n") == 1
+        and " lost contact with its peers (rank 1 is gone) after all_reduce #" in said
+    )
     assert [status for status, _ in ends] == [1, -signal.SIGKILL, 1]
 
 
@@ -377,7 +434,10 @@ def _told_to_stop(number: int, world: World, options: Any) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_rank_that_is_told_to_stop_says_so(tmp_path: Path, number: signal.Signals) -> None:
     ends = launch(2, partial(_told_to_stop, number), tmp_path, ["--device=cpu"], seconds=15)
-    assert f"prog.py: rank 1 was told to stop ({number.name}) " in ends[1][1] and spoken(ends).count("prog.py:") == 1
+    assert (
+        f"prog.py: rank 1 was told to stop ({number.name}) " in ends[1][1]
+        and spoken(ends).count("prog.py:") == 1
+    )
     assert [status for status, _ in ends] == [1, 128 + number]
 
 
@@ -395,13 +455,15 @@ def _suspended(world: World, options: Any) -> None:
     assert all_reduce(torch.ones(1), world.tp.at("mlp", 0), "forward").item() == 2
 
 
-def test_ranks_that_are_all_stopped_for_a_while_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_are_all_stopped_for_a_while_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("world.mesh.LATER_S", -3.0)  # torch's own limit: three seconds
     words = ["--device=cpu", "--comm=gloo", "--comm_timeout=6"]
     assert launch(2, _suspended, tmp_path, words, seconds=30) == [(0, "")] * 2
 
 
-# --- without a launcher ---------------------------------------------------------------------------------------------
+# --- without a launcher ---------------------------------------------------------------------------
 
 
 def _left_alone(scratch: Path, world: World, options: Any) -> None:
@@ -430,19 +492,39 @@ def test_ranks_whose_launcher_is_killed_end(tmp_path: Path) -> None:
         time.sleep(0.02)
     said = "".join((tmp_path / f"stderr-{rank}").read_text() for rank in range(2))
     where = r"(in all_reduce #1 \(layer 3, mlp, forward\)|after .*)"
-    assert re.fullmatch(rf"prog.py: the launcher of rank \d is gone: the run has ended {where}\n", said)
+    assert re.fullmatch(
+        rf"prog.py: the launcher of rank \d is gone: the run has ended {where}\n", said
+    )
 
 
 @pytest.mark.slow
-def test_training_whose_launcher_is_killed_saves_and_ends(letters: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_training_whose_launcher_is_killed_saves_and_ends(
+    letters: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     out = tmp_path / "out"
-    asked = TINY | {"max_iters": 10**6, "eval_interval": 10**6, "data_dir": letters, "out_dir": out, "tp": 2}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1", "--nproc_per_node=2"]
+    asked = TINY | {
+        "max_iters": 10**6,
+        "eval_interval": 10**6,
+        "data_dir": letters,
+        "out_dir": out,
+        "tp": 2,
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local_addr=127.0.0.1",
+        "--nproc_per_node=2",
+    ]
     with open(tmp_path / "said", "w") as said:
         words = [*command, "train_tp.py", *(f"--{name}={value}" for name, value in asked.items())]
         alone = os.environ | {"OMP_NUM_THREADS": "1"}
         launcher = subprocess.Popen(words, cwd=test_entry.ROOT, stdout=said, stderr=said, env=alone)
-    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 3:
+    while (
+        not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 3
+    ):
         assert launcher.poll() is None, (tmp_path / "said").read_text()
         time.sleep(0.05)
     ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
@@ -452,18 +534,28 @@ def test_training_whose_launcher_is_killed_saves_and_ends(letters: Path, tmp_pat
     while any(is_running(int(pid)) for pid in ranks):
         assert time.monotonic() < killed + 30
         time.sleep(0.05)
-    lines = [line for line in (tmp_path / "said").read_text().splitlines() if line.startswith("train_tp.py:")]
+    lines = [
+        line
+        for line in (tmp_path / "said").read_text().splitlines()
+        if line.startswith("train_tp.py:")
+    ]
     at = soak.check_latest(out)
-    how = f"stopped after {at} iterations, saved {out}/step-{at:06d}. --init_from=resume goes on from there."
+    how = (
+        f"stopped after {at} iterations, saved {out}/step-{at:06d}. --init_from=resume goes on "
+        f"from there."
+    )
     assert lines == [f"train_tp.py: the launcher is gone: {how}"]
 
 
-# --- no store -------------------------------------------------------------------------------------------------------
+# --- no store -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("answers", [False, True])
-def test_a_rank_that_finds_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
-    """Rank 1 is started alone; where rank 0 should be is nobody, or somebody who listens and says nothing."""
+def test_a_rank_that_finds_no_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    """Rank 1 is started alone; where rank 0 should be is nobody, or somebody who listens and says
+    nothing."""
     start = test_entry._rank
     monkeypatch.setattr(test_entry, "_rank", lambda rank, size, *rest: start(1, 2, *rest))
     monkeypatch.setattr("world.launch.ANSWER_S", 0.2)
@@ -476,9 +568,19 @@ def test_a_rank_that_finds_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (tmp_path / "stderr-0").touch()
         ends = launch(1, _never, tmp_path, ["--device=cpu", "--start_timeout=1"], seconds=30)
     said = (tmp_path / "stderr-1").read_text()
-    there = f"what answers at 127.0.0.1:{port} is no store: another program has that port. Set another MASTER_PORT.\n"
-    nobody = f"rank 1 (host {HOST}) found nobody at 127.0.0.1:{port} within 1 s. Is rank 0 there, and can this host reach it?"
-    assert ends[0][0] == 2 and said.startswith(f"prog.py: {there if answers else nobody}") and said.count("\n") == 1
+    there = (
+        f"what answers at 127.0.0.1:{port} is no store: another program has that port. Set another "
+        f"MASTER_PORT.\n"
+    )
+    nobody = (
+        f"rank 1 (host {HOST}) found nobody at 127.0.0.1:{port} within 1 s. Is rank 0 there, and "
+        f"can this host reach it?"
+    )
+    assert (
+        ends[0][0] == 2
+        and said.startswith(f"prog.py: {there if answers else nobody}")
+        and said.count("\n") == 1
+    )
 
 
 def test_an_axis_has_one_track_under_all_its_labels() -> None:
@@ -487,5 +589,9 @@ def test_an_axis_has_one_track_under_all_its_labels() -> None:
     axis.at("mlp", 5).account("all_reduce", "forward", torch.ones(1), lambda: None)
     axis.at("attention", 6).account("all_reduce", "forward", torch.ones(1), lambda: None)
     (track,) = ledger.tracks
-    assert track.number == 2 and track.call == (Entry(6, "attention", "forward", "all_reduce"), 4, "") and not track.waiting
+    assert (
+        track.number == 2
+        and track.call == (Entry(6, "attention", "forward", "all_reduce"), 4, "")
+        and not track.waiting
+    )
     assert ledger.latest is track

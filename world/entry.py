@@ -62,8 +62,8 @@ def run_parsed(parsed: Callable[[], tuple[Main, Any]], prog: str) -> None:
     """Start the world that the options ask for, run main on every rank, and exit.
 
     parsed: gives main and the options. Exit status: 0; 1 for a fault of this program or of the
-    machine; 2 for a UserError; that of Stopped; 130 for Ctrl-C. If nothing reads standard output any
-    more: 141, as after SIGPIPE; under a launcher, which would report that as a failure, 0.
+    machine; 2 for a UserError; that of Stopped; 130 for Ctrl-C. If nothing reads standard output
+    any more: 141, as after SIGPIPE; under a launcher 0, as it would report a failure.
     One rank prints the reason, and no rank is left waiting for another.
     """
     if _rank() != "0" and {"--help", "-h"} & {*sys.argv}:

@@ -29,11 +29,8 @@ LATER_S = 30.0
 
 @dataclass(frozen=True)
 class World:
-    """This rank's view of the run.
-
-    tp, dp: the axes. groups: torch's group of each axis with several ranks. peers: the processes of
-    all ranks. track: calls among all ranks, for the watchdog.
-    """
+    """This rank's view of the run. groups: torch's group of each axis with several ranks. peers:
+    the process of each rank. track: of the calls among all ranks, for the watchdog."""
 
     rank: int
     size: int
@@ -191,8 +188,7 @@ def start(options: Any, tp: int, prog: str, shared: dict[str, Any]) -> Iterator[
         yield World(0, 1, device, comm, *axes, ledger, launch=launch)
         return
     store, holds = open_store(launch, options.start_timeout)
-    where = {"device": str(device), "gpu": gpu_name(device)}
-    mine = {**vars(Peer.here()), **where, "options": shared}
+    mine = {"device": str(device), "gpu": gpu_name(device), "options": shared, **vars(Peer.here())}
     attempt, statements = call_roll(store, launch.rank, launch.size, mine, options.start_timeout)
     check_statements(statements)
     same_gpu = share_gpus(statements, options.oversubscribe)
@@ -208,7 +204,6 @@ def start(options: Any, tp: int, prog: str, shared: dict[str, Any]) -> Iterator[
     except BaseException:
         watch.stop()  # this rank's own fault, which world/entry.py reports
         raise
-    watch.limit = options.comm_timeout
     yield world
     watch.stop()
     dist.destroy_process_group()
@@ -217,15 +212,14 @@ def start(options: Any, tp: int, prog: str, shared: dict[str, Any]) -> Iterator[
 def _connect(
     store: Any, watch: Watch, shape: tuple[int, int], device: torch.device, comm: str, options: Any
 ) -> World:
-    """The world of ranks that have answered the roll call, after a first message along each axis.
-    shape: (dp, tp)."""
+    """The world after the roll call, and a first message along each axis. shape: (dp, tp)."""
     seconds, ledger, launch = options.comm_timeout + LATER_S, watch.ledger, watch.launch
     limit, nccl = timedelta(seconds=seconds), comm == "nccl"
     store.set_timeout(limit)
-    backends = "cpu:gloo,cuda:nccl" if nccl else "gloo"  # host memory always goes over gloo
     dist.init_process_group(
-        backends, timeout=limit, device_id=device if nccl else None, store=store,
-        rank=launch.rank, world_size=launch.size,
+        "cpu:gloo,cuda:nccl" if nccl else "gloo",  # host memory always goes over gloo
+        timeout=limit, device_id=device if nccl else None, store=store, rank=launch.rank,
+        world_size=launch.size,
     )  # fmt: skip
     groups = make_groups(*shape, seconds)
     dp_axis = make_axis("dp", groups.get("dp"), "gloo" if comm == "shm" else comm, ledger)
@@ -245,9 +239,11 @@ def _connect(
         launch, track, watch,
     )  # fmt: skip
     for axis in (tp_axis, dp_axis):
-        _test(axis, world)
+        if axis.transport is not None:
+            _test(axis, axis.transport, world)
     for track in ledger.tracks:
         track.queued = deque()
+    watch.limit = options.comm_timeout
     # From here on the watchdog sees every call, and counts only seconds in which this process runs.
     # torch's clock also runs while a batch system or a laptop's lid has stopped all ranks.
     for group in (None, *groups.values()):
@@ -255,12 +251,10 @@ def _connect(
     return world
 
 
-def _test(axis: Axis, world: World) -> None:
+def _test(axis: Axis, transport: Transport, world: World) -> None:
     """Send one tiny message, to find out at the start if the transport does not work."""
-    if axis.transport is None:
-        return
-    what = f"{axis.name} over {axis.transport.name}"
+    what = f"{axis.name} over {transport.name}"
     with axis.ledger.during("start-up"), world.waiting("all_reduce", what):
-        total = axis.transport.all_reduce(torch.ones(1, device=world.device), "sum").item()
+        total = transport.all_reduce(torch.ones(1, device=world.device), "sum").item()
         if total != axis.size:
             raise RuntimeError(f"{axis.size} ones add up to {total:g}")

@@ -44,8 +44,8 @@ class Progress:
     """What a rank publishes every second.
 
     beat: counts the publications. finished: the rank has ended well. calls: for each axis, under
-    `key_of` it, (number, is open, text) of the oldest open call or else of the last one. latest: the
-    axis of the last call. compiling: a thread is in torch's compiler.
+    `key_of` it, (number, is open, text) of the oldest open call or else of the last one. latest:
+    the axis of the last call. compiling: a thread is in torch's compiler.
     """
 
     beat: int
