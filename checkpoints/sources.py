@@ -155,7 +155,7 @@ def reader(source: Source | ShardDirectory, rank: int, block_size: int = 0) -> R
     def read(name: str, rule: Rule) -> Tensor:
         if block_size and name.endswith("transformer.wpe.weight"):
             return source.read(name, 0, [(0, block_size)])
-        return source.read(name, rule.dim, rule.runs[rank] if rule.runs else ())
+        return source.read(name, rule.dim, rule.runs_of(rank))
 
     return read
 
