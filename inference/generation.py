@@ -96,8 +96,8 @@ class Generation:
             counts = self._extend(active, guesses, self._step(cached, others, guesses, cache))
             timing.decode_tokens += sum(counts)
             timing.decode_steps += 1
-            for row, guess, count in zip(active, guesses, counts, strict=True):
-                if self.draft is not None:
+            if self.draft is not None:
+                for row, guess, count in zip(active, guesses, counts, strict=True):
                     self.draft.learn(row, len(guess), min(count - 1, len(guess)))
             yield from active
         timing.prefill_s += prefilled - started
@@ -146,12 +146,10 @@ class Generation:
         if self.draft is None:
             return [[] for _ in rows]
         full = self.size - 1 if self.sampling.overflow == "stop" else self.size
-        spare = cache.size - max(len(row.tokens) for row in cached) if cache is not None else 0
-        rooms = []
-        for i, row in enumerate(rows):
-            room = min(self.sampling.max_new_tokens - row.new - 1, full - len(row.tokens))
-            rooms.append(max(0, min(room, spare) if i < len(cached) else room))
-        return self.draft.propose(rows, rooms)
+        spare = cache.size - max(len(row.tokens) for row in cached) if cache is not None else full
+        most = self.sampling.max_new_tokens - 1
+        room = [min(most - row.new, full - len(row.tokens), spare) for row in rows]
+        return self.draft.propose(rows, [max(0, n) for n in room])
 
     def _step(
         self, cached: list[Row], others: list[Row], guesses: list[list[int]], cache: KVCache | None

@@ -15,7 +15,6 @@ right if the model draws the same token there. `SmallModel` draws with the model
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,15 +26,6 @@ from model import KVCache
 from tp_model import TensorParallelGPT
 
 LONGEST_PAUSE = 8
-
-
-class Guesser(Protocol):
-    """`begin` starts a new group of rows. `guess` gets the group's unfinished rows and returns at
-    most room[i] tokens that may follow row i; how many is the same on all ranks."""
-
-    def begin(self) -> None: ...
-
-    def guess(self, rows: list[Row], room: list[int]) -> list[list[int]]: ...
 
 
 @dataclass
@@ -63,31 +53,6 @@ class Pace:
         self.pause = min(max(0, self.misses - 1), LONGEST_PAUSE)
 
 
-@dataclass
-class Speculation:
-    """Asks a guesser for at most `most` tokens of a row at a time, and counts the right ones."""
-
-    guesser: Guesser
-    most: int
-    proposed: int = 0
-    accepted: int = 0
-    _paces: dict[int, Pace] = field(default_factory=dict)
-
-    def begin(self) -> None:
-        self._paces.clear()
-        self.guesser.begin()
-
-    def propose(self, rows: list[Row], room: list[int]) -> list[list[int]]:
-        paces = [self._paces.setdefault(row.number, Pace(self.most)) for row in rows]
-        wanted = [min(pace.ask(), most) for pace, most in zip(paces, room, strict=True)]
-        return self.guesser.guess(rows, wanted)
-
-    def learn(self, row: Row, proposed: int, accepted: int) -> None:
-        self._paces[row.number].learn(proposed, accepted, self.most)
-        self.proposed += proposed
-        self.accepted += accepted
-
-
 class Ngrams:
     """Prompt look-up: a row continues as it did after the last occurrence of its newest tokens, the
     longest run of them of at most `longest` and at least `shortest`. Past the end of the text it
@@ -98,11 +63,13 @@ class Ngrams:
         self.begin()
 
     def begin(self) -> None:
+        """A new group of rows begins."""
         # for each row: the index after the last occurrence of each run, and the tokens indexed
         self.after: dict[int, dict[tuple[int, ...], int]] = defaultdict(dict)
         self.indexed: dict[int, int] = defaultdict(int)
 
     def guess(self, rows: list[Row], room: list[int]) -> list[list[int]]:
+        """At most room[i] tokens that may follow row i, for all unfinished rows of the group."""
         pairs = zip(rows, room, strict=True)
         return [self._continue(row, most) if most else [] for row, most in pairs]
 
@@ -213,3 +180,31 @@ class SmallModel:
             padded = [window + [0] * (longest - len(window)) for window in windows]
             self.model.hidden(torch.tensor(padded, device=self.model.device), self.cache)
         return self.cache
+
+
+Guesser = Ngrams | SmallModel
+
+
+@dataclass
+class Speculation:
+    """Asks a guesser for at most `most` tokens of a row at a time, and counts the right ones."""
+
+    guesser: Guesser
+    most: int
+    proposed: int = 0
+    accepted: int = 0
+    _paces: dict[int, Pace] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        self._paces.clear()
+        self.guesser.begin()
+
+    def propose(self, rows: list[Row], room: list[int]) -> list[list[int]]:
+        paces = [self._paces.setdefault(row.number, Pace(self.most)) for row in rows]
+        wanted = [min(pace.ask(), most) for pace, most in zip(paces, room, strict=True)]
+        return self.guesser.guess(rows, wanted)
+
+    def learn(self, row: Row, proposed: int, accepted: int) -> None:
+        self._paces[row.number].learn(proposed, accepted, self.most)
+        self.proposed += proposed
+        self.accepted += accepted

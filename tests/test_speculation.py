@@ -227,7 +227,7 @@ def test_repetitive_text_takes_less_than_half_of_the_all_reduces() -> None:
 # --- a rank that is out of its mind ---------------------------------------------------------------------------------
 
 
-class Contrary:
+class Contrary(Ngrams):
     """A guesser that says something else than the one it asks."""
 
     def __init__(self, guesser: Any):
