@@ -1,5 +1,5 @@
-"""Measure how fast ranks decode, read a prompt and train, and what they wait for; compare it, round by
-round, with the programs that a user would pick instead.
+"""Measure how fast ranks decode, read a prompt and train, and what they wait for; compare it, round
+by round, with the programs that a user would pick instead.
 
     torchrun --standalone --nproc_per_node=2 bench_tp.py decode --against=hf,ctranslate2,one_rank
     torchrun --standalone --nproc_per_node=2 bench_tp.py prefill --against=hf,ctranslate2

@@ -28,7 +28,7 @@ def option(
 # Options that hold a path, in every command, and a regular expression of what stands before it.
 PATHS = {
     **dict.fromkeys(("data_dir", "dataset", "draft", "init_from", "kept", "out", "out_dir"), "^"),
-    **dict.fromkeys(("plot", "report", "scan", "shards", "text", "tokenizer"), "^"),
+    **dict.fromkeys(("report", "scan", "shards", "text", "tokenizer"), "^"),
     **{"start": "^(?:FILE|PROMPTS):", "prompt": "^FILE:"},
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -54,8 +54,7 @@ class RunOptions(EntryOptions):
     dtype: str = option("auto", "precision of the computation", DTYPES)
     comm: str = option("auto", "transport of the collectives", ("auto", "nccl", "gloo", "shm"))
     compile: bool = option(False, "run the model through torch.compile")
-    seed: int = option(1337, "seed of every random choice, the same at every tp", low=0,
-                       high=2**63 - 1)
+    seed: int = option(1337, "seed of all random choices", low=0, high=2**63 - 1)
     threads: int = option(0, "CPU threads a rank, 0 = cores divided by ranks", low=0, high=1024)
     oversubscribe: bool = option(False, "let several ranks share one GPU, over gloo")
     comm_timeout: float = option(120.0, "seconds a collective waits for other ranks", above=0)
@@ -76,8 +75,7 @@ class InferenceOptions(RunOptions):
 
     init_from: str = option("resume", f"weights: {SOURCES}; resume = out_dir")
     out_dir: str = option("out", "training directory that init_from=resume reads")
-    quantize: str = option("", "int8: 8-bit matrices, for less memory and faster decoding",
-                           ("", "int8"))
+    quantize: str = option("", "int8: 8-bit matrices, smaller and faster", ("", "int8"))
     sync: str = option("", SYNC)
     sequence_parallel: bool = option(False, "split activations over the sequence, to save memory")
     tokenizer: str = option("", TOKENIZER)
@@ -92,11 +90,9 @@ class SampleOptions(InferenceOptions):
     num_samples: int = option(1, "samples drawn for each prompt", low=1)
     batch_size: int = option(32, "rows (prompts x samples) generated at a time", low=1)
     max_new_tokens: int = option(200, "tokens generated for each sample", low=1)
-    temperature: float = option(0.8, "below 1 likelier tokens, above 1 more variety, 0 = greedy",
-                                low=0)
+    temperature: float = option(0.8, "less than 1: likelier tokens, 0: greedy", low=0)
     top_k: int = option(200, "sample among the k likeliest tokens, 0 = all", low=0)
-    top_p: float = option(1.0, "sample among the likeliest tokens that hold this much probability",
-                          above=0, high=1)
+    top_p: float = option(1.0, "sample among the likeliest of this probability", above=0, high=1)
     stop: str = option("", "end a sample where this text appears")
     stream: bool = option(True, "print the text as it is generated")
     out: str = option("", "keep the samples in this file, one JSON object a line")
@@ -128,8 +124,7 @@ class TrainOptions(MeshOptions):
     wandb_run_name: str = option("gpt2", "wandb run name")
     dataset: str = option("openwebtext", "directory below data_dir with train.bin and val.bin")
     data_dir: str = option("data", "directory of the datasets")
-    gradient_accumulation_steps: int = option(40, "micro-batches an iteration, over all dp groups",
-                                              low=1)
+    gradient_accumulation_steps: int = option(40, "micro-batches an iteration, of all dp", low=1)
     batch_size: int = option(12, "sequences in a micro-batch", low=1)
     block_size: int = option(1024, "tokens in a sequence", low=1)
     n_layer: int = option(12, "layers", low=1)
@@ -150,20 +145,16 @@ class TrainOptions(MeshOptions):
     backend: str = option("", "nanoGPT's name for comm, used where comm=auto", ("", "nccl", "gloo"))
     sync: str = option("", SYNC)
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
-    sequence_parallel: bool = option(False, "split what lies between matrix products over the"
-                                            " sequence, to save memory")
+    sequence_parallel: bool = option(False, "split activations over the sequence, to save memory")
     dp_shard: bool = option(False, "shard parameters, gradients and optimizer over dp (FSDP2)")
-    dp_reduce_dtype: str = option("float32", "precision in which gradients are summed over dp",
-                                  ("float32", "bfloat16"))
+    dp_reduce_dtype: str = option("float32", "precision of sums over dp", ("float32", "bfloat16"))
     async_save: bool = option(False, "write checkpoints in the background, from a copy")
     save_interval: int = option(0, "iterations between checkpoints, 0 = at evaluations", low=0)
     check_replicas: int = option(500, "iterations between checks of the replicas, 0 = never", low=0)
     keep_last: int = option(3, "checkpoints kept in out_dir, 0 = all", low=0)
-    overwrite: bool = option(False, "start over in an out_dir that has checkpoints: they go with"
-                                    " the first new one")
+    overwrite: bool = option(False, "start over: old checkpoints go with the first new one")
     progress: bool = option(True, "progress bar on a terminal")
-    dry_run: bool = option(False, "print what each layout takes of a rank's memory, then end:"
-                                  " 0 it fits, 1 not")
+    dry_run: bool = option(False, "print each layout's memory and end: 0 it fits, 1 not")
     memory: str = option("", "with dry_run: a rank's memory, such as 80GB or 24GiB")
     ranks: int = option(0, "with dry_run: the number of ranks, 0 = those started", low=0)
 
@@ -223,8 +214,7 @@ class ScanOptions(DropOptions):
     search: str = option("greedy", "drop the cheapest that is left, or in a first scan's order",
                          ("greedy", "order"))
     schedules: str = option("mlp;every:2", "more schedules to measure, with semicolons between")
-    decode_tokens: int = option(0, "measure ms a token too, over this many new tokens; 0 = no",
-                                low=0)
+    decode_tokens: int = option(0, "time this many new tokens, too; 0 = no", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,22 +224,27 @@ class RepairOptions(DropOptions, OutOptions):
     sync: str = option("", "the schedule: mlp, every:K or a list such as 0a,0m,1m", required=True)
     steps: int = option(300, "steps for each run between two sync points, 0 = none", low=0)
     learning_rate: float = option(1e-3, "highest learning rate of those", above=0)
-    whole_steps: int = option(0, "steps end to end after that, on the original's next-token"
-                                 " distribution", low=0)
+    whole_steps: int = option(0, "steps end to end after that, 0 = none", low=0)
     whole_learning_rate: float = option(3e-4, "highest learning rate of those", above=0)
     control: bool = option(True, "train the dense model as many steps on the text, to compare")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchOptions(RunOptions):
+class BenchShapeOptions(RunOptions):
+    """The shape of the model that is measured or counted."""
+
+    n_layer: int = option(12, "layers", low=1)
+    n_head: int = option(12, "attention heads a layer", low=1)
+    n_embd: int = option(768, "width of the residual stream", low=1)
+    vocab_size: int = option(50257, "size of the vocabulary", low=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(BenchShapeOptions):
     """Options of every measurement."""
 
     repeats: int = option(7, "rounds; medians and spreads are over them", low=1)
-    against: str = option("", "contestants that run in turn with nanoTP in each round, with commas between")
-    n_layer: int = option(12, "layers of the model that is measured", low=1)
-    n_head: int = option(12, "its attention heads a layer", low=1)
-    n_embd: int = option(768, "the width of its residual stream", low=1)
-    vocab_size: int = option(50257, "the size of its vocabulary", low=2)
+    against: str = option("", "contestants in turn with nanoTP in each round, with commas between")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,15 +253,15 @@ class BenchModelOptions(BenchOptions):
 
     init_from: str = option("", "weights as in sample_tp.py; default: random ones")
     prompt_tokens: int = option(128, "length of the prompt", low=1)
-    quantize: str = option("", "int8: 8-bit matrices (in contestants too, if they can)", ("", "int8"))
+    quantize: str = option("", "int8: 8-bit matrices, also in contestants", ("", "int8"))
     sync: str = option("", "sync points, as in sample_tp.py")
     sequence_parallel: bool = option(False, "split the prompt's activations, as in sample_tp.py")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchDecodeOptions(BenchModelOptions):
-    """Decode greedily after a prompt; --against=hf,ctranslate2,one_rank,all_syncs,no_draft (the last
-    three: nanoTP on one thread; with the schedule all; without the draft)."""
+    """Decode greedily after a prompt; --against=hf,ctranslate2,one_rank,all_syncs,no_draft (the
+    last three: nanoTP on one thread; with the schedule all; without the draft)."""
 
     new_tokens: int = option(128, "tokens generated in a round", low=2)
     prompt: str = option("", "text to decode after, or FILE:path; default: random tokens")
@@ -284,7 +279,7 @@ class BenchPrefillOptions(BenchModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchTrainOptions(BenchOptions, MeshOptions):
-    """Train; --against=reference (model.py on all cores in one process, plain AdamW, full logits)."""
+    """Train; --against=reference (model.py in one process on all cores, AdamW, full logits)."""
 
     batch_size: int = option(4, "sequences in a step", low=1)
     block_size: int = option(256, "tokens in a sequence", low=1)
@@ -305,31 +300,28 @@ class BenchSaveOptions(BenchOptions, MeshOptions):
 class BenchAllreduceOptions(BenchOptions):
     """All-reduces of many sizes over every transport that can run here."""
 
-    sizes: str = option("1024,3072,16384,65536,262144,1048576,4194304,16777216", "bytes of messages")
+    sizes: str = option(
+        "1024,3072,16384,65536,262144,1048576,4194304,16777216", "bytes of messages")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchBlockOptions(BenchOptions):
-    """An MLP, an attention block or a layer under every strategy (naive, megatron, sequence, spd): its
-    errors, its messages, its time, its memory."""
+    """Run an MLP, attention or a layer under every strategy (naive, megatron, sequence, spd): its
+    errors, messages, time, memory."""
 
     part: str = option("layer", "what is measured", ("mlp", "attention", "layer"))
-    mistake: str = option("", "beside megatron, the same with a mistake: qkv cut in one piece, bias "
-                              "added on every rank, f or g left out", ("", "qkv", "bias", "no_f", "no_g"))
-    tp: str = option("1,2,4,8", "tensor-parallel sizes; those above the world size are only counted")
+    mistake: str = option("", "run megatron with a mistake, too: qkv cut in one piece, bias on"
+                              " every rank, f or g left out", ("", "qkv", "bias", "no_f", "no_g"))
+    tp: str = option("1,2,4,8", "tensor-parallel sizes; those above the world size are counted")
     intermediate: int = option(0, "width of the MLP's hidden layer, 0 = 4 x n_embd", low=0)
     batch_size: int = option(1, "sequences", low=1)
     block_size: int = option(128, "tokens in a sequence", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchDiagramOptions(RunOptions):
+class BenchDiagramOptions(BenchShapeOptions):
     """Draw a layer as its ranks see it, and compare the strategies by formula (one process)."""
 
-    n_layer: int = option(12, "layers", low=1)
-    n_head: int = option(12, "attention heads a layer", low=1)
-    n_embd: int = option(768, "width of the residual stream", low=1)
-    vocab_size: int = option(50257, "the size of the vocabulary", low=2)
     tp: str = option("2", "tensor-parallel sizes, the first is drawn, the table has all")
     sync: str = option("all", "sync points, as in sample_tp.py")
     sequence_parallel: bool = option(False, "draw it with activations split over the sequence")
@@ -351,8 +343,7 @@ class BenchPredictOptions(BenchOptions):
 
     hardware: str = option("all", "profiles with commas between, all, or custom")
     model: str = option("gpt2,gpt2-medium,gpt2-large,gpt2-xl,7b-like,13b-like",
-                        "shapes with commas between, all, or custom: --n_layer, --n_head, --n_embd "
-                        "and --vocab_size")
+                        "shapes with commas between, all, or custom: that of --n_layer and so on")
     tp: str = option("1,2,4,8", "tensor-parallel sizes with commas between")
     mode: str = option("decode", "decode, prefill and train with commas between, or all")
     batch_size: int = option(1, "sequences", low=1)
@@ -363,8 +354,7 @@ class BenchPredictOptions(BenchOptions):
     memory_GBps: float = option(0.0, "replaces the profile's GB/s that a rank reads", low=0)
     peak_tflops: float = option(0.0, "replaces the profile's TFLOP/s of products", low=0)
     memory_GB: float = option(0.0, "replaces the profile's GB of memory", low=0)
-    overhead_us: float = option(-1.0, "microseconds of a sub-block beyond reading and products, "
-                                      "-1 = the profile's", low=-1)
+    overhead_us: float = option(-1.0, "instead of the profile's: microseconds a sub-block", low=-1)
 
 
 @dataclass(frozen=True, kw_only=True)

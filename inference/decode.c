@@ -9,9 +9,9 @@
    arrived is NULL and the sub-block reads `here`: x, and this rank's own outputs and the biases
    since the last sync point.
 
-   All is float32; weights may be int8 with a factor for each output: weight = factor x number. Sizes:
-   C is the width of the stream, h this rank's heads, D their width, m its columns of the MLP, v its
-   rows of the vocabulary. */
+   All is float32; weights may be int8 with a factor for each output: weight = factor x number.
+   Sizes: C is the width of the stream, h this rank's heads, D their width, m its columns of the
+   MLP, v its rows of the vocabulary. */
 
 #include <math.h>
 #include <stdint.h>

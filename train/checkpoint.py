@@ -29,7 +29,15 @@ from torch import Tensor
 
 from base.errors import UserError
 from base.files import inside, publish, read_json, sync_directory, write_json
-from checkpoints.manifest import MANIFEST, Manifest, Sync, TensorEntry, dtype_name, read_manifest, shard_name
+from checkpoints.manifest import (
+    MANIFEST,
+    Manifest,
+    Sync,
+    TensorEntry,
+    dtype_name,
+    read_manifest,
+    shard_name,
+)  # fmt: skip
 from checkpoints.shards import ShardDirectory
 from checkpoints.sources import latest_checkpoint, reader
 from checkpoints.tensor_file import TensorFile
