@@ -1,6 +1,6 @@
 # make demo   a small GPT trained, split and sampled on 2 ranks, offline
 # make test   the tests, in two processes; make check adds lint and types
-# make docs   the walk-through: its commands run again, its quotations and figures rewritten (wants matplotlib)
+# make docs   the walk-through: its commands run again, its quotations and figures rewritten
 PYTHON ?= python3
 BIN = .venv/bin
 NPROC ?= 2

@@ -35,18 +35,6 @@ def check_place(path: str, option: str) -> None:
         raise UserError(f"--{option}={path} cannot be written: permission denied.")
 
 
-def pyplot() -> Any:
-    """matplotlib.pyplot, for drawing into files. UserError if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def peak_bytes(device: torch.device) -> int:
     """The most memory this rank has held: torch's on a GPU, else the process's resident size."""
     if device.type == "cuda":
@@ -93,13 +81,6 @@ def write(path: str, report: dict[str, Any]) -> None:
     except UserError as error:
         reason = str(error).rpartition(": ")[2]
         raise UserError(f"--report={path} cannot be written: {reason}.") from error
-
-
-def write_figure(path: str | Path, figure: Any) -> None:
-    """Write a figure of matplotlib, in the format that the file's name has as its ending."""
-    place = Path(path)
-    with replacing(place) as file:
-        figure.savefig(file, dpi=120, format=place.suffix[1:] or "png")
 
 
 def read(path: Path) -> Any:
