@@ -219,8 +219,9 @@ def chart(series: Iterable[Series], across: str, up: str, log: tuple[bool, bool]
             if len(points) <= MOST_DOTS:
                 title = E("title", point.title)
                 drawn.append(E("circle", title, cx=x, cy=y, r=4, class_=f"dot {one.class_}"))
-            if point.label:
-                drawn.append(text(x + 7, y - 6, point.label, "soft", "start"))
+            if point.label:  # towards the middle
+                room, anchor = (7, "start") if 2 * x < LEFT + RIGHT else (-7, "end")
+                drawn.append(text(x + room, y - 6, point.label, "soft", anchor))
     title = E("title", f"{up} against {across}")
     svg = E("svg", title, drawn, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", class_="chart")
     names = [(one.class_, one.name) for one, _ in found]

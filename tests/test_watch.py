@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -20,7 +19,7 @@ import soak
 import test_entry
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import PYTHON, run_ranks
 from test_entry import launch, spoken
 from test_training import TINY, letters  # noqa: F401
 
@@ -511,7 +510,7 @@ def test_training_whose_launcher_is_killed_saves_and_ends(
         "tp": 2,
     }
     command = [
-        sys.executable,
+        PYTHON,
         "-m",
         "torch.distributed.run",
         "--standalone",
