@@ -171,7 +171,7 @@ class Axis:
             ledger.recorded.calls.append(GraphCall(tally, track, track.call, call))
             return result
         ledger.record(tally, size, seconds)
-        if track.queued is not None and isinstance(seconds, _Span):
+        if track.queued is not None and isinstance(seconds, _GpuTime):
             track.leave_open(track.number, track.call, seconds.has_ended)
         return result
 
@@ -197,7 +197,7 @@ def _clock(message: Tensor) -> Any:
 
 
 @dataclass(frozen=True)
-class _Span:
+class _GpuTime:
     """The time between two events of a GPU's stream. Calling it waits for the second."""
 
     start: torch.cuda.Event
@@ -211,11 +211,11 @@ class _Span:
         return self.end.query()  # any thread may ask
 
 
-def _elapsed(start: Any, message: Tensor) -> float | _Span:
+def _elapsed(start: Any, message: Tensor) -> float | _GpuTime:
     """Seconds since `start`, 0 in the capture of a graph; on a GPU a function that returns them."""
     if not message.is_cuda:
         return time.perf_counter() - start
-    return 0.0 if start is None else _Span(start, _clock(message))
+    return 0.0 if start is None else _GpuTime(start, _clock(message))
 
 
 @outside_graphs  # a compiler must neither trace nor reorder a call that other ranks wait for
@@ -309,7 +309,7 @@ def average_later(
     def done(future: torch.futures.Future[list[Tensor]]) -> Tensor:
         seconds = _elapsed(start, x)
         axis.ledger.record(tally, message.nbytes, seconds)
-        if isinstance(seconds, _Span):
+        if isinstance(seconds, _GpuTime):
             track.leave_open(number, call, seconds.has_ended)
         track.begun.pop(number, None)
         summed = future.value()[0]

@@ -1,4 +1,5 @@
-"""Set up before any test: one thread (a parent that has used an OpenMP pool must not fork), warm imports, no network."""
+"""Set up before any test: one thread (a parent that has used an OpenMP pool must not fork), warm
+imports, no network."""
 
 import os
 import sys
@@ -24,8 +25,8 @@ peaks.SIDE, peaks.WINDOW_S = {"cpu": 8}, 1e-4
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first: two processes then end together. Tests that use a GPU come last,
-    and are skipped where there are too few."""
+    """Files with slow tests come first: two processes then end together. Tests that use a GPU come
+    last, and are skipped where there are too few."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.get_closest_marker("gpu") is not None, item.path not in slow))
@@ -38,9 +39,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def warm() -> Iterator[None]:
     """Import in the parent what every forked rank would otherwise import again (assert_close alone
-    pulls in sympy), and have programs that tests start forked, too."""
+    pulls in sympy). On Linux, programs that tests start are forks, too."""
     torch.testing.assert_close(torch.zeros(1), torch.zeros(1))
-    programs = Warm()
+    if sys.platform != "linux":  # warm.py needs pidfd_open, prctl and setns
+        yield
+        return
+    programs, python = Warm(), sys.executable
     sys.executable = programs.python
     yield
+    sys.executable = python
     programs.close()

@@ -349,7 +349,7 @@ def test_an_event_that_has_not_happened_is_waited_for() -> None:
             return 1500.0
 
     ledger, event = collectives.Ledger(), Event()
-    ledger.record(tally := Tally(), 8, collectives._Span(event, event))  # type: ignore[arg-type]
+    ledger.record(tally := Tally(), 8, collectives._GpuTime(event, event))  # type: ignore[arg-type]
     ledger.settle()
     assert tally.seconds == 1.5
 

@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# The rooms from the bottom to the top, the two models among them. A file imports what lies below its room, its own
-# room's files, and what is not ours. Nobody imports the other files of the root: those are what one runs.
+# The rooms from the bottom to the top, the two models among them. A file imports what lies below
+# its room, its own room's files, and what is not ours. Nobody imports the other files of the root:
+# those are what one runs.
 ORDER = (
     "base", "cli", "plan", "text", "model", "checkpoints", "parallel", "tp_model", "world", "report", "inference", "train",
     "bench", "fewer_syncs",
 )  # fmt: skip
 ROOMS = [name for name in ORDER if (ROOT / name).is_dir()]
 SOURCES = [
-    path for pattern in ("*.py", *(f"{room}/*.py" for room in ROOMS)) for path in sorted(ROOT.glob(pattern))
+    path
+    for pattern in ("*.py", *(f"{room}/*.py" for room in ROOMS))
+    for path in sorted(ROOT.glob(pattern))
 ]
 LINES = 13_550  # non-blank, of all CODE; it only falls, to 11,000
 CODE = [*SOURCES, *sorted(ROOT.glob("*/*.c")), *sorted(ROOT.glob("report/*.css"))]
@@ -44,8 +47,12 @@ def uses(path: Path, *names: str) -> bool:
 def test_no_globals_and_no_hooks(path: Path) -> None:
     tree = ast.parse(path.read_text())
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Global)]
-    hooks = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and "_hook" in node.attr]
-    # DDP's comm hook is how its messages reach the ledger, and strategies.py weighs what torch saves; no more hides in one
+    hooks = [
+        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+        and "_hook" in node.attr
+    ]
+    # DDP's comm hook is how its messages reach the ledger, and strategies.py weighs what torch
+    # saves; no more hides in one
     allowed = {"data_parallel.py": ["register_comm_hook"], "strategies.py": ["saved_tensors_hooks"]}
     assert hooks == allowed.get(path.name, [])
 
@@ -56,7 +63,9 @@ def test_imports_point_down() -> None:
     for path in SOURCES:
         room = path.relative_to(ROOT).parts[0].removesuffix(".py")
         allowed = {*ORDER[: ORDER.index(room) + 1]} if room in ORDER else {*ORDER}
-        ours = {name.partition(".")[0] for name in imports(path)} & {*ORDER, *(entry.stem for entry in ROOT.glob("*.py"))}
+        ours = {name.partition(".")[0] for name in imports(path)} & {
+            *ORDER, *(entry.stem for entry in ROOT.glob("*.py"))
+        }
         upward |= {(str(path.relative_to(ROOT)), name) for name in ours - allowed - {room}}
     assert not upward
 
@@ -73,7 +82,9 @@ def lines_of(*paths: Path) -> int:
 
 
 def test_lines_fit_a_window_and_files_an_hour() -> None:
-    assert not [(path, line) for path in CODE for line in path.read_text().splitlines() if len(line) > 100]
+    assert not [
+        (path, line) for path in CODE for line in path.read_text().splitlines() if len(line) > 100
+    ]
     assert not [path for path in CODE if len(path.read_text().splitlines()) > 400]
     assert lines_of(*CODE) <= LINES
 
@@ -89,8 +100,11 @@ def test_functions_fit_a_screen() -> None:
 
 
 def test_the_core_is_read_in_an_evening() -> None:
-    """README's reading path: what a training step and a sampled token take, with counts to ten lines."""
-    listed = re.findall(r"^\| `([\w/.]+)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    """README's reading path: what a training step and a sampled token take, with counts to ten
+    lines."""
+    listed = re.findall(
+        r"^\| `([\w/.]+)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
     assert len(listed) > 10
     for name, count in listed:
         assert int(count) == round(lines_of(ROOT / name), -1), name
@@ -104,19 +118,26 @@ def test_paper_needs_no_torch() -> None:
 
 def test_ranks_talk_in_one_place() -> None:
     talks = {path.name for path in SOURCES if uses(path, "dist")}
-    assert talks == {"collectives.py", "mesh.py", "launch.py", "entry.py"}  # entry.py names an error class
+    # entry.py names an error class
+    assert talks == {"collectives.py", "mesh.py", "launch.py", "entry.py"}
 
 
 def test_the_environment_is_read_in_few_places() -> None:
     reads = {path.name for path in SOURCES if uses(path, "os.environ", "os.getenv")}
-    # the tokenizer looks where tiktoken keeps its files, native.py for a compiler and a place for what it makes
+    # the tokenizer looks where tiktoken keeps its files, native.py for a compiler and a place for
+    # what it makes
     assert reads <= {"mesh.py", "launch.py", "devices.py", "entry.py", "tokenizer.py", "native.py"}
 
 
 def test_heavy_imports_stay_in_their_branches() -> None:
     for path in SOURCES:
-        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-        modules = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+        top = [
+            node for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        modules = {
+            alias.name for node in top if isinstance(node, ast.Import) for alias in node.names
+        }
         modules |= {node.module or "" for node in top if isinstance(node, ast.ImportFrom)}
         assert not {"transformers", "wandb", "tiktoken", "huggingface_hub", "datasets"} & {
             name.split(".")[0] for name in modules

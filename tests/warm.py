@@ -1,11 +1,11 @@
 """Programs that start in a tenth of a second: a Python that has imported torch already.
 
-`import torch` costs a process two seconds of the processor, a torchrun of two ranks six. A server is
-forked from the tests' own process, before that computes anything. The directory `Warm.place` has a
-`python` and a `torchrun`: small scripts that ask the server for a fork of itself with their
-arguments, directory, environment, streams and namespaces, pass signals on to it, and end as it ends.
-The processes are as real as others, and what they import is the project's own. Their starts are not:
-one test of each kind should use the real ones.
+`import torch` costs a process two seconds of the processor, a torchrun of two ranks six. A server
+is forked from the tests' own process, before that computes anything. The directory `Warm.place` has
+a `python` and a `torchrun`: small scripts that ask the server for a fork of itself with their
+arguments, directory, environment, streams and namespaces, pass signals on to it, and end as it
+ends. The processes are as real as others, and what they import is the project's own. Their starts
+are not: one test of each kind should use the real ones.
 """
 
 import array
@@ -33,7 +33,9 @@ asked = json.dumps([words, os.getcwd(), dict(os.environ), os.getpid()]).encode()
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 streams = array.array("i", [0, 1, 2])
-server.sendmsg([len(asked).to_bytes(4, "little")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+server.sendmsg(
+    [len(asked).to_bytes(4, "little")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)]
+)
 server.sendall(asked)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT):
     signal.signal(number, lambda number, frame: server.send(bytes([number])))
@@ -78,10 +80,6 @@ class Warm:
     def close(self) -> None:
         shutil.rmtree(self.place)
 
-    def path(self) -> dict[str, str]:
-        """PATH of an environment in which these are the python and the torchrun."""
-        return {"PATH": f"{self.place}{os.pathsep}{os.environ['PATH']}"}
-
 
 def _serve(listener: socket.socket, parent: int, executable: str) -> NoReturn:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -125,9 +123,9 @@ def _handle(client: socket.socket) -> NoReturn:
         if not number:
             break
     _, status = os.waitpid(child, 0)
-    code = [os.waitstatus_to_exitcode(status), 0] if os.WIFEXITED(status) else [0, os.WTERMSIG(status)]
+    code = os.waitstatus_to_exitcode(status)  # negative: the signal that ended it
     try:
-        client.send(bytes(code))
+        client.send(bytes([max(code, 0), max(-code, 0)]))
     finally:
         os._exit(0)
 
