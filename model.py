@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -47,60 +48,75 @@ def initial_tensor(name: str, shape: tuple[int, ...], n_layer: int, seed: int) -
     return torch.empty(shape).normal_(0.0, std, generator=stream)
 
 
+class Past(NamedTuple):
+    """A layer's part of a KVCache in one forward pass.
+
+    kv: [B, 2 H, size, D], the heads' keys, then their values. rows [B, 1], positions [B, T]: where
+    the T new tokens of each row belong; None if all rows are equally long and take [start, stop).
+    mask, causal: what a new token attends to of the first `stop` tokens.
+    """
+
+    kv: Tensor
+    rows: Tensor | None
+    positions: Tensor | None
+    start: int
+    stop: int
+    mask: Tensor | None
+    causal: bool
+
+    def update(self, kv: Tensor) -> tuple[Tensor, ...]:
+        """Store the new keys and values [B, 2 H, T, D]; returns all keys and values so far,
+        [B, H, stop, D] each."""
+        if self.rows is None:
+            self.kv[:, :, self.start : self.stop] = kv
+        else:
+            self.kv[self.rows, :, self.positions] = kv.transpose(1, 2).to(self.kv.dtype)
+        return self.kv[:, :, : self.stop].chunk(2, dim=1)
+
+
 class KVCache:
     """Keys and values of the tokens read so far, for every layer.
 
-    k, v: n_layer tensors [B, n_head, size, D] each; a shard keeps its own heads only. lengths: of
-    each row, in tokens. `begin` prepares a forward pass, with positions and mask for all layers;
-    each layer in turn calls `update`; `advance` ends the pass.
+    kv: for each layer as in Past; a shard keeps its own heads only. lengths: of each row, in
+    tokens. `begin` prepares a forward pass, in which layer i gets `past(i)`; `advance` ends it.
     """
 
     def __init__(
         self, n_layer: int, batch: int, n_head: int, size: int, head_dim: int,
         device: torch.device, dtype: torch.dtype,
     ):  # fmt: skip
-        shape = (batch, n_head, size, head_dim)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layer)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layer)]
-        self.lengths = [0] * batch
-        self.size = size
+        shape = (batch, 2 * n_head, size, head_dim)
+        self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layer)]
+        self.lengths, self.size = [0] * batch, size
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.k + self.v)
+        return sum(layer.nbytes for layer in self.kv)
 
     def begin(self, T: int) -> Tensor:
         """Prepare for T more tokens in every row. Returns their positions, [1 or B, T] int64."""
-        device, first, longest = self.k[0].device, min(self.lengths), max(self.lengths)
-        if longest + T > self.size:
+        device, start, stop = self.kv[0].device, min(self.lengths), max(self.lengths) + T
+        if stop > self.size:
             more = f"{T} more do not fit its {self.size}"
-            raise ValueError(f"{longest} tokens are in the cache, {more}")
-        self.layer = 0  # the next to call `update`
-        self.uniform, self.start, self.stop = first == longest, first, longest + T
-        if self.uniform:
-            self.positions = torch.arange(first, self.stop, device=device).unsqueeze(0)
+            raise ValueError(f"{stop - T} tokens are in the cache, {more}")
+        rows = mask = None
+        if start + T == stop:
+            positions = torch.arange(start, stop, device=device).unsqueeze(0)
         else:
+            rows = torch.arange(len(self.lengths), device=device).unsqueeze(1)
             starts = torch.tensor(self.lengths, device=device).unsqueeze(1)
-            self.positions = starts + torch.arange(T, device=device)
+            positions = starts + torch.arange(T, device=device)
         # No mask for one token that follows equally long rows, which sees everything, nor for a
         # first pass, which is plain causal attention.
-        self.causal, self.mask = self.stop == T and T > 1, None
-        if not self.causal and not (self.uniform and T == 1):
-            seen = torch.arange(self.stop, device=device) <= self.positions.unsqueeze(-1)
-            self.mask = seen.unsqueeze(1)  # [1 or B, 1, T, stop]
-        return self.positions
+        causal = stop == T and T > 1
+        if not causal and (rows is not None or T > 1):
+            seen = torch.arange(stop, device=device) <= positions.unsqueeze(-1)
+            mask = seen.unsqueeze(1)  # [1 or B, 1, T, stop]
+        self._pass = rows, positions, start, stop, mask, causal
+        return positions
 
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the next layer's new k and v [B, n_head, T, D]; returns all it may look at,
-        [B, n_head, stop, D]."""
-        layer, self.layer = self.layer, self.layer + 1
-        for cache, new in ((self.k[layer], k), (self.v[layer], v)):
-            if self.uniform:
-                cache[:, :, self.start : self.stop] = new
-            else:
-                rows = torch.arange(cache.shape[0], device=cache.device).unsqueeze(1)
-                cache[rows, :, self.positions] = new.transpose(1, 2).to(cache.dtype)
-        return self.k[layer][:, :, : self.stop], self.v[layer][:, :, : self.stop]
+    def past(self, layer: int) -> Past:
+        return Past(self.kv[layer], *self._pass)
 
     def advance(self, lengths: list[int]) -> None:
         """The rows now have this many tokens. Padding beyond them is overwritten later."""
@@ -108,10 +124,9 @@ class KVCache:
 
     def rows(self, index: list[int]) -> "KVCache":
         """A cache of these rows, in this order; a row may occur several times."""
-        taken, picks = object.__new__(KVCache), torch.tensor(index, device=self.k[0].device)
-        taken.k, taken.v = ([t.index_select(0, picks) for t in kv] for kv in (self.k, self.v))
-        taken.lengths = [self.lengths[i] for i in index]
-        taken.size = self.size
+        taken, picks = object.__new__(KVCache), torch.tensor(index, device=self.kv[0].device)
+        taken.kv = [layer.index_select(0, picks) for layer in self.kv]
+        taken.lengths, taken.size = [self.lengths[i] for i in index], self.size
         return taken
 
 
@@ -131,10 +146,10 @@ def gelu(x: Tensor, activation: str) -> Tensor:
     return F.gelu(x, approximate={"gelu": "none", "gelu_tanh": "tanh"}[activation])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None, dropout: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, past: Past | None, dropout: float) -> Tensor:
     """Causal attention: q [B, H, T, D], k and v [B, H, S, D] -> [B, T, H * D]. With earlier tokens
     in a cache S > T."""
-    mask, causal = (None, True) if cache is None else (cache.mask, cache.causal)
+    mask, causal = (None, True) if past is None else (past.mask, past.causal)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
     return y.transpose(1, 2).flatten(2)
 
@@ -146,13 +161,13 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout = config.n_head, config.dropout
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         B, T, C = x.shape
         H = self.n_head
-        q, k, v = self.c_attn(x).view(B, T, 3 * H, C // H).transpose(1, 2).split(H, dim=1)
-        if cache is not None:
-            k, v = cache.update(k, v)
-        y = self.c_proj(attend(q, k, v, cache, self.dropout if self.training else 0.0))
+        qkv = self.c_attn(x).view(B, T, 3 * H, C // H).transpose(1, 2)
+        q, kv = qkv.split([H, 2 * H], dim=1)
+        k, v = kv.chunk(2, dim=1) if past is None else past.update(kv)
+        y = self.c_proj(attend(q, k, v, past, self.dropout if self.training else 0.0))
         return F.dropout(y, self.dropout, self.training)
 
 
@@ -176,8 +191,8 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), past)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -214,8 +229,8 @@ class GPT(nn.Module):
         positions = cache.begin(T) if cache else torch.arange(T, device=idx.device).unsqueeze(0)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)
         x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.transformer.h:
-            x = block(x, cache)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, cache.past(i) if cache else None)
         return self.transformer.ln_f(x)
 
     def forward(

@@ -24,13 +24,13 @@ from torch.utils.checkpoint import checkpoint
 
 from base.errors import UserError
 from checkpoints.runs import Read
-from model import GPTConfig, KVCache, LayerNorm, attend, gelu, initial_tensor
+from model import GPTConfig, KVCache, LayerNorm, Past, attend, gelu, initial_tensor
 from parallel.collectives import Axis, all_gather
-from parallel.graphs import outside_graphs
+from parallel.dropout import attend_with_own_dropout
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from parallel.loss import vocab_parallel_head_loss
 from parallel.parameters import Parts, default_dtype, take
-from parallel.regions import WHOLE, Region, SplitTokens, divide_gradient, f, g, own_stream
+from parallel.regions import WHOLE, Region, SplitTokens, divide_gradient, f, g
 from plan.partition import Partition, Rule, spans
 from plan.schedule import Schedule, SubBlock
 
@@ -50,39 +50,25 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = RowParallelLinear(*sizes, config.bias, self.axis)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, region: Region = WHOLE) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None, region: Region = WHOLE) -> Tensor:
         """x [B, T, C] -> [B, T, C], or with split tokens [B, t, C] -> [B, t, C]."""
-        y = self.c_proj(self.heads(self.c_attn(x, region), cache), region)
+        y = self.c_proj(self.heads(self.c_attn(x, region), past), region)
         return region.dropout(y, self.dropout if self.training else 0.0, self.axis)
 
-    def partial(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def partial(self, x: Tensor, past: Past | None = None) -> Tensor:
         """This rank's addend of the output, without c_proj's bias. No collective."""
-        return self.c_proj.partial(self.heads(self.c_attn.local(x), cache))
+        return self.c_proj.partial(self.heads(self.c_attn.local(x), past))
 
-    def heads(self, qkv: Tensor, cache: KVCache | None) -> Tensor:
+    def heads(self, qkv: Tensor, past: Past | None) -> Tensor:
         """This rank's queries, keys and values [B, T, 3 * h * D] -> its heads [B, T, h * D]."""
         B, T, _ = qkv.shape
         h = self.local_n_head
-        q, k, v = qkv.view(B, T, 3 * h, self.head_dim).transpose(1, 2).split(h, 1)  # [B, h, T, D]
-        if cache is not None:
-            k, v = remember(cache, k, v)
+        qkv = qkv.view(B, T, 3 * h, self.head_dim).transpose(1, 2)  # [B, 3 * h, T, D]
+        q, kv = qkv.split([h, 2 * h], dim=1)
+        k, v = kv.chunk(2, dim=1) if past is None else past.update(kv)
         if self.training and self.dropout > 0:
-            return attend_with_own_dropout(q, k, v, cache, self.dropout, self.axis)
-        return attend(q, k, v, cache, 0.0)
-
-
-@outside_graphs  # its sizes change with every token: a graph would be compiled for each
-def remember(cache: KVCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return cache.update(k, v)
-
-
-@outside_graphs
-def attend_with_own_dropout(
-    q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None, dropout: float, axis: Axis
-) -> Tensor:
-    """Attention whose dropout mask is this rank's own, as its heads are."""
-    with own_stream(q.device, axis):
-        return attend(q, k, v, cache, dropout)
+            return attend_with_own_dropout(q, k, v, self.dropout, self.axis)
+        return attend(q, k, v, past, 0.0)
 
 
 class MLP(nn.Module):
@@ -129,14 +115,14 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config, split, tp, layer)
 
-    def forward(self, s: Stream, cache: KVCache | None = None) -> Stream:
-        return self.after_mlp(self.after_attention(s, cache))
+    def forward(self, s: Stream, past: Past | None = None) -> Stream:
+        return self.after_mlp(self.after_attention(s, past))
 
-    def after_attention(self, s: Stream, cache: KVCache | None = None) -> Stream:
+    def after_attention(self, s: Stream, past: Past | None = None) -> Stream:
         if s.here is None and self.syncs[0]:
-            return Stream(s.x + self.attn(self.ln_1(s.x), cache, s.region), s.region)
+            return Stream(s.x + self.attn(self.ln_1(s.x), past, s.region), s.region)
         here = f(s.x, self.attn.axis) if s.here is None else s.here
-        return go_on(s, here, self.attn.partial(self.ln_1(here), cache), self.attn, self.syncs[0])
+        return go_on(s, here, self.attn.partial(self.ln_1(here), past), self.attn, self.syncs[0])
 
     def after_mlp(self, s: Stream) -> Stream:
         if s.here is None and self.syncs[1]:
@@ -249,11 +235,12 @@ class TensorParallelGPT(nn.Module):
         for layer, block in enumerate(self.blocks):
             block.syncs = self.schedule.syncs[2 * layer : 2 * layer + 2]
 
-    def compile_blocks(self) -> None:
-        """torch.compile each block in place. Its graph breaks at the collectives."""
+    def compile_blocks(self, tuned: bool = False) -> None:
+        """torch.compile each block in place; all blocks share one graph. tuned: take longer, for
+        kernels that read one row's weights faster."""
         self.compiled = True
         for block in self.blocks:
-            block.compile()
+            block.compile(options={"coordinate_descent_tuning": tuned})
 
     @property
     def blocks(self) -> Any:
@@ -285,11 +272,11 @@ class TensorParallelGPT(nn.Module):
     def _final(self, idx: Tensor, cache: KVCache | None) -> Stream:
         """The stream after the last layer and its LayerNorm."""
         s = self.embed(idx, cache)
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 s = checkpoint(block, s, use_reentrant=False, context_fn=self._recomputing)
             else:
-                s = block(s, cache)
+                s = block(s, cache.past(i) if cache else None)
         return Stream(self.transformer.ln_f(s.x), s.region)
 
     def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -327,8 +314,9 @@ class TensorParallelGPT(nn.Module):
         if self.sequence_parallel and s.region is WHOLE and torch.is_grad_enabled():
             which = f"{T} tokens cannot be split over {self.tp.size} ranks"
             raise ValueError(f"{which} to learn from them")
-        rows = self.vocab_lo, self.vocab_hi
-        loss = vocab_parallel_head_loss(s.x, table, targets, *rows, self.tp, s.region)
+        loss = vocab_parallel_head_loss(
+            s.x, table, targets, self.vocab_lo, self.vocab_hi, self.tp, s.region, self.compiled
+        )
         return None, loss / (targets >= 0).sum()
 
     def gather_logits(self, local: Tensor) -> Tensor:

@@ -20,13 +20,13 @@ from checkpoints.convert import write_hf
 from checkpoints.sources import open_source, tokenizer_of
 from cli.options import BenchDecodeOptions, BenchModelOptions, BenchPrefillOptions, SampleOptions
 from inference.decoders import Decoder, decoder_for
-from inference.generation import generate
+from inference.generation import Generation
 from inference.load import load, load_draft
 from inference.prompts import check_prompts, encode, read_prompts
 from inference.sampling import Sampling
 from inference.speculation import Speculation
-from model import GPTConfig, KVCache, initial_tensor
-from parallel.ledger import Account, Ledger, total
+from model import GPTConfig, initial_tensor
+from parallel.ledger import Ledger, total
 from parallel.quantized import read_weights
 from plan.cost import ring_bytes
 from plan.partition import Partition
@@ -76,19 +76,21 @@ class Subject:
     def measure(self, decoder: Decoder, guess: bool = True, record: bool = True) -> dict[str, Any]:
         """Generate. If n is 1, seconds and account to the first token, else the mean of the others.
         guess: with the draft; record: with the ledger on."""
-        clocked, captured = ClockedSteps(decoder, self.ledger), decoder.capture_s
-        draft = self.draft if guess else None
+        draft, captured = self.draft if guess else None, decoder.capture_s
         self.ledger.on = record
         before, started = self.ledger.snapshot(), time.perf_counter()
-        made = generate(self.model, [self.prompt], self.sampling, clocked, draft)
+        made = Generation(self.model, [self.prompt], self.sampling, decoder, draft)
+        for i, _ in enumerate(made):
+            if i == 0 and self.n > 1:  # the first token is there
+                before = self.ledger.snapshot()
         self.ledger.on = True
         seconds, n = time.perf_counter() - started, 1
         if self.n > 1:
-            before, n = clocked.before, made.timing.decode_tokens
+            n = made.timing.decode_tokens
             seconds = made.timing.decode_s - (decoder.capture_s - captured)
         account = total(self.ledger.since(before))
         found = {"seconds": seconds / n, "tokens": made.rows[0].tokens[-self.n :]}
-        found |= {"steps": len(clocked.began) / n, "share": account.seconds / seconds}
+        found |= {"steps": made.timing.decode_steps / n, "share": account.seconds / seconds}
         return found | {"bytes": account.bytes / n, "calls": account.calls / n}
 
     def all_syncs(self) -> dict[str, Any]:
@@ -130,22 +132,6 @@ def subject(
         job = {"weights": weights, "scratch": scratch, "prompt": prompt, "new_tokens": n}
         job |= {"quantize": options.quantize, "compile": options.compile}
         yield Subject(load(world, source, options), tokenizer, prompt, n, world.ledger), job
-
-
-class ClockedSteps:
-    """A decoder of one generation that notes when steps begin, and the account before the first."""
-
-    def __init__(self, decoder: Decoder, ledger: Ledger):
-        self.decoder, self.ledger = decoder, ledger
-        self.name, self.why, self.capture_s = decoder.name, decoder.why, decoder.capture_s
-        self.before: Account = {}
-        self.began: list[float] = []
-
-    def logits(self, tokens: list[list[int]], cache: KVCache) -> Tensor:
-        if not self.began:
-            self.before = self.ledger.snapshot()
-        self.began.append(time.perf_counter())
-        return self.decoder.logits(tokens, cache)
 
 
 def decode(world: World, options: BenchDecodeOptions) -> None:

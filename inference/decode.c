@@ -287,10 +287,10 @@ void nanotp_embed(const state *s, const float *table, int64_t lo, int64_t hi, co
     }
 }
 
-/* k, v: this layer's cache [rows / T, h, size, D]. out [rows, C]: this rank's part of the sum,
-   without c_proj's bias. */
+/* kv: this layer's cache [rows / T, 2h, size, D], keys, then values. out [rows, C]: this rank's
+   part of the sum, without c_proj's bias. */
 void nanotp_attention(const state *s, const block *b, const float *arrived, const float *bias,
-                      float *k, float *v, float *out) {
+                      float *kv, float *out) {
     const int64_t h = s->h, D = s->D, width = h * D;
     float *normed = s->work, *qkv = normed + s->rows * s->C;
     float *y = qkv + s->rows * 3 * width, *score = y + s->rows * width;
@@ -299,8 +299,7 @@ void nanotp_attention(const state *s, const block *b, const float *arrived, cons
     for (int64_t r = 0; r < s->rows; r++)
         for (int64_t i = 0; i < h; i++) {
             const float *q = qkv + r * 3 * width + i * D;
-            const int64_t at = (r / s->T * h + i) * s->size * D;
-            float *keys = k + at, *values = v + at;
+            float *keys = kv + (r / s->T * 2 * h + i) * s->size * D, *values = keys + h * s->size * D;
             memcpy(keys + s->lengths[r] * D, q + width, (size_t)D * 4);
             memcpy(values + s->lengths[r] * D, q + 2 * width, (size_t)D * 4);
             attend(q, keys, values, s->lengths[r] + 1, D, score, y + r * width + i * D);

@@ -6,7 +6,6 @@ CPU core. The collectives are the same with each.
 """
 
 import time
-import weakref
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any, Protocol
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor
 
 from base.native import Unavailable
+from inference.ahead import Ahead, ChoosingStep, FixedCache
+from inference.sampling import Sampling
 from model import KVCache
 from parallel.ledger import GraphCall, Recording
 from tp_model import TensorParallelGPT
@@ -27,6 +28,10 @@ class Decoder(Protocol):
     name: str
     why: str
     capture_s: float
+
+    def adopt(self, cache: KVCache) -> KVCache:
+        """The cache, where this decoder can read it. Call it before the first step."""
+        ...
 
     def logits(self, tokens: list[list[int]], cache: KVCache) -> Tensor:
         """Local logits [rows, T, v] after each of the T newest tokens of every row.
@@ -45,8 +50,6 @@ def decoder_for(model: TensorParallelGPT) -> Decoder:
     if weight.device.type == "cuda":
         # cuDNN's kernel is the fastest, but planned anew for each cache length: 0.5 s a token
         torch.backends.cuda.enable_cudnn_sdp(False)
-        if not model.compiled:
-            return TorchDecoder(model)
         if transport is not None and transport.name == "gloo":
             why = "over gloo messages go through the host, so a step cannot be a CUDA graph"
             return TorchDecoder(model, why)
@@ -73,6 +76,9 @@ class TorchDecoder:
 
     def __init__(self, model: TensorParallelGPT, why: str = ""):
         self.model, self.why = model, why
+
+    def adopt(self, cache: KVCache) -> KVCache:
+        return cache
 
     def logits(self, tokens: list[list[int]], cache: KVCache) -> Tensor:
         idx = torch.tensor(tokens, device=self.model.device)
@@ -119,21 +125,6 @@ class CudaGraphs:
         return start.elapsed_time(end) / 1000.0
 
 
-class FixedCache(KVCache):
-    """The keys and values of `cache` for passes of fixed shapes, which attend to all of it under a
-    mask. at: the rows' lengths, [rows] int64 on the device, which the caller sets before a pass."""
-
-    def __init__(self, cache: KVCache, at: Tensor):
-        self.k, self.v, self.size, self.at = cache.k, cache.v, cache.size, at
-
-    def begin(self, T: int) -> Tensor:
-        self.layer, self.uniform, self.causal, self.stop = 0, False, False, self.size
-        self.positions = self.at.unsqueeze(1) + torch.arange(T, device=self.at.device)
-        columns = torch.arange(self.size, device=self.at.device)
-        self.mask = (columns <= self.positions.unsqueeze(-1)).unsqueeze(1)  # [rows, 1, T, size]
-        return self.positions
-
-
 class FixedStep:
     """A decode step without arguments, which can be captured: `fill` writes the tokens and lengths
     into fixed device memory. Its collectives and forward pass are collected in `recording`."""
@@ -155,34 +146,61 @@ class FixedStep:
 
 
 class GraphDecoder:
-    """Captures the model's step once for each cache and T, and replays it for every token.
+    """Captures each step once, and replays it for every token of every prompt.
 
-    Rows that leave the cache make a new one (KVCache.rows), and so a new capture. A graph is freed
-    with its cache: nccl would wait for it at exit. The account counts replays, not captures. No
-    clock can run within a graph: a call's seconds are those of a graph of the same messages alone,
-    timed once. Ranks capture and replay in the same order. capture: for tests without a GPU.
+    Captured steps read keys and values at fixed places: `adopt` copies a cache there. The places
+    are kept, one set for each size (a power of two), and fewer rows take the first of them. The
+    graphs end with the decoder: nccl would wait for them at exit. The account counts replays, not
+    captures. No clock can run within a graph: a call's seconds are those of a graph of the same
+    messages alone, timed once. Ranks capture and replay in the same order. capture: for tests
+    without a GPU.
     """
 
     name, why = "cuda graph", ""
 
     def __init__(self, model: TensorParallelGPT, capture: CudaGraphs | None = None):
         self.model, self.capture, self.capture_s = model, capture or CudaGraphs(), 0.0
-        self._steps: weakref.WeakKeyDictionary[KVCache, dict[int, tuple[FixedStep, Replay, Tensor]]]
-        self._steps = weakref.WeakKeyDictionary()
+        self._places: dict[int, KVCache] = {}  # by size
+        self._steps: dict[Any, tuple[Any, Replay, Tensor]] = {}
+
+    def adopt(self, cache: KVCache) -> KVCache:
+        n, block_size = len(cache.lengths), self.model.config.block_size
+        size = min(block_size, max(128, 1 << (cache.size - 1).bit_length()))
+        places = self._places.get(size)
+        if places is None or len(places.lengths) < n:
+            self._steps = {key: step for key, step in self._steps.items() if key[1] != size}
+            places = self._places[size] = self.model.new_cache(n, size)
+        longest, taken = max(cache.lengths), object.__new__(KVCache)
+        taken.kv, taken.lengths, taken.size = [kv[:n] for kv in places.kv], cache.lengths, size
+        for place, kv in zip(taken.kv, cache.kv, strict=True):
+            place[:, :, :longest].copy_(kv[:, :, :longest])
+        return taken
 
     def logits(self, tokens: list[list[int]], cache: KVCache) -> Tensor:
         T = checked_T(tokens, cache)
-        steps = self._steps.setdefault(cache, {})
-        if T not in steps:
+        key = cache.kv[0].data_ptr(), cache.size, len(tokens), T
+        if key not in self._steps:
             step = FixedStep(self.model, cache, T)
             step.fill(tokens, cache.lengths)  # a capture's runs write the cache as the replay will
-            steps[T] = (step, *self._captured(step))
-        step, replay, out = steps[T]
+            self._steps[key] = (step, *self._captured(step))
+        step, replay, out = self._steps[key]
         step.fill(tokens, cache.lengths)
         self.model.tp.ledger.replay(step.recording, replay())
         return out
 
-    def _captured(self, step: FixedStep) -> tuple[Replay, Tensor]:
+    def ahead(self, newest: list[int], cache: KVCache, sampling: Sampling) -> Ahead:
+        """newest: the newest token of each row, which is not in the cache."""
+        key = cache.kv[0].data_ptr(), cache.size, len(newest), sampling
+        state = torch.tensor([newest, cache.lengths])
+        if key not in self._steps:
+            step = ChoosingStep(self.model, cache, sampling)
+            step.state.copy_(state)
+            self._steps[key] = (step, *self._captured(step))
+        step, replay, out = self._steps[key]
+        step.state.copy_(state)
+        return Ahead(step, replay, out)
+
+    def _captured(self, step: Any) -> tuple[Replay, Tensor]:
         began = time.perf_counter()
         replay, out = self.capture(step)
         for nbytes in sorted({call.call[1] for call in step.recording.calls}):

@@ -17,6 +17,7 @@ So a guess never changes the text, only the number of passes.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +25,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from base.errors import UserError
-from inference.decoders import Decoder, decoder_for
+from inference.ahead import Ahead
+from inference.decoders import Decoder, GraphDecoder, decoder_for
 from inference.sampling import Row, Sampling, candidates, choose
 from inference.speculation import Speculation
 from model import KVCache
 from parallel.collectives import all_gather, broadcast
 from tp_model import TensorParallelGPT
+
+NOT_FINITE = (
+    "the model's logits are not finite numbers: its weights are damaged, or too large for this "
+    "precision (try --dtype=float32)."
+)
 
 
 @dataclass
@@ -85,10 +92,17 @@ class Generation:
         # A row leaves the cache when it ends or outgrows block_size: then its tokens have new
         # positions in every step, and its whole window is computed each time, as nanoGPT does.
         cached = rows if cache is not None else []
+        cache = cache and self.decoder.adopt(cache)
         while active := [row for row in rows if not row.ended]:
             stay = [i for i, row in enumerate(cached) if not row.ended and len(row.tokens) <= size]
             if cache is not None and len(stay) < len(cached):
-                cached, cache = [cached[i] for i in stay], cache.rows(stay) if stay else None
+                cached = [cached[i] for i in stay]
+                cache = self.decoder.adopt(cache.rows(stay)) if stay else None
+            # a draft has to see a step's tokens before it can guess the next ones
+            goes_ahead = isinstance(self.decoder, GraphDecoder) and self.draft is None
+            if cache is not None and len(active) == len(cached) and goes_ahead:
+                yield from self._ahead(cached, cache)
+                continue
             timing.slid = timing.slid or any(len(row.tokens) > size for row in active)
             others = [row for row in active if cache is None or len(row.tokens) > size]
             active = cached + others
@@ -103,6 +117,45 @@ class Generation:
         timing.prefill_s += prefilled - started
         timing.time_to_first_token_s = timing.time_to_first_token_s or first_token - started
         timing.decode_s += time.perf_counter() - first_token
+
+    def _ahead(self, rows: list[Row], cache: KVCache) -> Iterator[Row]:
+        """Decode with the host one step behind, until every row has ended or one outgrows the
+        context.
+
+        Only rank 0 knows at once that a row has ended. The others hear it with a later step, and
+        drop what the row has got since. Ranks launch the same steps, so all of them go by that.
+        """
+        axis, new, size = self.model.tp.at("sampling"), rows[0].new, self.size
+        full = size if self.sampling.overflow == "stop" else size + 1
+        most = min(self.sampling.max_new_tokens - new, full - max(len(row.tokens) for row in rows))
+        decoder: Any = self.decoder
+        steps: Ahead = decoder.ahead([row.tokens[-1] for row in rows], cache, self.sampling)
+        counts, heard, collected = [0] * len(rows), [0] * len(rows), 0
+        while collected < steps.launched or steps.launched < most and not all(heard):
+            if steps.launched < most and not all(heard):
+                steps.launch([(row.sample, new + steps.launched) for row in rows], counts)
+                if steps.launched - collected < min(2, most):
+                    continue
+            chosen, collected = steps.collect(), collected + 1
+            heard = [count for count, _ in chosen]
+            growing = [i for i, row in enumerate(rows) if not row.ended and not heard[i]]
+            for i in growing:
+                row, (_, token) = rows[i], chosen[i]
+                if token < 0:
+                    raise UserError(NOT_FINITE)
+                ends = axis.rank == 0 and self.stops(row, token)
+                row.tokens.append(token)
+                counts[i] = row.new if ends else 0
+                row.ended = ends or self._is_complete(row)
+            yield from (rows[i] for i in growing)
+        self.timing.decode_steps += steps.launched
+        told = broadcast(torch.tensor(counts, device=self.model.device), axis, "step").tolist()
+        for row, count in zip(rows, told, strict=True):
+            if count:
+                del row.tokens[row.prompt_tokens + count :]
+                row.ended = True
+        self.timing.decode_tokens += sum(row.new - new for row in rows)
+        cache.advance([len(row.tokens) - 1 for row in rows])
 
     def _clock(self) -> float:
         """The time, after the device has finished its work."""
@@ -175,13 +228,15 @@ class Generation:
 
     def _extend(self, rows: list[Row], guesses: list[list[int]], logits: Tensor) -> list[int]:
         """Give each row its next tokens and end the complete ones. Returns how many each got."""
-        full = self.size if self.sampling.overflow == "stop" else None
         chosen = self._agree(rows, guesses, logits)
         for row, (count, *tokens) in zip(rows, chosen, strict=True):
             row.tokens += tokens[: abs(count)]
-            complete = row.new == self.sampling.max_new_tokens or len(row.tokens) == full
-            row.ended = count < 0 or complete
+            row.ended = count < 0 or self._is_complete(row)
         return [abs(count) for count, *_ in chosen]
+
+    def _is_complete(self, row: Row) -> bool:
+        full = self.sampling.overflow == "stop" and len(row.tokens) == self.size
+        return full or row.new == self.sampling.max_new_tokens
 
     def _agree(self, rows: list[Row], guesses: list[list[int]], logits: Tensor) -> list[list[int]]:
         """The next tokens of each row, the same on all ranks: (count, token, ...), where the count
@@ -215,8 +270,7 @@ class Generation:
         """Fill `chosen`, see `_agree`. alike: for each guess, whether all ranks made it; the logits
         after others differ. values, ids: each position's candidates."""
         if not np.isfinite(values.max(axis=1)).all():
-            cause = "its weights are damaged, or too large for this precision (try --dtype=float32)"
-            raise UserError(f"the model's logits are not finite numbers: {cause}.")
+            raise UserError(NOT_FINITE)
         at = guess_at = 0  # the row's first position and first guess
         for row, guess, line in zip(rows, guesses, chosen, strict=True):
             for j in range(1 + len(guess)):

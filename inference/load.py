@@ -35,7 +35,7 @@ def _prepared(model: TensorParallelGPT, options: Any, gather: Exchange) -> Tenso
     if options.quantize:
         quantize(model, gather)
     if options.compile:
-        model.compile_blocks()
+        model.compile_blocks(tuned=model.device.type == "cuda")
     return model
 
 

@@ -22,7 +22,7 @@ MOST_TOKENS = 16  # for more, a blocked matrix product is faster than a pass ove
 SOURCE = Path(__file__).with_name("decode.c")
 FUNCTIONS = {  # of decode.c, with their parameters: see _fields
     "embed": "state* table* lo hi wpe* ids* out*",
-    "attention": "state* block* arrived* bias* k* v* out*",
+    "attention": "state* block* arrived* bias* kv* out*",
     "mlp": "state* block* arrived* bias* out*",
     "keep": "state* out* bias* first",
     "add_kept": "state* out*",
@@ -102,11 +102,12 @@ class _After(NamedTuple):
     bias: int | None
 
 
-class NativeDecoder:
-    name, why, capture_s = "native", "", 0.0
+class NativeDecoder(TorchDecoder):
+    name = "native"
 
     def __init__(self, model: TensorParallelGPT):
-        self.model, self.torch = model, TorchDecoder(model)
+        super().__init__(model)
+        self.torch = TorchDecoder(model)
         library, self._call = load(SOURCE), dict[str, Any]()
         for name, parameters in FUNCTIONS.items():
             function = self._call[name] = getattr(library, f"nanotp_{name}")
@@ -157,8 +158,8 @@ class NativeDecoder:
         call["embed"](state, *table, ctypes.addressof(b.ids), out)
         b.arrived = all_reduce(b.out, axis, "forward")
         arrived: tuple[int | None, int | None] = b.arrived.data_ptr(), None
-        for (_, block, attention, mlp), k, v in zip(self._blocks, cache.k, cache.v, strict=True):
-            call["attention"](state, block, *arrived, k.data_ptr(), v.data_ptr(), out)
+        for (_, block, attention, mlp), kv in zip(self._blocks, cache.kv, strict=True):
+            call["attention"](state, block, *arrived, kv.data_ptr(), out)
             arrived = self._arrived(attention, b)
             call["mlp"](state, block, *arrived, out)
             arrived = self._arrived(mlp, b)

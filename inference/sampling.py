@@ -71,20 +71,31 @@ def candidates(logits: Tensor, lo: int, vocab_size: int, sampling: Sampling, tp:
 
 
 def likeliest(logits: Tensor, k: int) -> Tensor:
-    """Ids [rows, k] of the k largest of float32 logits [rows, n]; of equal logits the lower ids.
+    """Ids [rows, k] of the k largest of float32 logits [rows, n]; of equal logits the lower ids."""
+    if k == 1 and logits.is_cuda:
+        return logits.argmax(dim=-1, keepdim=True)  # takes the first of equal logits
+    if k == 1:  # so does numpy's, in a third of the time
+        return torch.from_numpy(logits.numpy().argmax(axis=1, keepdims=True))
+    return ranked(logits, torch.arange(logits.shape[1], device=logits.device), k)
+
+
+def ranked(logits: Tensor, ids: Tensor, k: int) -> Tensor:
+    """The places [rows, k] of the k largest logits, largest first; of equal ones those of the lower
+    ids [rows, n] or [n].
 
     torch.topk takes any of several equal logits, and half precision makes many: the choice would
     depend on the split of the vocabulary. So it gets integers that are all different: the float's
     bits, rearranged to order as floats do, above the id.
     """
-    if k == 1 and logits.is_cuda:
-        return logits.argmax(dim=-1, keepdim=True)  # takes the first of equal logits
-    if k == 1:  # so does numpy's, in a third of the time
-        return torch.from_numpy(logits.numpy().argmax(axis=1, keepdims=True))
     bits = (logits + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    keys = (ordered.long() << 32) - torch.arange(logits.shape[1], device=logits.device)
-    return keys.topk(k, dim=-1).indices
+    return ((ordered.long() << 32) - ids).topk(k, dim=-1).indices
+
+
+def noise_start(seed: int, sample: int, position: int) -> NDArray[np.uint64]:
+    """The number [1] from which a position's noise is computed."""
+    stream = np.random.Philox(key=[seed, 0x5A3], counter=[0, position, sample, 0])
+    return stream.random_raw(1)
 
 
 def noise(seed: int, sample: int, position: int, ids: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -92,8 +103,7 @@ def noise(seed: int, sample: int, position: int, ids: NDArray[np.int32]) -> NDAr
 
     SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) indexed by token, from Philox's number on.
     """
-    start = np.random.Philox(key=[seed, 0x5A3], counter=[0, position, sample, 0]).random_raw(1)
-    x = start + (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = noise_start(seed, sample, position) + (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     x ^= x >> np.uint64(31)

@@ -157,7 +157,7 @@ class SmallModel:
         numbers = {row.number for row in rows}
         stay = [i for i, cached in enumerate(self.rows) if cached.row.number in numbers]
         if len(stay) < len(self.rows):
-            self.rows, self.cache = [self.rows[i] for i in stay], self.cache.rows(stay)
+            self.rows, self.cache = [self.rows[i] for i in stay], self.decoder.adopt(self.cache.rows(stay))
         for cached in self.rows:
             cached.accept()
         lengths = [cached.length for cached in self.rows]
@@ -175,10 +175,12 @@ class SmallModel:
         self.rows = [_Cached(row, begin, len(window), []) for row, begin, window in each]
         longest = max(map(len, windows))
         most = min(size, longest + 1 + self.sampling.max_new_tokens + n)
-        self.cache = self.model.new_cache(len(rows), most)
+        cache = self.model.new_cache(len(rows), most)
         if longest:
             padded = [window + [0] * (longest - len(window)) for window in windows]
-            self.model.hidden(torch.tensor(padded, device=self.model.device), self.cache)
+            self.model.hidden(torch.tensor(padded, device=self.model.device), cache)
+            cache.advance([longest] * len(rows))
+        self.cache = self.decoder.adopt(cache)
         return self.cache
 
 

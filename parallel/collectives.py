@@ -1,21 +1,23 @@
 """The collectives: all messages between ranks, each over one transport and in the ledger.
 
 A collective takes the axis it runs along as an argument: no module holds a process group. None of
-them writes into its input. Along an axis of size 1 each is the identity and costs nothing.
+them writes into its input. Along an axis of size 1 each is the identity and costs nothing. In a
+graph that a compiler traces each is an operator (operators.py).
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.graphs import outside_graphs
 from parallel.ledger import Entry, GraphCall, Ledger, Tally, Track
 from plan.partition import Span, spans
 
@@ -76,9 +78,9 @@ class GroupTransport:
 
     def all_gather(self, x: Tensor) -> Tensor:
         message = self._host(x.contiguous())
-        parts = [torch.empty_like(message) for _ in range(self.group.size())]
-        dist.all_gather(parts, message, group=self.group)
-        return torch.stack(parts).to(x.device)
+        out = message.new_empty((self.group.size(), *message.shape))
+        dist.all_gather_into_tensor(out.view(-1), message.view(-1), group=self.group)
+        return out.to(x.device)
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         out = self._host(x).clone(memory_format=torch.contiguous_format)
@@ -130,6 +132,11 @@ class Axis:
     layer: int | None = None
     block: str = ""
     track: Track = field(default_factory=Track)
+    # for operators.py: the number of this axis in AXES, and the all-reduces under way
+    tag: Tensor = field(init=False, repr=False, compare=False)
+    waits: deque[Callable[[], Tensor]] = field(
+        default_factory=deque, init=False, repr=False, compare=False
+    )
     # caches: `replace` starts them anew
     _lines: dict[tuple[str, str, bool], tuple[Entry, Tally]] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -137,6 +144,10 @@ class Axis:
     _labels: dict[tuple[str, int | None], "Axis"] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tag", torch.tensor(id(self), device="cpu"))
+        AXES[id(self)] = self
 
     def at(self, block: str, layer: int | None = None) -> "Axis":
         """The same axis under another label; made once."""
@@ -185,6 +196,9 @@ class Axis:
         return found
 
 
+AXES: WeakValueDictionary[int, Axis] = WeakValueDictionary()  # by `tag`
+
+
 def _clock(message: Tensor) -> Any:
     if not message.is_cuda:
         return time.perf_counter()
@@ -218,7 +232,6 @@ def _elapsed(start: Any, message: Tensor) -> float | _GpuTime:
     return 0.0 if start is None else _GpuTime(start, _clock(message))
 
 
-@outside_graphs  # a compiler must neither trace nor reorder a call that other ranks wait for
 def _send(method: str, axis: Axis, direction: str, x: Tensor, *more: Any) -> Tensor:
     transport = axis.transport
     if transport is None:
@@ -233,7 +246,11 @@ def _send(method: str, axis: Axis, direction: str, x: Tensor, *more: Any) -> Ten
 
 def all_reduce(x: Tensor, axis: Axis, direction: str, op: str = "sum") -> Tensor:
     """The sum (or `op="max"`) of every rank's x, on every rank."""
-    return x if axis.size == 1 else _send("all_reduce", axis, direction, x, op)
+    if axis.size == 1:
+        return x
+    if torch.compiler.is_compiling():
+        return torch.ops.nanotp.all_reduce(x, axis.tag, direction, op)
+    return _send("all_reduce", axis, direction, x, op)
 
 
 def all_gather(x: Tensor, axis: Axis, direction: str) -> Tensor:
@@ -248,12 +265,25 @@ def broadcast(x: Tensor, axis: Axis, direction: str, source: int = 0) -> Tensor:
 
 def reduce_scatter(x: Tensor, axis: Axis, direction: str) -> Tensor:
     """This rank's tokens [B, t, C], spans(T, size)[rank], of the sum of the ranks' x [B, T, C]."""
-    return x if axis.size == 1 else _send("reduce_scatter", axis, direction, x)
+    if axis.size == 1:
+        return x
+    if torch.compiler.is_compiling():
+        lo, hi = spans(x.shape[1], axis.size)[axis.rank]
+        return torch.ops.nanotp.reduce_scatter(x, axis.tag, direction, hi - lo)
+    return _send("reduce_scatter", axis, direction, x)
 
 
-def gather_tokens(x: Tensor, axis: Axis, direction: str, tokens: int) -> Tensor:
-    """All tokens [B, tokens, C] of a sequence that is split as in reduce_scatter; x [B, t, C]."""
-    return x if axis.size == 1 else _send("gather_tokens", axis, direction, x, tokens)
+def gather_tokens(
+    x: Tensor, axis: Axis, direction: str, tokens: int, after: Tensor | None = None
+) -> Tensor:
+    """All tokens [B, tokens, C] of a sequence that is split as in reduce_scatter; x [B, t, C].
+    after: the result of a call that comes first, where x does not depend on it: a compiler could
+    change their order, and on other ranks it need not."""
+    if axis.size == 1:
+        return x
+    if torch.compiler.is_compiling():
+        return torch.ops.nanotp.gather_tokens(x, axis.tag, direction, tokens, after)
+    return _send("gather_tokens", axis, direction, x, tokens)
 
 
 def all_reduce_later(x: Tensor, axis: Axis, direction: str) -> Callable[[], Tensor]:
@@ -263,7 +293,17 @@ def all_reduce_later(x: Tensor, axis: Axis, direction: str) -> Callable[[], Tens
     The seconds accounted are those spent waiting in that function: not what the computation hid. A
     transport without an asynchronous all-reduce sums at once.
     """
-    return (lambda: x) if axis.size == 1 else _start_all_reduce(x, axis, direction)
+    if axis.size == 1:
+        return lambda: x
+    if not torch.compiler.is_compiling():
+        return _start_all_reduce(x, axis, direction)
+    total = torch.ops.nanotp.start(x, axis.tag, direction)
+
+    def wait() -> Tensor:
+        torch.ops.nanotp.wait(total, axis.tag)
+        return total
+
+    return wait
 
 
 def _start_all_reduce(x: Tensor, axis: Axis, direction: str) -> Callable[[], Tensor]:

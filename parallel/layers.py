@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.collectives import Axis
-from parallel.regions import WHOLE, Region, f, f_linear, g
+from parallel.regions import WHOLE, Region, f, f_linear, g, product
 
 
 def check_width(layer: nn.Module, x: Tensor, width: int, hint: str = "") -> None:
@@ -39,7 +39,7 @@ class ColumnParallelLinear(nn.Module):
     def local(self, x: Tensor) -> Tensor:
         """y of an x that has been through f, or is this rank's own. No collective."""
         check_width(self, x, self.in_features)
-        return F.linear(x, self.weight, self.bias)
+        return product(x, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -48,8 +48,8 @@ class RowParallelLinear(nn.Module):
     x: [B, T, local_in], this rank's columns of an input `in_features` wide.
     y: [B, T, out_features], or this rank's tokens of it, as `region` says.
     forward: g, one all-reduce (SplitTokens: a reduce-scatter); backward: nothing (an all-gather).
-    The bias is replicated and added once, after g. With split tokens each rank has a part of its
-    gradient.
+    The bias is replicated and added once: after g, as every rank needs its gradient, or by rank 0
+    where there is none. With split tokens each rank has a part of that gradient.
     """
 
     def __init__(self, in_features: int, local_in: int, out_features: int, bias: bool, axis: Axis):
@@ -59,11 +59,13 @@ class RowParallelLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor, region: Region = WHOLE) -> Tensor:
+        if self.axis.size == 1 or not torch.is_grad_enabled():  # added by one rank: an operation less
+            return g(self.partial(x, self.bias if self.axis.rank == 0 else None), self.axis, region)
         y = g(self.partial(x), self.axis, region)
         return y if self.bias is None else y + self.bias
 
-    def partial(self, x: Tensor) -> Tensor:
-        """This rank's addend of y, without the bias. No collective."""
+    def partial(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """This rank's addend of y, with a bias if one is given. No collective."""
         hint = ""
         if self.axis.size > 1 and x.shape[-1] == self.in_features:
             hint = (
@@ -72,7 +74,7 @@ class RowParallelLinear(nn.Module):
                 f"{self.local_in})"
             )
         check_width(self, x, self.local_in, hint)
-        return F.linear(x, self.weight)
+        return product(x, self.weight, bias)
 
 
 class VocabParallelEmbedding(nn.Module):

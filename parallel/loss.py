@@ -2,15 +2,18 @@
 
 In training the head's product and the loss are one function, which takes the rows in chunks and
 computes loss and gradient of each at once: the logits of one chunk exist at a time, computed once.
+Without a compiler a chunk is overwritten step by step. With one, `statistics` and `gradient`, around
+their one all-gather, read it once each.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from parallel.collectives import Axis, all_gather, all_reduce
-from parallel.graphs import outside_graphs
 from parallel.regions import WHOLE, Region, product_dtype
 
 # Logits of a chunk, on one rank: 32 MiB on a CPU, 512 MiB on a GPU, in float32. Smaller chunks take
@@ -26,18 +29,50 @@ def chunk_rows(rows: int, width: int, kind: str) -> int:
     return -(-rows // min(max(chunks, 1), max(rows, 1)))
 
 
-def _normalized(
-    z: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a chunk's loss and gradient need, after one all-gather of three numbers a row: the
-    largest local logit, the target's logit (0 on other ranks) and the sum of exponentials.
+def statistics(logits: Tensor, targets: Tensor, lo: int, hi: int) -> Tensor:
+    """[3, n] float32 or wider, of n rows of this rank's logits: the largest, the target's (0 on
+    other ranks), the sum of exponentials relative to the largest.
 
-    z: [n, width] float32 or wider; columns beyond hi - lo are padding. Overwritten by
-    exp(z - its row's largest).
-    Returns (nll [n], 0 where the target is negative; scale [n], which turns a row of z into
-    probabilities; index [n, 1], the target's local column, or 0; here [n], whether this rank has
-    the target).
+    logits: [n, width]; columns beyond hi - lo are padding. targets: [n], negative ones are ignored.
     """
+    z = logits[:, : hi - lo].to(torch.promote_types(logits.dtype, torch.float32))
+    here = (targets >= lo) & (targets < hi)
+    index = (targets - lo).masked_fill(~here, 0).unsqueeze(-1)
+    target = torch.where(here, z.gather(-1, index).squeeze(-1), 0.0)
+    peak = z.amax(dim=-1)
+    return torch.stack([peak, target, (z - peak.unsqueeze(-1)).exp().sum(dim=-1)])
+
+
+def combined(numbers: Tensor, targets: Tensor, axis: Axis) -> tuple[Tensor, Tensor, Tensor]:
+    """(nll, highest, total), [n] each, of all ranks' `statistics`: the loss, 0 where the target is
+    negative; the largest logit; the sum of exponentials relative to it. One all-gather."""
+    peaks, found, sums = all_gather(numbers, axis, "forward").unbind(1)  # [size, n] each
+    highest = peaks.amax(dim=0)
+    total = (sums * (peaks - highest).exp()).sum(dim=0)
+    nll = total.log() + (highest - found.sum(dim=0))
+    return nll.masked_fill(targets < 0, 0.0), highest, total
+
+
+def gradient(
+    logits: Tensor, targets: Tensor, lo: int, hi: int, highest: Tensor, total: Tensor
+) -> Tensor:
+    """The gradient of the summed loss [n, width] with respect to the logits, in their dtype."""
+    counts = (targets >= 0).unsqueeze(-1)
+    column = torch.arange(logits.shape[1], device=logits.device)
+    p = (logits.to(highest.dtype) - highest.unsqueeze(-1)).exp() / total.unsqueeze(-1)
+    dz = p - (column == (targets - lo).unsqueeze(-1)).to(p.dtype)
+    return torch.where(counts & (column < hi - lo), dz, 0.0).to(logits.dtype)
+
+
+@functools.cache
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function)
+
+
+def _in_place(
+    z: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis, learn: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(nll, the gradient or None) of a chunk z [n, width], which is overwritten."""
     z[:, hi - lo :] = float("-inf")  # adds 0 to every sum
     here = (targets >= lo) & (targets < hi)
     index = (targets - lo).masked_fill(~here, 0).unsqueeze(-1)
@@ -45,11 +80,11 @@ def _normalized(
     peak = z.amax(dim=-1)
     z.sub_(peak.unsqueeze(-1)).exp_()
     numbers = torch.stack([peak, target, z.sum(dim=-1)])
-    peaks, found, sums = all_gather(numbers, axis, "forward").unbind(1)  # [size, n] each
-    highest = peaks.amax(dim=0)
-    total = (sums * (peaks - highest).exp()).sum(dim=0)
-    nll = total.log() + (highest - found.sum(dim=0))
-    return nll.masked_fill(targets < 0, 0.0), (peak - highest).exp() / total, index, here
+    nll, highest, total = combined(numbers, targets, axis)
+    if not learn:
+        return nll, None
+    scale = torch.where(targets < 0, 0.0, (peak - highest).exp() / total)  # to probabilities
+    return nll, z.mul_(scale.unsqueeze(-1)).scatter_add_(-1, index, -here.unsqueeze(-1).to(z.dtype))
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -59,7 +94,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis,
-        region: Region, learn: bool,
+        region: Region, learn: bool, fused: bool,
     ) -> Tensor:  # fmt: skip
         kind, dtype = x.device.type, product_dtype(x)
         wide = torch.promote_types(dtype, torch.float32)
@@ -75,12 +110,16 @@ class _HeadLoss(torch.autograd.Function):
             for start in range(0, len(x), rows):
                 part = slice(start, start + rows)
                 mine = x[part].to(dtype)
-                z = torch.mm(mine, w.t(), out=logits[: len(mine)]).to(wide)
-                nll, scale, index, here = _normalized(z, targets[part], lo, hi, axis.at("loss"))
+                z, given = torch.mm(mine, w.t(), out=logits[: len(mine)]), (targets[part], lo, hi)
+                if fused:
+                    numbers = compiled(statistics)(z, *given)
+                    nll, *both = combined(numbers, given[0], axis.at("loss"))
+                    dz = compiled(gradient)(z, *given, *both) if learn else None
+                else:
+                    nll, dz = _in_place(z.to(wide), *given, axis.at("loss"), learn)
                 loss += nll.sum()
-                if dx is not None and dw is not None:
-                    z.mul_(torch.where(targets[part] < 0, 0.0, scale).unsqueeze(-1))
-                    dz = z.scatter_add_(-1, index, -here.unsqueeze(-1).to(wide)).to(dtype)
+                if dx is not None and dw is not None and dz is not None:
+                    dz = dz.to(dtype)
                     dx[part] = dz @ w
                     dw = dw.addmm_(dz.t(), mine) if dtype == wide else dw.add_(dz.t() @ mine)
         ctx.gradients, ctx.dtype, ctx.axis, ctx.region = (dx, dw), weight.dtype, axis, region
@@ -96,13 +135,12 @@ class _HeadLoss(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             summed = ctx.region.sum_later(dx.view(ctx.shape), ctx.axis.at("head"), "backward")
         dw = dw.mul_(grad).to(ctx.dtype)
-        return summed and summed(), dw, *[None] * 6
+        return summed and summed(), dw, *[None] * 7
 
 
-@outside_graphs
 def vocab_parallel_head_loss(
     x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis,
-    region: Region = WHOLE,
+    region: Region = WHOLE, fused: bool = False,
 ) -> Tensor:  # fmt: skip
     """The summed negative log-likelihood of targets under logits x W^T: a float32 scalar (float64
     for float64), the same on all ranks.
@@ -112,15 +150,15 @@ def vocab_parallel_head_loss(
     which takes no part and gets no gradient. As many rows on every rank.
     targets: [N] or [B, T] int64, the same on all ranks, in [0, vocab_size); negative: ignored.
     Products are made in autocast's dtype; the loss and the table's gradient add up in float32. With
-    gradients off none is computed. The backward pass can run once. Raises ValueError if the shapes
-    do not fit.
+    gradients off none is computed. The backward pass can run once. fused: by torch.compile. Raises
+    ValueError if the shapes do not fit.
     """
     fits = region is not WHOLE or targets.shape == x.shape[:-1]
     if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or not fits:
         shapes = ", ".join(str(list(t.shape)) for t in (x, weight, targets))
         raise ValueError(f"expected x [N, C], weight [rows, C] and targets [N], got {shapes}")
     learn = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    loss: Tensor = _HeadLoss.apply(x, weight, targets, lo, hi, axis, region, learn)
+    loss: Tensor = _HeadLoss.apply(x, weight, targets, lo, hi, axis, region, learn, fused)
     return loss
 
 
@@ -137,7 +175,7 @@ def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, lo: int, axis:
         shapes = f"{list(logits.shape)} and {list(targets.shape)}"
         raise ValueError(f"expected logits [N, width] and targets [N], got {shapes}")
     z = logits.to(torch.float32, copy=True)
-    return _normalized(z, targets, lo, lo + logits.shape[1], axis.at("loss"))[0]
+    return _in_place(z, targets, lo, lo + logits.shape[1], axis.at("loss"), False)[0]
 
 
 class _Divergence(torch.autograd.Function):

@@ -23,7 +23,7 @@ from parallel.layers import (
     VocabParallelEmbedding,
     check_width,
 )  # fmt: skip
-from parallel.regions import WHOLE, Region, f
+from parallel.regions import WHOLE, Region, f, product
 
 LEVELS = 127
 # Entries of a matrix that are widened at a time. On a CPU they stay in the cache. Elsewhere each
@@ -47,20 +47,24 @@ class Int8Weight(nn.Module):
     def nbytes(self) -> int:
         return self.q.numel() + 4 * len(self.scale)
 
-    def product(self, x: Tensor) -> Tensor:
-        """x [..., in] -> x W^T [..., out], in the dtype of x, which holds integers up to 127.
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., in] -> x W^T + bias [..., out], in the dtype of x, which holds integers up to 127.
 
         In float16 a row is scaled before the product: sums of 127 x may leave its range.
         """
+        if torch.compiler.is_compiling():  # which widens in registers where x is one row
+            return product(x, (self.q * self.scale.unsqueeze(1)).to(x.dtype), bias)
         most = WIDENED_ON_CPU if x.device.type == "cpu" else WIDENED
         pieces = self.q.split(max(1, most // self.q.shape[1]))
         if x.dtype == torch.float16:
             scales = self.scale.unsqueeze(1).split(len(pieces[0]))
             rows = ((q * s).to(x.dtype) for q, s in zip(pieces, scales, strict=True))
-            return torch.cat([F.linear(x, wide) for wide in rows], dim=-1)
-        parts = [F.linear(x, q.to(x.dtype)) for q in pieces]
-        y = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-        return (y * self.scale).to(x.dtype)
+            y = torch.cat([F.linear(x, wide) for wide in rows], dim=-1)
+        else:
+            parts = [F.linear(x, q.to(x.dtype)) for q in pieces]
+            y = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+            y = (y * self.scale).to(x.dtype)
+        return y if bias is None else y + bias
 
 
 class QuantizedColumnParallelLinear(ColumnParallelLinear):
@@ -74,8 +78,7 @@ class QuantizedColumnParallelLinear(ColumnParallelLinear):
 
     def local(self, x: Tensor) -> Tensor:
         check_width(self, x, self.in_features)
-        y = self.int8.product(x)
-        return y if self.bias is None else y + self.bias
+        return self.int8.product(x, self.bias)
 
 
 class QuantizedRowParallelLinear(RowParallelLinear):
@@ -86,9 +89,9 @@ class QuantizedRowParallelLinear(RowParallelLinear):
         self.local_in, self.axis, self.bias = layer.local_in, layer.axis, layer.bias
         self.int8 = Int8Weight(layer.weight, largest)
 
-    def partial(self, x: Tensor) -> Tensor:
+    def partial(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         check_width(self, x, self.local_in)
-        return self.int8.product(x)
+        return self.int8.product(x, bias)
 
 
 class QuantizedVocabParallelEmbedding(VocabParallelEmbedding):

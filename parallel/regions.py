@@ -10,8 +10,7 @@ region, g leaves it, and the backward pass of one is the forward pass of the oth
     SplitTokens     all-gather                          reduce-scatter
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.collectives import Axis, all_reduce, all_reduce_later, gather_tokens, reduce_scatter
-from parallel.graphs import outside_graphs
+from parallel.dropout import own_dropout
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Whole:
 
     keep: ClassVar[bool] = True
 
-    def gather(self, x: Tensor, axis: Axis, direction: str) -> Tensor:
+    def gather(self, x: Tensor, axis: Axis, direction: str, after: Tensor | None = None) -> Tensor:
         return x
 
     def sum(self, x: Tensor, axis: Axis, direction: str) -> Tensor:
@@ -53,8 +52,8 @@ class SplitTokens:
     tokens: int
     keep: bool = False
 
-    def gather(self, x: Tensor, axis: Axis, direction: str) -> Tensor:
-        return gather_tokens(x, axis, direction, self.tokens)
+    def gather(self, x: Tensor, axis: Axis, direction: str, after: Tensor | None = None) -> Tensor:
+        return gather_tokens(x, axis, direction, self.tokens, after)
 
     def sum(self, x: Tensor, axis: Axis, direction: str) -> Tensor:
         return reduce_scatter(x, axis, direction)
@@ -124,7 +123,9 @@ class _FLinear(torch.autograd.Function):
                 dx = ctx.region.sum_later((grad @ weight).to(x_dtype), ctx.axis, "backward")
             rows = grad.flatten(0, -2)
             if ctx.needs_input_grad[1]:
-                full = x if ctx.region.keep else ctx.region.gather(x, ctx.axis, "backward")
+                full = x
+                if not ctx.region.keep:
+                    full = ctx.region.gather(x, ctx.axis, "backward", dx and dx())
                 dw = (rows.t() @ full.flatten(0, -2)).to(dtype)
             if ctx.needs_input_grad[2]:
                 db = rows.sum(dim=0).to(dtype)
@@ -137,23 +138,27 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-@outside_graphs
-def _apply(function: Any, *args: Any) -> Tensor:
-    return function.apply(*args)
-
-
 def _learns(axis: Axis) -> bool:
     return axis.size > 1 and torch.is_grad_enabled()
 
 
 def f(x: Tensor, axis: Axis, region: Region = WHOLE) -> Tensor:
     """Enter a region: x outside -> x [B, T, C] of all tokens, on every rank."""
-    return _apply(_F, x, axis, region) if _learns(axis) else region.gather(x, axis, "forward")
+    return _F.apply(x, axis, region) if _learns(axis) else region.gather(x, axis, "forward")
 
 
 def g(x: Tensor, axis: Axis, region: Region = WHOLE) -> Tensor:
     """Leave a region: the sum of the ranks' x [B, T, C], as it lies outside."""
-    return _apply(_G, x, axis, region) if _learns(axis) else region.sum(x, axis, "forward")
+    return _G.apply(x, axis, region) if _learns(axis) else region.sum(x, axis, "forward")
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear. A compiler fuses one row's product, written as a sum, with what surrounds it."""
+    one_row = torch.compiler.is_compiling() and x.numel() == x.shape[-1]
+    if not one_row or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    y = (x.unsqueeze(-2) * weight).sum(-1)
+    return y if bias is None else y + bias
 
 
 def f_linear(
@@ -161,8 +166,8 @@ def f_linear(
 ) -> Tensor:
     """F.linear(f(x), weight, bias)"""
     if _learns(axis) or isinstance(region, SplitTokens):  # which gathers in autocast's dtype
-        return _apply(_FLinear, x, weight, bias, axis, region)
-    return F.linear(x, weight, bias)
+        return _FLinear.apply(x, weight, bias, axis, region)
+    return product(x, weight, bias)
 
 
 class _DivideGradient(torch.autograd.Function):
@@ -183,26 +188,3 @@ def divide_gradient(x: Tensor, axis: Axis) -> Tensor:
     summed later."""
     divided: Tensor = _DivideGradient.apply(x, axis.size)
     return divided
-
-
-# --- dropout --------------------------------------------------------------------------------------
-
-
-@contextmanager
-def own_stream(device: torch.device, axis: Axis) -> Iterator[None]:
-    """Within, torch's default stream is this rank's own.
-
-    Its seed is drawn from the stream that all ranks of a tp group share, so that activation
-    checkpointing repeats it, and moved by the rank.
-    """
-    seed = int(torch.randint(2**62, ()).item()) + axis.rank
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-@outside_graphs
-def own_dropout(x: Tensor, p: float, axis: Axis) -> Tensor:
-    """Dropout with a mask of this rank's own, for x that other ranks do not hold."""
-    with own_stream(x.device, axis):
-        return F.dropout(x, p)

@@ -67,8 +67,8 @@ def replayed(
     with step.attempt(f"{what}, the step alone"), torch.inference_mode():
         model.hidden(torch.tensor([prompt], device=step.device), cache)
         cache.advance([len(prompt)])
-        decoder.logits([[5]], cache)
-        _, replay, _ = decoder._steps[cache][1]
+        decoder.logits([[5]], decoder.adopt(cache))
+        ((_, replay, _),) = decoder._steps.values()
         s = step.seconds(replay, 30)
         step.say(
             f"{what}, the step alone", ms=1e3 * s, GBps=read / s / 1e9, of_copy=read / s / copied

@@ -21,12 +21,12 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from base.errors import UserError
-from bench.inference import ClockedSteps, subject
+from bench.inference import subject
 from bench.rounds import Bench, spread, table
 from bench.training import iterations, prepared
 from cli.options import BenchDecodeOptions, BenchOptions, BenchTrainOptions
 from inference.decoders import decoder_for
-from inference.generation import generate
+from inference.generation import Generation, generate
 from inference.sampling import Sampling
 from parallel.collectives import Axis, all_reduce
 from parallel.loss import chunk_rows
@@ -138,9 +138,8 @@ class Runner:
             model.set_schedule(schedule)
             if not decodes:
                 return typical(seconds_of(lambda i: generate(model, [prompt], sampling), REPEATED))
-            clocked = ClockedSteps(decoder_for(model), world.ledger)
-            generate(model, [prompt], sampling, decoder=clocked)
-            return typical(np.diff(clocked.began).tolist())
+            made = Generation(model, [prompt], sampling, decoder_for(model))
+            return typical(np.diff([time.perf_counter() for _ in made]).tolist())
 
         past, tokens = (job.past + DECODED // 2, 1) if decodes else (0, job.tokens)
         points = schedule if model.tp.size > 1 else Schedule.plain(job.sizes[0])

@@ -1,0 +1,92 @@
+"""Dropout of activations that other ranks do not hold, each rank with masks of its own.
+
+Replicated activations need one mask on all ranks of a tp group: they take torch's default stream,
+which these ranks seed alike.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import attend
+from parallel.collectives import Axis
+from parallel.operators import LIBRARY, axis_of, operator
+
+
+def drawn_seed() -> Tensor:
+    """A seed from the stream that all ranks of a tp group share: so activation checkpointing, which
+    restores that stream, repeats it."""
+    return torch.randint(2**62, ())
+
+
+@contextmanager
+def own_stream(seed: Tensor, device: torch.device, axis: Axis) -> Iterator[None]:
+    """Within, torch's default stream is this rank's own: that of the seed, moved by the rank."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(seed) + axis.rank)
+        yield
+
+
+def own_dropout(x: Tensor, p: float, axis: Axis) -> Tensor:
+    if torch.compiler.is_compiling():
+        return x * torch.ops.nanotp.own_mask(x.detach(), p, axis.tag)
+    with own_stream(drawn_seed(), x.device, axis):
+        return F.dropout(x, p)
+
+
+def attend_with_own_dropout(q: Tensor, k: Tensor, v: Tensor, p: float, axis: Axis) -> Tensor:
+    """Attention whose dropout mask is this rank's own, as its heads are."""
+    if torch.compiler.is_compiling():
+        y: Tensor = torch.ops.nanotp.attend(q, k, v, p, axis.tag)[0]
+        return y
+    with own_stream(drawn_seed(), q.device, axis):
+        return attend(q, k, v, None, p)
+
+
+# --- in a graph that a compiler traces ------------------------------------------------------------
+
+
+def _own_mask(x: Tensor, p: float, tag: Tensor) -> Tensor:
+    with own_stream(drawn_seed(), x.device, axis_of(tag)):
+        return F.dropout(torch.ones_like(x), p)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, p: float, tag: Tensor) -> tuple[Tensor, Tensor]:
+    seed = drawn_seed()
+    with own_stream(seed, q.device, axis_of(tag)):
+        return attend(q, k, v, None, p).contiguous(), seed
+
+
+def _attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, seed: Tensor, p: float, tag: Tensor
+) -> tuple[Tensor, ...]:
+    """The forward pass once more, with the same mask, and its gradients."""
+    q, k, v = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    with torch.enable_grad(), own_stream(seed, q.device, axis_of(tag)):
+        y = attend(q, k, v, None, p)
+    return tuple(x.contiguous() for x in torch.autograd.grad(y, leaves, grad))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.p, tag = inputs
+    ctx.save_for_backward(q, k, v, output[1], tag)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    q, k, v, seed, tag = ctx.saved_tensors
+    return *torch.ops.nanotp.attend_backward(grad, q, k, v, seed, ctx.p, tag), None, None
+
+
+operator("own_mask(Tensor x, float p, Tensor tag) -> Tensor", _own_mask,
+         lambda x, p, tag: torch.empty_like(x))
+operator("attend(Tensor q, Tensor k, Tensor v, float p, Tensor tag) -> (Tensor, Tensor)", _attend,
+         lambda q, *_: (q.new_empty(q.shape[0], q.shape[2], q.shape[1] * q.shape[3]),
+                        torch.empty((), dtype=torch.int64)))
+operator("attend_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor seed, float p, Tensor tag)"
+         " -> (Tensor, Tensor, Tensor)", _attend_backward,
+         lambda grad, *qkv: tuple(x.new_empty(x.shape) for x in qkv[:3]))
+torch.library.register_autograd("nanotp::attend", _backward, setup_context=_setup, lib=LIBRARY)
