@@ -37,8 +37,8 @@ def main(world: World, options: EvalOptions) -> None:
     size = source.config.block_size
     stride = options.stride or size
     if stride > size:
-        fault = f"--stride={stride} is more than block_size={size}"
-        raise UserError(f"{fault}: tokens would be left out.")
+        why = f"is more than block_size={size}: tokens would be left out."
+        raise UserError(f"--stride={stride} {why}")
     with explaining_memory(lambda: memory_needed(world, source, options)):
         model = load(world, source, options)
         world.synchronize()
@@ -49,8 +49,7 @@ def main(world: World, options: EvalOptions) -> None:
             total, count = measure(model, tokens, stride, options.batch_size, show)
     seconds = time.perf_counter() - started
     timing = {"load_s": load_s, "eval_s": seconds, "tokens_per_s": count / seconds}
-    evaluation = figures(total, count, stride, n_bytes)
-    account = world.ledger.snapshot()
+    evaluation, account = figures(total, count, stride, n_bytes), world.ledger.snapshot()
     made = report.build("eval_tp", world, model, account, timing, seconds, evaluation=evaluation)
     made["utilisation"] = used(model, len(tokens), stride, seconds).figures(world)
     if world.is_main:
@@ -64,11 +63,8 @@ def main(world: World, options: EvalOptions) -> None:
 
 def read_tokens(source: Source, options: EvalOptions) -> tuple[Tensor, int]:
     """The ids to measure, int64, and the bytes of text that the predicted ones are (0 if unknown).
-
-    "<|endoftext|>" in the text is text, as it is where training data is prepared.
-    """
-    vocab_size, most = source.config.vocab_size, options.max_tokens or sys.maxsize
-    n_bytes = 0
+    "<|endoftext|>" in the text is text, as it is where training data is prepared."""
+    vocab_size, most, n_bytes = source.config.vocab_size, options.max_tokens or sys.maxsize, 0
     if options.dataset:
         dataset = Dataset(Path(options.data_dir) / options.dataset)
         if not options.tokenizer:

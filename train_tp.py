@@ -15,10 +15,9 @@ from cli.options import TrainOptions
 from report import report
 from text.dataset import Dataset
 from train import directory, dry_run
-from train.directory import BEGUN, METRICS, after_restart
+from train.directory import BEGUN, METRICS, after_restart, loss_curve
 from train.log import start_wandb
 from train.loop import train
-from train.metrics import loss_curve
 from train.setup import Run, prepare
 from world import entry, peaks
 from world.mesh import World

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from base.console import CONTROLS, console
-from base.errors import ReaderGone, Stopped, UserError, is_out_of_memory, print_error
+from base.errors import ReaderGone, Stopped, UserError, first_line, is_out_of_memory, print_error
 from base.processes import call_within
 from cli.grammar import parse, parse_command
 from cli.options import MeshOptions, RunOptions, as_dict
@@ -49,9 +49,9 @@ def run(options_class: type[RunOptions], main: Main, prog: str) -> None:
 
 def run_commands(commands: dict[str, tuple[type[RunOptions], Main]], prog: str) -> None:
     """The same for an entry point whose first word picks the options and the main function."""
+    classes = {name: options_class for name, (options_class, _) in commands.items()}
 
     def parsed() -> tuple[Main, Any]:
-        classes = {name: options_class for name, (options_class, _) in commands.items()}
         name, options = parse_command(classes, sys.argv[1:], prog, say_once)
         return commands[name][1], options
 
@@ -79,7 +79,10 @@ def run_parsed(parsed: Callable[[], tuple[Main, Any]], prog: str) -> None:
                 main(world, options)
                 sys.stdout.flush()
             if world.size > 1:
-                _exit_before_the_interpreter()
+                # a gloo thread that frees the tensors of the last message needs the interpreter
+                atexit._run_exitfuncs()
+                sys.stdout.flush()
+                os._exit(0)
         except ReaderGone:
             _die(world, 0 if "RANK" in os.environ else 128 + signal.SIGPIPE, "")
         except UserError as error:
@@ -90,13 +93,13 @@ def run_parsed(parsed: Callable[[], tuple[Main, Any]], prog: str) -> None:
             _die(world, 130, f"{prog}: stopped by Ctrl-C")
         except Exception as error:
             known = _description(error, world)
-            text = known or f"rank {_rank()}: {type(error).__name__}: {_first_line(error)}"
+            text = known or f"rank {_rank()}: {type(error).__name__}: {first_line(error)}"
             _die(world, 1, f"{prog}: {text}", debug or not known)
 
 
 def _description(error: Exception, world: World | None) -> str:
     """One line for an error that needs no traceback to be understood; "" for any other."""
-    first = _first_line(error)
+    first = first_line(error)
     if is_out_of_memory(error):
         need = " ".join(getattr(error, "__notes__", ["Use a smaller batch or a larger tp."]))
         what = first.rpartition("DefaultCPUAllocator: ")[2].rstrip(".")
@@ -107,10 +110,10 @@ def _description(error: Exception, world: World | None) -> str:
         return str(error)
     cause = error.__cause__ if isinstance(error, CollectiveError) else error
     if isinstance(cause, torch.AcceleratorError):
-        where = f": {first}" if cause is error else f" in {first}"
+        fault = f"its GPU failed{':' if cause is error else ' in'} {first}"
         return (
-            f"rank {_rank()}: its GPU failed{where}. Look at nvidia-smi and the kernel's log; "
-            f"train_tp.py goes on from its last checkpoint with --init_from=resume."
+            f"rank {_rank()}: {fault}. Look at nvidia-smi and the kernel's log; train_tp.py goes "
+            "on from its last checkpoint with --init_from=resume."
         )
     if isinstance(error, CollectiveError | dist.DistError) or "by peer" in str(error):
         time.sleep(0.1)  # a process ends a moment after its sockets have closed
@@ -118,18 +121,6 @@ def _description(error: Exception, world: World | None) -> str:
         gone = ", ".join(f"rank {rank} is gone" for rank in ended) or "no rank of this host is gone"
         return f"rank {_rank()} lost contact with its peers ({gone}) in {first}"
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _exit_before_the_interpreter() -> None:
-    """End this process with its interpreter alive: a gloo thread that frees the tensors of the last
-    message needs it, and would abort the process."""
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    os._exit(0)
 
 
 def _die(world: World | None, status: int, message: str, show_traceback: bool = False) -> None:
@@ -152,9 +143,9 @@ def first_to_fail(world: World | None) -> bool:
     """Report that the run has failed; True on the first rank, which prints why."""
     if world is not None:
         return world.watch is None or world.watch.is_first()
-    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+    rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    if not rank or not size:
         return True
-    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "0")
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     valid = rank.isdecimal() and size.isdecimal() and int(rank) < int(size)

@@ -11,13 +11,11 @@ alone, because torch.distributed may be what hangs. The store's keys:
   - the launcher is gone, and training does not save within ORPHAN_S seconds: status 143;
   - a process of this host has ended and had not published that it finished: status 1;
   - a signal of STOPS came for which the run has no handler: status 128 + signal;
-  - a call of this rank has been open for longer than `limit` seconds: status 1. First it reads what
-    all ranks have published, twice: a rank that publishes nothing in between is stalled. If a rank
-    of the axis is compiling, the watchdog waits.
-
-`_listen` polls `failed`. Once that is set, it ends this process after GRACE_S seconds: status 1.
-Both kill the stalled processes of this host. A stopped process obeys only SIGKILL, which its
-launcher would send half a minute later.
+  - a call of this rank has been open for longer than `limit` seconds, and no rank of its axis is
+    compiling: status 1. A rank that publishes nothing between two readings is stalled.
+`_listen` polls `failed`, in a thread of its own as the store may not answer. Once that is set, it
+ends this process after GRACE_S seconds: status 1. Both kill the stalled processes of this host: a
+stopped one obeys only SIGKILL, which its launcher would send half a minute later.
 """
 
 import contextlib
@@ -36,7 +34,7 @@ from base.errors import print_error
 from base.processes import call_within, process_state
 from parallel.ledger import Call, Ledger, Track, call_text
 from world.launch import ANSWER_S, Launch
-from world.peers import Peer, Progress, diagnosis, ended_ranks, key_of, ranks_text
+from world.peers import Peer, Progress, diagnosis, ended_ranks, key_of, neighbours, ranks_text
 
 BEAT_S = 1.0
 GRACE_S = 2.0  # from a failure to the end of the other ranks
@@ -64,16 +62,15 @@ class Watch:
         self.ledger, self.limit, self.prog = ledger, limit, prog
         # one client for each thread: a call that waits blocks its connection
         self.store, self._listening, self._reporting = (store.clone() for _ in range(3))
-        space = peers[self.rank].space
-        self._here = {rank for rank, peer in enumerate(peers) if peer.space == space}
+        self._here = neighbours(peers, self.rank)
         self._beat = 0  # publications
         self._open_since: dict[tuple[Track, int], float] = {}  # when a call was first seen open
         self._finished: set[int] = set()  # ranks of this host that have ended well
-        self._failed = threading.Event()  # a rank has reported that the run failed
+        self._failed = False  # a rank has reported that the run failed
         self._exiting = False  # this rank is about to exit with a status of its own
         self._store_lost = False  # never asked again: the question might not return
         self._reported = False
-        self._orphaned_at = 0.0
+        self.orphaned_at = 0.0  # when the launcher was found gone; nothing would end this process
         self._stop = threading.Event()
         self._wakeup, self._wake = os.pipe()  # signals write to it, whatever the main thread does
         targets = self._watch, self._listen
@@ -101,17 +98,12 @@ class Watch:
         with contextlib.suppress(RuntimeError):
             self._publish(finished=True)
             if self.holds:
-                _wait_until(self._all_finished, ANSWER_S)
-
-    @property
-    def orphaned(self) -> bool:
-        """The launcher is gone: nothing would end this process, or start it again."""
-        return self._orphaned_at > 0
+                _wait_until(lambda: all(x.finished for x in self._read(self.store).values()))
 
     def is_first(self) -> bool:
         """Report that the run has failed; True on the first rank, which prints why. Without a store
         that is the lowest running rank of each host."""
-        if self._failed.is_set() or self._reported:
+        if self._failed or self._reported:
             return False
         self._reported = True
         lowest = self.rank == min(self._here - self._ended())
@@ -180,9 +172,6 @@ class Watch:
         self._store_lost = found is None
         return found or {}
 
-    def _all_finished(self) -> bool:
-        return all(seen.finished for seen in self._read(self.store).values())
-
     def _ended(self) -> set[int]:
         return ended_ranks(self.peers, self.rank)
 
@@ -194,8 +183,7 @@ class Watch:
         """`in all_reduce #1843 (...)`"""
         for (_, number), call in self._open_calls().items():
             return f"in {call_text(number, call)}"
-        latest = self.ledger.latest
-        if latest is None or latest.call is None:
+        if (latest := self.ledger.latest) is None or latest.call is None:
             return "before its first collective"
         return f"after {call_text(latest.number, latest.call)}"
 
@@ -206,20 +194,18 @@ class Watch:
             self._publish()
         except RuntimeError:  # the store is gone, and torch would log each further attempt
             self._store_lost, gone = True, bool(self.launch.run)
-        if gone and not self.orphaned:
-            self._orphaned_at = now
+        if gone:
+            self.orphaned_at = self.orphaned_at or now
         saves = signal.getsignal(signal.SIGTERM) != self._on_signal
-        in_time = now - self._orphaned_at < ORPHAN_S or "save" in self.ledger.doing
-        if self.orphaned and not (saves and in_time):
+        in_time = now - self.orphaned_at < ORPHAN_S or "save" in self.ledger.doing
+        if self.orphaned_at and not (saves and in_time):
             lost = f"the launcher of rank {self.rank} is gone: the run has ended {self._where()}"
             self._end_run(lost, 128 + signal.SIGTERM)
 
     def _check_processes(self) -> None:
-        ended = self._ended() - self._finished
-        if not ended:
+        if not (ended := self._ended() - self._finished):
             return
-        progress = self._read(self.store)
-        finished = {rank for rank, seen in progress.items() if seen.finished}
+        finished = {rank for rank, seen in self._read(self.store).items() if seen.finished}
         # without a store: the rank that ended held it. If that rank failed, the next call fails
         self._finished |= ended if self._store_lost else ended & finished
         if lost := ended - self._finished:
@@ -245,11 +231,10 @@ class Watch:
         running = progress.keys() & set(track.ranks) - ended - stalled
         if any(progress[rank].compiling for rank in running):
             return
-        text, key = call_text(number, call), key_of(track)
         where = f"[rank {self.rank} host {self.peers[self.rank].host}]"
         line = f"{where} waited {self.limit:g} s in {call_text(number, call, with_bytes=True)}."
-        line += diagnosis(key, number, text, track.ranks, progress, ended, stalled)
-        self._end_run(line, stalled=stalled)
+        about = key_of(track), number, call_text(number, call), track.ranks
+        self._end_run(line + diagnosis(*about, progress, ended, stalled), stalled=stalled)
 
     def _stalled(self, before: dict[int, Progress], now: dict[int, Progress]) -> set[int]:
         """Ranks that have published nothing between two readings, and stopped ones of this host."""
@@ -265,11 +250,11 @@ class Watch:
         with contextlib.suppress(RuntimeError):  # the store is gone
             while not self._stop.wait(min(BEAT_S, self.limit / 4)) and not self.launch.has_ended():
                 if store.check([FAILED]):
-                    self._failed.set()
+                    self._failed = True
                     if not store.check([BY_A_RANK]) and store.add(BY_A_RANK, 1) == 1:
                         print_error(f"{self.prog}: {FOREIGN}")
                     break
-        if not self._failed.is_set():
+        if not self._failed:
             return
         before = self._read(store)
         if self._stop.wait(GRACE_S):
@@ -299,7 +284,7 @@ class Watch:
                 os.kill(self.peers[rank].pid, signal.SIGKILL)
 
 
-def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
+def _wait_until(condition: Callable[[], bool], seconds: float = ANSWER_S) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end and not condition():
         time.sleep(0.02)
