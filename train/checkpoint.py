@@ -11,9 +11,7 @@ Every rank writes what it owns. The directory gets its name when all have finish
 import collections
 import contextlib
 import itertools
-import math
 import os
-import re
 import shutil
 import threading
 import time
@@ -136,10 +134,9 @@ class Saver:
         for name, tensor in tensors:
             if self.world.dp.rank == 0:
                 gpu = tensor.is_cuda
-                if name not in self._copies:
-                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=gpu)
-                    self._copies[name] = empty
-                self._copies[name].copy_(tensor, non_blocking=gpu)
+                if (copy := self._copies.get(name)) is None:
+                    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=gpu)
+                self._copies[name] = copy.copy_(tensor, non_blocking=gpu)
         self.world.synchronize()
         return self._copies.items()
 
@@ -274,7 +271,7 @@ def read_state(out_dir: Path) -> tuple[Path, Progress, dict[str, Any]]:
     if not has_checkpoints(out_dir):
         raise UserError(f"{out_dir} has no checkpoint to resume. {_instead(out_dir)}")
     for entry in out_dir.iterdir():  # the run will write to these: none may lead elsewhere
-        ours = re.match(r"\.?(metrics|latest|step-|begun|lock)", entry.name)
+        ours = entry.name.lstrip(".").startswith(("metrics", "latest", "step-", "begun", "lock"))
         if ours and not (inside(entry).is_file() or entry.is_dir()):
             raise UserError(f"{entry} is neither a file nor a directory.")
     path = latest_checkpoint(out_dir)
@@ -283,7 +280,7 @@ def read_state(out_dir: Path) -> tuple[Path, Progress, dict[str, Any]]:
         progress, options = Progress(**raw["progress"]), raw["options"]
         for name, default in vars(Progress()).items():
             value = getattr(progress, name)
-            most = 2**53 if type(value) is int else math.inf
+            most = 2**53 if type(value) is int else float("inf")
             if type(value) not in (type(default), int) or not 0 <= value < most:
                 raise TypeError
         if progress.loss_scale == 0 or not isinstance(options, dict):
@@ -305,14 +302,12 @@ def load_optimizer(
     stored.check_tensors({p + name: shapes[name] for p in PREFIXES for name in shapes})
     for i in range(world.rank, stored.manifest.tp, world.size):
         stored.check_bytes(i)
-    rules, names = model.split.rules, {p: name for name, p in model.named_parameters()}
+    names, made = {p: name for name, p in model.named_parameters()}, optimizer.state_dict()
     read = reader(stored, model.tp.rank, model.config.block_size)
-    state: dict[int, dict[str, Tensor]] = {}
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
-        name = names[p]
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         moments = {moment: torch.zeros_like(p) for moment in MOMENTS}
         for moment, value in moments.items():
-            model.parts.store(name, value, read(f"{moment}.{name}", rules[name]))
-        state[len(state)] = {"step": torch.tensor(float(optimizer_steps)), **moments}
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+            rule = model.split.rules[names[p]]
+            model.parts.store(names[p], value, read(f"{moment}.{names[p]}", rule))
+        made["state"][i] = {"step": torch.tensor(float(optimizer_steps)), **moments}
+    optimizer.load_state_dict(made)

@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import socket
-import stat
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -78,7 +77,7 @@ def writing(world: World, options: TrainOptions) -> Iterator[None]:
     # through no link, which may lead anywhere; without waiting for the other end of a pipe
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     with open(os.open(inside(out_dir / LOCK), flags, 0o666), "r+b", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        if not os.path.isfile(file.fileno()):
             raise UserError(f"{out_dir / LOCK} is not a file.")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,10 +100,9 @@ def after_restart(world: World, options: TrainOptions) -> TrainOptions:
     mark, own, saved = Path(options.out_dir) / BEGUN, False, None
     again = any(world.gather(world.launch.restarts))  # each node's agent has its own count
     if world.is_main and not options.eval_only:
-        if again:
-            own = mark.is_file() and mark.read_text() == world.launch.run
-            saved = last_good(mark.parent) if own else None
-        else:
+        own = again and mark.is_file() and mark.read_text() == world.launch.run
+        saved = last_good(mark.parent) if own else None
+        if not again:
             mark.unlink(missing_ok=True)
     own, saved = world.gather((own, saved))[0]
     if not own or options.init_from == "resume":
@@ -140,9 +138,8 @@ def point(path: Path, old: list[Path]) -> None:
         file.write(f"{path.name}\n".encode())
     (out_dir / BEFORE).unlink(missing_ok=True)
     sync_directory(out_dir)
-    for left in old:
-        if left != path:
-            remove(left)
+    for left in {*old} - {path}:
+        remove(left)
     old.clear()
 
 

@@ -24,13 +24,14 @@ class Log:
     def __init__(self, run: Run, wandb: Any = None):
         self.run, self.options, self.wandb, self.asked = run, run.options, wandb, 0
         self.on = run.world.is_main
-        show = self.on and self.options.progress and not self.options.eval_only
+        trains = self.on and not self.options.eval_only
         self.bar = tqdm(
             total=self.options.max_iters, initial=run.progress.iter_num, desc="train", unit="it",
-            disable=None if show else True,  # None: unless standard error is a terminal
+            # None: unless standard error is a terminal
+            disable=None if trains and self.options.progress else True,
         )  # fmt: skip
         self.losses: dict[str, float] = {}  # of an evaluation, for the next line
-        self.path = run.out_dir / METRICS if self.on and not self.options.eval_only else None
+        self.path = run.out_dir / METRICS if trains else None
 
     def print(self, line: str) -> None:
         if self.on:
@@ -51,11 +52,14 @@ class Log:
     def iteration(self, at: int, loss: float, lr: float, norm: float, account: Account) -> None:
         if not self.on:
             return
-        seconds = self.run.seconds[-1]
-        rate, fraction = self.run.tokens_per_iter / seconds, total(account).seconds / seconds
+        run, seconds, ways = self.run, self.run.seconds[-1], ("forward", "backward")
+        rate, fraction = run.tokens_per_iter / seconds, total(account).seconds / seconds
+        passes = run.model.config.n_layer * run.rows.micro_steps  # of one layer
+        layers = {entry: tally for entry, tally in account.items() if entry.layer is not None}
+        calls = {way: total(layers, direction=way, op="all_reduce").calls for way in ways}
         self.write({
             "iter": at, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": round(rate, 1),
-            "all_reduce_per_layer": all_reduces_per_layer(account, self.run),
+            "all_reduce_per_layer": {way: calls[way] / passes for way in ways},
             "comm_fraction": round(fraction, 4),
         })  # fmt: skip
         self.bar.update()
@@ -93,14 +97,6 @@ class Log:
         self.bar.close()
         if self.wandb is not None:
             self.wandb.finish()
-
-
-def all_reduces_per_layer(account: Account, run: Run) -> dict[str, float]:
-    """All-reduces of one layer in a micro-batch's forward and backward pass."""
-    passes = run.model.config.n_layer * run.rows.micro_steps
-    layers = {entry: tally for entry, tally in account.items() if entry.layer is not None}
-    ways = ("forward", "backward")
-    return {w: total(layers, direction=w, op="all_reduce").calls / passes for w in ways}
 
 
 def start_wandb(options: TrainOptions) -> Any:

@@ -1,7 +1,6 @@
 """A training run before its first iteration: weights, optimizer, and how rows are dealt."""
 
 import ctypes
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from train.checkpoint import Progress
 from world.devices import pick_dtype
 from world.mesh import World
 
-GPT2_VOCAB = 50304  # nanoGPT's table for GPT-2's 50257 tokens
 SIZES = ("n_layer", "n_head", "n_embd", "bias", "block_size")
 # options that shape the loss curve: a resumed run reports which of them changed
 SHAPES_THE_CURVE = {
@@ -89,9 +87,8 @@ class Run:
 
     def autocast(self) -> Any:
         """Matrix products in the run's dtype; the rest (parameters, LayerNorm, loss) in float32."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.world.device.type, self.dtype)
+        half = self.dtype != torch.float32
+        return torch.autocast(self.world.device.type, self.dtype, enabled=half)
 
     def describe(self) -> str:
         w, c, schedule, rows = self.world, self.model.config, self.model.schedule, self.rows
@@ -134,9 +131,8 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
         checkpoint.load_optimizer(model, optimizer, saved, progress.optimizer_steps, world)
     wrapped = model if shard else replicate(model, world.dp, DTYPES[options.dp_reduce_dtype])
     rows = Rows.of(options, world.dp.rank, world.dp.size)
-    old: list[Path] = []
-    if world.is_main and not options.eval_only:
-        old = directory.make_ready(out_dir, progress.iter_num, options.init_from == "resume")
+    writes, resumed = world.is_main and not options.eval_only, options.init_from == "resume"
+    old = directory.make_ready(out_dir, progress.iter_num, resumed) if writes else []
     run = Run(
         world, options, dataset, model, wrapped, optimizer, rows, progress, replace(progress),
         out_dir, pick_dtype(options.dtype, world.device), tokenizer, old,
@@ -174,7 +170,7 @@ def make_config(
     """The source's sizes or, without one, those of the options. Without a dataset, GPT-2's ids."""
     if source is None:
         tokenizer = dataset.tokenizer if dataset else GPT2Tokenizer()
-        vocab_size = GPT2_VOCAB if tokenizer.kind == "gpt2" else tokenizer.n_vocab
+        vocab_size = 50304 if tokenizer.kind == "gpt2" else tokenizer.n_vocab  # nanoGPT's table
         sizes = {name: getattr(options, name) for name in SIZES}
         return GPTConfig(vocab_size=vocab_size, dropout=options.dropout, **sizes)
     # a shorter context is a part of the position table; a longer one does not exist

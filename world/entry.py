@@ -20,10 +20,8 @@ from cli.grammar import parse, parse_command
 from cli.options import MeshOptions, RunOptions, as_dict
 from parallel.ledger import CollectiveError
 from parallel.replicas import DriftError
-from world import mesh
 from world.launch import ANSWER_S, NoStore, connect
-from world.mesh import World
-from world.peers import ended_ranks
+from world.mesh import World, start
 from world.watch import report_failure
 
 # options that need not be the same on all ranks: rank 0 alone uses them
@@ -59,13 +57,12 @@ def run_commands(commands: dict[str, tuple[type[RunOptions], Main]], prog: str) 
 
 
 def run_parsed(parsed: Callable[[], tuple[Main, Any]], prog: str) -> None:
-    """Start the world that the options ask for, run main on every rank, and exit.
+    """Start the world that the options ask for, run main on every rank, and exit. One rank prints
+    why the run failed, and no rank is left waiting for another. parsed: gives main and the options.
 
-    parsed: gives main and the options. Exit status: 0; 1 for a fault of this program or of the
-    machine; 2 for a UserError; that of Stopped; 130 for Ctrl-C. If nothing reads standard output
-    any more: 141, as after SIGPIPE; under a launcher 0, as it would report a failure.
-    One rank prints the reason, and no rank is left waiting for another.
-    """
+    Exit status: 0; 1 for a fault of this program or of the machine; 2 for a UserError; that of
+    Stopped; 130 for Ctrl-C. If nothing reads standard output any more: 141, as after SIGPIPE; under
+    a launcher 0, as it would report a failure."""
     if _rank() != "0" and {"--help", "-h"} & {*sys.argv}:
         return  # rank 0 prints it
     with console():
@@ -75,7 +72,7 @@ def run_parsed(parsed: Callable[[], tuple[Main, Any]], prog: str) -> None:
             debug = options.debug
             shared = {key: value for key, value in as_dict(options).items() if key not in OF_RANK_0}
             tp = options.tp if isinstance(options, MeshOptions) else 0
-            with mesh.start(options, tp, prog, shared) as world:
+            with start(options, tp, prog, shared) as world:
                 main(world, options)
                 sys.stdout.flush()
             if world.size > 1:
@@ -117,7 +114,7 @@ def _description(error: Exception, world: World | None) -> str:
         )
     if isinstance(error, CollectiveError | dist.DistError) or "by peer" in str(error):
         time.sleep(0.1)  # a process ends a moment after its sockets have closed
-        ended = sorted(ended_ranks(world.peers, world.rank)) if world and world.peers else []
+        ended = sorted(world.watch.ended()) if world and world.watch else []
         gone = ", ".join(f"rank {rank} is gone" for rank in ended) or "no rank of this host is gone"
         return f"rank {_rank()} lost contact with its peers ({gone}) in {first}"
     return ""
@@ -148,14 +145,13 @@ def first_to_fail(world: World | None) -> bool:
         return True
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "0")
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    valid = rank.isdecimal() and size.isdecimal() and int(rank) < int(size)
+    alone = not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))
 
     def report() -> bool:
         store = connect(host, int(port), False, time.monotonic())
         return report_failure(dist.PrefixStore(f"start {restarts}", store))
 
-    # without a store rank 0 prints
-    return call_within(report, not valid or int(rank) == 0, ANSWER_S)
+    return call_within(report, alone, ANSWER_S)  # without a store rank 0 prints
 
 
 def linger(world: World | None, printed: bool) -> None:

@@ -178,20 +178,20 @@ def call_roll(
 def _collect_answers(store: Any, name: str, size: int, mine: Statement, seconds: float) -> None:
     """Rank 0's part: name the attempt, wait for the answers, write the result."""
     store.set("roll", name)
-    answers: list[Any] = [[name, mine]] + [["", {}]] * (size - 1)
-    absent, end, missing = set(range(1, size)), time.monotonic() + seconds, ""
-    while absent and time.monotonic() < end:
+    answers: dict[int, Any] = {0: [name, mine]}
+    end, missing = time.monotonic() + seconds, ""
+    while (absent := {*range(size)} - answers.keys()) and time.monotonic() < end:
         time.sleep(0.01)
-        for rank in [rank for rank in absent if store.check([f"roll/{name}/{rank}"])]:
-            answers[rank] = json.loads(store.get(f"roll/{name}/{rank}"))
-            absent.remove(rank)
+        for rank in absent:
+            if store.check([f"roll/{name}/{rank}"]):
+                answers[rank] = json.loads(store.get(f"roll/{name}/{rank}"))
+    ordered = [answers[rank] for rank in sorted(answers)]
     if absent:
-        present = sorted({*range(size)} - absent)
-        hosts = ", ".join(dict.fromkeys(answers[rank][1]["host"] for rank in present))
-        missing = f"{ranks_text(absent)} did not come within {seconds:g} s; {ranks_text(present)} "
+        hosts = ", ".join(dict.fromkeys(theirs["host"] for _, theirs in ordered))
+        missing = f"{ranks_text(absent)} did not come within {seconds:g} s; {ranks_text(answers)} "
         missing += f"did, on {hosts}. Look at the output of those that are missing, or wait longer "
         missing += "with --start_timeout."
-    store.set(f"roll/{name}", json.dumps([missing, answers]))
+    store.set(f"roll/{name}", json.dumps([missing, ordered]))
 
 
 def check_statements(statements: list[Statement]) -> None:

@@ -193,7 +193,7 @@ def start(options: Any, tp: int, prog: str, shared: dict[str, Any]) -> Iterator[
 def _connect(
     store: Any, watch: Watch, shape: tuple[int, int], device: torch.device, comm: str, options: Any
 ) -> World:
-    """The world after the roll call, and a first message along each axis. shape: (dp, tp)."""
+    """The world after the roll call. shape: (dp, tp)."""
     seconds, ledger, launch = options.comm_timeout + LATER_S, watch.ledger, watch.launch
     limit, nccl = timedelta(seconds=seconds), comm == "nccl"
     store.set_timeout(limit)
@@ -214,18 +214,11 @@ def _connect(
         if tp_axis.rank == 0:
             slower = "ranks talk over gloo, which is slower than shared memory"
             print_error(f"{watch.prog}: {slower}: {error}")
-    track = ledger.track("world", tuple(range(launch.size)))
     world = World(
         launch.rank, launch.size, device, comm, tp_axis, dp_axis, ledger, groups, watch.peers,
-        launch, track, watch,
+        launch, ledger.track("world", tuple(range(launch.size))), watch,
     )  # fmt: skip
-    for axis in (tp_axis, dp_axis):  # one tiny message: a transport that fails does so at the start
-        if axis.transport is not None:
-            what = f"{axis.name} over {axis.transport.name}"
-            with ledger.during("start-up"), world.waiting("all_reduce", what):
-                total = axis.transport.all_reduce(torch.ones(1, device=device), "sum").item()
-                if total != axis.size:
-                    raise RuntimeError(f"{axis.size} ones add up to {total:g}")
+    _test(world)
     for track in ledger.tracks:
         track.queued = deque()
     watch.limit = options.comm_timeout
@@ -234,3 +227,14 @@ def _connect(
     for group in (None, *groups.values()):
         dist.distributed_c10d._set_pg_timeout(timedelta(days=30), group)
     return world
+
+
+def _test(world: World) -> None:
+    """One tiny message along each axis: a transport that does not work fails at the start."""
+    for axis in (world.tp, world.dp):
+        if axis.transport is not None:
+            what = f"{axis.name} over {axis.transport.name}"
+            with world.ledger.during("start-up"), world.waiting("all_reduce", what):
+                total = axis.transport.all_reduce(torch.ones(1, device=world.device), "sum").item()
+                if total != axis.size:
+                    raise RuntimeError(f"{axis.size} ones add up to {total:g}")

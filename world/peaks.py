@@ -57,12 +57,10 @@ def bandwidth(world: World, weights: list[Tensor]) -> float:
     buffer = _buffer(world, (2, COPIED_BYTES // 4), torch.float32)
     if buffer is None:
         return 0.0
-
-    def copy() -> None:
-        for _ in range(8):  # the host waits once for eight copies
-            buffer[1].copy_(buffer[0])
-
-    return best_rate(world, copy, 16 * COPIED_BYTES)
+    # the host waits once for eight copies
+    return best_rate(
+        world, lambda: [buffer[1].copy_(buffer[0]) for _ in range(8)], 16 * COPIED_BYTES
+    )
 
 
 def arithmetic(world: World, dtype: torch.dtype) -> float:

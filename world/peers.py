@@ -10,10 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from base.processes import is_running
 from parallel.ledger import Ledger, Track, call_text
-
-COMPILER_FILES = ("convert_frame.py", "compile_fx.py")  # of torch.compile
 
 
 @dataclass(frozen=True)
@@ -31,16 +28,6 @@ class Peer:
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
             parts += [boot, os.readlink("/proc/self/ns/pid")]
         return cls(parts[0], os.getpid(), " ".join(parts))
-
-
-def neighbours(peers: tuple[Peer, ...], rank: int) -> set[int]:
-    """The ranks in the process space of `rank`."""
-    return {other for other, peer in enumerate(peers) if peer.space == peers[rank].space}
-
-
-def ended_ranks(peers: tuple[Peer, ...], rank: int) -> set[int]:
-    """Those whose process has ended."""
-    return {other for other in neighbours(peers, rank) if not is_running(peers[other].pid)}
 
 
 @dataclass(frozen=True)
@@ -83,7 +70,7 @@ def is_compiling() -> bool:
     """Whether any thread is in torch's compiler: autograd's threads compile backward passes."""
     stacks = map(traceback.walk_stack, sys._current_frames().values())
     files = (frame.f_code.co_filename for stack in stacks for frame, _ in stack)
-    return any(file.endswith(COMPILER_FILES) for file in files)
+    return any(file.endswith(("convert_frame.py", "compile_fx.py")) for file in files)
 
 
 def diagnosis(

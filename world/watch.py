@@ -31,14 +31,13 @@ from dataclasses import astuple
 from typing import Any, NoReturn
 
 from base.errors import print_error
-from base.processes import call_within, process_state
+from base.processes import call_within, is_running, process_state
 from parallel.ledger import Call, Ledger, Track, call_text
 from world.launch import ANSWER_S, Launch
-from world.peers import Peer, Progress, diagnosis, ended_ranks, key_of, neighbours, ranks_text
+from world.peers import Peer, Progress, diagnosis, key_of, ranks_text
 
 BEAT_S = 1.0
 GRACE_S = 2.0  # from a failure to the end of the other ranks
-BEATS = 2  # between the two readings of what ranks have published
 FAILED = "failed"
 BY_A_RANK = "failed by a rank"
 FOREIGN = (
@@ -62,7 +61,8 @@ class Watch:
         self.ledger, self.limit, self.prog = ledger, limit, prog
         # one client for each thread: a call that waits blocks its connection
         self.store, self._listening, self._reporting = (store.clone() for _ in range(3))
-        self._here = neighbours(peers, self.rank)
+        space = peers[self.rank].space
+        self._here = {rank for rank, peer in enumerate(peers) if peer.space == space}
         self._beat = 0  # publications
         self._open_since: dict[tuple[Track, int], float] = {}  # when a call was first seen open
         self._finished: set[int] = set()  # ranks of this host that have ended well
@@ -106,7 +106,7 @@ class Watch:
         if self._failed or self._reported:
             return False
         self._reported = True
-        lowest = self.rank == min(self._here - self._ended())
+        lowest = self.rank == min(self._here - self.ended())
         if self._store_lost or self.launch.has_ended():
             return lowest
         return call_within(lambda: report_failure(self._reporting), lowest, ANSWER_S)
@@ -117,11 +117,15 @@ class Watch:
         self._exiting = True
         if self.holds:  # others ask its store
             others = len(self.peers) - 1
-            _wait_until(lambda: len(self._ended()) == others, BEAT_S + GRACE_S + ANSWER_S)
+            _wait_until(lambda: len(self.ended()) == others, BEAT_S + GRACE_S + ANSWER_S)
         elif printed and (self._store_lost or self.launch.has_ended()):
             time.sleep(2 * BEAT_S)  # no other rank of this host prints as long as this one runs
         else:  # a launcher ends all ranks when the first exits: let that be the one that printed
             time.sleep(0.3 if printed else 1)
+
+    def ended(self) -> set[int]:
+        """Ranks of this host, or rather of its process space, whose process has ended."""
+        return {rank for rank in self._here if not is_running(self.peers[rank].pid)}
 
     def _on_signal(self, number: int, frame: Any) -> None:
         """`_watch` reads signals from a pipe, which Python writes only if there is a handler."""
@@ -172,9 +176,6 @@ class Watch:
         self._store_lost = found is None
         return found or {}
 
-    def _ended(self) -> set[int]:
-        return ended_ranks(self.peers, self.rank)
-
     def _open_calls(self) -> dict[tuple[Track, int], Call]:
         tracks = self.ledger.tracks
         return {(track, number): call for track in tracks for number, call in track.open()}
@@ -203,7 +204,7 @@ class Watch:
             self._end_run(lost, 128 + signal.SIGTERM)
 
     def _check_processes(self) -> None:
-        if not (ended := self._ended() - self._finished):
+        if not (ended := self.ended() - self._finished):
             return
         finished = {rank for rank, seen in self._read(self.store).items() if seen.finished}
         # without a store: the rank that ended held it. If that rank failed, the next call fails
@@ -220,14 +221,14 @@ class Watch:
             return
         (track, number), call = late[0], calls[late[0]]
         before = self._read(self.store)
-        for _ in range(BEATS):
+        for _ in range(2):  # beats between the two readings
             self._stop.wait(BEAT_S)
             with contextlib.suppress(RuntimeError):
                 self._publish()  # other ranks may be reading
         if self._stop.is_set() or late[0] not in self._open_calls():
             return  # the call was late, and came back
         progress = self._read(self.store)
-        ended, stalled = self._ended(), self._stalled(before, progress)
+        ended, stalled = self.ended(), self._stalled(before, progress)
         running = progress.keys() & set(track.ranks) - ended - stalled
         if any(progress[rank].compiling for rank in running):
             return
@@ -241,7 +242,7 @@ class Watch:
         both = now.keys() & before.keys()
         silent = {r for r in both if now[r].beat == before[r].beat and not now[r].finished}
         stopped = {r for r in self._here if process_state(self.peers[r].pid) in ("T", "t")}
-        return (silent | stopped) - {self.rank} - self._ended()
+        return (silent | stopped) - {self.rank} - self.ended()
 
     # --- the end ----------------------------------------------------------------------------------
 
