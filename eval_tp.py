@@ -19,7 +19,6 @@ from inference.load import load, memory_needed
 from inference.perplexity import measure, windows
 from report import report
 from text.dataset import Dataset
-from tp_model import TensorParallelGPT
 from world import peaks
 from world.entry import run
 from world.mesh import World
@@ -51,7 +50,10 @@ def main(world: World, options: EvalOptions) -> None:
     timing = {"load_s": load_s, "eval_s": seconds, "tokens_per_s": count / seconds}
     evaluation, account = figures(total, count, stride, n_bytes), world.ledger.snapshot()
     made = report.build("eval_tp", world, model, account, timing, seconds, evaluation=evaluation)
-    made["utilisation"] = used(model, len(tokens), stride, seconds).figures(world)
+    lengths = [stop - start for start, stop, _ in windows(len(tokens), size, stride)]
+    operations = sum(length * peaks.operations(model.split, length, False) for length in lengths)
+    use = peaks.Use(operations / seconds, next(model.parameters()).dtype)
+    made["utilisation"] = use.figures(world)
     if world.is_main:
         print(report.account_table(made), file=sys.stderr)
         formats = {float: ",.6g", int: ","}
@@ -95,13 +97,6 @@ def figures(total: float, count: int, stride: int, n_bytes: int) -> dict[str, fl
     perplexity = math.exp(min(loss, 700))
     found = {"loss": loss, "perplexity": perplexity, "tokens": count, "stride": stride}
     return found | ({"bits_per_byte": total / math.log(2) / n_bytes} if n_bytes else {})
-
-
-def used(model: TensorParallelGPT, n: int, stride: int, seconds: float) -> peaks.Use:
-    """What forward passes over n tokens used of the machine."""
-    lengths = [stop - start for start, stop, _ in windows(n, model.config.block_size, stride)]
-    operations = sum(length * peaks.operations(model.split, length, False) for length in lengths)
-    return peaks.Use(operations / seconds, next(model.parameters()).dtype)
 
 
 if __name__ == "__main__":
