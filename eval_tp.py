@@ -19,7 +19,6 @@ from inference.load import load, memory_needed
 from inference.perplexity import measure, windows
 from report import report
 from text.dataset import Dataset
-from tp_model import TensorParallelGPT
 from world import peaks
 from world.entry import run
 from world.mesh import World
@@ -37,8 +36,8 @@ def main(world: World, options: EvalOptions) -> None:
     size = source.config.block_size
     stride = options.stride or size
     if stride > size:
-        fault = f"--stride={stride} is more than block_size={size}"
-        raise UserError(f"{fault}: tokens would be left out.")
+        why = f"is more than block_size={size}: tokens would be left out."
+        raise UserError(f"--stride={stride} {why}")
     with explaining_memory(lambda: memory_needed(world, source, options)):
         model = load(world, source, options)
         world.synchronize()
@@ -49,10 +48,12 @@ def main(world: World, options: EvalOptions) -> None:
             total, count = measure(model, tokens, stride, options.batch_size, show)
     seconds = time.perf_counter() - started
     timing = {"load_s": load_s, "eval_s": seconds, "tokens_per_s": count / seconds}
-    evaluation = figures(total, count, stride, n_bytes)
-    account = world.ledger.snapshot()
+    evaluation, account = figures(total, count, stride, n_bytes), world.ledger.snapshot()
     made = report.build("eval_tp", world, model, account, timing, seconds, evaluation=evaluation)
-    made["utilisation"] = used(model, len(tokens), stride, seconds).figures(world)
+    lengths = [stop - start for start, stop, _ in windows(len(tokens), size, stride)]
+    operations = sum(length * peaks.operations(model.split, length, False) for length in lengths)
+    use = peaks.Use(operations / seconds, next(model.parameters()).dtype)
+    made["utilisation"] = use.figures(world)
     if world.is_main:
         print(report.account_table(made), file=sys.stderr)
         formats = {float: ",.6g", int: ","}
@@ -64,11 +65,8 @@ def main(world: World, options: EvalOptions) -> None:
 
 def read_tokens(source: Source, options: EvalOptions) -> tuple[Tensor, int]:
     """The ids to measure, int64, and the bytes of text that the predicted ones are (0 if unknown).
-
-    "<|endoftext|>" in the text is text, as it is where training data is prepared.
-    """
-    vocab_size, most = source.config.vocab_size, options.max_tokens or sys.maxsize
-    n_bytes = 0
+    "<|endoftext|>" in the text is text, as it is where training data is prepared."""
+    vocab_size, most, n_bytes = source.config.vocab_size, options.max_tokens or sys.maxsize, 0
     if options.dataset:
         dataset = Dataset(Path(options.data_dir) / options.dataset)
         if not options.tokenizer:
@@ -99,13 +97,6 @@ def figures(total: float, count: int, stride: int, n_bytes: int) -> dict[str, fl
     perplexity = math.exp(min(loss, 700))
     found = {"loss": loss, "perplexity": perplexity, "tokens": count, "stride": stride}
     return found | ({"bits_per_byte": total / math.log(2) / n_bytes} if n_bytes else {})
-
-
-def used(model: TensorParallelGPT, n: int, stride: int, seconds: float) -> peaks.Use:
-    """What forward passes over n tokens used of the machine."""
-    lengths = [stop - start for start, stop, _ in windows(n, model.config.block_size, stride)]
-    operations = sum(length * peaks.operations(model.split, length, False) for length in lengths)
-    return peaks.Use(operations / seconds, next(model.parameters()).dtype)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ from cli.options import TrainOptions
 from report import report
 from text.dataset import Dataset
 from train import directory, dry_run
-from train.directory import BEGUN, METRICS, after_restart
+from train.directory import BEGUN, METRICS, after_restart, loss_curve
 from train.log import start_wandb
 from train.loop import train
-from train.metrics import loss_curve
 from train.setup import Run, prepare
 from world import entry, peaks
 from world.mesh import World
@@ -43,7 +42,7 @@ def main(world: World, options: TrainOptions) -> None:
 
 def finish(run: Run, seconds: float) -> None:
     """Print the account of the run, and write its report."""
-    world, options = run.world, run.options
+    world, options, size = run.world, run.options, run.model.config.block_size
     done = run.progress.tokens_seen - run.first.tokens_seen
     timing = {"train_s": seconds, "tokens": done, "tokens_per_s": done / seconds}
     more: dict[str, Any] = {"best_val_loss": run.progress.best_val_loss}
@@ -51,23 +50,17 @@ def finish(run: Run, seconds: float) -> None:
         more["loss_curve"] = loss_curve(run.out_dir / METRICS) if options.report else {}
     account = world.ledger.snapshot()
     made = report.build("train_tp", world, run.model, account, timing, seconds, **more)
-    made["utilisation"] = use(run, seconds).figures(world)
+    rate = 2 * options.eval_iters * options.batch_size * size / seconds  # tokens of an evaluation
+    if run.seconds:
+        rate = run.tokens_per_iter / median(run.seconds)
+    operations = rate * peaks.operations(run.model.split, size, bool(run.seconds))
+    made["utilisation"] = peaks.Use(operations, run.dtype).figures(world)
     if world.is_main:
         print(report.account_table(made))
         what = "evaluation" if options.eval_only else "training"
         print(peaks.text(made["utilisation"], what, str(run.dtype)[6:]))
         if options.report:
             report.write(options.report, made)
-
-
-def use(run: Run, seconds: float) -> peaks.Use:
-    """Operations a second of the median iteration; without one, of the evaluation."""
-    options, size = run.options, run.model.config.block_size
-    if run.seconds:
-        rate = run.tokens_per_iter / median(run.seconds)
-    else:
-        rate = 2 * options.eval_iters * options.batch_size * size / seconds
-    return peaks.Use(rate * peaks.operations(run.model.split, size, bool(run.seconds)), run.dtype)
 
 
 def command() -> tuple[entry.Main, TrainOptions]:

@@ -48,6 +48,10 @@ def explaining_memory(need: Callable[[], str]) -> Iterator[None]:
         raise
 
 
+def first_line(error: object) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def print_error(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 

@@ -20,7 +20,6 @@ from text.dataset import Dataset, write_tokens
 from text.tokenizer import IdsTokenizer, write_tokenizer
 from train.checkpoint import Saver
 from train.loop import agree, iterate
-from train.loop import save as save_run
 from train.setup import Run, prepare
 from world import peaks
 from world.mesh import World
@@ -105,19 +104,19 @@ def save(world: World, options: BenchSaveOptions) -> None:
     """How long a run is stopped by a checkpoint, in front and in the background."""
     bench = Bench(world, options)
     rounds: list[dict[str, Any]] = []
-    with prepared(world, options) as (run, place):
+    with prepared(world, options, keep_last=1) as (run, place):
         savers = {}
         for way in ("front", "background"):
-            savers[way] = Saver(world, place / way, 1, way == "background")
+            savers[way] = Saver(run, place / way, way == "background")
             if world.is_main:
                 (place / way).mkdir()
         iterations(run, 2)
         for saver in savers.values():  # the first save allocates memory
-            save_run(run, saver)
+            saver.save()
             saver.finish()
         for _ in range(options.repeats):
             usual = iterations(run, options.steps)[0] / options.steps
-            found = {way: saved(run, saver, usual) for way, saver in savers.items()}
+            found = {way: saved(saver, usual) for way, saver in savers.items()}
             rounds.append({"iteration": usual, **found})
     front, background = ([turn[way]["stall"] for turn in rounds] for way in savers)
     ratios = [b / f for f, b in zip(front, background, strict=True)]
@@ -138,11 +137,11 @@ def save(world: World, options: BenchSaveOptions) -> None:
     bench.finish("save", figures | {"ratio": spread(ratios)}, lines)
 
 
-def saved(run: Run, saver: Saver, usual: float) -> dict[str, Any]:
+def saved(saver: Saver, usual: float) -> dict[str, Any]:
     """The cost of a save. stall: seconds of it and of the iterations beside it, less what these
     iterations usually take; pause: seconds before the first of them."""
-    started, count = time.perf_counter(), 0
-    ended = save_run(run, saver)
+    started, count, run = time.perf_counter(), 0, saver.run
+    ended = saver.save()
     pause = time.perf_counter() - started
     while agree(run.world, (int(run.world.is_main and not ended),))[0]:
         iterations(run, 1)

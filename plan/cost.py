@@ -8,16 +8,15 @@ JPDC 69, 2009). A step is as fast as its slowest rank, the first of a tp group: 
 heads, columns and vocabulary rows.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import prod
 from operator import add
 from typing import NamedTuple
 
 from plan.memory import FLOAT, ID, Training
 from plan.messages import exchanges, partial_gradients
-from plan.partition import Partition, Shape, length
+from plan.partition import Partition, length
 from plan.schedule import KINDS, Schedule
 
 MODES = ("decode", "prefill", "train")
@@ -25,7 +24,6 @@ MODES = ("decode", "prefill", "train")
 # weight, gradient and two moments read, weight and moments written (28). The tied table has two
 # gradients, cleared and added (20).
 OPTIMIZER, TIED = 10 * FLOAT, 5 * FLOAT
-BACKWARD = 2  # a backward pass has as many products as two forward passes
 PASSES = 6  # of the loss over a chunk of logits
 
 
@@ -35,9 +33,7 @@ def ring_bytes(nbytes: float, size: int) -> float:
 
 
 @dataclass(frozen=True)
-class Link:
-    """The link between ranks."""
-
+class Link:  # between ranks
     alpha: float  # seconds of an empty message
     beta: float  # seconds a byte
     one_shot: bool = False  # a rank can read all others' memory at once
@@ -62,9 +58,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Hardware:
-    """The device of a rank."""
-
-    name: str
+    name: str  # of a rank's device
     memory: float  # bytes a second that it reads while all ranks do
     peak: float  # flop a second of matrix products
     overhead: float  # seconds of a sub-block beyond products and messages: kernel launches, calls
@@ -84,9 +78,7 @@ class Message(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Seconds:
-    """The parts of a step's time."""
-
+class Seconds:  # the parts of a step's time
     weights: float = 0.0  # products that wait for memory
     compute: float = 0.0  # products that do not
     attention: float = 0.0  # scores, values and the cache
@@ -100,17 +92,13 @@ class Seconds:
 
     @property
     def share(self) -> float:
-        """Communication's share."""
         return self.communication / self.total
-
-    def scaled(self, times: int) -> "Seconds":
-        return Seconds(*(times * seconds for seconds in vars(self).values()))
 
     def __add__(self, other: "Seconds") -> "Seconds":
         return Seconds(*map(add, vars(self).values(), vars(other).values()))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
     """A decode step, the prefill of a prompt with its first new token, or a training iteration of
     one micro-batch."""
@@ -126,42 +114,18 @@ class Step:
     sequence_parallel: bool = False
     logit_rows: int = 0  # rows whose logits exist at a time (train)
 
-    @property
-    def trains(self) -> bool:
-        return self.mode == "train"
-
-    @property
-    def passes(self) -> int:
-        return 1 + BACKWARD * self.trains
-
-    @property
-    def split_tokens(self) -> bool:
-        return self.sequence_parallel and self.split.tp <= self.tokens
-
-    @cached_property
-    def shapes(self) -> dict[str, Shape]:
-        """This rank's shapes of a model with one layer: all layers are alike."""
-        return replace(self.split, n_layer=1).local_shapes(0)
-
-    @property
-    def numbers(self) -> int:
-        """Numbers in this rank's parameters, padding rows included."""
-        times = {name: self.split.n_layer if ".h." in name else 1 for name in self.shapes}
-        return sum(times[name] * prod(shape) for name, shape in self.shapes.items())
-
-    @cached_property
-    def entries(self) -> list[int]:
-        """Entries of this rank's matrices: of each sub-block in order, and of the head."""
-
-        def total(part: str) -> int:
-            matrices = ((n, shape) for n, shape in self.shapes.items() if len(shape) == 2)
-            return sum(prod(shape) for name, shape in matrices if part in name)
-
-        return [total(".attn."), total(".mlp.")] * self.split.n_layer + [total(".wte.")]
-
-    @property
-    def channels(self) -> int:
-        return length(self.split.channels(0))
+    def __post_init__(self) -> None:
+        self.trains = self.mode == "train"
+        self.passes = 3 if self.trains else 1  # a backward pass has as many products as two forward
+        self.split_tokens = self.sequence_parallel and self.split.tp <= self.tokens
+        self.channels, layers = length(self.split.channels(0)), self.split.n_layer
+        one = replace(self.split, n_layer=1).local_shapes(0).items()  # all layers are alike
+        # numbers in this rank's parameters, padding rows included
+        self.numbers = sum(prod(shape) * (layers if ".h." in name else 1) for name, shape in one)
+        matrices = [(name, prod(shape)) for name, shape in one if len(shape) == 2]
+        parts = (".attn.", ".mlp.", ".wte.")
+        *layer, table = (sum(n for name, n in matrices if part in name) for part in parts)
+        self.entries = layer * layers + [table]  # of each sub-block's matrices, and of the head's
 
     def product(self, entries: int, rows: int, hardware: Hardware) -> Seconds:
         """Rows times a matrix of so many entries; in training its two gradients as well."""
@@ -169,9 +133,8 @@ class Step:
         if self.int8 and hardware.widening:
             reading = max(reading, rows * entries / hardware.widening)
         arithmetic = 2 * rows * entries / hardware.peak
-        if reading >= arithmetic:
-            return Seconds(weights=self.passes * reading)
-        return Seconds(compute=self.passes * arithmetic)
+        kind = "weights" if reading >= arithmetic else "compute"
+        return Seconds(**{kind: self.passes * max(reading, arithmetic)})
 
     def attention(self, hardware: Hardware) -> Seconds:
         """One layer's products of queries, keys and values, or reading keys and values. A backward
@@ -196,10 +159,9 @@ class Step:
 
     def seconds(self, hardware: Hardware) -> Seconds:
         """The step on this hardware."""
-        n, attention, mlp, head = self.rows * self.tokens, *self.entries[:2], self.entries[-1]
-        layer = self.attention(hardware)
-        layer += self.product(attention, n, hardware) + self.product(mlp, n, hardware)
-        found = layer.scaled(self.split.n_layer) + self.elementwise(hardware)
+        n, (*layers, head) = self.rows * self.tokens, self.entries
+        found = self.elementwise(hardware) + self.product(sum(layers), n, hardware)
+        found += Seconds(attention=self.split.n_layer * self.attention(hardware).attention)
         found += self.product(head, n if self.trains else self.rows, hardware)
         if self.trains:
             nbytes = OPTIMIZER * self.numbers + TIED * head
@@ -211,10 +173,17 @@ class Step:
 
     def messages(self) -> Iterator[Message]:
         """Every collective of the step on the tp axis, in no particular order."""
-        tp, n = self.split.tp, self.rows * self.tokens
+        tp, n, C = self.split.tp, self.rows * self.tokens, self.split.n_embd
         if tp == 1:
             return
-        yield from self._stream(n * self.split.n_embd)
+        # a sub-block's are as narrow as its products, but for sums in the backward pass
+        narrow, wide = n * C * self.width, n * C * (FLOAT if self.trains else self.width)
+        for block, exchange in exchanges(self.schedule, self.split_tokens):
+            inside = narrow if block in KINDS else wide
+            for op in exchange.forward:
+                yield Message(block, "forward", op, inside)
+            for op in exchange.backward if self.trains else ():
+                yield Message(block, "backward", op, inside if op == "all_gather" else wide)
         if not self.trains:
             yield Message("sampling", "step", "all_gather", 2 * self.rows * FLOAT, tp)
             yield Message("sampling", "step", "broadcast", 2 * self.rows * ID)
@@ -223,52 +192,19 @@ class Step:
             rows = min(self.logit_rows, n - first)
             yield Message("loss", "forward", "all_gather", 3 * rows * FLOAT, tp)
         if names := partial_gradients(self.split, self.schedule, self.split_tokens):
-            shapes = self.split.shapes()
-            nbytes = FLOAT * sum(prod(shapes[name]) for name in names)
-            yield Message("optimizer", "step", "all_reduce", nbytes)
+            numbers = sum(prod(self.split.table[name][0]) for name in names)
+            yield Message("optimizer", "step", "all_reduce", FLOAT * numbers)
         yield Message("optimizer", "step", "all_reduce", FLOAT)  # the gradient's norm
-
-    def _stream(self, n: int) -> Iterator[Message]:
-        """The messages of the residual stream, n numbers. A sub-block's are as narrow as its
-        products, but for sums in the backward pass."""
-        narrow, wide = n * self.width, n * (FLOAT if self.trains else self.width)
-        for block, exchange in exchanges(self.schedule, self.split_tokens):
-            inside = narrow if block in KINDS else wide
-            for op in exchange.forward:
-                yield Message(block, "forward", op, inside)
-            for op in exchange.backward if self.trains else ():
-                yield Message(block, "backward", op, inside if op == "all_gather" else wide)
 
     @property
     def capacity(self) -> int:
         """Bytes of this rank's weights and cache; in training the peak on a GPU by memory.py."""
         if self.trains:
-            return Training(split=self.split, rows=self.rows, eval_rows=self.rows, gpu=True,
-                            width=self.width, logit_rows=self.logit_rows,
-                            sequence_parallel=self.split_tokens).peak
+            return Training(
+                split=self.split, rows=self.rows, eval_rows=self.rows, gpu=True, width=self.width,
+                logit_rows=self.logit_rows, sequence_parallel=self.split_tokens,
+            ).peak  # fmt: skip
         cache = self.width * self.split.cache_numbers(self.rows * (self.past + self.tokens))
         if self.int8:  # look-ups read the table in full width
             return self.numbers + self.entries[-1] * self.width + cache
         return self.numbers * self.width + cache
-
-
-def fit_link(times: Iterable[tuple[float, float]], one_shot: bool = False) -> Link:
-    """The link between two ranks of which all-reduces of so many bytes took so many seconds:
-    [(bytes, seconds), ...].
-
-    Over two ranks every algorithm is 2 alpha + m beta. Weighted least squares, each residual over
-    the time it is of, so that microseconds count as much as milliseconds; neither constant is
-    negative. ValueError with fewer than two sizes.
-    """
-    points = [(1 / t, m / t) for m, t in times]  # 2 alpha u + beta v = 1 at each (u, v)
-    uu, uv, vv = (sum(p[i] * p[j] for p in points) for i, j in ((0, 0), (0, 1), (1, 1)))
-    u, v = (sum(p[i] for p in points) for i in (0, 1))
-    if len({v / u for u, v in points}) < 2:
-        raise ValueError("latency and bandwidth are told apart by messages of two sizes at least")
-    determinant = uu * vv - uv * uv
-    latency, beta = (u * vv - v * uv) / determinant, (v * uu - u * uv) / determinant
-    if latency < 0:
-        latency, beta = 0.0, v / vv
-    if beta < 0:
-        latency, beta = u / uu, 0.0
-    return Link(latency / 2, beta, one_shot)

@@ -20,7 +20,6 @@ The process itself, workspaces of kernels and mapped files are not counted.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 
 from plan.partition import Partition, length, spans
@@ -29,14 +28,11 @@ FLOAT = 4  # bytes of a parameter, a gradient, a moment, a number of the residua
 ID = 8  # bytes of a token id
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Training:
     """A training run. Each figure is of the rank that has most: the first of a tp group (`spans`).
-
-    split: over tp. dp: replicas. rows, eval_rows: sequences in a micro-batch and in a batch of an
-    evaluation. micro_steps: micro-batches in an iteration. width: bytes of a number in matrix
-    products, 4, or 2 under autocast. logit_rows: rows whose logits exist at a time.
-    """
+    rows, eval_rows: sequences in a micro-batch and in a batch of an evaluation. width: bytes of a
+    number in products, 4, or 2 under autocast. logit_rows: rows whose logits exist at a time."""
 
     split: Partition
     rows: int
@@ -51,28 +47,38 @@ class Training:
     activation_checkpointing: bool = False
     dp_shard: bool = False
 
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter on this rank, padding included, before dp shards it."""
-        return self.split.local_shapes(0)
-
-    @cached_property
-    def whole(self) -> int:
-        return FLOAT * sum(map(prod, self.shapes.values()))  # before dp shards them
-
-    @cached_property
-    def _layers(self) -> int:
-        return FLOAT * sum(prod(shape) for name, shape in self.shapes.items() if ".h." in name)
-
-    @property
-    def parameters(self) -> int:
-        """Sharded over dp, each tensor is cut along dimension 0; the first piece is the longest."""
+    def __post_init__(self) -> None:
+        s, w = self.split, self.width
+        self.shapes = s.local_shapes(0)  # padding included, before dp shards them
+        self.whole = FLOAT * sum(map(prod, self.shapes.values()))
+        self._layers = FLOAT * sum(prod(shape) for n, shape in self.shapes.items() if ".h." in n)
+        # a gradient of the embedding table: the head's waits for the embedding's
+        self._table = FLOAT * prod(self.shapes["transformer.wte.weight"])
+        # sharded over dp, each tensor is cut along dimension 0; the first piece is the longest
         dp = self.dp if self.dp_shard else 1
-        return FLOAT * sum(-(-rows // dp) * prod(rest) for rows, *rest in self.shapes.values())
-
-    @property
-    def gradients(self) -> int:
-        return max(self.parameters, self._gradients(0), self._gradients(self._layers))
+        pieces = (-(-rows // dp) * prod(rest) for rows, *rest in self.shapes.values())
+        self.parameters = FLOAT * sum(pieces)
+        self.optimizer = 2 * self.parameters
+        self.gradients = max(self.parameters, self._gradients(0), self._gradients(self._layers))
+        self.tokens = self.rows * s.block_size
+        own = spans(s.block_size, s.tp if self.sequence_parallel else 1)[0]
+        self.own_tokens = self.rows * length(own)  # of the residual stream
+        self.stream = self.own_tokens * s.n_embd * FLOAT
+        self.kept_by_norm = self.stream + 2 * self.own_tokens * FLOAT  # input; means, deviations
+        # autocast copies a layer's weights
+        weights = (4 * length(s.channels(0)) + 2 * length(s.columns(0))) * s.n_embd
+        half = weights * w if w < FLOAT else 0
+        self.kept_by_layer = layer = self._kept_by_layer() + half
+        if self.activation_checkpointing:  # autocast holds weights: if split, the row-parallel ones
+            layer = self.stream + half // min(s.tp, 2)
+        # token ids, all layers, the last LayerNorm
+        self.activations = 2 * self.tokens * ID + s.n_layer * layer + self.kept_by_norm
+        # whole parameters under dp_shard: those in no layer, and three layers'
+        layers = self._layers - 3 * self._layers // s.n_layer
+        self._gathered = self.whole - layers if self.dp_shard else 0
+        self._passing = self._within_a_pass()
+        self.temporary = max(self._passing.values()) + self._table + self._gathered
+        self.kv_cache = w * s.cache_numbers(s.block_size)  # of a sequence, in generation
 
     def _gradients(self, done: int) -> int:
         """Bytes of gradients in the last micro-batch, when those of `done` bytes are there. Earlier
@@ -82,126 +88,51 @@ class Training:
         sums = self.whole - done if self.micro_steps > 1 else 0
         return sums + (-(-done // self.dp) if self.dp_shard else self.whole)
 
-    @property
-    def optimizer(self) -> int:
-        return 2 * self.parameters
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.split.block_size
-
-    @property
-    def own_tokens(self) -> int:
-        """Tokens of the residual stream on this rank."""
-        lo, hi = spans(self.split.block_size, self.split.tp if self.sequence_parallel else 1)[0]
-        return self.rows * (hi - lo)
-
-    @property
-    def stream(self) -> int:
-        return self.own_tokens * self.split.n_embd * FLOAT
-
-    @property
-    def channels(self) -> int:
-        """Width of this rank's heads, side by side."""
-        return length(self.split.channels(0))
-
-    @property
-    def columns(self) -> int:
-        return length(self.split.columns(0))
-
-    @property
-    def _half_weights(self) -> int:
-        numbers = (4 * self.channels + 2 * self.columns) * self.split.n_embd
-        return numbers * self.width if self.width < FLOAT else 0  # autocast copies a layer's
-
-    @property
-    def kept_by_norm(self) -> int:
-        return self.stream + 2 * self.own_tokens * FLOAT  # its input; means and deviations
-
-    @property
-    def kept_by_layer(self) -> int:
-        """Bytes that a layer keeps for its backward pass: the table at the head of this file."""
-        w, mask = self.width, self.dropout * (1 if self.gpu else self.width)
-        kept = 2 * self.kept_by_norm + 2 * self.own_tokens * self.split.n_embd * (w + mask)
-        kept += self.tokens * (4 * self.channels + 2 * self.columns) * w + self._half_weights
-        heads = self.channels // self.split.head_dim
+    def _kept_by_layer(self) -> int:
+        """What a layer keeps for its backward pass, but half weights: the table at the head of this
+        file."""
+        s, w, mask = self.split, self.width, self.dropout * (1 if self.gpu else self.width)
+        channels, columns = length(s.channels(0)), length(s.columns(0))
+        kept = 2 * self.kept_by_norm + 2 * self.own_tokens * s.n_embd * (w + mask)
+        kept += self.tokens * (4 * channels + 2 * columns) * w
+        heads = channels // s.head_dim
         if self.dropout and not self.gpu:  # probabilities, mask, product; q, k and v in float32
-            scores = heads * self.split.block_size * FLOAT
-            return kept + 3 * self.tokens * (scores + self.channels * (FLOAT - w))
+            return kept + 3 * self.tokens * (heads * s.block_size * FLOAT + channels * (FLOAT - w))
         return kept + self.tokens * heads * FLOAT  # logarithms of the kernel's sums
 
-    @property
-    def activations(self) -> int:
-        """Bytes that a forward pass keeps: token ids, all layers, the last LayerNorm."""
-        layer = self.kept_by_layer
-        if self.activation_checkpointing:  # autocast holds weights: if split, the row-parallel ones
-            layer = self.stream + self._half_weights // min(self.split.tp, 2)
-        return 2 * self.tokens * ID + self.split.n_layer * layer + self.kept_by_norm
+    def _within_a_pass(self) -> dict[str, int]:
+        """Bytes of what comes and goes within a pass, by moment. An evaluation keeps nothing but
+        the head's and one MLP's. The loss has the table's gradient and its half-precision copies. A
+        layer's backward pass has gradients, a message, activations computed again."""
+        s, w, columns = self.split, self.width, length(self.split.columns(0))
 
-    @property
-    def table(self) -> int:
-        """Bytes of a gradient of the embedding table. The head's waits for the embedding's."""
-        return FLOAT * prod(self.shapes["transformer.wte.weight"])
+        def head(tokens: int) -> int:  # the last hidden states, their gradient, a chunk of logits
+            logits = min(self.logit_rows, tokens) * s.local_vocab
+            number = FLOAT if w == FLOAT else FLOAT + 2 * w  # half twice
+            return 2 * tokens * s.n_embd * FLOAT + logits * number
 
-    def _head(self, rows: int) -> int:
-        """Bytes of the last hidden states, their gradient, and a chunk of logits."""
-        tokens = rows * self.split.block_size
-        logits = min(self.logit_rows, tokens) * self.split.local_vocab
-        number = FLOAT if self.width == FLOAT else FLOAT + 2 * self.width  # half twice
-        return 2 * tokens * self.split.n_embd * FLOAT + logits * number
-
-    @property
-    def _loss(self) -> int:
-        """Bytes of head and loss, the table's gradient and its half-precision copies among them."""
-        half = 0 if self.width == FLOAT else 1 if self.gpu else 2
-        return self._head(self.rows) + self.table * (1 + half)
-
-    @property
-    def _evaluation(self) -> int:
-        """Bytes of a forward pass that keeps nothing: the head's and one MLP's."""
-        hidden = self.eval_rows * self.split.block_size * self.columns
-        return self._head(self.eval_rows) + 2 * hidden * self.width
-
-    @property
-    def _backward(self) -> int:
-        """Bytes of a layer's backward pass: gradients, a message, activations computed again."""
-        number = FLOAT + self.width if self.sequence_parallel else FLOAT
-        message = 2 * self.tokens * self.split.n_embd * number if self.split.tp > 1 else 0
-        weight = self.columns * self.split.n_embd * FLOAT
+        seen, half = self.eval_rows * s.block_size, 0 if w == FLOAT else 1 if self.gpu else 2
+        message = 2 * self.tokens * s.n_embd * (FLOAT + w * self.sequence_parallel) * (s.tp > 1)
+        backward = self.stream + max(self.tokens * columns * w, message)
+        backward += columns * s.n_embd * FLOAT  # a weight's gradient
         again = self.kept_by_layer - self.stream if self.activation_checkpointing else 0
-        return self.stream + max(self.tokens * self.columns * self.width, message) + weight + again
-
-    @property
-    def _gathered(self) -> int:
-        """Bytes of whole parameters under dp_shard: those in no layer, and three layers'."""
-        layers = self._layers - 3 * self._layers // self.split.n_layer
-        return self.whole - layers if self.dp_shard else 0
-
-    @property
-    def temporary(self) -> int:
-        """Bytes of what comes and goes within a pass, at their most."""
-        most = max(self._loss, self._backward + self.table, self._evaluation)
-        return most + self.table + self._gathered
+        return {
+            "evaluation": head(seen) + 2 * seen * columns * w,
+            "head and loss": head(self.tokens) + self._table * (1 + half),
+            "last layer, backward": backward + again + self._table,
+        }
 
     def live(self) -> tuple[int, str]:
         """(bytes, its name) of the largest moment: the most that tensors take at a time."""
-        before, after = self._gradients(0), self._gradients(self._layers)
         moments = {
-            "evaluation": before + self._evaluation,
-            "head and loss": before + self.activations + self._loss,
-            "last layer, backward": before + self.activations + self.table + self._backward,
-            "embedding, backward": after + 2 * self.table,
-        }
-        name, most = max(moments.items(), key=lambda moment: moment[1])
-        return self.parameters + self.optimizer + self._gathered + most, name
+            name: self._gradients(0) + self.activations * (name != "evaluation") + passing
+            for name, passing in self._passing.items()
+        } | {"embedding, backward": self._gradients(self._layers) + 2 * self._table}
+        name = max(moments, key=moments.__getitem__)
+        return self.parameters + self.optimizer + self._gathered + moments[name], name
 
     @property
     def peak(self) -> int:
         """The most bytes that the rank takes, without the process itself."""
         parts = self.parameters + self.gradients + self.optimizer + self.activations
         return self.live()[0] if self.gpu or self.dp_shard else parts + self.temporary
-
-    @property
-    def kv_cache(self) -> int:
-        """Bytes of keys and values of one sequence of block_size tokens, in generation."""
-        return self.width * self.split.cache_numbers(self.split.block_size)

@@ -1,8 +1,5 @@
 """The split of a GPT-2 over ranks: who owns which heads, columns and rows. Pure integers, no torch.
-
-`Partition.table` is the only place that holds the split rules. The model, the converter, the
-parameter count, the optimizer's state, gradient norms and the tests all read it.
-"""
+`Partition.table` is the only place that holds the split rules: all others read it."""
 
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -38,13 +35,9 @@ def round_up(n: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class Rule:
-    """How one tensor is split.
-
-    dim: the dimension of the full tensor that is split; None if every rank holds all of it
-    (replicated).
-    runs: for each rank, the spans along `dim` that it owns, in the order in which it stores them.
-    rows: the size along `dim` in every rank's memory; None if it is what the rank owns.
-    """
+    """How one tensor is split. dim: the dimension of the full tensor that is split, None if
+    replicated. runs: for each rank, the spans along `dim` that it owns, in the order in which it
+    stores them. rows: the size along `dim` in every rank's memory; None if it is what it owns."""
 
     dim: int | None = None
     runs: tuple[tuple[Span, ...], ...] = ()
@@ -55,7 +48,7 @@ class Rule:
         return self.runs[rank] if self.runs else ()
 
     def owned(self, rank: int) -> int:
-        """Entries along `dim` that `rank` owns, without padding."""
+        """Entries along `dim`, without padding."""
         return sum(map(length, self.runs[rank]))
 
     @property
@@ -72,11 +65,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Partition:
-    """The split of a GPT-2 of the given sizes over `tp` ranks.
-
-    n_head, n_embd, vocab_size: of the full model. Heads are n_embd // n_head wide.
-    tp: tensor-parallel size, 1 to n_head (UserError beyond: a rank would hold no head).
-    """
+    """The split of a GPT-2 of the given sizes over `tp` ranks: 1 to n_head, UserError beyond."""
 
     n_layer: int
     n_head: int
@@ -97,17 +86,17 @@ class Partition:
         if n_embd % n_head:
             low = n_embd // n_head * n_head
             nearest = " or ".join(str(n) for n in (low, low + n_head) if n)
-            raise UserError(f"n_embd={n_embd} does not divide into n_head={n_head} heads. Use "
-                            f"n_embd={nearest}.")
+            fault = f"n_embd={n_embd} does not divide into n_head={n_head} heads"
+            raise UserError(f"{fault}. Use n_embd={nearest}.")
         if tp < 1:
             raise UserError(f"tp={tp}: the tensor-parallel size is at least 1.")
         if tp > n_head:
             even = ", ".join(str(k) for k in range(1, n_head + 1) if n_head % k == 0)
-            raise UserError(f"tp={tp} is more than n_head={n_head}: some ranks would hold no "
-                            f"head. Use a tp between 1 and {n_head} (even splits: {even}).")
+            fault = f"tp={tp} is more than n_head={n_head}: some ranks would hold no head"
+            raise UserError(f"{fault}. Use a tp between 1 and {n_head} (even splits: {even}).")
         if tp > self.vocab_size:
-            raise UserError(f"tp={tp} is more than vocab_size={self.vocab_size}: some ranks would "
-                            "hold no row.")
+            fault = f"tp={tp} is more than vocab_size={self.vocab_size}"
+            raise UserError(f"{fault}: some ranks would hold no row.")
 
     @property
     def head_dim(self) -> int:
@@ -122,7 +111,6 @@ class Partition:
         return spans(self.n_head, self.tp)[rank]
 
     def channels(self, rank: int) -> Span:
-        """The channels of the rank's heads."""
         lo, hi = self.heads(rank)
         return self.head_dim * lo, self.head_dim * hi
 
@@ -138,16 +126,14 @@ class Partition:
         """Rows of the embedding table in every rank's memory, padding included."""
         return round_up(-(-self.vocab_size // self.tp), VOCAB_MULTIPLE)
 
-    def cache_numbers(self, tokens: int, rank: int = 0) -> int:
-        """Numbers in the rank's KV cache of so many tokens."""
-        return 2 * self.n_layer * length(self.channels(rank)) * tokens
+    def cache_numbers(self, tokens: int) -> int:
+        """Numbers in the first rank's KV cache of so many tokens."""
+        return 2 * self.n_layer * length(self.channels(0)) * tokens
 
     @cached_property
     def table(self) -> dict[str, tuple[Shape, Rule]]:
-        """Full shape and split rule of every parameter, in nanoGPT's names and order.
-
-        `lm_head.weight` is `transformer.wte.weight`.
-        """
+        """Full shape and split rule of every parameter, in nanoGPT's names and order, without
+        `lm_head.weight`, which is `transformer.wte.weight`."""
         C, H, ranks, whole = self.n_embd, self.n_hidden, range(self.tp), Rule()
         channels, units = list(map(self.channels, ranks)), [(self.columns(rank),) for rank in ranks]
         vocabulary = tuple((self.vocabulary(rank),) for rank in ranks)
@@ -174,12 +160,10 @@ class Partition:
         return {name: row for name, row in table.items() if self.bias or not name.endswith(".bias")}
 
     def shapes(self) -> dict[str, Shape]:
-        """Full shape of every parameter."""
         return {name: shape for name, (shape, _) in self.table.items()}
 
     @cached_property
     def rules(self) -> dict[str, Rule]:
-        """Split rule of every parameter."""
         return {name: rule for name, (_, rule) in self.table.items()}
 
     def local_shapes(self, rank: int) -> dict[str, Shape]:
@@ -195,10 +179,6 @@ class Partition:
     def imbalance(self) -> str:
         """The cost of an uneven split of heads, "" if it is even."""
         heads = [length(self.heads(rank)) for rank in range(self.tp)]
-        if min(heads) == max(heads):
-            return ""
-        extra = max(heads) * self.tp / self.n_head - 1
-        return (
-            f"tp={self.tp} over {self.n_head} heads: {','.join(map(str, heads))} "
-            f"(busiest rank does {extra:.0%} more attention than an even split)."
-        )
+        extra, split = max(heads) * self.tp / self.n_head - 1, ",".join(map(str, heads))
+        text = f"tp={self.tp} over {self.n_head} heads: {split} (busiest rank does {extra:.0%} "
+        return f"{text}more attention than an even split)." if extra else ""

@@ -13,7 +13,7 @@ from base.errors import UserError
 from cli.options import TrainOptions
 from train import checkpoint as training
 from train import log
-from train.metrics import cut_metrics, iteration_of
+from train.directory import cut_metrics, iteration_of
 
 
 def line(iteration: int, **more: Any) -> bytes:
@@ -57,7 +57,7 @@ def test_only_the_tail_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         read.append(text)
         return iteration_of(text)
 
-    monkeypatch.setattr("train.metrics.iteration_of", counted)
+    monkeypatch.setattr("train.directory.iteration_of", counted)
     cut_metrics(metrics, 19_998)
     assert read == [line(19_999), line(19_998), line(19_997)]
     assert metrics.read_bytes() == b"".join(map(line, range(19_998)))

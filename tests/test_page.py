@@ -34,7 +34,7 @@ from report.diagram import Message
 from report.page import STYLE, headline, page, record
 from report.report import read, write
 from report.sections import SECTIONS
-from train import dry_run, metrics
+from train import directory, dry_run
 from world.mesh import World
 
 letters, home, unknown = test_training.letters, test_drop_syncs.home, test_sample_tp.unknown
@@ -273,13 +273,13 @@ def test_a_loss_curve_is_thinned_and_whole(tmp_path: Path) -> None:
              + [{"iter": 1001, "val_loss": 2.0}])
     (tmp_path / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines) + '{"iter": 7, "lo')
-    made = metrics.loss_curve(tmp_path / "metrics.jsonl")
+    made = directory.loss_curve(tmp_path / "metrics.jsonl")
     assert (made["iter"][0] == 0 and made["iter"][-1] > 990
-            and 150 < len(made["iter"]) <= metrics.CURVE_POINTS)
+            and 150 < len(made["iter"]) <= directory.CURVE_POINTS)
     assert (made["loss"] == [4.0 - i / 1000 for i in made["iter"]]
             and (made["val_iter"], made["val_loss"]) == ([1001], [2.0]))
-    assert metrics.loss_curve(tmp_path / "none") == {"iter": [], "loss": [], "val_iter": [],
-                                                      "val_loss": []}
+    assert directory.loss_curve(tmp_path / "none") == {"iter": [], "loss": [], "val_iter": [],
+                                                        "val_loss": []}
 
 
 # --- whatever is in it ------------------------------------------------------------------------

@@ -28,9 +28,9 @@ from base.processes import call_within, is_running, process_state
 from parallel import collectives
 from parallel.collectives import Axis, all_reduce, all_reduce_later, average_later
 from parallel.ledger import Entry, Ledger, Track, call_text
+from world.launch import call_roll, check_statements, warn_of_hosts
 from world.mesh import World
 from world.peers import Peer, Progress, diagnosis, ranks_text
-from world.roll_call import call_roll, check_statements, warn_of_hosts
 
 HOST = socket.gethostname()
 
@@ -80,7 +80,7 @@ def test_what_an_earlier_attempt_left_in_the_store_is_not_believed(last: int) ->
 
 
 def test_who_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("world.roll_call.LATER_S", 0.1)
+    monkeypatch.setattr("world.launch.LATER_S", 0.1)
     found = attempt(dist.HashStore(), 4, absent=2, seconds=0.3)
     said = (
         "rank 2 did not come within 0.3 s; ranks 0-1, 3 did, on h0, h1, h3. Look at the output of "

@@ -11,45 +11,43 @@ Every rank writes what it owns. The directory gets its name when all have finish
 import collections
 import contextlib
 import itertools
-import math
 import os
-import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from base.errors import UserError
 from base.files import inside, publish, read_json, sync_directory, write_json
-from checkpoints.manifest import (
-    MANIFEST,
-    Manifest,
-    Sync,
-    TensorEntry,
-    dtype_name,
-    read_manifest,
-    shard_name,
-)  # fmt: skip
+from checkpoints.manifest import MANIFEST, Manifest, Sync, TensorEntry, read_manifest, shard_name
 from checkpoints.shards import ShardDirectory
 from checkpoints.sources import latest_checkpoint, reader
 from checkpoints.tensor_file import TensorFile
+from cli.options import as_dict
 from plan.partition import Partition
 from text.tokenizer import TOKENIZER_FILE
 from tp_model import TensorParallelGPT
 from train.directory import has_checkpoints, iteration, point, remove, steps
 from world.mesh import World
 
+if TYPE_CHECKING:
+    from train.setup import Run
+
 STATE, OPTIMIZER = "training.json", "optimizer"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PREFIXES = tuple(f"{moment}." for moment in MOMENTS)  # of the names in an optimizer's file
+# directory of a file: a file has all parameters once for each prefix
+Layout = dict[str, tuple[str, ...]]
+WEIGHTS: Layout = {"": ("",)}
+CHECKPOINT = WEIGHTS | {OPTIMIZER: PREFIXES}
 
 
 @dataclass
@@ -65,7 +63,7 @@ class Progress:
 
 # --- saving -------------------------------------------------------------------------------------
 
-File = tuple[str, int, str]  # name, bytes, sha256
+Files = list[tuple[str, int, str]]  # a rank's, in a Layout's order: name, bytes, sha256
 Tensors = Iterable[tuple[str, Tensor]]
 
 
@@ -78,6 +76,12 @@ class Saved:
     seconds: float
 
 
+def _calmly() -> None:
+    """Leave the processor to the run if this thread and the run both want it."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
 class Saver:
     """Saves a run's checkpoints. Every rank has one and makes the same calls; dp rank 0 writes.
 
@@ -86,18 +90,13 @@ class Saver:
     names the directory once all ranks are done. A failed write raises in the next call.
     """
 
-    def __init__(
-        self, world: World, out_dir: Path, keep_last: int, background: bool,
-        replaces: list[Path] | None = None,
-    ):  # fmt: skip
-        self.world, self.out_dir = world, out_dir
-        self.keep_last, self.background = keep_last, background
-        self._replaces = replaces or []  # of an earlier run, deleted after the first save
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+    def __init__(self, run: "Run", out_dir: Path, background: bool):
+        self.run, self.world, self.out_dir, self.background = run, run.world, out_dir, background
+        self._thread = ThreadPoolExecutor(1, "checkpoint", _calmly)
         self._copies: dict[str, Tensor] = {}
-        self._writing: Future[list[File]] | None = None
+        self._writing: Future[Files] | None = None
         self._publishing: Future[Path] | None = None
-        self._completion: Callable[[list[list[File]]], Path]  # of the save under way
+        self._completion: Callable[[list[Files]], Path]  # of the save under way
         self._began = self._stall = 0.0
 
     @property
@@ -106,143 +105,96 @@ class Saver:
         return self._writing is not None and not self._writing.done()
 
     @torch.no_grad()
-    def save(
-        self, model: TensorParallelGPT, optimizer: torch.optim.Optimizer, progress: Progress,
-        tokenizer: dict[str, Any], options: dict[str, Any],
-    ) -> list[Saved]:  # fmt: skip
+    def save(self) -> list[Saved]:
         """Begin to write step-N; not in the background, end it too. Returns the finished saves."""
-        ended = self.finish()
+        ended, run, model = self.finish(), self.run, self.run.model
         self._began = time.perf_counter()
-        path = self.out_dir / f"step-{progress.iter_num:06d}"
+        path = self.out_dir / f"step-{run.progress.iter_num:06d}"
         scratch = self.out_dir / f".{path.name}.{os.urandom(4).hex()}.tmp"
         if self.world.is_main:
             (scratch / OPTIMIZER).mkdir(parents=True)
         # a fresh name: a rank of a run that was just killed may still be writing
         scratch = self.world.gather(scratch)[0]
-        state = {"progress": dict(vars(progress)), "options": options}  # as of now
-        self._completion = partial(self._complete, model, tokenizer, state, scratch, path)
-        tensors: Tensors = _tensors(model, optimizer)
-        write = partial(_write_both, model, scratch / shard_name(model.tp.rank, model.tp.size))
-        if self.background:
-            tensors = self._copied(tensors)
+        state = {"progress": {**vars(run.progress)}, "options": as_dict(run.options)}  # as of now
+        self._completion = partial(self._complete, state, scratch, path)
+        tensors: Tensors = _tensors(model, run.optimizer)
+        write: Callable[[Tensors], Any] = partial(_write, model, scratch, CHECKPOINT)
         if self.world.dp.rank > 0:  # only takes part in the messages that make tensors whole
-            collections.deque(tensors, 0)
-            self._writing = self._thread.submit(list)
-        elif self.background:
-            self._writing = self._thread.submit(write, tensors, calmly=True)
+            write = partial(collections.deque, maxlen=0)
+        if self.background:
+            self._writing = self._thread.submit(write, self._copied(tensors))
         else:
             files = write(tensors)
             self._writing = self._thread.submit(lambda: files)
         self._stall = time.perf_counter() - self._began
         return ended if self.background else ended + self.finish()
 
-    def _copied(self, tensors: Tensors) -> list[tuple[str, Tensor]]:
+    def _copied(self, tensors: Tensors) -> Tensors:
         """Copies of the tensors in host memory that is allocated once; none if dp rank > 0."""
         for name, tensor in tensors:
             if self.world.dp.rank == 0:
                 gpu = tensor.is_cuda
-                if name not in self._copies:
-                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=gpu)
-                    self._copies[name] = empty
-                self._copies[name].copy_(tensor, non_blocking=gpu)
+                if (copy := self._copies.get(name)) is None:
+                    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=gpu)
+                self._copies[name] = copy.copy_(tensor, non_blocking=gpu)
         self.world.synchronize()
-        return list(self._copies.items())
+        return self._copies.items()
 
-    def poll(self, all_wrote: bool) -> list[Saved]:
-        """Go on with a background save. all_wrote: no rank is `busy`; the same on all ranks."""
-        if all_wrote:
-            self._publish()
-        return [] if self._publishing and not self._publishing.done() else self._ended()
-
-    def finish(self) -> list[Saved]:
-        """Wait until the save under way, if any, is written and named."""
-        before = time.perf_counter()
-        self._publish()
-        saves = self._ended()
-        self.world.barrier()
-        waited = time.perf_counter() - before
-        return [replace(save, stall=save.stall + waited) for save in saves]
-
-    def _publish(self) -> None:
-        """If all files are written, rank 0 describes them and gives the directory its name."""
-        if self._writing is None:
-            return
-        files, self._writing = self.world.gather(self._writing.result()), None
-        if self.world.is_main:
-            self._publishing = self._thread.submit(self._completion, [f for f in files if f])
-
-    def _complete(
-        self, model: TensorParallelGPT, tokenizer: dict[str, Any], state: dict[str, Any],
-        scratch: Path, path: Path, files: list[list[File]],
-    ) -> Path:  # fmt: skip
-        """The end of a save, on one rank: name the directory, update `latest`, delete old steps."""
-        source = f"training, iteration {state['progress']['iter_num']}"
-        sync = None if model.schedule.is_plain else Sync(str(model.schedule), model.tp.size)
-        weights, moments = zip(*files, strict=True)
-        _write_manifest(model, scratch, weights, source, sync)
-        _write_manifest(model, scratch / OPTIMIZER, moments, source, sync, PREFIXES)
-        write_json(scratch / TOKENIZER_FILE, tokenizer)
-        write_json(scratch / STATE, state)
-        sync_directory(scratch / OPTIMIZER)
-        publish(scratch, path)
-        point(path, self._replaces)
-        # one of a later iteration stems from a run that went further, and does not count here
-        before = [old for old in steps(path.parent) if iteration(old) < iteration(path)]
-        for old in before[: len(before) - self.keep_last + 1] if self.keep_last else []:
-            remove(old)
-        return path
-
-    def _ended(self) -> list[Saved]:
-        if self._publishing is None:
+    def poll(self, all_wrote: bool, wait: bool = False) -> list[Saved]:
+        """Go on with the save under way, if any. all_wrote: no rank is `busy`; the same on all
+        ranks. Rank 0 then describes the files and names the directory. wait: until it has."""
+        if all_wrote and self._writing is not None:
+            files, self._writing = self.world.gather(self._writing.result()), None
+            if self.world.is_main:
+                self._publishing = self._thread.submit(self._completion, [f for f in files if f])
+        if self._publishing is None or not (wait or self._publishing.done()):
             return []
         path, self._publishing = self._publishing.result(), None
         return [Saved(path, self._stall, time.perf_counter() - self._began)]
 
+    def finish(self) -> list[Saved]:
+        """Wait until the save under way, if any, is written and named."""
+        before = time.perf_counter()
+        saves = self.poll(True, wait=True)
+        self.world.barrier()
+        waited = time.perf_counter() - before
+        return [replace(save, stall=save.stall + waited) for save in saves]
+
+    def _complete(
+        self, state: dict[str, Any], scratch: Path, path: Path, files: list[Files]
+    ) -> Path:
+        """The end of a save, on one rank: name the directory, update `latest`, delete old steps."""
+        model, keep = self.run.model, self.run.options.keep_last
+        source = f"training, iteration {state['progress']['iter_num']}"
+        sync = None if model.schedule.is_plain else Sync(str(model.schedule), model.tp.size)
+        tokenizer = self.run.tokenizer.to_json()
+        _describe(model, scratch, CHECKPOINT, files, source, tokenizer, sync)
+        write_json(scratch / STATE, state)
+        sync_directory(scratch / OPTIMIZER)
+        publish(scratch, path)
+        point(path, self.run.replaces)
+        # one of a later iteration stems from a run that went further, and does not count here
+        before = [old for old in steps(path.parent) if iteration(old) < iteration(path)]
+        for old in before[: len(before) - keep + 1] if keep else []:
+            remove(old)
+        return path
+
 
 def _tensors(
-    model: TensorParallelGPT, optimizer: torch.optim.Optimizer
+    model: TensorParallelGPT, optimizer: torch.optim.Optimizer | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """This tp rank's weights, then moments. Sharded over dp, all ranks of that axis iterate
-    together, and one tensor at a time is whole."""
+    """This tp rank's weights, then moments if there is an optimizer. Sharded over dp, all ranks of
+    that axis iterate together, and one tensor at a time is whole."""
     for name, p in model.named_parameters():
         yield name, model.parts.owned(name, p)
-    for moment in MOMENTS:
+    state = optimizer.state if optimizer else {}
+    for moment in MOMENTS if optimizer else ():
         for name, p in model.named_parameters():
-            value = optimizer.state[p][moment] if p in optimizer.state else torch.zeros_like(p)
+            value = state[p][moment] if p in state else torch.zeros_like(p)
             yield f"{moment}.{name}", model.parts.owned(name, value)
 
 
-def _write_both(
-    model: TensorParallelGPT, path: Path, tensors: Tensors, calmly: bool = False
-) -> list[File]:
-    """Write a tp rank's weights to `path` and its moments to a file of that name in OPTIMIZER.
-    calmly: leave the processor to the run if both want it; for a thread of its own."""
-    if calmly:
-        with contextlib.suppress(AttributeError, OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-    rest, moments = iter(tensors), path.parent / OPTIMIZER / path.name
-    return [_write(model, path, rest), _write(model, moments, rest, PREFIXES)]
-
-
-def _write(
-    model: TensorParallelGPT, path: Path, tensors: Tensors, prefixes: Sequence[str] = ("",)
-) -> File:
-    """Write the next tensors, those of `_entries`, into one file."""
-    shapes = {
-        name: entry.rule.local_shape(entry.shape, model.tp.rank)
-        for name, entry in _entries(model, prefixes).items()
-    }
-    try:
-        file = TensorFile(path, shapes, torch.float32)
-        for name, tensor in itertools.islice(tensors, len(shapes)):
-            file.write(name, tensor)
-        return path.name, *file.close()
-    except OSError as error:
-        why = f"{error.strerror}, so the checkpoint was not written"
-        raise OSError(error.errno, why, str(path)) from error
-
-
-def _entries(model: TensorParallelGPT, prefixes: Sequence[str]) -> dict[str, TensorEntry]:
+def _entries(model: TensorParallelGPT, prefixes: tuple[str, ...]) -> dict[str, TensorEntry]:
     """The tensors of a file: the parameters once for each prefix."""
     return {
         prefix + name: TensorEntry(shape, rule.unpadded)
@@ -250,13 +202,34 @@ def _entries(model: TensorParallelGPT, prefixes: Sequence[str]) -> dict[str, Ten
     }  # fmt: skip
 
 
-def _write_manifest(
-    model: TensorParallelGPT, directory: Path, files: Iterable[File], source: str,
-    sync: Sync | None, prefixes: Sequence[str] = ("",),
+def _write(model: TensorParallelGPT, directory: Path, layout: Layout, tensors: Tensors) -> Files:
+    """Write this tp rank's files of a layout."""
+    rest, rank, files = iter(tensors), model.tp.rank, []
+    for part, prefixes in layout.items():
+        path = directory / part / shard_name(rank, model.tp.size)
+        entries = _entries(model, prefixes).items()
+        shapes = {name: entry.rule.local_shape(entry.shape, rank) for name, entry in entries}
+        try:
+            file = TensorFile(path, shapes, torch.float32)
+            for name, tensor in itertools.islice(rest, len(shapes)):
+                file.write(name, tensor)
+            files.append((path.name, *file.close()))
+        except OSError as error:
+            why = f"{error.strerror}, so the checkpoint was not written"
+            raise OSError(error.errno, why, str(path)) from error
+    return files
+
+
+def _describe(
+    model: TensorParallelGPT, directory: Path, layout: Layout, files: Iterable[Files], source: str,
+    tokenizer: dict[str, Any], sync: Sync | None,
 ) -> None:  # fmt: skip
-    dtype, entries = dtype_name(torch.float32), _entries(model, prefixes)
-    made = Manifest(model.config, model.tp.size, dtype, source, tuple(files), entries, sync)
-    write_json(directory / MANIFEST, made.as_json())
+    """Write what stands beside the files that all tp ranks have written."""
+    about = model.config, model.tp.size, "float32", source
+    for (part, prefixes), written in zip(layout.items(), zip(*files, strict=True), strict=True):
+        manifest = Manifest(*about, written, _entries(model, prefixes), sync)
+        write_json(directory / part / MANIFEST, manifest.as_json())
+    write_json(directory / TOKENIZER_FILE, tokenizer)
 
 
 def export(
@@ -269,12 +242,10 @@ def export(
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
     world.barrier()
-    weights = ((name, model.parts.owned(name, p)) for name, p in model.named_parameters())
-    file, mine = scratch / shard_name(model.tp.rank, model.tp.size), world.dp.rank == 0
-    files = world.gather(_write(model, file, weights) if mine else None)
+    mine = world.dp.rank == 0
+    files = world.gather(_write(model, scratch, WEIGHTS, _tensors(model)) if mine else None)
     if world.is_main:
-        _write_manifest(model, scratch, filter(None, files), source, sync)
-        write_json(scratch / TOKENIZER_FILE, tokenizer)
+        _describe(model, scratch, WEIGHTS, filter(None, files), source, tokenizer, sync)
         publish(scratch, path)
     world.barrier()
 
@@ -300,7 +271,7 @@ def read_state(out_dir: Path) -> tuple[Path, Progress, dict[str, Any]]:
     if not has_checkpoints(out_dir):
         raise UserError(f"{out_dir} has no checkpoint to resume. {_instead(out_dir)}")
     for entry in out_dir.iterdir():  # the run will write to these: none may lead elsewhere
-        ours = re.match(r"\.?(metrics|latest|step-|begun|lock)", entry.name)
+        ours = entry.name.lstrip(".").startswith(("metrics", "latest", "step-", "begun", "lock"))
         if ours and not (inside(entry).is_file() or entry.is_dir()):
             raise UserError(f"{entry} is neither a file nor a directory.")
     path = latest_checkpoint(out_dir)
@@ -309,7 +280,7 @@ def read_state(out_dir: Path) -> tuple[Path, Progress, dict[str, Any]]:
         progress, options = Progress(**raw["progress"]), raw["options"]
         for name, default in vars(Progress()).items():
             value = getattr(progress, name)
-            most = 2**53 if type(value) is int else math.inf
+            most = 2**53 if type(value) is int else float("inf")
             if type(value) not in (type(default), int) or not 0 <= value < most:
                 raise TypeError
         if progress.loss_scale == 0 or not isinstance(options, dict):
@@ -331,14 +302,12 @@ def load_optimizer(
     stored.check_tensors({p + name: shapes[name] for p in PREFIXES for name in shapes})
     for i in range(world.rank, stored.manifest.tp, world.size):
         stored.check_bytes(i)
-    rules, names = model.split.rules, {p: name for name, p in model.named_parameters()}
+    names, made = {p: name for name, p in model.named_parameters()}, optimizer.state_dict()
     read = reader(stored, model.tp.rank, model.config.block_size)
-    state: dict[int, dict[str, Tensor]] = {}
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
-        name = names[p]
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         moments = {moment: torch.zeros_like(p) for moment in MOMENTS}
         for moment, value in moments.items():
-            model.parts.store(name, value, read(f"{moment}.{name}", rules[name]))
-        state[len(state)] = {"step": torch.tensor(float(optimizer_steps)), **moments}
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+            rule = model.split.rules[names[p]]
+            model.parts.store(names[p], value, read(f"{moment}.{names[p]}", rule))
+        made["state"][i] = {"step": torch.tensor(float(optimizer_steps)), **moments}
+    optimizer.load_state_dict(made)

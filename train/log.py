@@ -3,13 +3,12 @@
 import json
 import math
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from base.errors import ReaderGone, UserError, printable
+from base.errors import ReaderGone, UserError, first_line, print_error, printable
 from base.files import naming
 from cli.options import TrainOptions, as_dict
 from parallel.ledger import Account, total
@@ -20,20 +19,19 @@ from train.setup import Run
 
 class Log:
     """Writes the same numbers to metrics.jsonl, the terminal and wandb. Only rank 0 writes.
-
-    asked: SIGPIPE after standard output has lost its reader, else 0.
-    """
+    asked: SIGPIPE after standard output has lost its reader, else 0."""
 
     def __init__(self, run: Run, wandb: Any = None):
         self.run, self.options, self.wandb, self.asked = run, run.options, wandb, 0
         self.on = run.world.is_main
-        show = self.on and self.options.progress and not self.options.eval_only
+        trains = self.on and not self.options.eval_only
         self.bar = tqdm(
             total=self.options.max_iters, initial=run.progress.iter_num, desc="train", unit="it",
-            disable=None if show else True,  # None: unless standard error is a terminal
+            # None: unless standard error is a terminal
+            disable=None if trains and self.options.progress else True,
         )  # fmt: skip
         self.losses: dict[str, float] = {}  # of an evaluation, for the next line
-        self.path = run.out_dir / METRICS if self.on and not self.options.eval_only else None
+        self.path = run.out_dir / METRICS if trains else None
 
     def print(self, line: str) -> None:
         if self.on:
@@ -48,43 +46,37 @@ class Log:
 
     def warn(self, error: OSError) -> None:
         """A log that cannot be written does not end the run."""
-        line = f"{error.strerror}: {error.filename}. Training goes on without it."
-        print(f"train_tp.py: {line}", file=sys.stderr, flush=True)
+        fault = f"{error.strerror}: {error.filename}"
+        print_error(f"train_tp.py: {fault}. Training goes on without it.")
 
-    def iteration(
-        self, iter_num: int, loss: float, lr: float, grad_norm: float, seconds: float,
-        account: Account,
-    ) -> None:  # fmt: skip
+    def iteration(self, at: int, loss: float, lr: float, norm: float, account: Account) -> None:
         if not self.on:
             return
-        rate = self.run.tokens_per_iter / seconds
-        fraction = sum(tally.seconds for tally in account.values()) / seconds
+        run, seconds, ways = self.run, self.run.seconds[-1], ("forward", "backward")
+        rate, fraction = run.tokens_per_iter / seconds, total(account).seconds / seconds
+        passes = run.model.config.n_layer * run.rows.micro_steps  # of one layer
+        layers = {entry: tally for entry, tally in account.items() if entry.layer is not None}
+        calls = {way: total(layers, direction=way, op="all_reduce").calls for way in ways}
         self.write({
-            "iter": iter_num, "loss": loss, "lr": lr, "grad_norm": grad_norm,
-            "tokens_per_s": round(rate, 1),
-            "all_reduce_per_layer": all_reduces_per_layer(account, self.run),
+            "iter": at, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": round(rate, 1),
+            "all_reduce_per_layer": {way: calls[way] / passes for way in ways},
             "comm_fraction": round(fraction, 4),
         })  # fmt: skip
         self.bar.update()
         self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        if iter_num % self.options.log_interval == 0:
-            self.print(
-                f"iter {iter_num}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.3f}, "
-                f"{rate:,.0f} tokens/s, {fraction:.0%} in collectives"
-            )
+        if at % self.options.log_interval == 0:
+            line = f"iter {at}: loss {loss:.4f}, lr {lr:.2e}, grad norm {norm:.3f}, "
+            self.print(f"{line}{rate:,.0f} tokens/s, {fraction:.0%} in collectives")
 
-    def evaluation(self, iter_num: int, losses: dict[str, float]) -> None:
+    def evaluation(self, at: int, losses: dict[str, float]) -> None:
         self.losses = {f"{split}_loss": loss for split, loss in losses.items()}
-        self.print(
-            f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f} "
-            f"(perplexity {math.exp(min(losses['val'], 700)):.2f})"
-        )
+        line = f"step {at}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f} "
+        self.print(f"{line}(perplexity {math.exp(min(losses['val'], 700)):.2f})")
 
     def saved(self, saves: list[Saved]) -> None:
         for save in saves:
-            beside = f", written in {save.seconds:.1f} s beside it"
-            stall = f"{save.stall:.2f} s{beside if self.options.async_save else ''}"
-            self.print(f"saved {save.path} ({stall})")
+            beside = f", written in {save.seconds:.1f} s beside it" * self.options.async_save
+            self.print(f"saved {save.path} ({save.stall:.2f} s{beside})")
 
     def write(self, line: dict[str, Any]) -> None:
         """Append to metrics.jsonl; with the losses of an evaluation that no line has had."""
@@ -97,8 +89,7 @@ class Log:
                 self.path = None
                 self.warn(error)
         if self.wandb is not None:
-            step = line.pop("iter")
-            self.wandb.log(line, step=step)
+            self.wandb.log(line, step=line.pop("iter"))
 
     def close(self) -> None:
         if self.losses:
@@ -106,16 +97,6 @@ class Log:
         self.bar.close()
         if self.wandb is not None:
             self.wandb.finish()
-
-
-def all_reduces_per_layer(account: Account, run: Run) -> dict[str, float]:
-    """All-reduces of one layer in a micro-batch's forward and backward pass."""
-    passes = run.model.config.n_layer * run.rows.micro_steps
-    layers = {entry: tally for entry, tally in account.items() if entry.layer is not None}
-    return {
-        way: total(layers, direction=way, op="all_reduce").calls / passes
-        for way in ("forward", "backward")
-    }
 
 
 def start_wandb(options: TrainOptions) -> Any:
@@ -130,8 +111,6 @@ def start_wandb(options: TrainOptions) -> Any:
     except ImportError:
         raise UserError("--wandb_log=True needs wandb: pip install wandb") from None
     except Exception as error:  # wandb's own kinds: no login, no network, a wrong project
-        why = printable((str(error).splitlines() or [type(error).__name__])[0], 200)
-        raise UserError(
-            f"wandb does not start: {why} WANDB_MODE=offline keeps the run in {out_dir}/wandb, "
-            "to be sent later."
-        ) from error
+        kept = f"keeps the run in {out_dir}/wandb, to be sent later."
+        fault = f"wandb does not start: {printable(first_line(error), 200)}"
+        raise UserError(f"{fault} WANDB_MODE=offline {kept}") from error

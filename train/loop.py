@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from base.errors import Stopped, UserError
-from cli.options import TrainOptions, as_dict
+from cli.options import TrainOptions
 from parallel.collectives import all_reduce
 from parallel.data_parallel import last_only, rest
 from parallel.parameters import local_part
 from parallel.replicas import check_alike, checksum
 from text.dataset import EVAL_STREAM, batch
 from train import directory, gradients
-from train.checkpoint import Saved, Saver
+from train.checkpoint import Saver
 from train.log import Log
 from train.setup import Run
 from world.mesh import World
@@ -52,24 +52,20 @@ class Signals:
 def train(run: Run, wandb: Any = None) -> None:
     """Iterate until max_iters, evaluate and save in between. Raises Stopped after a signal."""
     options, progress, ledger = run.options, run.progress, run.world.ledger
-    log = Log(run, wandb)
-    saver = Saver(run.world, run.out_dir, options.keep_last, options.async_save, run.replaces)
+    log, saver = Log(run, wandb), Saver(run, run.out_dir, options.async_save)
     log.print(run.describe())
     if options.eval_only:  # nothing to save: Ctrl-C ends it at once
         with ledger.during(f"step {progress.iter_num}, evaluation"):
             log.evaluation(progress.iter_num, evaluate(run, options.eval_iters))
         return log.close()
-    asked = 0
+    asked, last = 0, False
     with Signals() as signals:
-        while True:
+        while not asked and not last:
             last = progress.iter_num >= options.max_iters
-            if asked:
-                keep(run, log, saver, measured=False)
-            else:
-                between(run, log, saver, last)
-            if asked or last:
-                break
-            asked = step(run, log, saver, signals)
+            between(run, log, saver, last)
+            asked = 0 if last else step(run, log, saver, signals)
+        if asked:
+            keep(run, log, saver, measured=False)
         with ledger.during(f"step {progress.iter_num}, save"):
             log.saved(saver.finish())
         log.close()
@@ -90,7 +86,7 @@ def step(run: Run, log: Log, saver: Saver, signals: Signals) -> int:
     check_finite(run, {"": loss})
     progress.iter_num += 1
     progress.tokens_seen += run.tokens_per_iter
-    log.iteration(iter_num, loss, lr, grad_norm, run.seconds[-1], world.ledger.since(before))
+    log.iteration(iter_num, loss, lr, grad_norm, world.ledger.since(before))
     with world.ledger.during(f"step {iter_num}, save"):
         log.saved(saver.poll(not busy))
     return asked
@@ -116,11 +112,11 @@ def between(run: Run, log: Log, saver: Saver, last: bool) -> None:
 def stopped(run: Run, asked: int) -> Stopped:
     """The end of a run that got a signal, with its exit status."""
     at, kept = run.progress.iter_num, directory.last_good(run.out_dir)
-    why = "the launcher is gone" if asked == ORPHANED else signal.Signals(asked).name
+    number = signal.SIGTERM if asked == ORPHANED else signal.Signals(asked)
+    why = "the launcher is gone" if asked == ORPHANED else number.name
     saved = f"saved {kept}. --init_from=resume goes on from there."
     if kept is None or directory.iteration(kept) < at:
         saved = f"not saved; last good checkpoint: {kept or 'none'}."
-    number = signal.SIGTERM if asked == ORPHANED else asked
     return Stopped(f"{why}: stopped after {at} iterations, {saved}", 128 + number)
 
 
@@ -227,12 +223,11 @@ def check_finite(run: Run, losses: dict[str, float]) -> None:
     """UserError if a loss is not a number, before a checkpoint is written. Keys: the splits."""
     for split, loss in losses.items():
         if not math.isfinite(loss):
-            kept = directory.last_good(run.out_dir)
+            kept, at = directory.last_good(run.out_dir), run.progress.iter_num
             where = f"last good checkpoint: {kept}" if kept else "no checkpoint yet"
-            raise UserError(
-                f"{f'{split} loss'.strip()} is {loss} at iteration {run.progress.iter_num}; "
-                f"{where}. Lower --learning_rate or use --dtype=float32, then --init_from=resume."
-            )
+            fault = f"{f'{split} loss'.strip()} is {loss} at iteration {at}; {where}"
+            advice = "Lower --learning_rate or use --dtype=float32, then --init_from=resume."
+            raise UserError(f"{fault}. {advice}")
 
 
 @torch.no_grad()
@@ -261,17 +256,11 @@ def evaluate(run: Run, iters: int) -> dict[str, float]:
 def keep(run: Run, log: Log, saver: Saver, measured: bool = True) -> None:
     """Save, unless the last gradient was not finite. If no evaluation has just measured the loss,
     one batch of each split is checked first."""
-    if not measured:
-        with run.world.ledger.during(f"step {run.progress.iter_num}, save"):
+    at = run.progress.iter_num
+    with run.world.ledger.during(f"step {at}, save"):
+        if not measured:
             check_finite(run, evaluate(run, 1))
-    if run.skipped:
-        at, norm = run.progress.iter_num, run.skipped
-        log.print(f"not saved at iteration {at}: the norm of the gradient is {norm}")
-    else:
-        log.saved(save(run, saver))
-
-
-def save(run: Run, saver: Saver) -> list[Saved]:
-    progress, options = run.progress, as_dict(run.options)
-    with run.world.ledger.during(f"step {progress.iter_num}, save"):
-        return saver.save(run.model, run.optimizer, progress, run.tokenizer.to_json(), options)
+        if run.skipped:
+            log.print(f"not saved at iteration {at}: the norm of the gradient is {run.skipped}")
+        else:
+            log.saved(saver.save())

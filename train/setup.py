@@ -1,8 +1,6 @@
 """A training run before its first iteration: weights, optimizer, and how rows are dealt."""
 
 import ctypes
-import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from base.errors import UserError, shown
+from base.errors import UserError, print_error, shown
 from checkpoints import sources
-from checkpoints.manifest import DTYPES
+from checkpoints.manifest import DTYPES, dtype_name
+from checkpoints.sources import Described
 from cli.options import TrainOptions, as_dict
 from model import GPTConfig, adamw
 from parallel.data_parallel import Sharding, replicate
-from plan.schedule import Schedule
 from text.dataset import Dataset
 from text.tokenizer import GPT2Tokenizer, Tokenizer
 from tp_model import TensorParallelGPT
@@ -25,7 +23,6 @@ from train.checkpoint import Progress
 from world.devices import pick_dtype
 from world.mesh import World
 
-GPT2_VOCAB = 50304  # nanoGPT's table for GPT-2's 50257 tokens
 SIZES = ("n_layer", "n_head", "n_embd", "bias", "block_size")
 # options that shape the loss curve: a resumed run reports which of them changed
 SHAPES_THE_CURVE = {
@@ -34,15 +31,13 @@ SHAPES_THE_CURVE = {
     "lr_decay_iters", "min_lr", "dtype",
 }  # fmt: skip
 
-AnySource = sources.Source | sources.Described
+AnySource = sources.Source | Described
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How an iteration's rows are dealt: a dp rank takes neighbouring ones, in micro-batches.
-
-    micro_steps, micro_rows: micro-batches of a rank in an iteration, and their size.
-    """
+    """How an iteration's rows are dealt: a dp rank takes neighbouring ones, in micro_steps
+    micro-batches of micro_rows."""
 
     micro_steps: int
     micro_rows: int
@@ -50,14 +45,14 @@ class Rows:
 
     @classmethod
     def of(cls, options: TrainOptions, dp_rank: int, dp: int) -> "Rows":
-        total = options.gradient_accumulation_steps * options.batch_size
+        most = options.batch_size
+        total = options.gradient_accumulation_steps * most
         if total % dp:
             raise UserError(
-                f"an iteration has {total} rows (batch_size {options.batch_size} x "
-                f"gradient_accumulation_steps {options.gradient_accumulation_steps}): "
-                f"dp={dp} ranks cannot share them evenly."
+                f"an iteration has {total} rows (batch_size {most} x gradient_accumulation_steps "
+                f"{options.gradient_accumulation_steps}): dp={dp} ranks cannot share them evenly."
             )
-        own, most = total // dp, options.batch_size
+        own = total // dp
         steps = next(n for n in range(-(-own // most), own + 1) if own % n == 0)
         return cls(steps, own // steps, dp_rank)
 
@@ -92,20 +87,19 @@ class Run:
 
     def autocast(self) -> Any:
         """Matrix products in the run's dtype; the rest (parameters, LayerNorm, loss) in float32."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.world.device.type, self.dtype)
+        half = self.dtype != torch.float32
+        return torch.autocast(self.world.device.type, self.dtype, enabled=half)
 
     def describe(self) -> str:
-        w, c, schedule = self.world, self.model.config, self.model.schedule
+        w, c, schedule, rows = self.world, self.model.config, self.model.schedule, self.rows
+        points = "" if schedule.is_plain else f"; sync points: {schedule}"
         return (
             f"number of parameters: {self.model.get_num_params() / 1e6:.2f}M "
             f"({c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide)\n"
             f"world {w.size} = dp {w.dp.size} x tp {w.tp.size}, {w.comm}, {w.device.type}, "
-            f"{str(self.dtype)[6:]}; {self.tokens_per_iter:,} tokens/iter = "
-            f"{self.rows.micro_rows} seq x {c.block_size} x {self.rows.micro_steps} accum x "
-            f"{w.dp.size} dp{', sharded' if self.model.sharding else ''}"
-            f"{'' if schedule.is_plain else f'; sync points: {schedule}'}"
+            f"{dtype_name(self.dtype)}; {self.tokens_per_iter:,} tokens/iter = {rows.micro_rows} "
+            f"seq x {c.block_size} x {rows.micro_steps} accum x {w.dp.size} dp"
+            f"{', sharded' * bool(self.model.sharding)}{points}"
         )
 
 
@@ -128,22 +122,20 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
     if source is not None:
         tokenizer, notice = sources.common_tokenizer(source, dataset, options.data_dir)
         if notice and world.is_main:
-            print(notice, file=sys.stderr)
+            print_error(notice)
     dataset.check(config.block_size, config.vocab_size)
     model = make_model(world, options, config, source, shard)
-    betas, device = (options.beta1, options.beta2), world.device
-    rates = options.weight_decay, options.learning_rate
-    optimizer = adamw(model.named_parameters(), *rates, betas, device.type)
+    rates, betas = (options.weight_decay, options.learning_rate), (options.beta1, options.beta2)
+    optimizer = adamw(model.named_parameters(), *rates, betas, world.device.type)
     if saved is not None:
         checkpoint.load_optimizer(model, optimizer, saved, progress.optimizer_steps, world)
     wrapped = model if shard else replicate(model, world.dp, DTYPES[options.dp_reduce_dtype])
     rows = Rows.of(options, world.dp.rank, world.dp.size)
-    old: list[Path] = []
-    if world.is_main and not options.eval_only:
-        old = directory.make_ready(out_dir, progress.iter_num, options.init_from == "resume")
+    writes, resumed = world.is_main and not options.eval_only, options.init_from == "resume"
+    old = directory.make_ready(out_dir, progress.iter_num, resumed) if writes else []
     run = Run(
         world, options, dataset, model, wrapped, optimizer, rows, progress, replace(progress),
-        out_dir, pick_dtype(options.dtype, device), tokenizer, old,
+        out_dir, pick_dtype(options.dtype, world.device), tokenizer, old,
     )  # fmt: skip
     if source is not None and world.is_main:
         report_differences(run, source, before)
@@ -155,20 +147,17 @@ def make_model(
     shard: bool,
 ) -> TensorParallelGPT:  # fmt: skip
     """This rank's part of the model, with the source's weights or, without one, random ones."""
-    if options.sequence_parallel and config.block_size < world.tp.size:
-        raise UserError(
-            f"--sequence_parallel=True: block_size={config.block_size} is shorter than "
-            f"tp={world.tp.size}, some ranks would have no token. Use a --tp of at most "
-            f"{config.block_size}."
-        )
-    reduce_dtype = DTYPES[options.dp_reduce_dtype]
-    read = sources.reader(source, world.tp.rank, config.block_size) if source else None
+    size, tp = config.block_size, world.tp.size
+    if options.sequence_parallel and size < tp:
+        fault = f"block_size={size} is shorter than tp={tp}, some ranks would have no token"
+        raise UserError(f"--sequence_parallel=True: {fault}. Use a --tp of at most {size}.")
+    read = sources.reader(source, world.tp.rank, size) if source else None
+    sharding = Sharding(world.dp, world.device, DTYPES[options.dp_reduce_dtype])
     model = TensorParallelGPT(
         config, world.tp, read, options.seed, world.device,
         activation_checkpointing=options.activation_checkpointing,
-        schedule=pick_schedule(options, config, source, world.tp.size),
-        sequence_parallel=options.sequence_parallel,
-        sharding=Sharding(world.dp, world.device, reduce_dtype) if shard else None,
+        schedule=sources.schedule_of(source or Described(config, ""), options.sync, tp),
+        sequence_parallel=options.sequence_parallel, sharding=sharding if shard else None,
     )  # fmt: skip
     if options.compile:
         model.compile_blocks()
@@ -181,20 +170,12 @@ def make_config(
     """The source's sizes or, without one, those of the options. Without a dataset, GPT-2's ids."""
     if source is None:
         tokenizer = dataset.tokenizer if dataset else GPT2Tokenizer()
-        vocab_size = GPT2_VOCAB if tokenizer.kind == "gpt2" else tokenizer.n_vocab
+        vocab_size = 50304 if tokenizer.kind == "gpt2" else tokenizer.n_vocab  # nanoGPT's table
         sizes = {name: getattr(options, name) for name in SIZES}
         return GPTConfig(vocab_size=vocab_size, dropout=options.dropout, **sizes)
     # a shorter context is a part of the position table; a longer one does not exist
     block_size = min(options.block_size, source.config.block_size)
     return replace(source.config, dropout=options.dropout, block_size=block_size)
-
-
-def pick_schedule(
-    options: TrainOptions, config: GPTConfig, source: AnySource | None, tp: int
-) -> Schedule:
-    if source is not None:
-        return sources.schedule_of(source, options.sync, tp)
-    return Schedule.parse(options.sync or "all", config.n_layer)
 
 
 def report_differences(run: Run, source: AnySource, before: dict[str, Any]) -> None:
@@ -204,34 +185,27 @@ def report_differences(run: Run, source: AnySource, before: dict[str, Any]) -> N
     for key in SIZES:
         asked, used = getattr(run.options, key), getattr(config, key)
         if asked not in (used, getattr(TrainOptions, key)):
-            print(f"{key}={asked} is not used: the weights have {used}", file=sys.stderr)
+            print_error(f"{key}={asked} is not used: the weights have {used}")
     if not before:
         return
+    now = as_dict(run.options) | {"block_size": config.block_size, "dtype": dtype_name(run.dtype)}
+    now |= {"sync": str(run.model.schedule)}
     before |= {"block_size": source.config.block_size}
     before |= {"sync": source.sync.schedule if source.sync else "all"}
     if before.get("dtype") == "auto":
-        before["dtype"] = str(pick_dtype("auto", run.world.device))[6:]
-    now = as_dict(run.options) | {"block_size": config.block_size, "dtype": str(run.dtype)[6:]}
-    now |= {"sync": str(run.model.schedule)}
+        before["dtype"] = dtype_name(pick_dtype("auto", run.world.device))
     for key in sorted(before.keys() & now.keys() & SHAPES_THE_CURVE):
         if before[key] != now[key]:
-            was = shown(before[key])
-            print(f"resume: {key} is now {now[key]!r}, it was {was}", file=sys.stderr)
+            print_error(f"resume: {key} is now {now[key]!r}, it was {shown(before[key])}")
 
 
 def set_up_heap(keep: bool) -> None:
-    """Set what glibc does with freed memory. Other C libraries stay as they are.
-
-    keep: it keeps the memory for the next iteration: to return large tensors to the kernel and to
-    have their pages mapped again takes a tenth of a 124M model's iteration. Otherwise it returns
-    large pieces at once: sharded over dp, whole parameters come and go with every layer and would
-    leave holes in which little else fits.
-    """
+    """Set what glibc does with freed memory. keep: for the next iteration, as to return large
+    tensors to the kernel and to have their pages mapped again takes a tenth of a 124M model's
+    iteration. Otherwise it returns large pieces at once: sharded over dp, whole parameters come and
+    go with every layer and would leave holes in which little else fits."""
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
-        if keep:
-            libc.mallopt(M_MMAP_MAX, 0)
-            libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        else:
-            libc.mallopt(M_MMAP_THRESHOLD, 2**18)
+    TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # M_* in malloc.h
+    settings = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1} if keep else {MMAP_THRESHOLD: 2**18}
+    for name, value in settings.items() if hasattr(libc, "gnu_get_libc_version") else ():
+        libc.mallopt(name, value)

@@ -9,33 +9,32 @@ from typing import Any
 
 import torch
 
-from base.errors import UserError
+from base.errors import UserError, print_error
+from checkpoints.manifest import DTYPES
 from world.launch import Launch
 
 
 def pick_device(device: str, launch: Launch) -> torch.device:
-    """The device of this rank. auto: a GPU if there is one, else the CPU.
-
-    Ranks of a host take the GPUs they see in turn; `share_gpus` finds out if two have the same.
-    """
+    """The device of this rank. auto: a GPU if there is one, else the CPU. Ranks of a host take the
+    GPUs they see in turn; `share_gpus` finds out if two have the same."""
     try:
         found = torch.device("cpu" if device == "auto" else device)
     except RuntimeError:
         fault = f"--device={device} is not a device. Use auto, cpu, cuda or cuda:N."
         raise UserError(fault) from None
     if found.type == "mps" and launch.size > 1:
-        advice = "Use --device=cpu for several ranks."
-        raise UserError(f"--device=mps runs one rank only: it has no collectives. {advice}")
+        fault = "runs one rank only: it has no collectives. Use --device=cpu for several ranks."
+        raise UserError(f"--device=mps {fault}")
     if device != "auto" and found.type != "cuda":
         return found
     count, why = _count_gpus()
     if device == "auto" and not count:
         if why and launch.rank == 0:
-            print(f"no GPU is used: {why}", file=sys.stderr)
+            print_error(f"no GPU is used: {why}")
         return found
     if not count:
-        why = why or "torch sees no CUDA device"
-        raise UserError(f"--device={device}, but {why}. Use --device=cpu.")
+        fault = f"--device={device}, but {why or 'torch sees no CUDA device'}"
+        raise UserError(f"{fault}. Use --device=cpu.")
     if found.index is None:
         return torch.device("cuda", launch.local_rank % count)
     if launch.size > 1:
@@ -70,49 +69,43 @@ def share_gpus(statements: list[dict[str, Any]], oversubscribe: bool) -> bool:
         if oversubscribe:
             return True
         gpus = [theirs["gpu"] for theirs in statements if theirs["host"] == mine["host"]]
-        count = len(set(gpus))
+        there, n = f"{len(gpus)} processes on host {mine['host']}", len({*gpus})
         raise UserError(
-            f"{len(gpus)} processes on host {mine['host']} but {count} CUDA devices: ranks {other} "
-            f"and {rank} have the same one. Start {count}, pass --device=cpu, or share a device "
-            f"with --oversubscribe=True."
+            f"{there} but {n} CUDA devices: ranks {other} and {rank} have the same one. Start {n}, "
+            "pass --device=cpu, or share a device with --oversubscribe=True."
         )
     return False
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The precision of a run. auto: bfloat16 on a GPU that has it, else float32.
-
-    UserError for bfloat16 on a GPU that only emulates it.
-    """
+    """The precision of a run. auto: bfloat16 on a GPU that has it, else float32. UserError for
+    bfloat16 on a GPU that only emulates it."""
     native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "bfloat16" and not native:
-        name = torch.cuda.get_device_name(device)
-        advice = "Use --dtype=float16 or --dtype=float32."
-        raise UserError(f"--dtype=bfloat16: {name} has none. {advice}")
+        fault = f"{torch.cuda.get_device_name(device)} has none"
+        raise UserError(f"--dtype=bfloat16: {fault}. Use --dtype=float16 or --dtype=float32.")
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" and native else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    return DTYPES[dtype]
 
 
 def pick_comm(
     comm: str, device: torch.device, launch: Launch, tp: int, shared: bool = False
 ) -> str:
-    """The transport of the tp axis. UserError if the one asked for cannot work here.
-
-    auto: nccl if every rank has its own GPU; shm between CPU ranks if no tp group spans hosts;
-    else gloo. shared: two ranks have the same GPU.
-    """
+    """The transport of the tp axis. UserError if the one asked for cannot work here. auto: nccl if
+    every rank has its own GPU; shm between CPU ranks if no tp group spans hosts; else gloo.
+    shared: two ranks have the same GPU."""
     kind, whole = device.type, launch.local_size % tp == 0  # whole: a host holds whole tp groups
     if comm == "auto":
-        comm = "shm" if kind == "cpu" and tp > 1 and whole else "gloo"
+        comm = "shm" if kind == "cpu" and whole else "gloo"
         if kind == "cuda" and not shared:
             comm = "nccl"
     fault = ""
     if comm == "shm" and kind != "cpu":
         fault = f" is for ranks on CPU cores, the device is {kind}. Use --comm=auto."
     elif comm == "shm" and not whole:
-        hosts = f"hosts of {launch.local_size} ranks"
-        fault = f": {hosts} do not hold whole groups of tp={tp}. Use --comm=gloo."
+        fault = f": hosts of {launch.local_size} ranks do not hold whole groups of tp={tp}. "
+        fault += "Use --comm=gloo."
     elif comm == "nccl" and kind != "cuda":
         fault = f" needs GPUs, the device is {kind}. Use --comm=gloo."
     elif comm == "nccl" and shared:
@@ -127,9 +120,8 @@ def pick_comm(
 def set_threads(threads: int, device: torch.device, launch: Launch) -> None:
     """Set this rank's CPU threads. 0: on a CPU, its share of the cores that it may use."""
     if not threads and device.type == "cpu":
-        affinity = getattr(os, "sched_getaffinity", None)
-        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-        threads = max(1, cores // launch.local_size)
+        affinity = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))
+        threads = max(1, len(affinity(0)) // launch.local_size)
     if threads:
         torch.set_num_threads(threads)
 
@@ -138,12 +130,12 @@ def check_compiler(device: torch.device) -> None:
     """UserError if torch.compile lacks what it needs: a C++ compiler for a CPU; Triton and a C
     compiler for a GPU."""
     gpu = device.type == "cuda"
-    usual = ("gcc", "clang") if gpu else ("clang++" if sys.platform == "darwin" else "g++",)
+    usual = ["gcc", "clang"] if gpu else ["clang++" if sys.platform == "darwin" else "g++"]
     chosen = os.environ.get("CC" if gpu else "CXX")
-    names = (chosen,) if chosen else usual
+    names = [chosen] if chosen else usual
     missing = "" if any(map(shutil.which, names)) else f"a compiler ({' or '.join(names)})"
     if gpu and importlib.util.find_spec("triton") is None:
         missing = "the package triton"
     if missing:
-        advice = "Install it, or leave --compile out."
-        raise UserError(f"--compile=True needs {missing}, which is not here. {advice}")
+        what = f"{missing}, which is not here. Install it, or leave --compile out."
+        raise UserError(f"--compile=True needs {what}")

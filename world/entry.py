@@ -14,16 +14,14 @@ import torch
 import torch.distributed as dist
 
 from base.console import CONTROLS, console
-from base.errors import ReaderGone, Stopped, UserError, is_out_of_memory, print_error
+from base.errors import ReaderGone, Stopped, UserError, first_line, is_out_of_memory, print_error
 from base.processes import call_within
 from cli.grammar import parse, parse_command
 from cli.options import MeshOptions, RunOptions, as_dict
 from parallel.ledger import CollectiveError
 from parallel.replicas import DriftError
-from world import mesh
 from world.launch import ANSWER_S, NoStore, connect
-from world.mesh import World
-from world.peers import ended_ranks
+from world.mesh import World, start
 from world.watch import report_failure
 
 # options that need not be the same on all ranks: rank 0 alone uses them
@@ -49,9 +47,9 @@ def run(options_class: type[RunOptions], main: Main, prog: str) -> None:
 
 def run_commands(commands: dict[str, tuple[type[RunOptions], Main]], prog: str) -> None:
     """The same for an entry point whose first word picks the options and the main function."""
+    classes = {name: options_class for name, (options_class, _) in commands.items()}
 
     def parsed() -> tuple[Main, Any]:
-        classes = {name: options_class for name, (options_class, _) in commands.items()}
         name, options = parse_command(classes, sys.argv[1:], prog, say_once)
         return commands[name][1], options
 
@@ -59,13 +57,12 @@ def run_commands(commands: dict[str, tuple[type[RunOptions], Main]], prog: str) 
 
 
 def run_parsed(parsed: Callable[[], tuple[Main, Any]], prog: str) -> None:
-    """Start the world that the options ask for, run main on every rank, and exit.
+    """Start the world that the options ask for, run main on every rank, and exit. One rank prints
+    why the run failed, and no rank is left waiting for another. parsed: gives main and the options.
 
-    parsed: gives main and the options. Exit status: 0; 1 for a fault of this program or of the
-    machine; 2 for a UserError; that of Stopped; 130 for Ctrl-C. If nothing reads standard output
-    any more: 141, as after SIGPIPE; under a launcher 0, as it would report a failure.
-    One rank prints the reason, and no rank is left waiting for another.
-    """
+    Exit status: 0; 1 for a fault of this program or of the machine; 2 for a UserError; that of
+    Stopped; 130 for Ctrl-C. If nothing reads standard output any more: 141, as after SIGPIPE; under
+    a launcher 0, as it would report a failure."""
     if _rank() != "0" and {"--help", "-h"} & {*sys.argv}:
         return  # rank 0 prints it
     with console():
@@ -75,11 +72,14 @@ def run_parsed(parsed: Callable[[], tuple[Main, Any]], prog: str) -> None:
             debug = options.debug
             shared = {key: value for key, value in as_dict(options).items() if key not in OF_RANK_0}
             tp = options.tp if isinstance(options, MeshOptions) else 0
-            with mesh.start(options, tp, prog, shared) as world:
+            with start(options, tp, prog, shared) as world:
                 main(world, options)
                 sys.stdout.flush()
             if world.size > 1:
-                _exit_before_the_interpreter()
+                # a gloo thread that frees the tensors of the last message needs the interpreter
+                atexit._run_exitfuncs()
+                sys.stdout.flush()
+                os._exit(0)
         except ReaderGone:
             _die(world, 0 if "RANK" in os.environ else 128 + signal.SIGPIPE, "")
         except UserError as error:
@@ -90,13 +90,13 @@ def run_parsed(parsed: Callable[[], tuple[Main, Any]], prog: str) -> None:
             _die(world, 130, f"{prog}: stopped by Ctrl-C")
         except Exception as error:
             known = _description(error, world)
-            text = known or f"rank {_rank()}: {type(error).__name__}: {_first_line(error)}"
+            text = known or f"rank {_rank()}: {type(error).__name__}: {first_line(error)}"
             _die(world, 1, f"{prog}: {text}", debug or not known)
 
 
 def _description(error: Exception, world: World | None) -> str:
     """One line for an error that needs no traceback to be understood; "" for any other."""
-    first = _first_line(error)
+    first = first_line(error)
     if is_out_of_memory(error):
         need = " ".join(getattr(error, "__notes__", ["Use a smaller batch or a larger tp."]))
         what = first.rpartition("DefaultCPUAllocator: ")[2].rstrip(".")
@@ -107,29 +107,17 @@ def _description(error: Exception, world: World | None) -> str:
         return str(error)
     cause = error.__cause__ if isinstance(error, CollectiveError) else error
     if isinstance(cause, torch.AcceleratorError):
-        where = f": {first}" if cause is error else f" in {first}"
+        fault = f"its GPU failed{':' if cause is error else ' in'} {first}"
         return (
-            f"rank {_rank()}: its GPU failed{where}. Look at nvidia-smi and the kernel's log; "
-            f"train_tp.py goes on from its last checkpoint with --init_from=resume."
+            f"rank {_rank()}: {fault}. Look at nvidia-smi and the kernel's log; train_tp.py goes "
+            "on from its last checkpoint with --init_from=resume."
         )
     if isinstance(error, CollectiveError | dist.DistError) or "by peer" in str(error):
         time.sleep(0.1)  # a process ends a moment after its sockets have closed
-        ended = sorted(ended_ranks(world.peers, world.rank)) if world and world.peers else []
+        ended = sorted(world.watch.ended()) if world and world.watch else []
         gone = ", ".join(f"rank {rank} is gone" for rank in ended) or "no rank of this host is gone"
         return f"rank {_rank()} lost contact with its peers ({gone}) in {first}"
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _exit_before_the_interpreter() -> None:
-    """End this process with its interpreter alive: a gloo thread that frees the tensors of the last
-    message needs it, and would abort the process."""
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    os._exit(0)
 
 
 def _die(world: World | None, status: int, message: str, show_traceback: bool = False) -> None:
@@ -152,19 +140,18 @@ def first_to_fail(world: World | None) -> bool:
     """Report that the run has failed; True on the first rank, which prints why."""
     if world is not None:
         return world.watch is None or world.watch.is_first()
-    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+    rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    if not rank or not size:
         return True
-    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "0")
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    valid = rank.isdecimal() and size.isdecimal() and int(rank) < int(size)
+    alone = not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))
 
     def report() -> bool:
         store = connect(host, int(port), False, time.monotonic())
         return report_failure(dist.PrefixStore(f"start {restarts}", store))
 
-    # without a store rank 0 prints
-    return call_within(report, not valid or int(rank) == 0, ANSWER_S)
+    return call_within(report, alone, ANSWER_S)  # without a store rank 0 prints
 
 
 def linger(world: World | None, printed: bool) -> None:

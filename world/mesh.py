@@ -1,26 +1,25 @@
 """The dp x tp mesh: the world as a rank sees it, its groups and axes, and how they are built."""
 
-import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from base.errors import UserError
+from base.errors import UserError, print_error
 from base.native import Unavailable
 from parallel.collectives import Axis, GroupTransport, Transport
 from parallel.ledger import Entry, Ledger, Track
 from parallel.shm import ShmTransport
 from parallel.symmetric import SymmetricTransport
 from world.devices import check_compiler, gpu_name, pick_comm, pick_device, set_threads, share_gpus
-from world.launch import Launch, open_store
+from world.launch import Launch, call_roll, check_statements, open_store, warn_of_hosts
 from world.peers import Peer
-from world.roll_call import call_roll, check_statements, warn_of_hosts
 from world.watch import Watch
 
 # At the start torch's own timeouts come this much later than the watchdog, whose message says more
@@ -52,21 +51,18 @@ class World:
 
     @property
     def orphaned(self) -> bool:
-        """This rank's launcher is gone."""
-        return self.launch.has_ended() or (self.watch is not None and self.watch.orphaned)
+        return self.launch.has_ended() or self.watch is not None and self.watch.orphaned_at > 0
 
     def gather(self, value: Any, what: str = "") -> list[Any]:
         """All-gather a small picklable value, in rank order. Not accounted: for start-up, saving
         and reports. what: names the call in messages, if the run's current step does not."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
         with self.waiting("gather", what):
-            dist.all_gather_object(values, value)
-        return values
+            return _gathered(value, self.size)
 
-    def barrier(self, what: str = "") -> None:
-        self.gather(None, what)
+    def barrier(self) -> None:
+        self.gather(None)
 
     def waiting(self, op: str, what: str = "") -> Track:
         """Within, this rank waits for others, and not along an axis; the watchdog knows of it."""
@@ -77,14 +73,19 @@ class World:
         for rank, other in enumerate(values := self.gather(value, what)):
             if other != values[0]:
                 where = f"rank {rank} (host {self.peers[rank].host})"
-                raise UserError(
-                    f"ranks disagree on {what}: {where} has {other}, rank 0 has {values[0]}."
-                )
+                fault = f"{where} has {other}, rank 0 has {values[0]}"
+                raise UserError(f"ranks disagree on {what}: {fault}.")
 
     def synchronize(self) -> None:
         """Wait until the device has done all its work, before a clock is read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _gathered(value: Any, size: int, group: dist.ProcessGroup | None = None) -> list[Any]:
+    values: list[Any] = [None] * size
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def sizes(world_size: int, tp: int, prog: str) -> tuple[int, int]:
@@ -95,18 +96,16 @@ def sizes(world_size: int, tp: int, prog: str) -> tuple[int, int]:
     fit = ", ".join(str(k) for k in range(1, world_size + 1) if world_size % k == 0)
     low = world_size // tp * tp
     counts = " or ".join(str(n) for n in (low, low + tp) if n)
+    start = f"torchrun --standalone --nproc_per_node={low + tp} {prog} ..."
     raise UserError(
         f"world size {world_size} cannot be split into tensor-parallel groups of {tp}. Use --tp in "
-        f"{{{fit}}}, or start {counts} processes: torchrun --standalone "
-        f"--nproc_per_node={low + tp} {prog} ..."
+        f"{{{fit}}}, or start {counts} processes: {start}"
     )
 
 
 def make_groups(dp: int, tp: int, timeout: float) -> dict[str, dist.ProcessGroup]:
     """torch's group of each axis with several ranks, on this rank. All ranks call this.
-
-    Not torch's DeviceMesh: its groups have torch's default timeout, and those of nccl warn.
-    """
+    Not torch's DeviceMesh: its groups have torch's default timeout, and those of nccl warn."""
     ranks = torch.arange(dp * tp).view(dp, tp)
     found: dict[str, dist.ProcessGroup] = {}
     for name, lines in (("dp", ranks.T.tolist()), ("tp", ranks.tolist())):
@@ -122,21 +121,14 @@ def make_axis(
     name: str, group: dist.ProcessGroup | None, comm: str, ledger: Ledger, timeout: float = 120.0
 ) -> Axis:
     """An axis over nccl, gloo or shm. group: None for an axis of one rank. timeout: seconds that
-    shm waits for a rank. Unavailable, on all ranks, if shm cannot be used.
-
-    With nccl, small sums along tp use symmetric memory where it is available.
-    """
+    shm waits for a rank. Unavailable, on all ranks, if shm cannot be used. With nccl, small sums
+    along tp use symmetric memory where it is available."""
     if group is None:
         return Axis(name, ledger=ledger)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     plain = GroupTransport(group, "gloo" if comm == "shm" else comm)
     transport: Transport = plain
-
-    def exchange(value: Any) -> list[Any]:
-        values: list[Any] = [None] * size
-        dist.all_gather_object(values, value, group=group)
-        return values
-
+    exchange = partial(_gathered, size=size, group=group)
     if comm == "shm":
         transport = ShmTransport.open(rank, size, exchange, plain, timeout)
     elif comm == "nccl" and name == "tp":
@@ -148,7 +140,7 @@ def make_axis(
     return Axis(name, rank, size, transport, ledger, track=track)
 
 
-def first_ranks(world: World, size: int, timeout: float = 120.0) -> Axis | None:
+def first_ranks(world: World, size: int, timeout: float) -> Axis | None:
     """A tp axis over the first `size` ranks; None on the others. All ranks call this."""
     if size == 1 or world.size == 1:
         return Axis("tp", ledger=world.ledger) if world.is_main else None
@@ -160,11 +152,9 @@ def first_ranks(world: World, size: int, timeout: float = 120.0) -> Axis | None:
 
 @contextmanager
 def start(options: Any, tp: int, prog: str, shared: dict[str, Any]) -> Iterator[World]:
-    """The world of this run, inside the block.
-
-    options: RunOptions. tp: tensor-parallel size, 0 = world size. shared: options that must be the
-    same on all ranks. rank = dp_rank * tp + tp_rank: a tp group stays on one host if it fits.
-    """
+    """The world of this run, inside the block. options: RunOptions. tp: 0 = world size. shared:
+    options that must be the same on all ranks. rank = dp_rank * tp + tp_rank: a tp group stays on
+    one host if it fits."""
     launch, ledger = Launch.from_environment(), Ledger()
     shape = sizes(launch.size, tp, prog)
     device = pick_device(options.device, launch)
@@ -203,7 +193,7 @@ def start(options: Any, tp: int, prog: str, shared: dict[str, Any]) -> Iterator[
 def _connect(
     store: Any, watch: Watch, shape: tuple[int, int], device: torch.device, comm: str, options: Any
 ) -> World:
-    """The world after the roll call, and a first message along each axis. shape: (dp, tp)."""
+    """The world after the roll call. shape: (dp, tp)."""
     seconds, ledger, launch = options.comm_timeout + LATER_S, watch.ledger, watch.launch
     limit, nccl = timedelta(seconds=seconds), comm == "nccl"
     store.set_timeout(limit)
@@ -223,15 +213,12 @@ def _connect(
         tp_axis = make_axis("tp", groups.get("tp"), comm, ledger)
         if tp_axis.rank == 0:
             slower = "ranks talk over gloo, which is slower than shared memory"
-            print(f"{watch.prog}: {slower}: {error}", file=sys.stderr)
-    track = ledger.track("world", tuple(range(launch.size)))
+            print_error(f"{watch.prog}: {slower}: {error}")
     world = World(
         launch.rank, launch.size, device, comm, tp_axis, dp_axis, ledger, groups, watch.peers,
-        launch, track, watch,
+        launch, ledger.track("world", tuple(range(launch.size))), watch,
     )  # fmt: skip
-    for axis in (tp_axis, dp_axis):
-        if axis.transport is not None:
-            _test(axis, axis.transport, world)
+    _test(world)
     for track in ledger.tracks:
         track.queued = deque()
     watch.limit = options.comm_timeout
@@ -242,10 +229,12 @@ def _connect(
     return world
 
 
-def _test(axis: Axis, transport: Transport, world: World) -> None:
-    """Send one tiny message, to find out at the start if the transport does not work."""
-    what = f"{axis.name} over {transport.name}"
-    with axis.ledger.during("start-up"), world.waiting("all_reduce", what):
-        total = transport.all_reduce(torch.ones(1, device=world.device), "sum").item()
-        if total != axis.size:
-            raise RuntimeError(f"{axis.size} ones add up to {total:g}")
+def _test(world: World) -> None:
+    """One tiny message along each axis: a transport that does not work fails at the start."""
+    for axis in (world.tp, world.dp):
+        if axis.transport is not None:
+            what = f"{axis.name} over {axis.transport.name}"
+            with world.ledger.during("start-up"), world.waiting("all_reduce", what):
+                total = axis.transport.all_reduce(torch.ones(1, device=world.device), "sum").item()
+                if total != axis.size:
+                    raise RuntimeError(f"{axis.size} ones add up to {total:g}")

@@ -47,11 +47,9 @@ def _buffer(world: World, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor 
 
 
 def bandwidth(world: World, weights: list[Tensor]) -> float:
-    """Memory bandwidth in bytes a second; 0 if there is no memory to measure it.
-
-    On a CPU, of reading these weights: where they lie (cache, socket) decides the speed. On a GPU,
-    of a copy (each byte is read once and written once).
-    """
+    """Memory bandwidth in bytes a second; 0 if there is no memory to measure it. On a CPU, of
+    reading these weights: where they lie (cache, socket) decides the speed. On a GPU, of a copy
+    (each byte is read once and written once)."""
     if world.device.type != "cuda":
         parts = [w.detach().flatten().view(torch.uint8) for w in weights if w.nbytes >= LEAST_BYTES]
         words = [part[: len(part) // 8 * 8].view(torch.int64) for part in parts]  # the fastest sum
@@ -59,12 +57,10 @@ def bandwidth(world: World, weights: list[Tensor]) -> float:
     buffer = _buffer(world, (2, COPIED_BYTES // 4), torch.float32)
     if buffer is None:
         return 0.0
-
-    def copy() -> None:
-        for _ in range(8):  # the host waits once for eight copies
-            buffer[1].copy_(buffer[0])
-
-    return best_rate(world, copy, 16 * COPIED_BYTES)
+    # the host waits once for eight copies
+    return best_rate(
+        world, lambda: [buffer[1].copy_(buffer[0]) for _ in range(8)], 16 * COPIED_BYTES
+    )
 
 
 def arithmetic(world: World, dtype: torch.dtype) -> float:
@@ -78,11 +74,9 @@ def arithmetic(world: World, dtype: torch.dtype) -> float:
 
 
 def operations(split: Partition, length: float, backward: bool) -> float:
-    """Operations of the model's products for a token that attends to `length` tokens.
-
-    As nanoGPT counts them (PaLM, arXiv 2204.02311, appendix B): two a parameter, and those of the
-    scores; three times as many with the backward pass.
-    """
+    """Operations of the model's products for a token that attends to `length` tokens, as nanoGPT
+    counts them (PaLM, arXiv 2204.02311, appendix B): two a parameter, and those of the scores;
+    three times as many with the backward pass."""
     weights = split.count() - split.block_size * split.n_embd
     forward = 2.0 * weights + 4.0 * split.n_layer * split.n_embd * length
     return 3.0 * forward if backward else forward
@@ -90,11 +84,8 @@ def operations(split: Partition, length: float, backward: bool) -> float:
 
 @dataclass(frozen=True)
 class Use:
-    """What a run used.
-
-    operations: a second, of products in `dtype`. read: bytes of `weights` read a second by all
-    ranks; 0 if that does not bound the run.
-    """
+    """What a run used. operations: a second, of products in `dtype`. read: bytes of `weights` read
+    a second by all ranks; 0 if that does not bound the run."""
 
     operations: float
     dtype: torch.dtype
@@ -115,11 +106,11 @@ class Use:
 def text(figures: dict[str, Any], what: str, precision: str) -> str:
     """`decoding: MBU 78.1% of the 27.3 GB/s at which its weights can be read, MFU ...`"""
     parts = []
-    if figures.get("mbu"):
+    if mbu := figures.get("mbu"):
         peak = f"{figures['bandwidth_bytes_per_s'] / 1e9:,.1f} GB/s"
-        parts.append(f"MBU {figures['mbu']:.1%} of the {peak} at which its weights can be read")
-    if figures.get("mfu"):
+        parts.append(f"MBU {mbu:.1%} of the {peak} at which its weights can be read")
+    if mfu := figures.get("mfu"):
         giga = figures["peak_operations_per_s"] / 1e9
         peak = f"{giga:,.1f} GFLOP/s" if giga < 1e4 else f"{giga / 1e3:,.1f} TFLOP/s"
-        parts.append(f"MFU {figures['mfu']:.1%} of {peak} (a large {precision} product)")
+        parts.append(f"MFU {mfu:.1%} of {peak} (a large {precision} product)")
     return f"{what}: {', '.join(parts) or 'no memory was left to measure the peak'}"

@@ -1,19 +1,16 @@
 """The process of each rank, how far it has come, and which rank to suspect when a call is late."""
 
 import contextlib
+import itertools
 import os
 import socket
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from base.processes import is_running
 from parallel.ledger import Ledger, Track, call_text
-
-COMPILER_FILES = ("convert_frame.py", "compile_fx.py")  # of torch.compile
-ALL_THERE = "All have come to it: look at the network between them."
 
 
 @dataclass(frozen=True)
@@ -33,20 +30,11 @@ class Peer:
         return cls(parts[0], os.getpid(), " ".join(parts))
 
 
-def ended_ranks(peers: tuple[Peer, ...], rank: int) -> set[int]:
-    """Ranks in the process space of `rank` whose process has ended."""
-    here = {other for other, peer in enumerate(peers) if peer.space == peers[rank].space}
-    return {other for other in here if not is_running(peers[other].pid)}
-
-
 @dataclass(frozen=True)
 class Progress:
-    """What a rank publishes every second.
-
-    beat: counts the publications. finished: the rank has ended well. calls: for each axis, under
-    `key_of` it, (number, is open, text) of the oldest open call or else of the last one. latest:
-    the axis of the last call. compiling: a thread is in torch's compiler.
-    """
+    """What a rank publishes every second. beat: counts the publications. finished: the rank has
+    ended well. latest: the axis of the last call. calls: for each axis, under `key_of` it, (number,
+    is open, text) of the oldest open call or else of the last one."""
 
     beat: int
     finished: bool
@@ -56,13 +44,12 @@ class Progress:
 
     @classmethod
     def of(cls, beat: int, finished: bool, ledger: Ledger) -> "Progress":
-        calls = {}
+        calls, latest = {}, key_of(ledger.latest) if ledger.latest else ""
         for track in ledger.tracks:
             if track.call is not None:
                 opened = next(track.open(), None)
                 number, call = opened or (track.number, track.call)
                 calls[key_of(track)] = number, opened is not None, call_text(number, call)
-        latest = key_of(ledger.latest) if ledger.latest else ""
         return cls(beat, finished, latest, calls, is_compiling())
 
     @property
@@ -83,7 +70,7 @@ def is_compiling() -> bool:
     """Whether any thread is in torch's compiler: autograd's threads compile backward passes."""
     stacks = map(traceback.walk_stack, sys._current_frames().values())
     files = (frame.f_code.co_filename for stack in stacks for frame, _ in stack)
-    return any(file.endswith(COMPILER_FILES) for file in files)
+    return any(file.endswith(("convert_frame.py", "compile_fx.py")) for file in files)
 
 
 def diagnosis(
@@ -91,24 +78,23 @@ def diagnosis(
     ended: set[int], stalled: set[int],
 ) -> str:  # fmt: skip
     """Where each rank was last seen, and which rank to look at, when a call does not come back.
-
-    key, ranks: of the call's axis. number, text: of the call. ended: ranks whose process has ended.
-    stalled: ranks whose process does not run.
-    """
+    key, ranks: of the call's axis. number, text: of the call. stalled: ranks that do not run."""
     places = {rank: progress[rank].at(key) for rank in ranks if rank in progress}
     behind = [rank for rank, (at, _) in places.items() if at < number]
     finished = {rank for rank, seen in progress.items() if seen.finished}
     idle = {rank for rank, seen in progress.items() if not seen.waits} - finished
-    suspects: tuple[tuple[Sequence[int], str], ...] = (
-        (sorted(ended), "its process has ended"),
-        (sorted(stalled), "it does not run: stopped, or its host is out of reach"),
-        ([rank for rank in ranks if rank in finished], "it has come to its end"),
-        (sorted(idle, key=lambda rank: (rank not in behind, rank)), "it is in no collective"),
-        (sorted(behind, key=lambda rank: places[rank][0]), "it is behind"),
-        ([rank for rank, (_, theirs) in places.items() if theirs != text], "it is in another call"),
-    )
-    first, why = next(((who[0], why) for who, why in suspects if who), (-1, ""))
-    advice = f"Look at rank {first} first: {why}." if why else ALL_THERE
+    suspects = {
+        "its process has ended": sorted(ended),
+        "it does not run: stopped, or its host is out of reach": sorted(stalled),
+        "it has come to its end": [rank for rank in ranks if rank in finished],
+        "it is in no collective": sorted(idle, key=lambda rank: (rank not in behind, rank)),
+        "it is behind": sorted(behind, key=lambda rank: places[rank][0]),
+        "it is in another call": [rank for rank in places if places[rank][1] != text],
+    }
+    first, why = next(((who[0], why) for why, who in suspects.items() if who), (-1, ""))
+    advice = "All have come to it: look at the network between them."
+    if why:
+        advice = f"Look at rank {first} first: {why}."
     if first in progress:
         places.setdefault(first, progress[first].at(progress[first].latest))
     groups: dict[str, list[int]] = {}
@@ -121,11 +107,8 @@ def diagnosis(
 
 def ranks_text(ranks: Iterable[int]) -> str:
     """`rank 3`, `ranks 0-2, 5`"""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and runs[-1][1] == rank - 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    text = ", ".join(f"{lo}" if lo == hi else f"{lo}-{hi}" for lo, hi in runs)
+    # in a run of neighbours a rank is as far from its place as the first one
+    runs = itertools.groupby(enumerate(sorted(ranks)), lambda at: at[1] - at[0])
+    ends = [[run[0][1], run[-1][1]] for run in (list(group) for _, group in runs)]
+    text = ", ".join(f"{lo}" if lo == hi else f"{lo}-{hi}" for lo, hi in ends)
     return f"rank{'s' if ',' in text or '-' in text else ''} {text}"

@@ -11,13 +11,11 @@ alone, because torch.distributed may be what hangs. The store's keys:
   - the launcher is gone, and training does not save within ORPHAN_S seconds: status 143;
   - a process of this host has ended and had not published that it finished: status 1;
   - a signal of STOPS came for which the run has no handler: status 128 + signal;
-  - a call of this rank has been open for longer than `limit` seconds: status 1. First it reads what
-    all ranks have published, twice: a rank that publishes nothing in between is stalled. If a rank
-    of the axis is compiling, the watchdog waits.
-
-`_listen` polls `failed`. Once that is set, it ends this process after GRACE_S seconds: status 1.
-Both kill the stalled processes of this host. A stopped process obeys only SIGKILL, which its
-launcher would send half a minute later.
+  - a call of this rank has been open for longer than `limit` seconds, and no rank of its axis is
+    compiling: status 1. A rank that publishes nothing between two readings is stalled.
+`_listen` polls `failed`, in a thread of its own as the store may not answer. Once that is set, it
+ends this process after GRACE_S seconds: status 1. Both kill the stalled processes of this host: a
+stopped one obeys only SIGKILL, which its launcher would send half a minute later.
 """
 
 import contextlib
@@ -33,14 +31,13 @@ from dataclasses import astuple
 from typing import Any, NoReturn
 
 from base.errors import print_error
-from base.processes import call_within, process_state
+from base.processes import call_within, is_running, process_state
 from parallel.ledger import Call, Ledger, Track, call_text
 from world.launch import ANSWER_S, Launch
-from world.peers import Peer, Progress, diagnosis, ended_ranks, key_of, ranks_text
+from world.peers import Peer, Progress, diagnosis, key_of, ranks_text
 
 BEAT_S = 1.0
 GRACE_S = 2.0  # from a failure to the end of the other ranks
-BEATS = 2  # between the two readings of what ranks have published
 FAILED = "failed"
 BY_A_RANK = "failed by a rank"
 FOREIGN = (
@@ -69,11 +66,11 @@ class Watch:
         self._beat = 0  # publications
         self._open_since: dict[tuple[Track, int], float] = {}  # when a call was first seen open
         self._finished: set[int] = set()  # ranks of this host that have ended well
-        self._failed = threading.Event()  # a rank has reported that the run failed
+        self._failed = False  # a rank has reported that the run failed
         self._exiting = False  # this rank is about to exit with a status of its own
         self._store_lost = False  # never asked again: the question might not return
         self._reported = False
-        self._orphaned_at = 0.0
+        self.orphaned_at = 0.0  # when the launcher was found gone; nothing would end this process
         self._stop = threading.Event()
         self._wakeup, self._wake = os.pipe()  # signals write to it, whatever the main thread does
         targets = self._watch, self._listen
@@ -101,20 +98,15 @@ class Watch:
         with contextlib.suppress(RuntimeError):
             self._publish(finished=True)
             if self.holds:
-                _wait_until(self._all_finished, ANSWER_S)
-
-    @property
-    def orphaned(self) -> bool:
-        """The launcher is gone: nothing would end this process, or start it again."""
-        return self._orphaned_at > 0
+                _wait_until(lambda: all(x.finished for x in self._read(self.store).values()))
 
     def is_first(self) -> bool:
         """Report that the run has failed; True on the first rank, which prints why. Without a store
         that is the lowest running rank of each host."""
-        if self._failed.is_set() or self._reported:
+        if self._failed or self._reported:
             return False
         self._reported = True
-        lowest = self.rank == min(self._here - self._ended())
+        lowest = self.rank == min(self._here - self.ended())
         if self._store_lost or self.launch.has_ended():
             return lowest
         return call_within(lambda: report_failure(self._reporting), lowest, ANSWER_S)
@@ -125,11 +117,15 @@ class Watch:
         self._exiting = True
         if self.holds:  # others ask its store
             others = len(self.peers) - 1
-            _wait_until(lambda: len(self._ended()) == others, BEAT_S + GRACE_S + ANSWER_S)
+            _wait_until(lambda: len(self.ended()) == others, BEAT_S + GRACE_S + ANSWER_S)
         elif printed and (self._store_lost or self.launch.has_ended()):
             time.sleep(2 * BEAT_S)  # no other rank of this host prints as long as this one runs
         else:  # a launcher ends all ranks when the first exits: let that be the one that printed
             time.sleep(0.3 if printed else 1)
+
+    def ended(self) -> set[int]:
+        """Ranks of this host, or rather of its process space, whose process has ended."""
+        return {rank for rank in self._here if not is_running(self.peers[rank].pid)}
 
     def _on_signal(self, number: int, frame: Any) -> None:
         """`_watch` reads signals from a pipe, which Python writes only if there is a handler."""
@@ -180,12 +176,6 @@ class Watch:
         self._store_lost = found is None
         return found or {}
 
-    def _all_finished(self) -> bool:
-        return all(seen.finished for seen in self._read(self.store).values())
-
-    def _ended(self) -> set[int]:
-        return ended_ranks(self.peers, self.rank)
-
     def _open_calls(self) -> dict[tuple[Track, int], Call]:
         tracks = self.ledger.tracks
         return {(track, number): call for track in tracks for number, call in track.open()}
@@ -194,8 +184,7 @@ class Watch:
         """`in all_reduce #1843 (...)`"""
         for (_, number), call in self._open_calls().items():
             return f"in {call_text(number, call)}"
-        latest = self.ledger.latest
-        if latest is None or latest.call is None:
+        if (latest := self.ledger.latest) is None or latest.call is None:
             return "before its first collective"
         return f"after {call_text(latest.number, latest.call)}"
 
@@ -206,20 +195,18 @@ class Watch:
             self._publish()
         except RuntimeError:  # the store is gone, and torch would log each further attempt
             self._store_lost, gone = True, bool(self.launch.run)
-        if gone and not self.orphaned:
-            self._orphaned_at = now
+        if gone:
+            self.orphaned_at = self.orphaned_at or now
         saves = signal.getsignal(signal.SIGTERM) != self._on_signal
-        in_time = now - self._orphaned_at < ORPHAN_S or "save" in self.ledger.doing
-        if self.orphaned and not (saves and in_time):
+        in_time = now - self.orphaned_at < ORPHAN_S or "save" in self.ledger.doing
+        if self.orphaned_at and not (saves and in_time):
             lost = f"the launcher of rank {self.rank} is gone: the run has ended {self._where()}"
             self._end_run(lost, 128 + signal.SIGTERM)
 
     def _check_processes(self) -> None:
-        ended = self._ended() - self._finished
-        if not ended:
+        if not (ended := self.ended() - self._finished):
             return
-        progress = self._read(self.store)
-        finished = {rank for rank, seen in progress.items() if seen.finished}
+        finished = {rank for rank, seen in self._read(self.store).items() if seen.finished}
         # without a store: the rank that ended held it. If that rank failed, the next call fails
         self._finished |= ended if self._store_lost else ended & finished
         if lost := ended - self._finished:
@@ -234,29 +221,28 @@ class Watch:
             return
         (track, number), call = late[0], calls[late[0]]
         before = self._read(self.store)
-        for _ in range(BEATS):
+        for _ in range(2):  # beats between the two readings
             self._stop.wait(BEAT_S)
             with contextlib.suppress(RuntimeError):
                 self._publish()  # other ranks may be reading
         if self._stop.is_set() or late[0] not in self._open_calls():
             return  # the call was late, and came back
         progress = self._read(self.store)
-        ended, stalled = self._ended(), self._stalled(before, progress)
+        ended, stalled = self.ended(), self._stalled(before, progress)
         running = progress.keys() & set(track.ranks) - ended - stalled
         if any(progress[rank].compiling for rank in running):
             return
-        text, key = call_text(number, call), key_of(track)
         where = f"[rank {self.rank} host {self.peers[self.rank].host}]"
         line = f"{where} waited {self.limit:g} s in {call_text(number, call, with_bytes=True)}."
-        line += diagnosis(key, number, text, track.ranks, progress, ended, stalled)
-        self._end_run(line, stalled=stalled)
+        about = key_of(track), number, call_text(number, call), track.ranks
+        self._end_run(line + diagnosis(*about, progress, ended, stalled), stalled=stalled)
 
     def _stalled(self, before: dict[int, Progress], now: dict[int, Progress]) -> set[int]:
         """Ranks that have published nothing between two readings, and stopped ones of this host."""
         both = now.keys() & before.keys()
         silent = {r for r in both if now[r].beat == before[r].beat and not now[r].finished}
         stopped = {r for r in self._here if process_state(self.peers[r].pid) in ("T", "t")}
-        return (silent | stopped) - {self.rank} - self._ended()
+        return (silent | stopped) - {self.rank} - self.ended()
 
     # --- the end ----------------------------------------------------------------------------------
 
@@ -265,11 +251,11 @@ class Watch:
         with contextlib.suppress(RuntimeError):  # the store is gone
             while not self._stop.wait(min(BEAT_S, self.limit / 4)) and not self.launch.has_ended():
                 if store.check([FAILED]):
-                    self._failed.set()
+                    self._failed = True
                     if not store.check([BY_A_RANK]) and store.add(BY_A_RANK, 1) == 1:
                         print_error(f"{self.prog}: {FOREIGN}")
                     break
-        if not self._failed.is_set():
+        if not self._failed:
             return
         before = self._read(store)
         if self._stop.wait(GRACE_S):
@@ -299,7 +285,7 @@ class Watch:
                 os.kill(self.peers[rank].pid, signal.SIGKILL)
 
 
-def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
+def _wait_until(condition: Callable[[], bool], seconds: float = ANSWER_S) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end and not condition():
         time.sleep(0.02)
