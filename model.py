@@ -278,17 +278,16 @@ class GPT(nn.Module):
 
 def adamw(
     named_parameters: Iterator[tuple[str, nn.Parameter]], weight_decay: float,
-    learning_rate: float, betas: tuple[float, float], device_type: str,
+    learning_rate: float, betas: tuple[float, float],
 ) -> torch.optim.AdamW:  # fmt: skip
     """AdamW with nanoGPT's two groups: matrices decay, vectors (biases, LayerNorms) do not. A part
-    of a tensor has as many dimensions, and so is in the same group. Fused where torch can."""
+    of a tensor has as many dimensions, and so is in the same group."""
     parameters = [parameter for _, parameter in named_parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    fused = device_type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 
 def choose(

@@ -239,6 +239,7 @@ class TensorParallelGPT(nn.Module):
         """torch.compile each block in place; all blocks share one graph. tuned: take longer, for
         kernels that read one row's weights faster."""
         self.compiled = True
+        torch._dynamo.config.optimize_ddp = False  # it cuts blocks where DDP's buckets end
         for block in self.blocks:
             block.compile(options={"coordinate_descent_tuning": tuned})
 

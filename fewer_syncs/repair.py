@@ -174,8 +174,7 @@ def learn(model: TensorParallelGPT, lessons: Lessons, name: str,
     """
     named = [(name, p) for name, p in model.named_parameters() if name.startswith(learners)]
     frozen = [p for name, p in model.named_parameters() if not name.startswith(learners)]
-    kind = model.device.type
-    optimizer = adamw(iter(named), 0.0, lessons.learning_rate, (0.9, 0.95), kind)
+    optimizer = adamw(iter(named), 0.0, lessons.learning_rate, (0.9, 0.95))
     losses = []
     for p in frozen:
         p.requires_grad_(False)

@@ -106,19 +106,24 @@ class Training:
         layer's backward pass has gradients, a message, activations computed again."""
         s, w, columns = self.split, self.width, length(self.split.columns(0))
 
-        def head(tokens: int) -> int:  # the last hidden states, their gradient, a chunk of logits
+        def head(tokens: int, number: int) -> int:
+            """The last hidden states, their gradient, and `number` bytes for each logit."""
             logits = min(self.logit_rows, tokens) * s.local_vocab
-            number = FLOAT if w == FLOAT else FLOAT + 2 * w  # half twice
             return 2 * tokens * s.n_embd * FLOAT + logits * number
 
+        wide = FLOAT if w == FLOAT else FLOAT + 2 * w  # logits, their gradient in both precisions
+        loss = head(self.tokens, wide) + self._table
         seen, half = self.eval_rows * s.block_size, 0 if w == FLOAT else 1 if self.gpu else 2
+        if half:  # then two products of the gradient in half precision, or its making
+            product = head(self.tokens, 2 * w) + self._table * (1 + half)
+            loss = max(product, loss + self._table // 2)
         message = 2 * self.tokens * s.n_embd * (FLOAT + w * self.sequence_parallel) * (s.tp > 1)
         backward = self.stream + max(self.tokens * columns * w, message)
         backward += columns * s.n_embd * FLOAT  # a weight's gradient
         again = self.kept_by_layer - self.stream if self.activation_checkpointing else 0
         return {
-            "evaluation": head(seen) + 2 * seen * columns * w,
-            "head and loss": head(self.tokens) + self._table * (1 + half),
+            "evaluation": head(seen, wide) + 2 * seen * columns * w,
+            "head and loss": loss,
             "last layer, backward": backward + again + self._table,
         }
 

@@ -57,7 +57,7 @@ def test_parameters_gradients_and_moments_are_those_of_the_model(tp: int, bias: 
     plan = training(config, tp)
     assert plan.parameters == held[0] == max(held)
     assert tp == 1 or held[-1] < held[0]  # 5 heads
-    optimizer = adamw(models[0].named_parameters(), 0.1, 1e-3, (0.9, 0.95), "cpu")
+    optimizer = adamw(models[0].named_parameters(), 0.1, 1e-3, (0.9, 0.95))
     for parameter in models[0].parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -143,7 +143,7 @@ def _live(world: World, config: GPTConfig, plan: Training, half: bool) -> int:
     how: dict[str, Any] = {name: getattr(plan, name) for name in ("activation_checkpointing", "sequence_parallel")}
     model = TensorParallelGPT(config, tp, sharding=Sharding(world.dp, world.device) if plan.dp_shard else None, **how)
     wrapped = model if plan.dp_shard else replicate(model, world.dp)
-    optimizer = adamw(model.named_parameters(), 0.1, 1e-3, (0.9, 0.95), "cpu")
+    optimizer = adamw(model.named_parameters(), 0.1, 1e-3, (0.9, 0.95))
     tokens = torch.zeros(plan.rows, config.block_size, dtype=torch.int64)
 
     def iterate() -> None:

@@ -147,7 +147,7 @@ def read_training(place: Path) -> None:
     path, progress, _ = training.read_state(place)
     read_weights(path)
     model = TensorParallelGPT(CONFIG, alone())
-    optimizer = adamw(model.named_parameters(), 0.1, 1e-3, (0.9, 0.95), "cpu")
+    optimizer = adamw(model.named_parameters(), 0.1, 1e-3, (0.9, 0.95))
     training.load_optimizer(model, optimizer, path, progress.optimizer_steps, ALONE)
 
 

@@ -40,13 +40,13 @@ def grad_norm(model: TensorParallelGPT) -> Tensor:
     One all-reduce adds the squares of tp-split parameters, and one over dp those of sharded ones.
     Replicated gradients are the same on every rank and count once; padding rows have none.
     """
-    zero = torch.zeros((), device=model.device)
-    replicated, split = [zero], [zero]
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            norm = torch.linalg.vector_norm(local_part(p.grad)[0].float())
-            (replicated if model.split.rules[name].dim is None else split).append(norm)
-    squares = [torch.stack(norms).square().sum() for norms in (replicated, split)]
+    rules, squares = model.split.rules, []
+    for replicated in (True, False):
+        found = [local_part(p.grad)[0] for name, p in model.named_parameters()
+                 if p.grad is not None and (rules[name].dim is None) == replicated]
+        norms = torch._foreach_norm(found, dtype=torch.float32) if found else ()
+        zero = torch.zeros((), device=model.device)
+        squares.append(torch.stack([zero, *norms]).square().sum())
     square = squares[0] + all_reduce(squares[1], model.tp.at("optimizer"), "step")
     if model.parts.dp:
         square = all_reduce(square, model.parts.dp.at("optimizer"), "step")

@@ -3,6 +3,7 @@
 import math
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,9 +80,9 @@ def step(run: Run, log: Log, saver: Saver, signals: Signals) -> int:
     before, started = world.ledger.snapshot(), time.perf_counter()
     lr = learning_rate(run.options, iter_num)
     with world.ledger.during(f"step {iter_num}"):
-        loss, grad_norm = iterate(run, lr)
-        mine = signals.asked or log.asked or ORPHANED * world.orphaned
-        asked, busy = agree(world, (mine, saver.busy))
+        loss, grad_norm, asked, busy = iterate(
+            run, lr, lambda: (signals.asked or log.asked or ORPHANED * world.orphaned, saver.busy)
+        )
     run.seconds.append(time.perf_counter() - started)
     check_finite(run, {"": loss})
     progress.iter_num += 1
@@ -120,8 +121,9 @@ def stopped(run: Run, asked: int) -> Stopped:
     return Stopped(f"{why}: stopped after {at} iterations, {saved}", 128 + number)
 
 
-def iterate(run: Run, lr: float) -> tuple[float, float]:
-    """One AdamW step. Returns (mean loss, norm of the full gradient), equal on all ranks."""
+def iterate(run: Run, lr: float, ask: Callable[[], tuple[int, ...]] = tuple) -> tuple[Any, ...]:
+    """One AdamW step. Returns (mean loss, norm of the full gradient, the largest answers of any rank
+    to `ask`), equal on all ranks. The host waits for the device once, at the end."""
     options, world, iter_num = run.options, run.world, run.progress.iter_num
     every = options.check_replicas
     check = every > 0 and iter_num % every == 0 and iter_num > run.first.iter_num
@@ -144,11 +146,16 @@ def iterate(run: Run, lr: float) -> tuple[float, float]:
             (loss * scale).backward()
     total = all_reduce(total, world.dp.at("data_parallel"), "step") / world.dp.size
     gradients.sum_partial_gradients(run.model)
-    grad_norm = gradients.grad_norm(run.model).item() / scale
+    grad_norm = gradients.grad_norm(run.model) / scale
     if check:
         check_replicas(run, torch.stack(batches))
     take_step(run, grad_norm, scale)
-    return total.item(), grad_norm
+    numbers = torch.stack([total, grad_norm])
+    if mine := ask():
+        numbers = torch.cat([numbers, agreed(world, mine)])
+    mean, norm, *answers = numbers.tolist()
+    note_step(run, norm)
+    return mean, norm, *map(int, answers)
 
 
 def check_replicas(run: Run, batches: Tensor) -> None:
@@ -163,22 +170,30 @@ def check_replicas(run: Run, batches: Tensor) -> None:
 
 def agree(world: World, numbers: tuple[int, ...]) -> list[int]:
     """The maximum over all ranks of each number."""
-    most = torch.tensor(numbers, dtype=torch.float32, device=world.device)
+    return [int(number) for number in agreed(world, numbers).tolist()]
+
+
+def agreed(world: World, numbers: tuple[int, ...]) -> Tensor:
+    most = on_device(world, torch.tensor(numbers, dtype=torch.float32))
     for axis in (world.tp.at("optimizer"), world.dp.at("data_parallel")):
         most = all_reduce(most, axis, "step", op="max")
-    return [int(number) for number in most.tolist()]
+    return most
 
 
-def take_step(run: Run, grad_norm: float, scale: float) -> None:
-    """Clip and update, unless the gradient overflowed: all ranks have the same norm."""
-    options, progress, half = run.options, run.progress, run.dtype == torch.float16
-    clip = options.grad_clip / (grad_norm + 1e-6) if options.grad_clip else 1.0
-    factor, good = min(clip, 1.0) / scale, math.isfinite(grad_norm)
+def take_step(run: Run, grad_norm: Tensor, scale: float) -> None:
+    """Clip and update on the device, unless the gradient overflowed: all ranks have the same norm.
+    A fused optimizer divides by grad_scale and skips its step where found_inf is 1."""
+    optimizer, most = run.optimizer, run.options.grad_clip
+    clip = (most / (grad_norm + 1e-6)).clamp(max=1.0) if most else torch.ones_like(grad_norm)
+    vars(optimizer).update(grad_scale=scale / clip, found_inf=1.0 - grad_norm.isfinite().float())
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def note_step(run: Run, grad_norm: float) -> None:
+    """Count a step that was taken, and set the next one's scale."""
+    progress, half, good = run.progress, run.dtype == torch.float16, math.isfinite(grad_norm)
     if good:
-        if factor != 1.0:
-            present = [p.grad for p in run.model.parameters() if p.grad is not None]
-            torch._foreach_mul_(present, factor)
-        run.optimizer.step()
         progress.optimizer_steps += 1
         run.skipped = 0.0
     elif not half or progress.loss_scale < 1.0:  # otherwise the scale may be too large
@@ -186,7 +201,6 @@ def take_step(run: Run, grad_norm: float, scale: float) -> None:
     if half:  # halve the loss's scale after an overflow, double it after 2000 good steps
         double = good and progress.optimizer_steps % 2000 == 0
         progress.loss_scale *= 2.0 if double else 1.0 if good else 0.5
-    run.optimizer.zero_grad(set_to_none=True)
 
 
 def stream_seed(seed: int, step: int, micro: int, dp_rank: int) -> int:
@@ -201,9 +215,13 @@ def next_batch(
 ) -> tuple[Tensor, Tensor]:
     tokens, seed, c = getattr(run.dataset, split), run.options.seed, run.model.config
     x, y = batch(tokens, rows, c.block_size, seed, step, stream, c.vocab_size)
-    if run.world.device.type == "cuda":
-        x, y = (part.pin_memory().to(run.world.device, non_blocking=True) for part in (x, y))
-    return x, y
+    return on_device(run.world, x), on_device(run.world, y)
+
+
+def on_device(world: World, x: Tensor) -> Tensor:
+    """x from the host's memory, without waiting for a GPU."""
+    gpu = world.device.type == "cuda"
+    return x.pin_memory().to(world.device, non_blocking=True) if gpu else x
 
 
 def learning_rate(options: TrainOptions, iter_num: int) -> float:

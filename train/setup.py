@@ -126,7 +126,7 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
     dataset.check(config.block_size, config.vocab_size)
     model = make_model(world, options, config, source, shard)
     rates, betas = (options.weight_decay, options.learning_rate), (options.beta1, options.beta2)
-    optimizer = adamw(model.named_parameters(), *rates, betas, world.device.type)
+    optimizer = adamw(model.named_parameters(), *rates, betas)
     if saved is not None:
         checkpoint.load_optimizer(model, optimizer, saved, progress.optimizer_steps, world)
     wrapped = model if shard else replicate(model, world.dp, DTYPES[options.dp_reduce_dtype])
