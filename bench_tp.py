@@ -20,16 +20,11 @@ from cli import options
 from world.entry import Main, run_commands
 
 COMMANDS: dict[str, tuple[type[options.RunOptions], Main]] = {
-    "decode": (options.BenchDecodeOptions, decode),
-    "prefill": (options.BenchPrefillOptions, prefill),
-    "train": (options.BenchTrainOptions, train),
-    "save": (options.BenchSaveOptions, save),
+    "decode": (options.BenchDecodeOptions, decode), "train": (options.BenchTrainOptions, train),
+    "prefill": (options.BenchPrefillOptions, prefill), "save": (options.BenchSaveOptions, save),
     "allreduce": (options.BenchAllreduceOptions, allreduce),
-    "block": (options.BenchBlockOptions, block),
-    "diagram": (options.BenchDiagramOptions, diagram),
-    "page": (options.BenchPageOptions, page),
-    "predict": (options.BenchPredictOptions, predict),
-}
+    "block": (options.BenchBlockOptions, block), "diagram": (options.BenchDiagramOptions, diagram),
+    "page": (options.BenchPageOptions, page), "predict": (options.BenchPredictOptions, predict)}
 
 if __name__ == "__main__":
     run_commands(COMMANDS, "bench_tp.py")

@@ -63,8 +63,8 @@ def group_heads(world: World, options: GroupOptions) -> None:
         groups[layer] = heads, neurons
         parts = (heads[slice(*split.heads(rank))] for rank in range(split.tp))
         shares = " | ".join(",".join(map(str, part)) for part in parts)
-        figures = {"damage_as_it_is": before, "damage_grouped": damage}
-        layers.append({"layer": layer, **figures, "heads_of_each_rank": shares})
+        layers.append({"layer": layer, "damage_as_it_is": before, "damage_grouped": damage,
+                       "heads_of_each_rank": shares})
         print(f"{layer:>5} {before:>16.4g} {damage / before if before else 1.0:>10.1%}   {shares}")
     grouped = Regrouped(source, groups)
     with new_directory(out, options.force, SHARD_FILES) as scratch:
@@ -72,14 +72,12 @@ def group_heads(world: World, options: GroupOptions) -> None:
         write_json(scratch / TOKENIZER_FILE, tokenizer.to_json())
     print(f"{options.out}: {grouped.description} for tp={split.tp}. With all sync points it is "
           "the same model.")
-    if options.report:
-        head = {"entry": "drop_syncs", "what": "group", **about(world, source, ids)}
-        report.write(options.report, head | {"ranks": split.tp, "layers": layers})
+    head = about("group", world, source, ids)
+    report.write(options.report, head | {"ranks": split.tp, "layers": layers})
 
 
 class Regrouped:
-    """A source with heads and neurons in another order. It reads whole tensors and permutes
-    them."""
+    """A source with heads and neurons in another order."""
 
     def __init__(self, source: Source, groups: Groups):
         self.source, self.groups, self.config = source, groups, source.config
@@ -195,11 +193,10 @@ def _partitions(heads: Iterable[int], sizes: list[int]) -> Iterator[list[tuple[i
 
 
 def deal(cost: Tensor, columns: list[int]) -> tuple[list[int], float]:
-    """(neurons in the order of their ranks, columns[r] of rank r; their cost). cost: [tp,
-    n_hidden].
+    """(neurons in the order of their ranks, columns[r] of rank r; their cost).
 
-    The neurons with most to lose choose first, then pairs are exchanged while that helps. For two
-    ranks the order by the difference of costs is the optimum.
+    cost: [tp, n_hidden]. The neurons with most to lose choose first, then pairs are exchanged while
+    that helps. For two ranks the order by the difference of costs is the optimum.
     """
     tp, n = cost.shape
     owner = torch.ones(n, dtype=torch.int64)

@@ -46,10 +46,9 @@ def validation_tokens(dataset: Dataset, options: DropOptions) -> Tensor:
 
 def build(world: World, source: Source, options: DropOptions,
           schedule: Schedule) -> TensorParallelGPT:
-    dtype, read = pick_dtype(options.dtype, world.device), reader(source, world.tp.rank)
-    model = TensorParallelGPT(source.config, world.tp, read, device=world.device, dtype=dtype,
-                              schedule=schedule)
-    return model.eval()
+    return TensorParallelGPT(source.config, world.tp, reader(source, world.tp.rank),
+                             device=world.device, dtype=pick_dtype(options.dtype, world.device),
+                             schedule=schedule).eval()
 
 
 def need_ranks(world: World, command: str) -> None:
@@ -64,10 +63,7 @@ def perplexity(model: TensorParallelGPT, tokens: Tensor, batch_size: int) -> flo
     return math.exp(min(total / count, 700))
 
 
-def about(world: World, source: Source, tokens: Tensor) -> dict[str, Any]:
+def about(what: str, world: World, source: Source, tokens: Tensor) -> dict[str, Any]:
     """The head of a report."""
-    return {
-        "source": source.description, "world_size": world.size, "tp": world.tp.size,
-        "comm": world.comm, "device": world.device.type, "tokens": len(tokens),
-        "model": asdict(source.config),
-    }
+    return {"entry": "drop_syncs", "what": what, "source": source.description,
+            **report.where(world), "tokens": len(tokens), "model": asdict(source.config)}
