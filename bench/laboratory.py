@@ -215,28 +215,16 @@ def kept(config: GPTConfig, strategy: str, tp: int, batch: int, width: int) -> i
     return training.kept_by_layer + 2 * others * config.n_embd * width
 
 
-def averaged(row: dict[str, Any], layers: int) -> dict[str, Any]:
-    """The line of all layers as the mean of one. The sum of partial gradients is one for all."""
-    calls = {way: n if way == "step" else n / layers for way, n in row["calls"].items()}
-    told = [one | {key: one[key] / layers for key in ("calls", "bytes")} for one in row["told"]]
-    sizes = {key: row[key] / layers for key in ("bytes_told", "bytes_on_the_wire")}
-    return row | {"calls": calls, "told": told} | sizes
-
-
 def counted(
-    config: GPTConfig, schedule: Schedule, sizes: list[int], batch: int, dtype: torch.dtype
+    config: GPTConfig, sizes: list[int], batch: int, dtype: torch.dtype
 ) -> Iterator[dict[str, Any]]:
-    """A line for each strategy at each tp, and for the schedule unless it is one of them."""
+    """A line for each strategy at each tp."""
     case = Case.draw("layer", config, batch, dtype=dtype, device="meta")
     for tp in sizes:
         for name in case.strategies(tp):
             if tp <= config.block_size or not name.startswith("sequence"):
-                row = line(case, name, tp, formula(case, name, tp))
-                yield row | {"kept_bytes": kept(config, name, tp, batch, dtype.itemsize)}
-        if tp > 1 and str(schedule) not in ("all", "mlp"):
-            row = line(case, f"--sync={schedule}", tp, formula(case, "megatron", tp, schedule))
-            size = {"kept_bytes": kept(config, "spd", tp, batch, dtype.itemsize)}
-            yield averaged(row, config.n_layer) | size
+                yield line(case, name, tp, formula(case, name, tp),
+                           kept_bytes=kept(config, name, tp, batch, dtype.itemsize))
 
 
 def diagram(world: World, options: opt.BenchDiagramOptions) -> None:
@@ -251,7 +239,7 @@ def diagram(world: World, options: opt.BenchDiagramOptions) -> None:
                         f"--sync={schedule} and block_size={T} on tp={sizes[0]}.")
     dtype = pick_dtype(options.dtype, world.device)
     drawn = layer(split, schedule, options.sequence_parallel)
-    rows = list(counted(config, schedule, sizes, batch, dtype))
+    rows = list(counted(config, sizes, batch, dtype))
     about = f"a layer's two passes by formula, {batch} x {T} tokens, {str(dtype)[6:]}:"
     said = [*lines(drawn), "", about, *strategy_table(rows)]
     print(fit("\n".join(said), sys.stdout.encoding))

@@ -157,18 +157,17 @@ def dropped_sync(whole: model.Block, split: Split, x: Tensor) -> Tensor:
     return out
 
 
-def formula(case: Case, strategy: str, tp: int, schedule: Schedule | None = None) -> Counts:
-    """A rank's collectives in a forward and a backward pass and in the step after them, as the cost
-    model counts them. schedule: of a whole model, instead of one layer under the strategy."""
+def formula(case: Case, strategy: str, tp: int) -> Counts:
+    """A rank's collectives of one layer in a forward and a backward pass and in the step after
+    them, as the cost model counts them."""
     if tp == 1:
         return {}
     B, T, C = case.x.shape
-    points = schedule or Schedule.parse("mlp" if strategy == "spd" else "all", 1)
-    split = replace(case.split(tp), n_layer=len(points.syncs) // 2)
-    sequence = strategy.startswith("sequence")
+    points = Schedule.parse("mlp" if strategy == "spd" else "all", 1)
+    split, sequence = replace(case.split(tp), n_layer=1), strategy.startswith("sequence")
     step = Step(split, points, "train", B, T, sequence_parallel=sequence, logit_rows=B * T)
-    kinds, messages = KINDS if case.part == "layer" else (case.part,), list(step.messages())
-    calls = [(m.direction, m.op, m.nbytes // FLOAT) for m in messages if m.block in kinds]
+    kinds = KINDS if case.part == "layer" else (case.part,)
+    calls = [(m.direction, m.op, m.nbytes // FLOAT) for m in step.messages() if m.block in kinds]
     for widths in map(split.widths, kinds):
         if strategy == "sequence+kept":
             calls.remove(("backward", "all_gather", B * T * C))
@@ -176,8 +175,6 @@ def formula(case: Case, strategy: str, tp: int, schedule: Schedule | None = None
             calls.append(("forward", "all_gather", B * T * max(widths)))
             calls.append(("backward", "all_reduce", B * T * sum(widths)))
     partial = sum(case.weights[name].numel() for name in case.partial(strategy))
-    if schedule:  # the optimizer's last message is the gradient's norm
-        partial = sum(m.nbytes for m in messages if m.block == "optimizer") // FLOAT - 1
     calls += [("step", "all_reduce", partial)] * (partial > 0)
     counts: Counts = {}
     for direction, op, elements in calls:

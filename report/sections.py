@@ -13,9 +13,9 @@ from xml.etree.ElementTree import Element
 
 from base.errors import UserError
 from base.numbers import nbytes, number, plural, seconds, share
-from parallel.ledger import Tally, total
+from parallel.ledger import total
 from report import account
-from report.html import Content, E, facts, folded, note, plain, spread, table, words
+from report.html import Content, E, folded, note, plain, spread, table, words
 from report.shapes import ACCOUNT, FEW, MODEL, SPREAD, at, fits, is_number
 from report.svg import Point, Series, chart, halves, legend
 
@@ -64,10 +64,6 @@ def listing(items: Mapping[str, Any], parts: Names, columns: Names) -> Content:
     return [legend(names) if len(parts) > 1 else None, table(rows)]
 
 
-def figures(key: str) -> Callable[[Report], Content]:
-    return lambda report: facts((words(k), plain(v, k)) for k, v in report[key].items())
-
-
 # --- the run ----------------------------------------------------------------------------------
 
 
@@ -78,11 +74,11 @@ def diagram(report: Report) -> Content:
         return None  # sizes or a schedule that do not go together
     tp, syncs = layer.split.tp, layer.schedule.syncs
     found = account.entries(report) if tp > 1 else {}
-    sums: dict[tuple[str, str, str], Tally] = defaultdict(Tally)
-    for e, tally in found.items():
-        sums[e.block, e.direction, e.op.replace("_", "-")].add(tally)
-    notes = {key: f"{t.calls:,} calls, {nbytes(t.bytes)}, {seconds(t.seconds)}"
-             for key, t in sums.items()}
+    notes = {}
+    for block, way, op in {(e.block, e.direction, e.op) for e in found}:
+        t = total(found, block=block, direction=way, op=op)
+        text = f"{t.calls:,} calls, {nbytes(t.bytes)}, {seconds(t.seconds)}"
+        notes[block, way, op.replace("_", "-")] = text
     forward_only = bool(found) and not total(found, direction="backward").calls
     names = [("column", "column-parallel"), ("row", "row-parallel")]
     names += [("forward", "communication, forward")] * (tp > 1)
@@ -94,9 +90,10 @@ def diagram(report: Report) -> Content:
         return drawn
     marks = [E("i", class_="on" if sync else "off") for sync in syncs]
     pairs = [E("span", marks[i : i + 2], E("small", str(i // 2))) for i in range(0, len(marks), 2)]
-    text = "Sync points, layer by layer: after attention and after the MLP. "
-    text += f"{sum(syncs)} of {len(syncs)}{'' if all(syncs) else ', the others are left out'}."
-    return [*drawn, note(text), E("div", pairs, class_="strip")]
+    return [*drawn, note("Sync points, layer by layer: after attention and after the MLP. ",
+                         f"{sum(syncs)} of {len(syncs)}",
+                         "." if all(syncs) else ", the others are left out."),
+            E("div", pairs, class_="strip")]
 
 
 def by_layer(report: Report) -> Content:
@@ -108,13 +105,11 @@ def by_layer(report: Report) -> Content:
     for e, t in found.items():
         name = e.block if e.layer is None else f"{e.layer} {e.block}"
         places[name].update({**asdict(t), e.direction: t.seconds if timed else t.bytes})
-    columns = {"bytes": "bytes", "calls": "calls"}
-    if timed:
-        columns = {"time": "seconds", **columns}
-    text = f"{report['comm_account'].get('forward_passes') or 0:,} forward passes. Time: rank 0's "
-    text += "clock, waiting for the others included; bytes: handed in by a rank."
-    lines = folded(f"The account, {plural(len(found), 'line')}", table(account.rows(found)))
-    return [note(text), listing(places, {way: way for way in WAYS}, columns), lines]
+    columns = {**({"time": "seconds"} if timed else {}), "bytes": "bytes", "calls": "calls"}
+    return [note(f"{report['comm_account'].get('forward_passes') or 0:,} forward passes. Time: ",
+                 "rank 0's clock, waiting for the others included; bytes: handed in by a rank."),
+            listing(places, {way: way for way in WAYS}, columns),
+            folded(f"The account, {plural(len(found), 'line')}", table(account.rows(found)))]
 
 
 def shares(report: Report) -> Content:
@@ -129,18 +124,8 @@ def shares(report: Report) -> Content:
     labels = [(way, f"{names[way]}: {seconds(took)}, {share(took / whole)}")
               for way, took in parts.items() if took]
     text = f"{share(both['fraction_of_time'])} of {seconds(whole)} were spent in collectives"
-    return [note(f"{text} (rank 0's clock)."), whole_bar(parts), legend(labels)]
-
-
-def measured_shares(report: Report) -> Content:
-    found = report["share_in_collectives"]
-    text = f"{spread(found, share)} of the time was spent in collectives (rank 0's clock)."
-    drawn = whole_bar({"compute": 1 - found["median"], "forward": found["median"]})
-    return [note(text), drawn, legend([("compute", "compute"), ("forward", "collectives")])]
-
-
-def whole_bar(parts: Mapping[str, float]) -> Element:
-    return E("div", bar(parts, sum(parts.values())), class_="whole")
+    return [note(f"{text} (rank 0's clock)."),
+            E("div", bar(parts, sum(parts.values())), class_="whole"), legend(labels)]
 
 
 def memory(report: Report) -> Content:
@@ -194,11 +179,10 @@ def scan(report: Report) -> Content:
     def drawn(x: Callable[[Report], float], axis: str) -> Element | None:
         series = []
         for name, colour, rows in groups:
-            points = []
-            for row in rows:
-                label = row["sync"] if rows is others and len(row["sync"]) < 9 else ""
-                title = f"--sync={row['sync']}: {row['perplexity']:.4f}, {row['loss']:+.2%}"
-                points.append(Point(x(row), row["perplexity"], title, label))
+            points = [Point(x(row), row["perplexity"],
+                            f"--sync={row['sync']}: {row['perplexity']:.4f}, {row['loss']:+.2%}",
+                            row["sync"] if rows is others and len(row["sync"]) < 9 else "")
+                      for row in rows]
             joined = rows is fewer and x is messages  # fewer messages do not always take less time
             series.append(Series(name, points, colour, joined))
         return chart(series, axis, "perplexity", log=(False, True))
@@ -209,19 +193,13 @@ def scan(report: Report) -> Content:
              for row in {row["sync"]: row for row in [*fewer, *others, *chosen]}.values()]
     alone = {name: {"length": max(0.0, row["loss"]), "lost": f"{row['loss']:+.2%}"}
              for name, row in report["single"].items()}
-    text = "Perplexity lost where one sync point alone goes"
-    single = note(f"{text} (a: after the layer's attention, m: after its MLP).")
+    single = note("Perplexity lost where one sync point alone goes (a: after the layer's ",
+                  "attention, m: after its MLP).")
     charts = [drawn(messages, "all-reduces a token"), drawn(milliseconds, "ms a token, measured"),
               E("figure", single, listing(alone, {"length": "c3"}, {"lost": "lost"}))]
-    text = f"Perplexity of {report['tokens']:,} tokens on {report['tp']} ranks. Fewer all-reduces a"
-    text += " token are to the left; the embedding's is counted."
-    return [note(text), E("div", charts, class_="charts"), table(cells)]
-
-
-def repair(report: Report) -> Content:
-    text = f"Perplexity of {report['tokens']:,} tokens on {report['tp']} ranks under --sync="
-    text += f"{report['sync']}: with all sync points (dense), before and after repair."
-    return [note(text), plain(report["evidence"])]
+    return [note(f"Perplexity of {report['tokens']:,} tokens on {report['tp']} ranks. Fewer ",
+                 "all-reduces a token are to the left; the embedding's is counted."),
+            E("div", charts, class_="charts"), table(cells)]
 
 
 # --- measurements -----------------------------------------------------------------------------
@@ -233,9 +211,7 @@ def strategies(report: Report) -> Content:
         kept: for the backward pass, without weights; between passes: a sum of partial gradients,
         one for all layers."""
     items = {f"tp {line['tp']} {line['strategy']}": line for line in report["lines"]}
-    wires = {name: line for name, line in items.items() if line["tp"] > 1}
-    bars = listing(wires, {"bytes_on_the_wire": "forward"}, {"on the wire": "bytes_on_the_wire"})
-    return [note(text), bars, listing(items, {}, STRATEGY)]
+    return [note(text), listing(items, {"bytes_on_the_wire": "forward"}, STRATEGY)]
 
 
 def unit_of(report: Report) -> str:
@@ -265,17 +241,6 @@ def sizes(report: Report) -> Content:
     return E("div", drawn, listing(items, {}, columns), class_="charts")
 
 
-def layouts(report: Report) -> Content:
-    items = {}
-    for row in report["layouts"]:
-        names = [f"tp {row['tp']}, dp {row['dp']}", *(LAYOUT[key] for key in LAYOUT if row[key])]
-        items[", ".join(names)] = row | {"peak_bytes": row["peak"]}
-    text = "Bytes on the rank that has most, the run as asked for first. The peak: all that is"
-    drawn = listing(items, PARTS, {"peak": "peak_bytes"})
-    return [note(f"{text} there at the worst moment, and the process itself."), drawn,
-            folded("All figures", plain(report["layouts"]))]
-
-
 # --- all of them ------------------------------------------------------------------------------
 
 STRATEGY = {
@@ -283,33 +248,21 @@ STRATEGY = {
     "between passes": "calls.step", "told": "bytes_told", "on the wire": "bytes_on_the_wire",
     "weights a rank": "weight_bytes", "kept": "kept_bytes", "time": "seconds",
     "in collectives": "share_in_collectives.median", "largest error": "error"}
-PARTS = {"parameters": "c0", "gradients": "c1", "optimizer": "c2", "activations": "c3",
-         "temporary": "c4"}
-LAYOUT = {"dp_shard": "sharded", "sequence_parallel": "sequence",
-          "activation_checkpointing": "recomputed"}
 POINT = {"sync": str, "points": int, "perplexity": float, "loss": float, "ms_per_token?": SPREAD,
          "all_reduces_per_token?": float}
-SCAN = {"plain": POINT, "curve": [POINT], "tp": int}
-REPAIR = {"evidence": {"loss": float}, "points": int, "sync": str, "tp": int}
 CURVE = dict.fromkeys(("iter", "loss", "val_iter", "val_loss"), [float])
 RANKS = {f"{kind}_bytes_per_rank": [int] for kind in ("weight", "kv_cache", "peak")}
 SECTIONS = (
     Section("One layer, as its ranks see it",
             {"model": MODEL, "tp": FEW, "sync?": str, "comm_account?": ACCOUNT}, diagram),
     Section("Every strategy", {"lines": [{"tp": int, "strategy": str}]}, strategies),
-    Section("Perplexity against all-reduces", {**SCAN, "others": [POINT], "single": {str: POINT},
-                                               "chosen?": POINT, "tokens": int}, scan),
-    Section("Repair", {**REPAIR, "tokens": int}, repair),
+    Section("Perplexity against all-reduces", {
+        "plain": POINT, "curve": [POINT], "others": [POINT], "single": {str: POINT},
+        "chosen?": POINT, "tp": int, "tokens": int}, scan),
     Section("Side by side", {"parties": {str: dict}}, parties),
     Section("Messages", {"sizes": [{"bytes": float, "us": {str: SPREAD}}]}, sizes),
-    Section("What a rank's memory holds", {"layouts": [
-        {"tp": int, "dp": int, "peak": int, **dict.fromkeys(LAYOUT, bool)}]}, layouts),
     Section("Loss", {"loss_curve": CURVE}, losses),
-    Section("Evaluation", {"evaluation": {str: float}}, figures("evaluation")),
     Section("Compute and communication", {"comm_account": ACCOUNT}, shares),
-    Section("Compute and communication", {"share_in_collectives": SPREAD}, measured_shares),
     Section("Communication, layer by layer", {"comm_account": ACCOUNT}, by_layer),
     Section("Memory of each rank", {"memory": RANKS}, memory),
-    Section("Time", {"timing": {str: float}}, figures("timing")),
-    Section("Samples", {"samples": [{"prompt": str, "text": str}]}, samples),
-)
+    Section("Samples", {"samples": [{"prompt": str, "text": str}]}, samples))

@@ -45,9 +45,8 @@ def halves(
     notes: {(block, pass, collective): text at its message}. forward_only: there was no backward.
     """
     for kind, places in layer.halves.items():
-        messages = [place for place in places if isinstance(place, Message)]
-        uses = Counter((way, op) for message in messages
-                       for way, ops in message.passes.items() for op in ops)
+        uses = Counter((way, op) for place in places if isinstance(place, Message)
+                       for way, ops in place.passes.items() for op in ops)
         # The account has one sum for a collective that the picture has twice: show it at neither.
         known = {key: notes.get((kind, *key), "") for key, n in uses.items() if n == 1}
         y, drawn = 2.0, []
@@ -79,11 +78,11 @@ def _message(place: Message, notes: Mapping[tuple[str, str], str], unused: bool,
     """unused: the report's run had no such pass."""
     rows = []
     for words in place.words:
-        rows.append((words, "soft" if unused else ""))
         way = words.partition(":")[0]
         ops = place.passes.get(way, ())
-        rows += [(f"{op}: " * (len(ops) > 1) + notes[way, op], "soft")
-                 for op in ops if notes.get((way, op))]
+        rows += [(words, "soft" if unused else ""), *(
+            (f"{op}: " * (len(ops) > 1) + notes[way, op], "soft")
+            for op in ops if notes.get((way, op)))]
     way = "forward" if place.forward else "backward"
     class_ = "left-out" if not place.times else "unused" if unused else way
     high, left = 10 + 16 * len(rows), 24 + 7.5 * len(place.name)
@@ -155,12 +154,10 @@ def fit(value: float) -> bool:
 
 def ticks(lo: float, hi: float, whole: bool = False) -> list[float]:
     """About six round numbers from lo to hi; whole ones where the values are."""
-    raw = max((hi - lo) / 7, 1.0 if whole else 0.0)
+    raw = max((hi - lo) / 7, float(whole))
     power = 10.0 ** math.floor(math.log10(raw))
-    factors = (1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)
-    step = power * next(factor for factor in factors if factor * power >= raw * 0.999)
-    first, last = math.ceil(lo / step - 1e-9), math.floor(hi / step + 1e-9)
-    return [i * step for i in range(first, last + 1)]
+    step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    return [i * step for i in range(math.ceil(lo / step - 1e-9), math.floor(hi / step + 1e-9) + 1)]
 
 
 def log_ticks(lo: float, hi: float) -> list[float]:
@@ -171,25 +168,18 @@ def log_ticks(lo: float, hi: float) -> list[float]:
     return found if len(found) > 2 else ticks(lo, hi)
 
 
-class Scale:
-    """Places from `start` to `end` for the values of an axis, with a little room at both ends.
-
-    log: a logarithmic axis, if all values are positive. ticks: the values to mark.
-    """
-
-    def __init__(self, values: Sequence[float], log: bool, start: float, end: float):
-        log = log and min(values) > 0
-        self.bend: Callable[[float], float] = math.log if log else float
-        lo, hi = self.bend(min(values)), self.bend(max(values))
-        room = 0.06 * (hi - lo) or abs(hi) * 0.1 or 1.0
-        self.start, self.lo = start, lo - room
-        self.scale = (end - start) / (hi - lo + 2 * room)
-        whole = all(float(value).is_integer() for value in values)
-        ends = lo - room, hi + room
-        self.ticks = log_ticks(*map(math.exp, ends)) if log else ticks(*ends, whole)
-
-    def __call__(self, value: float) -> float:
-        return self.start + (self.bend(value) - self.lo) * self.scale
+def scale(values: Sequence[float], log: bool, start: float,
+          end: float) -> tuple[Callable[[float], float], list[float]]:
+    """(places from `start` to `end` for the values of an axis, with a little room at both ends; the
+    values to mark). log: a logarithmic axis, if all values are positive."""
+    log = log and min(values) > 0
+    bend: Callable[[float], float] = math.log if log else float
+    least, most = bend(min(values)), bend(max(values))
+    room = 0.06 * (most - least) or abs(most) * 0.1 or 1.0
+    lo, hi = least - room, most + room
+    whole = all(float(value).is_integer() for value in values)
+    marks = log_ticks(math.exp(lo), math.exp(hi)) if log else ticks(lo, hi, whole)
+    return lambda value: start + (bend(value) - lo) * (end - start) / (hi - lo), marks
 
 
 def chart(series: Iterable[Series], across: str, up: str, log: tuple[bool, bool] = (False, False),
@@ -202,14 +192,14 @@ def chart(series: Iterable[Series], across: str, up: str, log: tuple[bool, bool]
     found = [(one, points) for one, points in found if points]
     if not found:
         return None
-    xs = Scale([p.x for _, points in found for p in points], log[0], LEFT, RIGHT)
-    ys = Scale([p.y for _, points in found for p in points], log[1], BOTTOM, TOP)
-    drawn = [text(xs(tick), BOTTOM + 18, read(tick), "soft") for tick in xs.ticks]
-    for tick in ys.ticks:
-        drawn.append(E("path", d=f"M{LEFT} {ys(tick):.1f}H{RIGHT}", class_="grid"))
-        drawn.append(text(LEFT - 7, ys(tick) + 4, number(tick), "soft", "end"))
-    drawn.append(text((LEFT + RIGHT) / 2, HEIGHT - 6, across, "soft"))
-    drawn.append(text(4, 13, up, "soft", "start"))
+    xs, marks = scale([p.x for _, points in found for p in points], log[0], LEFT, RIGHT)
+    ys, lines = scale([p.y for _, points in found for p in points], log[1], BOTTOM, TOP)
+    drawn = [text(xs(mark), BOTTOM + 18, read(mark), "soft") for mark in marks]
+    for y in lines:
+        drawn += [E("path", d=f"M{LEFT} {ys(y):.1f}H{RIGHT}", class_="grid"),
+                  text(LEFT - 7, ys(y) + 4, number(y), "soft", "end")]
+    middle = (LEFT + RIGHT) / 2
+    drawn += [text(middle, HEIGHT - 6, across, "soft"), text(4, 13, up, "soft", "start")]
     for one, points in found:
         places = [(xs(p.x), ys(p.y)) for p in points]
         if one.joined and len(points) > 1:
@@ -220,7 +210,7 @@ def chart(series: Iterable[Series], across: str, up: str, log: tuple[bool, bool]
                 title = E("title", point.title)
                 drawn.append(E("circle", title, cx=x, cy=y, r=4, class_=f"dot {one.class_}"))
             if point.label:  # towards the middle
-                room, anchor = (7, "start") if 2 * x < LEFT + RIGHT else (-7, "end")
+                room, anchor = (7, "start") if x < middle else (-7, "end")
                 drawn.append(text(x + room, y - 6, point.label, "soft", anchor))
     title = E("title", f"{up} against {across}")
     svg = E("svg", title, drawn, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", class_="chart")
