@@ -55,6 +55,12 @@ def folded(summary: str, *content: Content) -> Element:
     return E("details", E("summary", summary), content)
 
 
+def legend(names: Iterable[tuple[str, str]]) -> Element:
+    """names: (class, what has its colour)."""
+    chips = [E("span", E("i", class_=f"chip {class_}"), name) for class_, name in names]
+    return E("p", chips, class_="legend")
+
+
 def facts(cells: Iterable[tuple[str, Content]], class_: str = "facts") -> Element:
     """Figures, each with its name below it."""
     return E("dl", [E("div", E("dt", name), E("dd", text)) for name, text in cells], class_=class_)

@@ -5,7 +5,7 @@ A report of another shape, a stranger's or an older version's, has these figures
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from typing import Any
@@ -15,9 +15,10 @@ from base.errors import UserError
 from base.numbers import nbytes, number, plural, seconds, share
 from parallel.ledger import total
 from report import account
-from report.html import Content, E, folded, note, plain, spread, table, words
+from report.diagram import Layer, Message, Place, Sharded, Shared, drawn_ranks
+from report.html import Content, E, folded, legend, note, plain, spread, table, words
 from report.shapes import ACCOUNT, FEW, MODEL, SPREAD, at, fits, is_number
-from report.svg import Point, Series, chart, halves, legend
+from report.svg import Point, Series, chart
 
 Report = dict[str, Any]
 Names = Mapping[str, str]
@@ -65,6 +66,45 @@ def listing(items: Mapping[str, Any], parts: Names, columns: Names) -> Content:
 
 
 # --- the run ----------------------------------------------------------------------------------
+
+
+def halves(
+    layer: Layer, notes: Mapping[tuple[str, str, str], str], forward_only: bool
+) -> Iterator[Element]:
+    """Attention and MLP, each a picture.
+
+    notes: {(block, pass, collective): text at its message}. forward_only: there was no backward.
+    """
+    for kind, places in layer.halves.items():
+        uses = Counter((way, op) for place in places if isinstance(place, Message)
+                       for way, ops in place.passes.items() for op in ops)
+        # The account has one sum for a collective that the picture has twice: show it at neither.
+        known = {key: notes.get((kind, *key), "") for key, n in uses.items() if n == 1}
+        yield E("div", [_place(place, layer.split.tp, known, forward_only) for place in places],
+                class_="half")
+
+
+def _place(
+    place: Place, tp: int, notes: Mapping[tuple[str, str], str], forward_only: bool
+) -> Element:
+    if isinstance(place, Shared):
+        class_ = "stream" if place.stream else "shared"
+        return E("p", E("code", place.name), f" {place.note}", class_=class_)
+    if isinstance(place, Sharded):
+        parts = [E("code", name, class_=f"part {kind}") for name, kind in place.parts]
+        return E("div", ["…" if rank is None else E(
+            "div", E("b", f"rank {rank}"), E("small", place.shares[rank]), parts, class_="rank")
+            for rank in drawn_ranks(tp)], class_="ranks")
+    rows = []
+    for line in place.words:
+        way = line.partition(":")[0]
+        ops = place.passes.get(way, ())
+        rows += [E("p", line), *(E("small", f"{op}: " * (len(ops) > 1), notes[way, op])
+                                  for op in ops if notes.get((way, op)))]
+    way = "unused" if forward_only and not place.forward else "backward"
+    class_ = "left-out" if not place.times else "forward" if place.forward else way
+    point = E("b", "sync point") if place.sync and place.times else None
+    return E("div", E("code", place.name), E("div", rows), point, class_=f"message {class_}")
 
 
 def diagram(report: Report) -> Content:
