@@ -95,9 +95,8 @@ class Subject:
 
 
 @contextmanager
-def subject(
-    world: World, options: BenchModelOptions, n: int, text: str = ""
-) -> Iterator[tuple[Subject, dict[str, Any]]]:
+def subject(world: World, options: BenchModelOptions, n: int,
+            text: str = "") -> Iterator[tuple[Subject, dict[str, Any]]]:
     """The model on these ranks, and the job of a contestant that does the same with its weights.
     text: the prompt, or FILE:path; default: random tokens. UserError if they do not fit."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -165,9 +164,8 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
     bench.finish("decode", ours.describe() | figures, lines)
 
 
-def decode_report(
-    world: World, ours: Subject, rounds: list[Round], options: BenchDecodeOptions
-) -> tuple[dict[str, Any], list[str]]:
+def decode_report(world: World, ours: Subject, rounds: list[Round],
+                  options: BenchDecodeOptions) -> tuple[dict[str, Any], list[str]]:
     names = {"read_bandwidth": "most", "share_of_bandwidth": "mbu", "share_of_arithmetic": "mfu",
              "share_in_collectives": "share"}
     figures: dict[str, Any] = {name: spread(column(rounds, key)) for name, key in names.items()}

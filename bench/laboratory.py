@@ -34,16 +34,13 @@ from world.mesh import World, first_ranks, make_axis
 
 WAYS = ("forward", "backward", "step")
 WRONG = 0.03  # a relative error that no rounding explains, not even in bfloat16
-NOTES = [
-    "forward, back: collectives in a pass; +1: one sum of partial gradients, apart",
-    "told: KB of a rank's messages; wire: KB that it sends of them in rings",
-    "weights: MB of the rank with most; kept: MB for the backward pass, without them",
-]
-TIMED_NOTES = [
-    "error: the largest relative one of output, input gradient and any weight's gradient, against",
-    "one rank in double precision (spd: its own equations); ms: both passes, median; in coll.: the",
-    "share of them (rank 0's clock)",
-]
+NOTES = """forward, back: collectives in a pass; +1: one sum of partial gradients, apart
+told: KB of a rank's messages; wire: KB that it sends of them in rings
+weights: MB of the rank with most; kept: MB for the backward pass, without them"""
+TIMED_NOTES = """
+error: the largest relative one of output, input gradient and any weight's gradient, against
+one rank in double precision (spd: its own equations); ms: both passes, median; in coll.: the
+share of them (rank 0's clock)"""
 
 
 def line(case: Case, strategy: str, tp: int, counts: Counts, **measured: Any) -> dict[str, Any]:
@@ -76,7 +73,7 @@ def strategy_table(rows: list[dict[str, Any]]) -> list[str]:
             cells += [f"{row['error']:.1e}", f"{1e3 * row['seconds']['median']:,.2f}"]
             cells.append(f"{row['share_in_collectives']['median']:.1%}")
         made.append(cells + ["", "counted", ""] * (timed and "seconds" not in row))
-    return table(made, 2) + NOTES + TIMED_NOTES * timed
+    return [*table(made, 2), NOTES + TIMED_NOTES * timed]
 
 
 # --- measured -------------------------------------------------------------------------------------
@@ -95,9 +92,8 @@ def timed(world: World, piece: Piece) -> dict[str, Any]:
     return {"seconds": seconds, "share": share, "counts": counts}
 
 
-def measured(
-    world: World, bench: Bench, case: Case, dense: dict[str, Tensor], tp: int, mistake: str
-) -> Iterator[dict[str, Any]]:
+def measured(world: World, bench: Bench, case: Case, dense: dict[str, Tensor], tp: int,
+             mistake: str) -> Iterator[dict[str, Any]]:
     """The lines of all strategies, or of megatron with and without a mistake, run on the first tp
     ranks while the others wait. They are complete on rank 0."""
     axis = first_ranks(world, tp, bench.options.comm_timeout)
@@ -184,9 +180,8 @@ def allreduce(world: World, options: opt.BenchAllreduceOptions) -> None:
     bench.finish("allreduce", {"sizes": found}, [head, *table(rows, 0)])
 
 
-def microseconds(
-    world: World, axes: dict[str, Axis], nbytes: int, repeats: int
-) -> dict[str, dict[str, float]]:
+def microseconds(world: World, axes: dict[str, Axis], nbytes: int,
+                 repeats: int) -> dict[str, dict[str, float]]:
     """The spread of an all-reduce's time over each axis, which take turns."""
     message = torch.randn(max(1, nbytes // 4), device=world.device)
     warm, calls = 3, max(5, min(300, (1 << 24) // nbytes))
@@ -215,9 +210,8 @@ def kept(config: GPTConfig, strategy: str, tp: int, batch: int, width: int) -> i
     return training.kept_by_layer + 2 * others * config.n_embd * width
 
 
-def counted(
-    config: GPTConfig, sizes: list[int], batch: int, dtype: torch.dtype
-) -> Iterator[dict[str, Any]]:
+def counted(config: GPTConfig, sizes: list[int], batch: int,
+            dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """A line for each strategy at each tp."""
     case = Case.draw("layer", config, batch, dtype=dtype, device="meta")
     for tp in sizes:

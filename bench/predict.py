@@ -80,9 +80,8 @@ def step_of(config: GPTConfig, tp: int, strategy: str, mode: str, options: Optio
                 rows)
 
 
-def ways(
-    config: GPTConfig, sizes: Iterable[int], hardware: Hardware, mode: str, options: Options
-) -> list[Way]:
+def ways(config: GPTConfig, sizes: Iterable[int], hardware: Hardware, mode: str,
+         options: Options) -> list[Way]:
     """All layouts in which the model can be split, fitting or not. UserError if there is none."""
     found, fault, fewer = [], None, FEWER[: 1 + (config.n_layer > 1)]
     for tp in sizes:
@@ -134,9 +133,8 @@ def pays_from(hardware: Hardware, tp: int, mode: str, options: Options) -> GPTCo
     return found
 
 
-def too_large(
-    name: str, sizes: list[int], hardware: Hardware, mode: str, options: Options
-) -> UserError:
+def too_large(name: str, sizes: list[int], hardware: Hardware, mode: str,
+              options: Options) -> UserError:
     """For a model that fits in no layout that was asked for; names one that would do."""
     config = config_of(name, options)
     least = min(ways(config, sizes, hardware, mode, options), key=itemgetter("bytes"))
@@ -150,9 +148,8 @@ def too_large(
         f"{least['bytes'] / 1e9:.1f} GB a rank. What would do: {would[0]}.")
 
 
-def verdict(
-    name: str, found: list[Way], sizes: list[int], hardware: Hardware
-) -> tuple[dict[str, Any], list[str]]:
+def verdict(name: str, found: list[Way], sizes: list[int],
+            hardware: Hardware) -> tuple[dict[str, Any], list[str]]:
     """A model in the report and in the table: all layouts, the fastest exact one, the fastest with
     fewer sync points, and each tp's break-even alpha. If none fits, the bytes of the smallest."""
     line: dict[str, Any] = {"model": name, "parameters": found[0]["step"].split.count()}
@@ -185,9 +182,8 @@ def verdict(
     return line, [*cells, f"tp {top['tp']} {top['strategy']}", fewer, limit]
 
 
-def answer(
-    hardware: Hardware, mode: str, models: list[str], sizes: list[int], options: Options
-) -> tuple[dict[str, Any], list[str]]:
+def answer(hardware: Hardware, mode: str, models: list[str], sizes: list[int],
+           options: Options) -> tuple[dict[str, Any], list[str]]:
     """The report and the lines of one hardware and mode. A model's line has the first layout that
     fits, and how many times as fast the others are."""
     verdicts = [verdict(name, ways(config_of(name, options), sizes, hardware, mode, options), sizes,

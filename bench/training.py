@@ -29,9 +29,8 @@ SETTINGS = ("device", "dtype", "compile", "batch_size", "block_size", "n_layer",
 
 
 @contextmanager
-def prepared(
-    world: World, options: BenchTrainOptions | BenchSaveOptions, **more: Any
-) -> Iterator[tuple[Run, Path]]:
+def prepared(world: World, options: BenchTrainOptions | BenchSaveOptions,
+             **more: Any) -> Iterator[tuple[Run, Path]]:
     """A run on random tokens before its first iteration, and the directory that it is in."""
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(world.gather(scratch)[0])

@@ -101,11 +101,10 @@ def permuted(full: Tensor, name: str, heads: list[int], neurons: list[int],
     channels = [head_dim * head + i for head in heads for i in range(head_dim)]
     if name.startswith("attn.c_attn."):  # [q | k | v], each by heads
         return torch.cat([part[channels] for part in full.chunk(3)])
-    if name == "attn.c_proj.weight":
-        return full[:, channels]
     if name.startswith("mlp.c_fc."):
         return full[neurons]
-    return full[:, neurons] if name == "mlp.c_proj.weight" else full
+    columns = {"attn.c_proj.weight": channels, "mlp.c_proj.weight": neurons}
+    return full[:, columns[name]] if name in columns else full
 
 
 @torch.no_grad()
@@ -135,17 +134,10 @@ def _damage(block: Any, x: Tensor, outputs: Tensor) -> Tensor:
         unit = (h - h.mean(dim=-1, keepdim=True)).unsqueeze(1) / sigma  # [n, 1, C]
         moved = p - p.mean(dim=-1, keepdim=True) - unit * (unit * p).mean(dim=-1, keepdim=True)
         seen = block.ln_2.weight * moved / sigma  # J P_h, [n, H, C]
-        slope = _slope(mlp.c_fc(block.ln_2(h)), mlp.activation)
+        slope = torch.func.grad(lambda z: gelu(z, mlp.activation).sum())(mlp.c_fc(block.ln_2(h)))
         c = F.linear(seen, mlp.c_fc.weight) * (slope * norm).unsqueeze(1)  # [n, H, n_hidden]
         G += torch.einsum("nhm,nkm->mhk", c, c).double()
     return G / len(x)
-
-
-def _slope(z: Tensor, activation: str) -> Tensor:
-    """The derivative of GELU at z."""
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        return torch.autograd.grad(gelu(z, activation).sum(), z)[0]
 
 
 def group(G: Tensor, split: Partition) -> tuple[list[int], list[int], float, float]:
@@ -159,8 +151,8 @@ def group(G: Tensor, split: Partition) -> tuple[list[int], list[int], float, flo
 
     every = partitions(split.n_head, [length(split.heads(rank)) for rank in ranks])
     damage, heads, neurons = min(map(dealt, every), key=lambda found: found[0])
-    missed = [_missed(G, range(*split.heads(rank))) for rank in ranks]
-    before = sum(float(m[slice(*split.columns(rank))].sum()) for rank, m in enumerate(missed))
+    before = sum(float(_missed(G, range(*split.heads(r)))[slice(*split.columns(r))].sum())
+                 for r in ranks)
     return heads, neurons, damage, before
 
 

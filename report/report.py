@@ -16,8 +16,8 @@ from model import GPTConfig
 from parallel.ledger import Account, as_json
 from parallel.quantized import quantization, weight_bytes
 from plan.partition import Partition
-from report.account import entries, rows
 from report.page import page, record
+from report.sections import account_rows, entries
 from tp_model import TensorParallelGPT
 from world.mesh import World
 
@@ -118,7 +118,7 @@ def account_table(report: dict[str, Any]) -> str:
     if report["tp"] * report["dp"] == 1:
         return f"{title}\none rank: nothing is communicated"
 
-    lines = rows(entries(report), 3)
+    lines = account_rows(entries(report), 3)
     lines[-1] |= {"layer": "sum", "block": ""}
     wide = max(11, *(len(line["collective"]) for line in lines))
     form = (f"{{layer:>5}}  {{block:<13}} {{pass:<9}} {{collective:<{wide}}} {{calls:>8}} "

@@ -13,9 +13,12 @@ from xml.etree.ElementTree import Element
 
 from base.errors import UserError
 from base.numbers import nbytes, number, plural, seconds, share
-from parallel.ledger import total
-from report import account
+from model import GPTConfig
+from parallel.ledger import Account, Entry, Tally, total
+from plan.partition import Partition
+from plan.schedule import KINDS, Schedule
 from report.diagram import Layer, Message, Place, Sharded, Shared, drawn_ranks
+from report.diagram import layer as seen
 from report.html import Content, E, folded, legend, note, plain, spread, table, words
 from report.shapes import ACCOUNT, FEW, MODEL, SPREAD, at, fits, is_number
 from report.svg import Point, Series, chart
@@ -23,8 +26,9 @@ from report.svg import Point, Series, chart
 Report = dict[str, Any]
 Names = Mapping[str, str]
 WAYS = ("forward", "backward", "step")
+SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
 COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5")
-MOST_SAMPLES, OPEN_SAMPLES = 60, 6  # samples on a page, and those that are not folded
+OPEN_SAMPLES = 6  # samples that are not folded
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,35 @@ def listing(items: Mapping[str, Any], parts: Names, columns: Names) -> Content:
 # --- the run ----------------------------------------------------------------------------------
 
 
-def halves(
-    layer: Layer, notes: Mapping[tuple[str, str, str], str], forward_only: bool
-) -> Iterator[Element]:
+def entries(report: Report) -> Account:
+    """Its account: each layer's attention and MLP in turn, then the rest. Empty if it has none."""
+    account = report.get("comm_account") or {"layers": [], "other": {}}
+    blocks = [(layer["layer"], kind, layer[kind]) for layer in account["layers"] for kind in KINDS]
+    blocks += [(None, block, passes) for block, passes in account["other"].items()]
+    return {Entry(number, block, direction, op): Tally(t["calls"], t["bytes"], t["seconds"])
+            for number, block, passes in blocks
+            for direction, ops in passes.items() for op, t in ops.items()}
+
+
+def account_rows(account: Account, digits: int = 6) -> list[dict[str, str]]:
+    """The cells of a table: a row for each collective, then their sum. digits: of seconds."""
+    found = [("-" if e.layer is None else str(e.layer), e, tally) for e, tally in account.items()]
+    found.append(("", Entry(None, "sum", "", ""), total(account)))
+    return [{"layer": layer, "block": e.block, "pass": e.direction, "collective": e.op,
+             "calls": f"{t.calls:,}", "bytes": f"{t.bytes:,}", "seconds": f"{t.seconds:.{digits}f}"}
+            for layer, e, t in found]
+
+
+def picture(report: Report) -> Layer:
+    """The layer as this report's ranks saw it. UserError if its sizes do not go together."""
+    split = Partition.of(GPTConfig(**{name: report["model"][name] for name in SIZES}), report["tp"])
+    schedule = Schedule.parse(report.get("sync") or "all", split.n_layer)
+    scattered = any(e.op == "reduce_scatter" and e.block in KINDS for e in entries(report))
+    return seen(split, schedule, scattered or bool(report.get("sequence_parallel")))
+
+
+def halves(layer: Layer, notes: Mapping[tuple[str, str, str], str],
+           forward_only: bool) -> Iterator[Element]:
     """Attention and MLP, each a picture.
 
     notes: {(block, pass, collective): text at its message}. forward_only: there was no backward.
@@ -84,9 +114,8 @@ def halves(
                 class_="half")
 
 
-def _place(
-    place: Place, tp: int, notes: Mapping[tuple[str, str], str], forward_only: bool
-) -> Element:
+def _place(place: Place, tp: int, notes: Mapping[tuple[str, str], str],
+           forward_only: bool) -> Element:
     if isinstance(place, Shared):
         class_ = "stream" if place.stream else "shared"
         return E("p", E("code", place.name), f" {place.note}", class_=class_)
@@ -109,11 +138,11 @@ def _place(
 
 def diagram(report: Report) -> Content:
     try:
-        layer = account.picture(report)
+        layer = picture(report)
     except UserError:
         return None  # sizes or a schedule that do not go together
     tp, syncs = layer.split.tp, layer.schedule.syncs
-    found = account.entries(report) if tp > 1 else {}
+    found = entries(report) if tp > 1 else {}
     notes = {}
     for block, way, op in {(e.block, e.direction, e.op) for e in found}:
         t = total(found, block=block, direction=way, op=op)
@@ -137,7 +166,7 @@ def diagram(report: Report) -> Content:
 
 
 def by_layer(report: Report) -> Content:
-    found = account.entries(report)
+    found = entries(report)
     if not found:
         return note("One rank: nothing is communicated.")
     timed = any(tally.seconds for tally in found.values())
@@ -149,11 +178,11 @@ def by_layer(report: Report) -> Content:
     return [note(f"{report['comm_account'].get('forward_passes') or 0:,} forward passes. Time: ",
                  "rank 0's clock, waiting for the others included; bytes: handed in by a rank."),
             listing(places, {way: way for way in WAYS}, columns),
-            folded(f"The account, {plural(len(found), 'line')}", table(account.rows(found)))]
+            folded(f"The account, {plural(len(found), 'line')}", table(account_rows(found)))]
 
 
 def shares(report: Report) -> Content:
-    found, both = account.entries(report), report["comm_account"]["total"]
+    found, both = entries(report), report["comm_account"]["total"]
     if not both["fraction_of_time"] or not both["seconds"]:
         return None
     whole = both["seconds"] / both["fraction_of_time"]
@@ -190,12 +219,10 @@ def losses(report: Report) -> Content:
 
 
 def samples(report: Report) -> Content:
-    every = report["samples"]
     drawn = [E("blockquote", E("span", one["prompt"], class_="prompt"), one["text"])
-             for one in every[:MOST_SAMPLES]]
-    hidden, more = drawn[OPEN_SAMPLES:], len(every) - MOST_SAMPLES
-    return [drawn[:OPEN_SAMPLES], folded(f"{len(hidden)} more", hidden) if hidden else None,
-            note(f"{more:,} more are in the report below.") if more > 0 else None]
+             for one in report["samples"]]
+    hidden = drawn[OPEN_SAMPLES:]
+    return [drawn[:OPEN_SAMPLES], folded(f"{len(hidden)} more", hidden) if hidden else None]
 
 
 # --- dropped sync points ----------------------------------------------------------------------

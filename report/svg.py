@@ -5,7 +5,6 @@ Colours are classes of style.css, so that they follow the reader's choice of lig
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 from xml.etree.ElementTree import Element
 
@@ -30,10 +29,9 @@ class Point(NamedTuple):
     label: str = ""
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     name: str
-    points: Iterable[Point]
+    points: list[Point]
     class_: str
     joined: bool = True
 
@@ -61,8 +59,8 @@ def log_ticks(lo: float, hi: float) -> list[float]:
 
 def scale(values: Sequence[float], log: bool, start: float,
           end: float) -> tuple[Callable[[float], float], list[float]]:
-    """(places from `start` to `end` for the values of an axis, with a little room at both ends; the
-    values to mark). log: a logarithmic axis, if all values are positive."""
+    """An axis: where values lie from `start` to `end`, with a little room at both ends; values to
+    mark. log: a logarithmic one, if all values are positive."""
     log = log and min(values) > 0
     bend: Callable[[float], float] = math.log if log else float
     least, most = bend(min(values)), bend(max(values))

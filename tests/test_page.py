@@ -29,11 +29,10 @@ from base.errors import UserError
 from base.numbers import nbytes, seconds
 from cli.grammar import parse
 from cli.options import EvalOptions, SampleOptions, TrainOptions
-from report import account
 from report.diagram import Message
 from report.page import STYLE, headline, page, record
 from report.report import read, write
-from report.sections import SECTIONS
+from report.sections import SECTIONS, picture
 from train import dry_run, metrics
 from world.mesh import World
 
@@ -252,7 +251,7 @@ def test_the_headline(made: dict[str, Path]) -> None:
 
 def test_the_picture_is_of_the_schedule(made: dict[str, Path]) -> None:
     def messages(name: str) -> list[tuple[str, str, int]]:
-        halves = account.picture(json.loads(made[name].read_text())).halves
+        halves = picture(json.loads(made[name].read_text())).halves
         every = [(kind, place) for kind, places in halves.items() for place in places]
         return [(kind, place.name, place.times) for kind, place in every
                 if isinstance(place, Message)]
