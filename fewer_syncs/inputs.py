@@ -22,8 +22,13 @@ from world.devices import pick_dtype
 from world.mesh import World
 
 
-def open_inputs(world: World, options: DropOptions) -> tuple[Source, Dataset, Tokenizer]:
-    """The weights, the dataset and their common tokenizer; UserError if they do not fit."""
+def open_inputs(world: World, options: DropOptions,
+                command: str = "") -> tuple[Source, Dataset, Tokenizer]:
+    """The weights, the dataset and their common tokenizer; UserError if they do not fit. command:
+    one that needs several ranks."""
+    if command and world.tp.size == 1:
+        raise UserError(f"drop_syncs.py {command} needs the ranks that the schedule is for: "
+                        f"torchrun --standalone --nproc_per_node=2 drop_syncs.py {command} ...")
     if world.is_main:
         report.check_place(options.report, "report")
     if not options.dataset:
@@ -49,12 +54,6 @@ def build(world: World, source: Source, options: DropOptions,
     return TensorParallelGPT(source.config, world.tp, reader(source, world.tp.rank),
                              device=world.device, dtype=pick_dtype(options.dtype, world.device),
                              schedule=schedule).eval()
-
-
-def need_ranks(world: World, command: str) -> None:
-    if world.tp.size == 1:
-        raise UserError(f"drop_syncs.py {command} needs the ranks that the schedule is for: "
-                        f"torchrun --standalone --nproc_per_node=2 drop_syncs.py {command} ...")
 
 
 def perplexity(model: TensorParallelGPT, tokens: Tensor, batch_size: int) -> float:

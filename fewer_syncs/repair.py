@@ -22,7 +22,7 @@ from checkpoints.convert import SHARD_FILES, place
 from checkpoints.manifest import Sync
 from checkpoints.sources import Source
 from cli.options import RepairOptions
-from fewer_syncs.inputs import about, build, need_ranks, open_inputs, perplexity, validation_tokens
+from fewer_syncs.inputs import about, build, open_inputs, perplexity, validation_tokens
 from model import adamw
 from parallel.loss import vocab_parallel_divergence
 from plan.schedule import MODULES, Schedule, SubBlock, short_name
@@ -62,11 +62,10 @@ class Lessons:
 
 def repair(world: World, options: RepairOptions) -> None:
     """The command."""
-    need_ranks(world, "repair")
     out = place(options.out)
     if world.is_main:
         check_target(out, options.force, SHARD_FILES)
-    source, dataset, tokenizer = open_inputs(world, options)
+    source, dataset, tokenizer = open_inputs(world, options, "repair")
     schedule = Schedule.parse(options.sync, source.config.n_layer)
     if schedule.is_plain:
         raise UserError("--sync=all drops no sync point: there is nothing to repair.")

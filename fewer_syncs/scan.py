@@ -20,7 +20,7 @@ from base.errors import UserError
 from base.files import read_json, replacing
 from bench.rounds import spread
 from cli.options import ScanOptions
-from fewer_syncs.inputs import about, build, need_ranks, open_inputs, perplexity, validation_tokens
+from fewer_syncs.inputs import about, build, open_inputs, perplexity, validation_tokens
 from inference.decoders import decoder_for
 from inference.generation import generate
 from inference.sampling import Sampling
@@ -49,9 +49,8 @@ class Measured:
 
 
 def scan(world: World, options: ScanOptions) -> None:
-    need_ranks(world, "scan")
     budget = parse_budget(options.budget) if options.budget else math.inf
-    source, dataset, _ = open_inputs(world, options)
+    source, dataset, _ = open_inputs(world, options, "scan")
     n_layer = source.config.n_layer
     check_length(options.decode_tokens, source.config.block_size)
     words = filter(None, map(str.strip, options.schedules.split(";")))

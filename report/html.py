@@ -123,8 +123,6 @@ def flat(row: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[t
 
 def plain(value: Any, key: str = "", depth: int = 0) -> Content:
     """Any JSON: short values as facts, lists of mappings as tables, the beginning of long lists."""
-    if isinstance(value, Element):
-        return value
     if is_number(value):
         return unit(key)(value)
     if is_spread(value):

@@ -197,18 +197,6 @@ def shares(report: Report) -> Content:
             E("div", bar(parts, sum(parts.values())), class_="whole"), legend(labels)]
 
 
-def memory(report: Report) -> Content:
-    rest = "all else up to the peak (the process, activations, optimizer)"
-    items = {}
-    for rank, sizes in enumerate(zip(*(report["memory"][kind] for kind in RANKS), strict=False)):
-        weights, cache, peak = sizes
-        cached = f", KV cache {nbytes(cache)}" if cache else ""
-        text = E("span", f"weights {nbytes(weights)}{cached}, peak {nbytes(peak)}")
-        items[f"rank {rank}"] = {"weights": weights, "KV cache": cache, "text": text,
-                                 rest: max(0, peak - weights - cache)}
-    return listing(items, {"weights": "c0", "KV cache": "c1", rest: "compute"}, {"  ": "text"})
-
-
 def losses(report: Report) -> Content:
     series = []
     for name, prefix, colour in (("a training batch", "", "c0"), ("validation", "val_", "c3")):
@@ -231,10 +219,6 @@ def samples(report: Report) -> Content:
 def messages(row: Report) -> float:
     """All-reduces a token: as counted, else a schedule's sync points and the embedding's."""
     return float(row.get("all_reduces_per_token") or row["points"] + 1)
-
-
-def milliseconds(row: Report) -> float:
-    return float(at(row, "ms_per_token.median") or math.nan)
 
 
 def scan(report: Report) -> Content:
@@ -262,7 +246,8 @@ def scan(report: Report) -> Content:
              for name, row in report["single"].items()}
     single = note("Perplexity lost where one sync point alone goes (a: after the layer's ",
                   "attention, m: after its MLP).")
-    charts = [drawn(messages, "all-reduces a token"), drawn(milliseconds, "ms a token, measured"),
+    charts = [drawn(messages, "all-reduces a token"),
+              drawn(lambda row: at(row, "ms_per_token.median") or math.nan, "ms a token, measured"),
               E("figure", single, listing(alone, {"length": "c3"}, {"lost": "lost"}))]
     return [note(f"Perplexity of {report['tokens']:,} tokens on {report['tp']} ranks. Fewer ",
                  "all-reduces a token are to the left; the embedding's is counted."),
@@ -318,7 +303,6 @@ STRATEGY = {
 POINT = {"sync": str, "points": int, "perplexity": float, "loss": float, "ms_per_token?": SPREAD,
          "all_reduces_per_token?": float}
 CURVE = dict.fromkeys(("iter", "loss", "val_iter", "val_loss"), [float])
-RANKS = {f"{kind}_bytes_per_rank": [int] for kind in ("weight", "kv_cache", "peak")}
 SECTIONS = (
     Section("One layer, as its ranks see it",
             {"model": MODEL, "tp": FEW, "sync?": str, "comm_account?": ACCOUNT}, diagram),
@@ -331,5 +315,4 @@ SECTIONS = (
     Section("Loss", {"loss_curve": CURVE}, losses),
     Section("Compute and communication", {"comm_account": ACCOUNT}, shares),
     Section("Communication, layer by layer", {"comm_account": ACCOUNT}, by_layer),
-    Section("Memory of each rank", {"memory": RANKS}, memory),
     Section("Samples", {"samples": [{"prompt": str, "text": str}]}, samples))
