@@ -2,13 +2,7 @@
 by round, with the programs that a user would pick instead.
 
     torchrun --standalone --nproc_per_node=2 bench_tp.py decode --against=hf,ctranslate2,one_rank
-    torchrun --standalone --nproc_per_node=2 bench_tp.py prefill --against=hf,ctranslate2
-    torchrun --standalone --nproc_per_node=2 bench_tp.py train --against=reference
-    torchrun --standalone --nproc_per_node=2 bench_tp.py save
-    torchrun --standalone --nproc_per_node=2 bench_tp.py allreduce
     torchrun --standalone --nproc_per_node=2 bench_tp.py block --part=layer --tp=1,2,4,8
-    python bench_tp.py diagram --tp=2,4,8
-    python bench_tp.py page --kept=run.json --report=run.html
     python bench_tp.py predict --hardware=all
 """
 

@@ -44,9 +44,6 @@ FEWER = ("mlp", "every:2")  # fewer sync points: another function, approximately
 Way = dict[str, Any]  # a layout: tp, strategy (all, sequence or one of FEWER), its step and figures
 
 
-# --- the question ---------------------------------------------------------------------------------
-
-
 def hardware_of(name: str, options: Options) -> Hardware:
     """A profile changed by the options. UserError if a custom one lacks something."""
     needed = ("alpha_us", "link_GBps", "memory_GBps", "peak_tflops", "memory_GB")
@@ -99,9 +96,6 @@ def ways(config: GPTConfig, sizes: Iterable[int], hardware: Hardware, mode: str,
     if fault is not None and not found:
         raise fault
     return found
-
-
-# --- the answer -----------------------------------------------------------------------------------
 
 
 def fastest(found: Iterable[Way]) -> Way:

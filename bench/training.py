@@ -94,9 +94,6 @@ def train(world: World, options: BenchTrainOptions) -> None:
         "share_in_collectives": spread(column(rounds, "share"))}, lines)
 
 
-# --- saves ----------------------------------------------------------------------------------------
-
-
 def save(world: World, options: BenchSaveOptions) -> None:
     """How long a run is stopped by a checkpoint, in front and in the background."""
     bench = Bench(world, options)

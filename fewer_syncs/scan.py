@@ -27,7 +27,7 @@ from inference.sampling import Sampling
 from parallel.ledger import total
 from plan.schedule import Schedule, short_name
 from report import report
-from report.shapes import at, fits
+from report.html import at, fits
 from tp_model import TensorParallelGPT
 from world.mesh import World
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from xml.etree.ElementTree import tostring
 
 from base.numbers import count, nbytes, number, plural, share
-from report.html import E, facts, folded, note, plain, words
+from report.html import E, at, facts, fits, folded, is_number, note, plain, words
 from report.sections import SECTIONS, Report, unit_of
-from report.shapes import at, fits, is_number
 
 STYLE = Path(__file__).with_name("style.css")
 RECORD = '<pre id="report">'

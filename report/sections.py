@@ -19,21 +19,27 @@ from plan.partition import Partition
 from plan.schedule import KINDS, Schedule
 from report.diagram import Layer, Message, Place, Sharded, Shared, drawn_ranks
 from report.diagram import layer as seen
-from report.html import Content, E, folded, legend, note, plain, spread, table, words
-from report.shapes import ACCOUNT, FEW, MODEL, SPREAD, at, fits, is_number
-from report.svg import Point, Series, chart
+from report.html import SPREAD, Content, E, at, fits, folded, is_number, note, plain, table, words
+from report.svg import Point, Series, chart, legend
 
 Report = dict[str, Any]
 Names = Mapping[str, str]
 WAYS = ("forward", "backward", "step")
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
 COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5")
+FEW, MANY = range(1, 1001), range(1, 10**9)
+MODEL = {"n_layer": FEW, "n_head": FEW, "n_embd": MANY, "vocab_size": MANY, "block_size": MANY,
+         "bias": bool}
+TALLY = {"calls": int, "bytes": int, "seconds": float}
+PASSES = {str: {str: TALLY}}
+ACCOUNT = {"layers": [{"layer": int, "attention": PASSES, "mlp": PASSES}], "other": {str: PASSES},
+           "total": {**TALLY, "fraction_of_time": float}, "forward_passes?": int}
 OPEN_SAMPLES = 6  # samples that are not folded
 
 
 @dataclass(frozen=True)
 class Section:
-    """shape: all that `make` may read, see shapes.fits. make: None if there is nothing to show."""
+    """shape: all that `make` may read, see html.fits. make: None if there is nothing to show."""
 
     title: str
     shape: dict[str, Any]
@@ -284,7 +290,7 @@ def sizes(report: Report) -> Content:
     rows, series = report["sizes"], []
     for name, colour in zip(rows[0]["us"], cycle(COLOURS), strict=False):
         times = [(row["bytes"], row["us"][name]) for row in rows if name in row["us"]]
-        points = [Point(x, us["median"], f"{nbytes(x)}: {spread(us)} µs") for x, us in times]
+        points = [Point(x, us["median"], f"{nbytes(x)}: {plain(us)} µs") for x, us in times]
         series.append(Series(name, points, colour))
     axes = "bytes of a message", "microseconds of an all-reduce"
     drawn = chart(series, *axes, log=(True, True), read=nbytes)

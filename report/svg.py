@@ -9,7 +9,7 @@ from typing import NamedTuple
 from xml.etree.ElementTree import Element
 
 from base.numbers import number
-from report.html import E, legend
+from report.html import E
 
 WIDTH, HEIGHT = 400, 270
 LEFT, RIGHT, TOP, BOTTOM = 52, 388, 26, 226  # of the area between the axes
@@ -18,6 +18,12 @@ MOST_DOTS = 40  # of a curve; one of more points is a line
 
 def text(x: float, y: float, words: str, class_: str = "", anchor: str = "middle") -> Element:
     return E("text", words, x=x, y=y, class_=class_ or None, text_anchor=anchor)
+
+
+def legend(names: Iterable[tuple[str, str]]) -> Element:
+    """names: (class, what has its colour)."""
+    chips = [E("span", E("i", class_=f"chip {class_}"), name) for class_, name in names]
+    return E("p", chips, class_="legend")
 
 
 class Point(NamedTuple):
