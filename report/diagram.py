@@ -83,14 +83,8 @@ class Layer:
     split: Partition
     schedule: Schedule
     sequence: bool
+    title: str
     halves: dict[str, tuple[Place, ...]]
-
-    @property
-    def title(self) -> str:
-        s, points = self.split, f"{self.schedule.points} of {2 * self.split.n_layer} sync points"
-        sequence = ", split over the sequence" if self.sequence else ""
-        return (f"a layer of {s.n_layer} on {plural(s.tp, 'rank')}: {s.n_head} heads, {s.n_embd} "
-                f"wide{sequence}; {points if s.tp > 1 else 'nothing is communicated'}")
 
 
 def layer(split: Partition, schedule: Schedule, sequence: bool = False) -> Layer:
@@ -116,7 +110,10 @@ def layer(split: Partition, schedule: Schedule, sequence: bool = False) -> Layer
         whole = alone or times[kind, end]
         added = Shared("+ bias + x", "" if whole else "each rank its own version of x")
         halves[kind] = (stream, Shared(norm), *places, added)
-    return Layer(split, schedule, sequence, halves)
+    points = "nothing is communicated" if alone else f"{schedule.points} of {2 * n} sync points"
+    title = (f"a layer of {n} on {plural(split.tp, 'rank')}: {split.n_head} heads, {split.n_embd} "
+             f"wide{', split over the sequence' * sequence}; {points}")
+    return Layer(split, schedule, sequence, title, halves)
 
 
 def drawn_ranks(tp: int) -> list[int | None]:
