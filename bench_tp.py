@@ -2,13 +2,7 @@
 by round, with the programs that a user would pick instead.
 
     torchrun --standalone --nproc_per_node=2 bench_tp.py decode --against=hf,ctranslate2,one_rank
-    torchrun --standalone --nproc_per_node=2 bench_tp.py prefill --against=hf,ctranslate2
-    torchrun --standalone --nproc_per_node=2 bench_tp.py train --against=reference
-    torchrun --standalone --nproc_per_node=2 bench_tp.py save
-    torchrun --standalone --nproc_per_node=2 bench_tp.py allreduce
     torchrun --standalone --nproc_per_node=2 bench_tp.py block --part=layer --tp=1,2,4,8
-    python bench_tp.py diagram --tp=2,4,8
-    python bench_tp.py page --kept=run.json --report=run.html
     python bench_tp.py predict --hardware=all
 """
 
@@ -20,16 +14,11 @@ from cli import options
 from world.entry import Main, run_commands
 
 COMMANDS: dict[str, tuple[type[options.RunOptions], Main]] = {
-    "decode": (options.BenchDecodeOptions, decode),
-    "prefill": (options.BenchPrefillOptions, prefill),
-    "train": (options.BenchTrainOptions, train),
-    "save": (options.BenchSaveOptions, save),
+    "decode": (options.BenchDecodeOptions, decode), "train": (options.BenchTrainOptions, train),
+    "prefill": (options.BenchPrefillOptions, prefill), "save": (options.BenchSaveOptions, save),
     "allreduce": (options.BenchAllreduceOptions, allreduce),
-    "block": (options.BenchBlockOptions, block),
-    "diagram": (options.BenchDiagramOptions, diagram),
-    "page": (options.BenchPageOptions, page),
-    "predict": (options.BenchPredictOptions, predict),
-}
+    "block": (options.BenchBlockOptions, block), "diagram": (options.BenchDiagramOptions, diagram),
+    "page": (options.BenchPageOptions, page), "predict": (options.BenchPredictOptions, predict)}
 
 if __name__ == "__main__":
     run_commands(COMMANDS, "bench_tp.py")

@@ -9,21 +9,17 @@
 Perplexities are exact, of the dataset's validation split. The results hold for one number of ranks.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from cli.options import GroupOptions, RepairOptions, ScanOptions
 from fewer_syncs.grouping import group_heads
 from fewer_syncs.repair import repair
 from fewer_syncs.scan import scan
-from world.entry import run_commands
-from world.mesh import World
+from world.entry import Main, run_commands
 
-COMMANDS: dict[str, tuple[type[Any], Callable[[World, Any], None]]] = {
-    "group": (GroupOptions, group_heads),
-    "scan": (ScanOptions, scan),
-    "repair": (RepairOptions, repair),
-}
+COMMANDS: dict[str, tuple[type[Any], Main]] = {
+    "group": (GroupOptions, group_heads), "scan": (ScanOptions, scan),
+    "repair": (RepairOptions, repair)}
 
 if __name__ == "__main__":
     run_commands(COMMANDS, "drop_syncs.py")

@@ -1,1 +1,0 @@
-"""What bench_tp.py is made of."""

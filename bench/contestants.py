@@ -19,9 +19,6 @@ from typing import Any
 from base.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-DECODERS = ("hf", "ctranslate2", "one_rank")
-PREFILLERS = ("hf", "ctranslate2")
-TRAINERS = ("reference",)
 
 
 class Contestant:
@@ -32,24 +29,20 @@ class Contestant:
         command = [sys.executable, "-m", "bench.contestants", json.dumps(job)]
         self._errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
-        self._child = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+        self._child: Any = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
         self._answer()
 
     def _answer(self) -> dict[str, Any]:
-        assert self._child.stdout is not None
         for line in self._child.stdout:
             if line.startswith("{"):  # libraries print other lines
-                answer: dict[str, Any] = json.loads(line)
-                return answer
+                return json.loads(line)
         self._errors.seek(0)
         errors = self._errors.read().strip().splitlines() or ["no message"]
         raise UserError(f"--against={self.kind} failed: {errors[-1][:200]}")
 
     def round(self) -> dict[str, Any]:
         """{"seconds": of a round, ...}"""
-        assert self._child.stdin is not None
-        self._child.stdin.write("go\n")
-        self._child.stdin.flush()
+        print("go", file=self._child.stdin, flush=True)
         return self._answer()
 
     def close(self) -> None:
@@ -94,8 +87,7 @@ def hf(job: dict[str, Any]) -> Round:
     @torch.inference_mode()
     def generate(n: int) -> list[int]:
         out = model.generate(idx, max_new_tokens=n, min_new_tokens=n, **fixed)
-        tokens: list[int] = out[0, idx.shape[1] :].tolist()
-        return tokens
+        return out[0, idx.shape[1] :].tolist()
 
     return decoding(job, generate)
 
@@ -104,21 +96,21 @@ def ctranslate2(job: dict[str, Any]) -> Round:
     import ctranslate2 as ct2
     from ctranslate2.converters import TransformersConverter
 
-    compute = "int8" if job["quantize"] else job["dtype"]
+    quantization = job["quantize"] or None
+    compute = quantization or job["dtype"]
     place = Path(job["scratch"]) / f"ctranslate2-{compute}"
     if not place.exists():
-        quantization = "int8" if job["quantize"] else None
         TransformersConverter(job["weights"]).convert(str(place), quantization=quantization)
     device, _, index = job["device"].partition(":")
-    where = {"device": device, "device_index": int(index or 0), "compute_type": compute}
-    model = ct2.Generator(str(place), intra_threads=job["threads"], **where)
+    model = ct2.Generator(str(place), intra_threads=job["threads"], device=device,
+                          device_index=int(index or 0), compute_type=compute)
     # a list of words, which the converter made of the tokenizer beside the weights
     words = json.loads((place / "vocabulary.json").read_text())
     prompt = [words[token] for token in job["prompt"]]
 
     def generate(n: int) -> list[int]:
-        options = {"sampling_topk": 1, "include_prompt_in_result": False}
-        (made,) = model.generate_batch([prompt], max_length=n, min_length=n, **options)
+        (made,) = model.generate_batch([prompt], max_length=n, min_length=n, sampling_topk=1,
+                                       include_prompt_in_result=False)
         return list(made.sequences_ids[0])
 
     return decoding(job, generate)
@@ -189,8 +181,7 @@ def reference(job: dict[str, Any]) -> Round:
 
 def main() -> None:
     job = json.loads(sys.argv[1])
-    kinds = {"hf": hf, "ctranslate2": ctranslate2, "one_rank": one_rank, "reference": reference}
-    once = kinds[job["kind"]](job)
+    once = {f.__name__: f for f in (hf, ctranslate2, one_rank, reference)}[job["kind"]](job)
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
         print(json.dumps(once()), flush=True)

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from base.errors import UserError
 from base.files import write_json
-from bench.contestants import DECODERS, PREFILLERS
 from bench.rounds import Bench, Round, collectives, column, compare, shown, spread
 from checkpoints.convert import write_hf
 from checkpoints.sources import open_source, tokenizer_of
@@ -42,12 +40,9 @@ def write_random(directory: Path, options: BenchModelOptions) -> None:
     sizes = (options.vocab_size, options.n_layer, options.n_head, options.n_embd)
     config = GPTConfig(1024, *sizes, activation="gelu_tanh")
     shapes = Partition.of(config, 1).shapes()
-
-    def read(name: str) -> Tensor:
-        return initial_tensor(name, shapes[name], config.n_layer, options.seed)
-
     directory.mkdir()
-    write_hf(config, torch.float32, read, directory)
+    write_hf(config, torch.float32, lambda name: initial_tensor(
+        name, shapes[name], config.n_layer, options.seed), directory)
     # ctranslate2's converter wants a tokenizer: a word for each id
     words = [f"t{i}" for i in range(options.vocab_size - 1)] + ["<|endoftext|>"]
     write_json(directory / "vocab.json", {word: i for i, word in enumerate(words)})
@@ -73,25 +68,23 @@ class Subject:
         model = asdict(self.model.config) | {"parameters": self.model.split.count()}
         return {"model": model, "sync": str(self.model.schedule)}
 
-    def measure(self, decoder: Decoder, guess: bool = True, record: bool = True) -> dict[str, Any]:
+    def measure(self, decoder: Decoder, guess: bool = True) -> dict[str, Any]:
         """Generate. If n is 1, seconds and account to the first token, else the mean of the others.
-        guess: with the draft; record: with the ledger on."""
+        guess: with the draft."""
         draft, captured = self.draft if guess else None, decoder.capture_s
-        self.ledger.on = record
         before, started = self.ledger.snapshot(), time.perf_counter()
         made = Generation(self.model, [self.prompt], self.sampling, decoder, draft)
         for i, _ in enumerate(made):
             if i == 0 and self.n > 1:  # the first token is there
                 before = self.ledger.snapshot()
-        self.ledger.on = True
         seconds, n = time.perf_counter() - started, 1
         if self.n > 1:
             n = made.timing.decode_tokens
             seconds = made.timing.decode_s - (decoder.capture_s - captured)
         account = total(self.ledger.since(before))
-        found = {"seconds": seconds / n, "tokens": made.rows[0].tokens[-self.n :]}
-        found |= {"steps": made.timing.decode_steps / n, "share": account.seconds / seconds}
-        return found | {"bytes": account.bytes / n, "calls": account.calls / n}
+        return {"seconds": seconds / n, "tokens": made.rows[0].tokens[-self.n :],
+                "steps": made.timing.decode_steps / n, "share": account.seconds / seconds,
+                "bytes": account.bytes / n, "calls": account.calls / n}
 
     def all_syncs(self) -> dict[str, Any]:
         """Measure with all sync points."""
@@ -101,17 +94,10 @@ class Subject:
         self.model.set_schedule(schedule)
         return made
 
-    def ledger_ratio(self, decoder: Decoder, i: int) -> float:
-        """A step's time with the ledger over that without; each comes first every other time."""
-        order = (True, False) if i % 2 else (False, True)
-        seconds = {on: self.measure(decoder, record=on)["seconds"] for on in order}
-        return seconds[True] / seconds[False]
-
 
 @contextmanager
-def subject(
-    world: World, options: BenchModelOptions, n: int, text: str = ""
-) -> Iterator[tuple[Subject, dict[str, Any]]]:
+def subject(world: World, options: BenchModelOptions, n: int,
+            text: str = "") -> Iterator[tuple[Subject, dict[str, Any]]]:
     """The model on these ranks, and the job of a contestant that does the same with its weights.
     text: the prompt, or FILE:path; default: random tokens. UserError if they do not fit."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -127,15 +113,15 @@ def subject(
             (prompt,) = encode(read_prompts([text]), tokenizer)
             check_prompts([prompt], vocab_size, size, Sampling(vocab_size))
         if len(prompt) + n > size:
-            tokens = f"a prompt of {len(prompt)} tokens and {n} new ones"
-            raise UserError(f"{tokens} do not fit block_size={size}.")
-        job = {"weights": weights, "scratch": scratch, "prompt": prompt, "new_tokens": n}
-        job |= {"quantize": options.quantize, "compile": options.compile}
+            raise UserError(f"a prompt of {len(prompt)} tokens and {n} new ones do not fit "
+                            f"block_size={size}.")
+        job = {"weights": weights, "scratch": scratch, "prompt": prompt, "new_tokens": n,
+               "quantize": options.quantize, "compile": options.compile}
         yield Subject(load(world, source, options), tokenizer, prompt, n, world.ledger), job
 
 
 def decode(world: World, options: BenchDecodeOptions) -> None:
-    bench = Bench(world, options, (*DECODERS, "all_syncs", "no_draft"))
+    bench = Bench(world, options, ("hf", "ctranslate2", "one_rank", "all_syncs", "no_draft"))
     with subject(world, options, options.new_tokens, options.prompt) as (ours, job):
         names = ("dtype", "compile", "quantize", "draft", "draft_tokens")
         guess = SampleOptions(**{name: getattr(options, name) for name in names})
@@ -149,30 +135,24 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
             """A step beside the machine's peaks, which change by the minute if others use it."""
             made, most = ours.measure(decoder), peaks.bandwidth(world, weights)
             rate, peak = read * made["steps"] / made["seconds"], peaks.arithmetic(world, dtype)
-            made |= {"mbu": rate / most, "mfu": needed / made["seconds"] / peak}
-            return made | {"most": most, "rate": rate, "peak": peak}
+            return made | {"most": most, "rate": rate, "peak": peak, "mbu": rate / most,
+                           "mfu": needed / made["seconds"] / peak}
 
         ours.measure(decoder)
         own = {"all_syncs": ours.all_syncs, "no_draft": lambda: ours.measure(decoder, guess=False)}
         rounds = bench.against(once, job, **own)
-        times = range(options.repeats if options.ledger else 0)
-        ratios = [ours.ledger_ratio(decoder, i) for i in times]
+    head = (f"decode of {ours.n} tokens after {len(ours.prompt)}, batch 1, on {ranks(world)}, "
+            f"{decoder.name} step{', int8' if options.quantize else ''}; sync points: ")
     figures, lines = decode_report(world, ours, rounds, options)
     figures |= {"decoder": decoder.name, "weight_bytes_read": read, "capture_s": decoder.capture_s}
-    if ratios:
-        figures["ledger_ratio"] = spread(ratios)
-        lines.append(f"with the account a step takes {shown(ratios, '.3f')} times as long")
-    step = f"{decoder.name} step{', int8' if options.quantize else ''}"
-    head = f"decode of {ours.n} tokens after {len(ours.prompt)}, batch 1, on {ranks(world)}, {step}"
-    lines = [f"{head}; sync points: {ours.model.schedule}", *lines, *same_tokens(rounds)]
+    lines = [f"{head}{ours.model.schedule}", *lines, *same_tokens(rounds)]
     bench.finish("decode", ours.describe() | figures, lines)
 
 
-def decode_report(
-    world: World, ours: Subject, rounds: list[Round], options: BenchDecodeOptions
-) -> tuple[dict[str, Any], list[str]]:
-    names = {"read_bandwidth": "most", "share_of_bandwidth": "mbu", "share_of_arithmetic": "mfu"}
-    names["share_in_collectives"] = "share"
+def decode_report(world: World, ours: Subject, rounds: list[Round],
+                  options: BenchDecodeOptions) -> tuple[dict[str, Any], list[str]]:
+    names = {"read_bandwidth": "most", "share_of_bandwidth": "mbu", "share_of_arithmetic": "mfu",
+             "share_in_collectives": "share"}
     figures: dict[str, Any] = {name: spread(column(rounds, key)) for name, key in names.items()}
     figures["calls_per_token"] = {name: r["calls"] for name, r in rounds[0].items() if "calls" in r}
     figures["parties"], lines = compare(rounds, "tokens/s", 1.0)
@@ -181,30 +161,27 @@ def decode_report(
     lines += [
         f"weights read: {rate} GB/s, {mbu} (MBU) of {most} GB/s at which ranks read them alone",
         f"products: {mfu} of {peak} GFLOP/s (MFU)",
-        f"{collectives(rounds, 'a step', ' a token')}, {sent(rounds, world)}",
-    ]
+        f"{collectives(rounds, 'a step', ' a token')}, {sent(rounds, world)}"]
     if (draft := ours.draft) is not None:
         right, steps = draft.accepted / max(1, draft.proposed), rounds[0]["nanotp"]["steps"]
-        said = f"{right:.0%} of its guesses right, {steps:.2f} steps a token"
-        lines.append(f"draft {options.draft}: {said}")
-        figures["speculation"] = {"draft": options.draft, "draft_tokens": options.draft_tokens}
-        figures["speculation"] |= {"proposed": draft.proposed, "accepted": draft.accepted}
+        lines.append(f"draft {options.draft}: {right:.0%} of its guesses right, {steps:.2f} steps "
+                     "a token")
+        figures["speculation"] = {"draft": options.draft, "draft_tokens": options.draft_tokens,
+                                  "proposed": draft.proposed, "accepted": draft.accepted}
     return figures, lines
 
 
 def prefill(world: World, options: BenchPrefillOptions) -> None:
     """From a prompt's tokens to the first new one."""
-    bench, n = Bench(world, options, PREFILLERS), options.prompt_tokens
+    bench, n = Bench(world, options, ("hf", "ctranslate2")), options.prompt_tokens
     with subject(world, options, 1) as (ours, job):
         once = partial(ours.measure, decoder_for(ours.model))
         once()
         rounds = bench.against(once, job)
     parties, lines = compare(rounds, "prompt tokens/s", n)
     time_ = shown(column(rounds, "seconds", 1e3))
-    lines += [
-        f"from a prompt of {n} tokens to the first new one: {time_} ms on {ranks(world)}",
-        f"{collectives(rounds, 'the time', '')}, {sent(rounds, world)}",
-    ]
+    lines += [f"from a prompt of {n} tokens to the first new one: {time_} ms on {ranks(world)}",
+              f"{collectives(rounds, 'the time', '')}, {sent(rounds, world)}"]
     figures = {"parties": parties, "share_in_collectives": spread(column(rounds, "share"))}
     bench.finish("prefill", ours.describe() | figures, lines + same_tokens(rounds))
 
@@ -213,8 +190,8 @@ def same_tokens(rounds: list[Round]) -> list[str]:
     """How many of the tokens each party has chosen as nanoTP did."""
     first = {name: turn["tokens"] for name, turn in rounds[0].items()}
     ours = first.pop("nanotp")
-    same = {name: sum(map(int.__eq__, ours, theirs)) for name, theirs in first.items()}
-    return [f"{name}: {count} of {len(ours)} tokens as ours" for name, count in same.items()]
+    return [f"{name}: {sum(map(int.__eq__, ours, theirs))} of {len(ours)} tokens as ours"
+            for name, theirs in first.items()]
 
 
 def ranks(world: World) -> str:

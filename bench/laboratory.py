@@ -8,13 +8,11 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from base.errors import UserError
 from base.native import Unavailable
@@ -34,23 +32,15 @@ from report.diagram import fit, layer, lines
 from world.devices import pick_dtype
 from world.mesh import World, first_ranks, make_axis
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear")
 WAYS = ("forward", "backward", "step")
-LINEAR = {
-    "columns_error": "columns, side by side, are the full column",
-    "rows_error": "addends add up to the full row",
-}
 WRONG = 0.03  # a relative error that no rounding explains, not even in bfloat16
-NOTES = [
-    "forward, back: collectives in a pass; +1: one sum of partial gradients, apart",
-    "told: KB of a rank's messages; wire: KB that it sends of them in rings",
-    "weights: MB of the rank with most; kept: MB for the backward pass, without them",
-]
-TIMED_NOTES = [
-    "error: the largest relative one of output, input gradient and any weight's gradient, against",
-    "one rank in double precision (spd: its own equations); ms: both passes, median; in coll.: the",
-    "share of them (rank 0's clock); products: self time of mm, addmm and bmm under the profiler",
-]
+NOTES = """forward, back: collectives in a pass; +1: one sum of partial gradients, apart
+told: KB of a rank's messages; wire: KB that it sends of them in rings
+weights: MB of the rank with most; kept: MB for the backward pass, without them"""
+TIMED_NOTES = """
+error: the largest relative one of output, input gradient and any weight's gradient, against
+one rank in double precision (spd: its own equations); ms: both passes, median; in coll.: the
+share of them (rank 0's clock)"""
 
 
 def line(case: Case, strategy: str, tp: int, counts: Counts, **measured: Any) -> dict[str, Any]:
@@ -58,24 +48,21 @@ def line(case: Case, strategy: str, tp: int, counts: Counts, **measured: Any) ->
     rules, width = case.rules(tp), case.x.element_size()
     shapes = (rules[name].local_shape(tuple(full.shape), 0) for name, full in case.weights.items())
     passes = {key: value for key, value in counts.items() if key[0] != "step"}
-    told = [
-        {"direction": way, "op": op, "calls": n, "bytes": nbytes}
-        for (way, op), (n, nbytes) in sorted(counts.items())
-    ]
+    told = [{"direction": way, "op": op, "calls": n, "bytes": nbytes}
+            for (way, op), (n, nbytes) in sorted(counts.items())]
     return {
         "strategy": strategy if tp > 1 or strategy in MISTAKES else "one rank", "tp": tp,
         "calls": {way: sum(n for key, (n, _) in counts.items() if key[0] == way) for way in WAYS},
         "told": told, "bytes_told": sum(nbytes for _, nbytes in passes.values()),
         "bytes_on_the_wire": strategies.wire_bytes(passes, strategy, tp),
-        "weight_bytes": width * sum(map(math.prod, shapes)), **measured,
-    }  # fmt: skip
+        "weight_bytes": width * sum(map(math.prod, shapes)), **measured}
 
 
 def strategy_table(rows: list[dict[str, Any]]) -> list[str]:
     """A line for each strategy and tp. A strategy that did not run has no times."""
     timed = any("seconds" in row for row in rows)
     head = [" tp", "strategy", "forward", "back", "KB told", "KB wire", "weights MB", "kept MB"]
-    made = [head + ["error", "ms", "in coll.", "products ms"] * timed]
+    made = [head + ["error", "ms", "in coll."] * timed]
     for row in rows:
         name, calls, kept = row["strategy"], row["calls"], row.get("kept_bytes")
         cells = [f"{row['tp']:>3}", name if len(name) < 17 else f"{name[:15]}…"]
@@ -84,24 +71,18 @@ def strategy_table(rows: list[dict[str, Any]]) -> list[str]:
         cells += [f"{row['weight_bytes'] / 1e6:,.2f}", f"{kept / 1e6:,.2f}" if kept else ""]
         if "seconds" in row:
             cells += [f"{row['error']:.1e}", f"{1e3 * row['seconds']['median']:,.2f}"]
-            cells += [f"{row['share_in_collectives']['median']:.1%}"]
-            cells += [f"{1e3 * row['product_seconds']:,.2f} {row['share_in_products']:>4.0%}"]
-        made.append(cells + ["", "counted", "", ""] * (timed and "seconds" not in row))
-    return table(made, 2) + NOTES + TIMED_NOTES * timed
+            cells.append(f"{row['share_in_collectives']['median']:.1%}")
+        made.append(cells + ["", "counted", ""] * (timed and "seconds" not in row))
+    return [*table(made, 2), NOTES + TIMED_NOTES * timed]
 
 
 # --- measured -------------------------------------------------------------------------------------
 
 
-def together(world: World, piece: Piece) -> float:
-    """The time at which the ranks of the group begin."""
-    all_reduce(torch.zeros(1, device=world.device), piece.axis, "step")
-    return time.perf_counter()
-
-
 def timed(world: World, piece: Piece) -> dict[str, Any]:
     """The clock and the account of both passes, and the sum of partial gradients after them."""
-    started, before = together(world, piece), world.ledger.snapshot()
+    all_reduce(torch.zeros(1, device=world.device), piece.axis, "step")  # ranks begin together
+    started, before = time.perf_counter(), world.ledger.snapshot()
     piece.run()
     world.synchronize()
     seconds = time.perf_counter() - started
@@ -111,25 +92,8 @@ def timed(world: World, piece: Piece) -> dict[str, Any]:
     return {"seconds": seconds, "share": share, "counts": counts}
 
 
-def products(world: World, piece: Piece) -> tuple[float, float]:
-    """Seconds in matrix products in both passes (the profiler's self time of torch's operators),
-    and their share of these passes under the profiler."""
-    gpu = world.device.type == "cuda"
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
-    with profile(activities=kinds) as seen:
-        started = together(world, piece)  # a rank's profiler may take a second longer to start
-        piece.run()
-        world.synchronize()
-        passed = time.perf_counter() - started
-    self_time = "self_device_time_total" if gpu else "self_cpu_time_total"
-    events = (event for event in seen.key_averages() if event.key in PRODUCTS)
-    seconds = sum(getattr(event, self_time) for event in events) / 1e6
-    return seconds, seconds / passed
-
-
-def measured(
-    world: World, bench: Bench, case: Case, dense: dict[str, Tensor], tp: int, mistake: str
-) -> Iterator[dict[str, Any]]:
+def measured(world: World, bench: Bench, case: Case, dense: dict[str, Tensor], tp: int,
+             mistake: str) -> Iterator[dict[str, Any]]:
     """The lines of all strategies, or of megatron with and without a mistake, run on the first tp
     ranks while the others wait. They are complete on rank 0."""
     axis = first_ranks(world, tp, bench.options.comm_timeout)
@@ -142,86 +106,60 @@ def measured(
         rounds = [turn["nanotp"][name] for turn in turns]
         worst = {key: max(found[name][key] for found in errors[:tp]) for key in errors[0][name]}
         where = max(worst, key=lambda key: worst[key])
-        columns, rows = piece.linear_errors()
-        seconds, share = products(world, piece)
         yield line(
             case, name, tp, rounds[0]["counts"], error=worst[where], error_in=where,
             errors={way: worst[way] for way in ("output", "input gradient")},
             seconds=spread([turn["seconds"] for turn in rounds]),
             share_in_collectives=spread([turn["share"] for turn in rounds]),
-            product_seconds=seconds, share_in_products=share, columns_error=columns,
-            rows_error=rows, kept_bytes=strategies.kept_bytes(piece.body, piece.forward),
-        )  # fmt: skip
+            kept_bytes=strategies.kept_bytes(piece.body, piece.forward))
 
 
-def words(case: Case, rows: list[dict[str, Any]]) -> Iterator[str]:
-    """The lines in words."""
-    ran = [row for row in rows if "seconds" in row]
-    right = [row for row in ran if row["strategy"] == "megatron"]
-    for key, fact in LINEAR.items() if right else ():
-        error = max(row[key] for row in right)
-        yield f"the ranks' {fact} layer's output (relative error {error:.1e})"
-    name = {"layer": "layer", "mlp": "MLP", "attention": "attention block"}[case.part]
-    for row in rows:
-        if row["strategy"] in ("one rank", "megatron"):
-            calls, counted = row["calls"], "" if row in ran else " (counted)"
-            passes = f"{calls['forward']} all-reduces forward and {calls['backward']} backward"
-            heads = f"{case.config.n_head} heads at tp={row['tp']}"
-            yield f"one {name} of {heads}, megatron: {passes}{counted}"
-    mistakes = [row for row in rows if row["strategy"] in MISTAKES]
-    for row in mistakes:
-        outside = ", ".join(f"{way} {error:.1e}" for way, error in row["errors"].items())
-        verdict, most = ("right", "at most")
-        if row["error"] > WRONG:
-            verdict, most = ("wrong", f"most in {row['error_in']}")
-        found = f"{verdict}: {outside}, {most} {row['error']:.1e}"
-        yield f"{row['strategy']} at tp={row['tp']} is {found}"
-    yield from {f"{row['strategy']}: {MISTAKES[row['strategy']]}" for row in mistakes}
-    for row in ran:
-        if row["tp"] > 1 and row not in mistakes:
-            share = row["share_in_collectives"]
-            of = f"{share['median']:.1%} of the time ({share['min']:.1%} to {share['max']:.1%})"
-            yield f"communication at tp={row['tp']}, {row['strategy']}: {of}"
+def verdict(row: dict[str, Any]) -> str:
+    """What a mistake did."""
+    outside = ", ".join(f"{way} {error:.1e}" for way, error in row["errors"].items())
+    found, most = "right", "at most"
+    if row["error"] > WRONG:
+        found, most = "wrong", f"most in {row['error_in']}"
+    return f"{row['strategy']} at tp={row['tp']} is {found}: {outside}, {most} {row['error']:.1e}"
 
 
 def block(world: World, options: opt.BenchBlockOptions) -> None:
-    bench, T = Bench(world, options), options.block_size
-    sizes = sorted(set(numbers(options.tp, "tp")))
-    if options.mistake == "qkv" and options.part == "mlp":
-        parts = "--part=attention or --part=layer"
-        raise UserError(f"--mistake=qkv: an MLP has no heads. Use {parts}.")
+    bench, T, batch = Bench(world, options), options.block_size, options.batch_size
+    sizes, mistake = sorted(set(numbers(options.tp, "tp"))), options.mistake
+    if mistake == "qkv" and options.part == "mlp":
+        raise UserError("--mistake=qkv: an MLP has no heads. Use --part=attention or --part=layer.")
     config = GPTConfig(T, options.vocab_size, 1, options.n_head, options.n_embd)
     for tp in sizes:
         width = strategies.Split.sized(config, tp, options.intermediate).n_hidden
         if tp > T:
-            few = f"block_size={T} is shorter than tp={tp}"
-            raise UserError(f"{few}: some ranks would have no token.")
+            raise UserError(f"block_size={T} is shorter than tp={tp}: "
+                            "some ranks would have no token.")
         if tp > width:
-            few = f"tp={tp} is more than intermediate={width}"
-            raise UserError(f"{few}: some ranks would hold no column.")
+            raise UserError(f"tp={tp} is more than intermediate={width}: "
+                            "some ranks would hold no column.")
     dtype = pick_dtype(options.dtype, world.device)
-    batch, intermediate = options.batch_size, options.intermediate
-    case = Case.draw(options.part, config, batch, intermediate, dtype, options.seed)
+    case = Case.draw(options.part, config, batch, options.intermediate, dtype, options.seed)
     dense, rows = answers(case), list[dict[str, Any]]()
     for tp in sizes:
         if tp <= world.size:
-            rows += measured(world, bench, case, dense, tp, options.mistake)
+            rows += measured(world, bench, case, dense, tp, mistake)
         else:
-            names = ("megatron",) if options.mistake else case.strategies(tp)
+            names = ("megatron",) if mistake else case.strategies(tp)
             rows += [line(case, name, tp, formula(case, name, tp)) for name in names]
-    about = {"n_embd": config.n_embd, "n_head": config.n_head, "intermediate": width}
-    about |= {"batch_size": batch, "block_size": T}
-    ranks = f"{str(dtype)[6:]}, {torch.get_num_threads()} threads a rank, {world.comm}"
-    head = f"{case.part}: {', '.join(f'{key}={value}' for key, value in about.items())}; {ranks}"
-    said = [head, *strategy_table(rows), *words(case, rows)]
+    about = {"n_embd": config.n_embd, "n_head": config.n_head, "intermediate": width,
+             "batch_size": batch, "block_size": T}
+    said = [f"{case.part}: {', '.join(f'{key}={value}' for key, value in about.items())}; "
+            f"{str(dtype)[6:]}, {torch.get_num_threads()} threads a rank, {world.comm}"]
+    said += strategy_table(rows) + [verdict(row) for row in rows if row["strategy"] in MISTAKES]
+    said += [f"{mistake}: {MISTAKES[mistake]}"] if mistake else []
     bench.finish("block", {"part": options.part, **about, "lines": rows}, said)
 
 
 def allreduce(world: World, options: opt.BenchAllreduceOptions) -> None:
     bench = Bench(world, options)
     if world.size == 1:
-        command = "torchrun --standalone --nproc_per_node=2 bench_tp.py allreduce"
-        raise UserError(f"bench_tp.py allreduce needs ranks: {command}")
+        raise UserError("bench_tp.py allreduce needs ranks: "
+                        "torchrun --standalone --nproc_per_node=2 bench_tp.py allreduce")
     sizes, axes = numbers(options.sizes, "sizes", "numbers of bytes"), {}
     for comm in ("nccl",) if world.device.type == "cuda" else ("shm", "gloo"):
         try:
@@ -237,14 +175,13 @@ def allreduce(world: World, options: opt.BenchAllreduceOptions) -> None:
         for times in us.values():
             bus = ring_bytes(nbytes, world.size) / times["median"] / 1e3
             rows[-1] += [f"{times['median']:,.1f}", f"{times['min']:,.1f}", f"{bus:.2f}"]
-    ranks = f"{world.size} ranks of {torch.get_num_threads()} threads"
-    head = f"all-reduce over {ranks}, float32; microseconds of a call"
+    head = (f"all-reduce over {world.size} ranks of {torch.get_num_threads()} threads, float32; "
+            "microseconds of a call")
     bench.finish("allreduce", {"sizes": found}, [head, *table(rows, 0)])
 
 
-def microseconds(
-    world: World, axes: dict[str, Axis], nbytes: int, repeats: int
-) -> dict[str, dict[str, float]]:
+def microseconds(world: World, axes: dict[str, Axis], nbytes: int,
+                 repeats: int) -> dict[str, dict[str, float]]:
     """The spread of an all-reduce's time over each axis, which take turns."""
     message = torch.randn(max(1, nbytes // 4), device=world.device)
     warm, calls = 3, max(5, min(300, (1 << 24) // nbytes))
@@ -267,70 +204,48 @@ def kept(config: GPTConfig, strategy: str, tp: int, batch: int, width: int) -> i
     """Bytes that rank 0 keeps of a layer for its backward pass. width: bytes of a number."""
     split = Partition.of(config, 1 if strategy == "naive" else tp)  # naive keeps all columns
     training = Training(
-        split=split, dp=1, rows=batch, micro_steps=1, eval_rows=batch,
-        width=width, dropout=False, gpu=False, logit_rows=1,
-        sequence_parallel=strategy.startswith("sequence"),
-    )  # fmt: skip
+        split=split, dp=1, rows=batch, micro_steps=1, eval_rows=batch, width=width, dropout=False,
+        gpu=False, logit_rows=1, sequence_parallel=strategy.startswith("sequence"))
     others = training.tokens - training.own_tokens if strategy == "sequence+kept" else 0
     return training.kept_by_layer + 2 * others * config.n_embd * width
 
 
-def averaged(row: dict[str, Any], layers: int) -> dict[str, Any]:
-    """The line of all layers as the mean of one. The sum of partial gradients is one for all."""
-    calls = {way: n if way == "step" else n / layers for way, n in row["calls"].items()}
-    told = [one | {key: one[key] / layers for key in ("calls", "bytes")} for one in row["told"]]
-    sizes = {key: row[key] / layers for key in ("bytes_told", "bytes_on_the_wire")}
-    return row | {"calls": calls, "told": told} | sizes
-
-
-def counted(
-    config: GPTConfig, schedule: Schedule, sizes: list[int], batch: int, dtype: torch.dtype
-) -> Iterator[dict[str, Any]]:
-    """A line for each strategy at each tp, and for the schedule unless it is one of them."""
+def counted(config: GPTConfig, sizes: list[int], batch: int,
+            dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """A line for each strategy at each tp."""
     case = Case.draw("layer", config, batch, dtype=dtype, device="meta")
     for tp in sizes:
         for name in case.strategies(tp):
             if tp <= config.block_size or not name.startswith("sequence"):
-                row = line(case, name, tp, formula(case, name, tp))
-                yield row | {"kept_bytes": kept(config, name, tp, batch, dtype.itemsize)}
-        if tp > 1 and str(schedule) not in ("all", "mlp"):
-            row = line(case, f"--sync={schedule}", tp, formula(case, "megatron", tp, schedule))
-            size = {"kept_bytes": kept(config, "spd", tp, batch, dtype.itemsize)}
-            yield averaged(row, config.n_layer) | size
+                yield line(case, name, tp, formula(case, name, tp),
+                           kept_bytes=kept(config, name, tp, batch, dtype.itemsize))
 
 
 def diagram(world: World, options: opt.BenchDiagramOptions) -> None:
-    if world.size > 1:
-        advice = "start it with plain python. --tp is what is drawn."
-        raise UserError(f"bench_tp.py diagram is one process: {advice}")
+    one_process(world, "diagram", " --tp is what is drawn.")
     report.check_place(options.report, "report")
     sizes, T, batch = numbers(options.tp, "tp"), options.block_size, options.batch_size
     config = GPTConfig(T, options.vocab_size, options.n_layer, options.n_head, options.n_embd)
     split, *_ = [Partition.of(config, tp) for tp in sizes]  # or its UserError
     schedule = Schedule.parse(options.sync, config.n_layer)
     if options.sequence_parallel and (not schedule.is_plain or sizes[0] > T):
-        raise UserError(
-            "--sequence_parallel=True needs --sync=all and a token for every rank: "
-            f"--sync={schedule} and block_size={T} on tp={sizes[0]}."
-        )
+        raise UserError("--sequence_parallel=True needs --sync=all and a token for every rank: "
+                        f"--sync={schedule} and block_size={T} on tp={sizes[0]}.")
     dtype = pick_dtype(options.dtype, world.device)
     drawn = layer(split, schedule, options.sequence_parallel)
-    rows = list(counted(config, schedule, sizes, batch, dtype))
+    rows = list(counted(config, sizes, batch, dtype))
     about = f"a layer's two passes by formula, {batch} x {T} tokens, {str(dtype)[6:]}:"
     said = [*lines(drawn), "", about, *strategy_table(rows)]
     print(fit("\n".join(said), sys.stdout.encoding))
-    if options.report:
-        model = {**asdict(config), "parameters": split.count()}
-        model["parameters_per_rank"] = [split.count(rank) for rank in range(split.tp)]
-        figures = {"entry": "bench_tp", "what": "diagram", "tp": split.tp, "dtype": str(dtype)[6:]}
-        figures |= {"sync": str(schedule), "sequence_parallel": drawn.sequence, "batch_size": batch}
-        report.write(options.report, {**figures, "model": model, "lines": rows})
+    report.write(options.report, {
+        "entry": "bench_tp", "what": "diagram", "tp": split.tp, "dtype": str(dtype)[6:],
+        "sync": str(schedule), "sequence_parallel": drawn.sequence, "batch_size": batch,
+        "model": report.model_of(config, split), "lines": rows})
 
 
 def page(world: World, options: opt.BenchPageOptions) -> None:
     """A kept report, written again."""
-    if world.size > 1:
-        raise UserError("bench_tp.py page is one process: start it with plain python.")
+    one_process(world, "page")
     report.check_place(options.report, "report")
     if not options.report:
         raise UserError("--report=FILE.html is required: the page to write.")
@@ -338,3 +253,8 @@ def page(world: World, options: opt.BenchPageOptions) -> None:
     if not isinstance(found, dict):
         raise UserError(f"{options.kept} is no report: --report=FILE of any command writes one.")
     report.write(options.report, found)
+
+
+def one_process(world: World, command: str, note: str = "") -> None:
+    if world.size > 1:
+        raise UserError(f"bench_tp.py {command} is one process: start it with plain python.{note}")

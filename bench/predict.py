@@ -3,7 +3,6 @@ points are fastest, and when one device is. Every figure is a prediction: none w
 """
 
 import bisect
-import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -11,7 +10,7 @@ from operator import itemgetter
 from typing import Any
 
 from base.errors import UserError
-from bench.rounds import Bench, numbers, table
+from bench.rounds import Bench, chosen, numbers, table
 from checkpoints.huggingface import GPT2_TOKENS, HUB_SIZES
 from cli.options import BenchPredictOptions as Options
 from model import GPTConfig
@@ -30,37 +29,19 @@ ROCE, ETHERNET = Link(15e-6, 1 / 12e9), Link(40e-6, 1 / 5e9)
 RATED = {  # GB/s, TFLOP/s (bfloat16, dense) and GB of NVIDIA's data sheets
     "h100-nvlink": (3350, 989, 80, NVLINK4), "a100-nvlink": (2039, 312, 80, NVLINK3),
     "a100-pcie": (1935, 312, 80, PCIE), "rtx4090-pcie": (1008, 165, 24, PCIE_HOST),
-    "h100-roce": (3350, 989, 80, ROCE), "h100-ethernet": (3350, 989, 80, ETHERNET),
-}  # fmt: skip
+    "h100-roce": (3350, 989, 80, ROCE), "h100-ethernet": (3350, 989, 80, ETHERNET)}
 PROFILES = {
     name: Hardware(name, MEMORY * 1e9 * GBps, PEAK * 1e12 * peak, OVERHEAD, link, capacity=1e9 * GB)
-    for name, (GBps, peak, GB, link) in RATED.items()
-}
+    for name, (GBps, peak, GB, link) in RATED.items()}
 MOST_RANKS = 8  # that the links are known for
 CUSTOM = "custom"
 # n_layer, n_head, n_embd: GPT-2s of the sizes of well-known models (three Llamas and GPT-3)
 SHAPES = HUB_SIZES | {
     "7b-like": (32, 32, 4096), "13b-like": (40, 40, 5120), "65b-like": (80, 64, 8192),
-    "175b-like": (96, 96, 12288),
-}  # fmt: skip
+    "175b-like": (96, 96, 12288)}
 FEWER = ("mlp", "every:2")  # fewer sync points: another function, approximately the same
 
 Way = dict[str, Any]  # a layout: tp, strategy (all, sequence or one of FEWER), its step and figures
-
-
-# --- the question ---------------------------------------------------------------------------------
-
-
-def chosen(text: str, known: Iterable[str], option: str) -> list[str]:
-    """The names in a list with commas between, or all. UserError for an unknown one."""
-    known = list(known)
-    names = known if text == "all" else [word.strip() for word in text.split(",") if word.strip()]
-    for name in names or [text]:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise UserError(f"--{option}={name} is not one of {', '.join(known)}.{hint}")
-    return names
 
 
 def hardware_of(name: str, options: Options) -> Hardware:
@@ -70,16 +51,13 @@ def hardware_of(name: str, options: Options) -> Hardware:
     if name == CUSTOM and missing:
         raise UserError(f"--hardware=custom needs {', '.join(missing)} as well.")
     found = PROFILES.get(name) or Hardware(CUSTOM, 0.0, 0.0, OVERHEAD, Link(0.0, 0.0))
-    alpha = 1e-6 * options.alpha_us or found.link.alpha
     beta = 1e-9 / options.link_GBps if options.link_GBps else found.link.beta
+    link = replace(found.link, alpha=1e-6 * options.alpha_us or found.link.alpha, beta=beta)
     return replace(
-        found,
-        link=replace(found.link, alpha=alpha, beta=beta),
-        memory=1e9 * options.memory_GBps or found.memory,
+        found, link=link, memory=1e9 * options.memory_GBps or found.memory,
         peak=1e12 * options.peak_tflops or found.peak,
         capacity=1e9 * options.memory_GB or found.capacity,
-        overhead=1e-6 * options.overhead_us if options.overhead_us >= 0 else found.overhead,
-    )
+        overhead=1e-6 * options.overhead_us if options.overhead_us >= 0 else found.overhead)
 
 
 def config_of(name: str, options: Options) -> GPTConfig:
@@ -95,13 +73,12 @@ def step_of(config: GPTConfig, tp: int, strategy: str, mode: str, options: Optio
     tokens, past = (1, options.tokens) if mode == "decode" else (options.tokens, 0)
     width, int8 = 4 if options.dtype == "float32" else 2, bool(options.quantize) and not trains
     rows = chunk_rows(batch * tokens, split.local_vocab, "cuda") if trains else 0
-    sequence = strategy == "sequence"
-    return Step(split, schedule, mode, batch, tokens, past, width, int8, sequence, rows)
+    return Step(split, schedule, mode, batch, tokens, past, width, int8, strategy == "sequence",
+                rows)
 
 
-def ways(
-    config: GPTConfig, sizes: Iterable[int], hardware: Hardware, mode: str, options: Options
-) -> list[Way]:
+def ways(config: GPTConfig, sizes: Iterable[int], hardware: Hardware, mode: str,
+         options: Options) -> list[Way]:
     """All layouts in which the model can be split, fitting or not. UserError if there is none."""
     found, fault, fewer = [], None, FEWER[: 1 + (config.n_layer > 1)]
     for tp in sizes:
@@ -112,15 +89,13 @@ def ways(
                 fault = error
                 continue
             size, seconds = step.capacity, step.seconds(hardware)
-            way = {"tp": tp, "strategy": name, "step": step, "bytes": size, "share": seconds.share}
-            way |= {"seconds": seconds.total, "parts": asdict(seconds)}
-            found.append(way | {"fits": not hardware.capacity or size <= hardware.capacity})
+            found.append({
+                "tp": tp, "strategy": name, "step": step, "bytes": size, "share": seconds.share,
+                "seconds": seconds.total, "parts": asdict(seconds),
+                "fits": not hardware.capacity or size <= hardware.capacity})
     if fault is not None and not found:
         raise fault
     return found
-
-
-# --- the answer -----------------------------------------------------------------------------------
 
 
 def fastest(found: Iterable[Way]) -> Way:
@@ -128,14 +103,14 @@ def fastest(found: Iterable[Way]) -> Way:
 
 
 def break_even(step: Step, limit: float, hardware: Hardware) -> float | None:
-    """The largest alpha (to 1e-12 s) at which the step takes at most `limit` seconds, if any."""
+    """The largest alpha in us (to 1e-6) at which the step takes at most `limit` seconds, if any."""
 
     def total(alpha: int) -> float:
         link = replace(hardware.link, alpha=1e-12 * alpha)
         return step.seconds(replace(hardware, link=link)).total
 
     fitting = bisect.bisect(range(10**12), limit, key=total)
-    return 1e-12 * (fitting - 1) if fitting else None
+    return 1e-6 * (fitting - 1) if fitting else None
 
 
 def pays_from(hardware: Hardware, tp: int, mode: str, options: Options) -> GPTConfig | None:
@@ -152,26 +127,23 @@ def pays_from(hardware: Hardware, tp: int, mode: str, options: Options) -> GPTCo
     return found
 
 
-def too_large(
-    name: str, sizes: list[int], hardware: Hardware, mode: str, options: Options
-) -> UserError:
+def too_large(name: str, sizes: list[int], hardware: Hardware, mode: str,
+              options: Options) -> UserError:
     """For a model that fits in no layout that was asked for; names one that would do."""
-    config, gb = config_of(name, options), 1e-9 * hardware.capacity
+    config = config_of(name, options)
     least = min(ways(config, sizes, hardware, mode, options), key=itemgetter("bytes"))
     every = ways(config, range(1, MOST_RANKS + 1), hardware, mode, options)
     smallest = math.ceil(min(way["bytes"] for way in every) / 1e9)
     would = [f"--tp={way['tp']}" for way in every if way["fits"]]
     would += [f"--memory_GB={smallest} at tp={every[-1]['tp']}"]
     return UserError(
-        f"--model={name} does not fit {hardware.name} ({gb:.0f} GB): the layout that takes least, "
-        f"tp={least['tp']}, {least['strategy']}, takes {least['bytes'] / 1e9:.1f} GB a rank. "
-        f"What would do: {would[0]}."
-    )
+        f"--model={name} does not fit {hardware.name} ({1e-9 * hardware.capacity:.0f} GB): the "
+        f"layout that takes least, tp={least['tp']}, {least['strategy']}, takes "
+        f"{least['bytes'] / 1e9:.1f} GB a rank. What would do: {would[0]}.")
 
 
-def verdict(
-    name: str, found: list[Way], sizes: list[int], hardware: Hardware
-) -> tuple[dict[str, Any], list[str]]:
+def verdict(name: str, found: list[Way], sizes: list[int],
+            hardware: Hardware) -> tuple[dict[str, Any], list[str]]:
     """A model in the report and in the table: all layouts, the fastest exact one, the fastest with
     fewer sync points, and each tp's break-even alpha. If none fits, the bytes of the smallest."""
     line: dict[str, Any] = {"model": name, "parameters": found[0]["step"].split.count()}
@@ -181,41 +153,35 @@ def verdict(
         return line | {"ways": [], "least_bytes": min(way["bytes"] for way in found)}, []
     best = {tp: fastest(way for way in exact if way["tp"] == tp) for tp in {w["tp"] for w in exact}}
     first, top = best[min(best)], fastest(exact)
-
-    def told(way: Way) -> Way:
-        speedup = first["seconds"] / way["seconds"]
-        return {key: way[key] for key in way if key != "step"} | {"speedup": speedup}
-
-    line |= {"base_tp": first["tp"], "ways": [told(way) for way in found], "best": told(top)}
-    ms = f"{1e3 * first['seconds']:,.2f}"
-    cells = [name, f"{line['parameters'] / 1e6:,.0f}M", ms, f"{first['tp']}"]
+    for way in found:
+        way["speedup"] = first["seconds"] / way["seconds"]
+    line |= {"base_tp": first["tp"], "ways": found, "best": top}
+    cells = [name, f"{line['parameters'] / 1e6:,.0f}M", f"{1e3 * first['seconds']:,.2f}",
+             f"{first['tp']}"]
     for tp in sizes[1:]:
         none = "no room" if any(way["tp"] == tp for way in found) else "no split"
-        at = told(best[tp]) if tp in best else None
+        at = best.get(tp)
         cells.append(f"{at['speedup']:.2f}x {at['share']:>4.0%}" if at else none)
     fewer, limit = "-", "-"
     if len(exact) < len(fitting):
-        line["fewer"] = few = told(fastest(way for way in fitting if way["strategy"] in FEWER))
+        line["fewer"] = few = fastest(way for way in fitting if way["strategy"] in FEWER)
         fewer = f"{few['speedup']:.2f}x {few['strategy']} {few['tp']}"
     if first["tp"] == 1 and len(best) > 1:
-        line["alpha_limit_us"] = limits = {}
-        for tp in sorted(best)[1:]:
-            alpha = break_even(best[tp]["step"], first["seconds"], hardware)
-            limits[tp] = None if alpha is None else 1e6 * alpha
+        line["alpha_limit_us"] = limits = {
+            tp: break_even(best[tp]["step"], first["seconds"], hardware) for tp in sorted(best)[1:]}
         smallest = limits[min(limits)]
         limit = "never" if smallest is None else f"{smallest:,.1f} us"
+    for way in found:
+        del way["step"]  # it is no figure
     return line, [*cells, f"tp {top['tp']} {top['strategy']}", fewer, limit]
 
 
-def answer(
-    hardware: Hardware, mode: str, models: list[str], sizes: list[int], options: Options
-) -> tuple[dict[str, Any], list[str]]:
+def answer(hardware: Hardware, mode: str, models: list[str], sizes: list[int],
+           options: Options) -> tuple[dict[str, Any], list[str]]:
     """The report and the lines of one hardware and mode. A model's line has the first layout that
     fits, and how many times as fast the others are."""
-    verdicts = []
-    for name in models:
-        found = ways(config_of(name, options), sizes, hardware, mode, options)
-        verdicts.append(verdict(name, found, sizes, hardware))
+    verdicts = [verdict(name, ways(config_of(name, options), sizes, hardware, mode, options), sizes,
+                        hardware) for name in models]
     words, pays = [], dict[int, dict[str, int] | None]()
     for tp in sizes[sizes[0] == 1 :]:
         config, size, pays[tp] = pays_from(hardware, tp, mode, options), "at no size", None
@@ -225,22 +191,19 @@ def answer(
             size = f"from {parameters / 1e6:,.0f}M parameters on"
         words.append(f"tp {tp} {size}")
     reduce, bus = 1e6 * hardware.link.seconds("all_reduce", 0, 2), 1e-9 / hardware.link.beta
-    head = ["", "parameters", "ms", "at tp", *(f"tp {tp}" for tp in sizes[1:])]
-    head += ["best", "fewer syncs", "alpha limit"]
+    head = ["", "parameters", "ms", "at tp", *(f"tp {tp}" for tp in sizes[1:]), "best",
+            "fewer syncs", "alpha limit"]
     lines = [
         f"{hardware.name}, {mode}: {options.batch_size} x {options.tokens:,} tokens; memory "
         f"{hardware.memory / 1e9:,.0f} GB/s, products {hardware.peak / 1e12:,.0f} TFLOP/s, "
         f"{1e6 * hardware.overhead:.0f} us a sub-block, an all-reduce of 2 ranks {reduce:,.0f} us, "
-        f"{bus:,.0f} GB/s",
-        *table([head, *(cells for _, cells in verdicts if cells)]),
-    ]
-    for line in (line for line, cells in verdicts if not cells):
-        least = f"{line['least_bytes'] / 1e9:,.1f} GB a rank"
-        lines.append(f"{line['model']} no room: at least {least}")
-    shape = "128 channels a head, as many layers as heads"
-    lines.append(f"faster than one device: {'; '.join(words)} ({shape})")
-    figures = {"hardware": asdict(hardware), "mode": mode, "lines": [line for line, _ in verdicts]}
-    return figures | {"pays_from": pays}, [*lines, ""]
+        f"{bus:,.0f} GB/s", *table([head, *(cells for _, cells in verdicts if cells)])]
+    lines += [f"{line['model']} no room: at least {line['least_bytes'] / 1e9:,.1f} GB a rank"
+              for line, cells in verdicts if not cells]
+    lines += [f"faster than one device: {'; '.join(words)} (128 channels a head, as many layers as "
+              "heads)", ""]
+    return {"hardware": asdict(hardware), "mode": mode, "lines": [line for line, _ in verdicts],
+            "pays_from": pays}, lines
 
 
 def predict(world: World, options: Options) -> None:
@@ -255,8 +218,8 @@ def predict(world: World, options: Options) -> None:
     models = chosen(options.model, [*SHAPES, CUSTOM], "model")
     sizes = sorted(set(numbers(options.tp, "tp")))
     if not 1 <= sizes[0] <= sizes[-1] <= MOST_RANKS:
-        most = f"sizes are 1 to {MOST_RANKS}, as many ranks as the links are known for."
-        raise UserError(f"--tp={options.tp}: {most}")
+        raise UserError(f"--tp={options.tp}: sizes are 1 to {MOST_RANKS}, as many ranks as the "
+                        "links are known for.")
     figures, lines, largest = [], [], max(machines, key=lambda machine: machine.capacity)
     for mode in chosen(options.mode, MODES, "mode"):
         made = [answer(machine, mode, models, sizes, options) for machine in machines]
@@ -266,5 +229,5 @@ def predict(world: World, options: Options) -> None:
         figures += [figure for figure, _ in made]
         lines += [line for _, said in made for line in said]
     lines.append("These are predictions: nothing was measured. Sources: docs/predictions.md")
-    about = {"dtype": options.dtype, "batch_size": options.batch_size, "tokens": options.tokens}
-    bench.finish("predict", about | {"predictions": figures}, lines)
+    bench.finish("predict", {"dtype": options.dtype, "batch_size": options.batch_size,
+                             "tokens": options.tokens, "predictions": figures}, lines)

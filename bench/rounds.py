@@ -5,13 +5,14 @@ neighbours in time. While one runs the others wait without using a core. Figures
 the rounds, with the smallest and the largest.
 """
 
+import difflib
 import os
 import platform
 import re
 import statistics
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,25 @@ def numbers(text: str, option: str, what: str = "sizes") -> list[int]:
         raise UserError(f"--{option}={text} are not {what} with commas between.") from None
 
 
+def chosen(text: str, known: Iterable[str], option: str) -> list[str]:
+    """The names in a list with commas between, or all. UserError for an unknown one."""
+    known = list(known)
+    names = known if text == "all" else [word.strip() for word in text.split(",") if word.strip()]
+    for name in names or [text]:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UserError(f"--{option}={name} is not one of {', '.join(known)}.{hint}")
+    return names
+
+
 def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-    found: dict[str, Any] = {"cpu": model[1].strip() if model else platform.processor()}
-    found |= {"cores": os.cpu_count(), "torch": torch.__version__}
-    found |= {"python": platform.python_version()}
-    if torch.cuda.is_available():
-        found["gpus"] = list(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
-    return found
+    gpus = list(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
+    return {"cpu": model[1].strip() if model else platform.processor(), "cores": os.cpu_count(),
+            "torch": torch.__version__, "python": platform.python_version(),
+            **({"gpus": gpus} if gpus else {})}
 
 
 class Bench:
@@ -78,10 +89,7 @@ class Bench:
     def __init__(self, world: World, options: BenchOptions, known: tuple[str, ...] = ()):
         """known: the names that --against may have."""
         self.world, self.options = world, options
-        self.names = [name for name in options.against.split(",") if name]
-        for name in self.names:
-            if name not in known:
-                raise UserError(f"--against={name} is not one of {', '.join(known)}.")
+        self.names = chosen(options.against, known, "against") if options.against else []
         if world.is_main:
             report.check_place(options.report, "report")
 
@@ -95,20 +103,17 @@ class Bench:
         """Rounds of `ours` and all of --against: contestants that do the job, and `own`, which
         these ranks run themselves."""
         job = {"threads": self.world.size * torch.get_num_threads(), **self.place(), **job}
-        others = [name for name in self.names if name not in own]
+        others = [name for name in self.names if name not in own and self.world.is_main]
         own = {name: run for name, run in own.items() if name in self.names}
         with ExitStack() as stack:
-            contestants = []
-            for name in others if self.world.is_main else []:
-                contestants.append(Contestant({"kind": name, **job}))
-                stack.callback(contestants[-1].close)
+            contestants = [stack.enter_context(closing(Contestant({"kind": name, **job})))
+                           for name in others]
             self.world.barrier()
             return self.rounds(ours, contestants, **own)
 
     def rounds(self, ours: Once, contestants: list[Contestant], **own: Once) -> list[Round]:
         """The contestants' figures are on rank 0 only."""
-        made = []
-        show = self.world.is_main and sys.stderr.isatty()
+        made, show = [], self.world.is_main and sys.stderr.isatty()
         for _ in tqdm(range(self.options.repeats), desc="bench", unit="round", disable=not show):
             self.world.barrier()
             turn = {"nanotp": ours()} | {name: run() for name, run in own.items()}
@@ -118,15 +123,11 @@ class Bench:
         return made
 
     def finish(self, what: str, figures: dict[str, Any], lines: list[str]) -> None:
-        if not self.world.is_main:
-            return
-        print("\n".join(lines))
-        if self.options.report:
-            world = self.world
-            made = {"entry": "bench_tp", "what": what, "world_size": world.size}
-            made |= {"tp": world.tp.size, "dp": world.dp.size, "comm": world.comm}
-            made |= {"device": world.device.type, "machine": machine(), "command": sys.argv}
-            report.write(self.options.report, made | figures)
+        if self.world.is_main:
+            print("\n".join(lines))
+            report.write(self.options.report, {
+                "entry": "bench_tp", "what": what, **report.where(self.world), "machine": machine(),
+                "command": sys.argv, **figures})
 
 
 def compare(rounds: list[Round], unit: str, amount: float) -> tuple[dict[str, Any], list[str]]:

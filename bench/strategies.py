@@ -24,7 +24,6 @@ from torch import Tensor
 import model
 from model import GPTConfig, attend, gelu
 from parallel.collectives import Axis, all_gather, all_reduce
-from parallel.layers import ColumnParallelLinear, RowParallelLinear
 from parallel.ledger import Account, total
 from parallel.parameters import default_dtype, take
 from parallel.regions import WHOLE, Region, SplitTokens, f, g
@@ -42,7 +41,7 @@ MISTAKES = {
     "no_f": "x enters the column-parallel layer without f: no all-reduce of its gradient",
     "no_g": "the row-parallel layer's addend leaves without g: no all-reduce of the output",
 }
-INSIDE = {"layer": "", "attention": "attn.", "mlp": "mlp."}  # prefix of a part's names in a layer
+INSIDE = {"layer": "", "attention": "attn", "mlp": "mlp"}  # a part's name in a layer
 
 Counts = dict[tuple[str, str], tuple[int, int]]  # (direction, op) -> (calls, bytes) in the ledger
 
@@ -79,10 +78,8 @@ class Case:
     dy: Tensor
 
     @classmethod
-    def draw(
-        cls, part: str, config: GPTConfig, batch: int, intermediate: int = 0,
-        dtype: torch.dtype = torch.float32, seed: int = 1, device: str = "cpu",
-    ) -> "Case":  # fmt: skip
+    def draw(cls, part: str, config: GPTConfig, batch: int, intermediate: int = 0,
+             dtype: torch.dtype = torch.float32, seed: int = 1, device: str = "cpu") -> "Case":
         """Random numbers, the same on all ranks; on the device "meta" only shapes."""
         generator = torch.Generator().manual_seed(seed) if device == "cpu" else None
         weights = {}
@@ -115,7 +112,7 @@ class Case:
 
 def of_part(part: str, table: dict[str, Any]) -> dict[str, Any]:
     """The entries of a Partition's table for one part of its first layer, by their names there."""
-    prefix = f"transformer.h.0.{INSIDE[part]}"
+    prefix = f"transformer.h.0.{INSIDE[part]}".rstrip(".") + "."
     return {name.removeprefix(prefix): v for name, v in table.items() if name.startswith(prefix)}
 
 
@@ -129,7 +126,7 @@ def answers(case: Case, split: Split | None = None) -> dict[str, Tensor]:
     with default_dtype(torch.float64):
         whole = model.Block(case.config)
         whole.mlp.c_fc, whole.mlp.c_proj = nn.Linear(C, H, bias), nn.Linear(H, C, bias)
-    part: nn.Module = whole.get_submodule(INSIDE[case.part].rstrip("."))
+    part: nn.Module = whole.get_submodule(INSIDE[case.part])
     part.load_state_dict(case.weights)
     x = case.x.double().requires_grad_()
     y = part(x) if split is None else dropped_sync(whole, split, x)
@@ -160,18 +157,17 @@ def dropped_sync(whole: model.Block, split: Split, x: Tensor) -> Tensor:
     return out
 
 
-def formula(case: Case, strategy: str, tp: int, schedule: Schedule | None = None) -> Counts:
-    """A rank's collectives in a forward and a backward pass and in the step after them, as the cost
-    model counts them. schedule: of a whole model, instead of one layer under the strategy."""
+def formula(case: Case, strategy: str, tp: int) -> Counts:
+    """A rank's collectives of one layer in a forward and a backward pass and in the step after
+    them, as the cost model counts them."""
     if tp == 1:
         return {}
     B, T, C = case.x.shape
-    points = schedule or Schedule.parse("mlp" if strategy == "spd" else "all", 1)
-    split = replace(case.split(tp), n_layer=len(points.syncs) // 2)
-    sequence = strategy.startswith("sequence")
+    points = Schedule.parse("mlp" if strategy == "spd" else "all", 1)
+    split, sequence = replace(case.split(tp), n_layer=1), strategy.startswith("sequence")
     step = Step(split, points, "train", B, T, sequence_parallel=sequence, logit_rows=B * T)
-    kinds, messages = KINDS if case.part == "layer" else (case.part,), list(step.messages())
-    calls = [(m.direction, m.op, m.nbytes // FLOAT) for m in messages if m.block in kinds]
+    kinds = KINDS if case.part == "layer" else (case.part,)
+    calls = [(m.direction, m.op, m.nbytes // FLOAT) for m in step.messages() if m.block in kinds]
     for widths in map(split.widths, kinds):
         if strategy == "sequence+kept":
             calls.remove(("backward", "all_gather", B * T * C))
@@ -179,8 +175,6 @@ def formula(case: Case, strategy: str, tp: int, schedule: Schedule | None = None
             calls.append(("forward", "all_gather", B * T * max(widths)))
             calls.append(("backward", "all_reduce", B * T * sum(widths)))
     partial = sum(case.weights[name].numel() for name in case.partial(strategy))
-    if schedule:  # the optimizer's last message is the gradient's norm
-        partial = sum(m.nbytes for m in messages if m.block == "optimizer") // FLOAT - 1
     calls += [("step", "all_reduce", partial)] * (partial > 0)
     counts: Counts = {}
     for direction, op, elements in calls:
@@ -199,11 +193,9 @@ def summed(account: Account) -> Counts:
 def wire_bytes(counts: Counts, strategy: str, tp: int) -> float:
     """Bytes that a rank sends in rings: 2 (N - 1) / N of an all-reduce's message, half of that of
     the others' whole message. The ledger has whole messages, except of naive's gather."""
-    sent = 0.0
-    for (_, op), (_, nbytes) in counts.items():
-        whole = nbytes * tp if (strategy, op) == ("naive", "all_gather") else nbytes
-        sent += ring_bytes(whole, tp) / (1 if op == "all_reduce" else 2)
-    return sent
+    parts = {("naive", "all_gather"): tp}
+    return sum(ring_bytes(nbytes * parts.get((strategy, op), 1), tp) / (1 + (op != "all_reduce"))
+               for (_, op), (_, nbytes) in counts.items())
 
 
 # --- one rank's share -----------------------------------------------------------------------------
@@ -226,8 +218,7 @@ class _GatherColumns(torch.autograd.Function):
 
 
 def changed(body: Any, x: Tensor, how: str, split: Split) -> Tensor:
-    """A sub-block of x [B, T, C] as in tp_model.py, except for what is naive or a mistake (qkv is a
-    mistake in the rules)."""
+    """A sub-block of x [B, T, C] as in tp_model.py but for what is naive or a mistake (not qkv)."""
     attention = isinstance(body, CausalSelfAttention)
     column, row = body.c_attn if attention else body.c_fc, body.c_proj
     y = column.local(x if how == "no_f" else f(x, column.axis))
@@ -273,13 +264,9 @@ class Piece:
         if strategy.startswith("sequence") and axis.size > 1:
             self.region = SplitTokens(T, keep=strategy == "sequence+kept")
             self.own = slice(*spans(T, axis.size)[axis.rank])
-        made = (case.config, self.split, axis, 0)
-        self.body: Any
         with torch.device(device), default_dtype(case.x.dtype), torch.no_grad():
-            if case.part == "layer":
-                self.body = Block(*made, (strategy != "spd", True))
-            else:
-                self.body = (MLP if case.part == "mlp" else CausalSelfAttention)(*made)
+            block = Block(case.config, self.split, axis, 0, (strategy != "spd", True))
+            self.body: Any = block.get_submodule(INSIDE[case.part])
             for name, parameter in self.body.named_parameters():
                 parameter.copy_(take(case.weights[name], self.rules[name], axis.rank))
         self.x = case.x[:, self.own].to(device).clone().requires_grad_()  # a view keeps the whole
@@ -318,30 +305,6 @@ class Piece:
             scale = expected[name] if name.endswith("c_attn.bias") else part
             errors[name] = relative(parameter.grad, part, scale)
         return errors
-
-    @torch.no_grad()
-    def linear_errors(self) -> tuple[float, float]:
-        """Relative errors of two statements about random inputs: the ranks' columns, side by side,
-        are the full column-parallel layer's output; the ranks' addends add up to the full
-        row-parallel layer's output without its bias."""
-        columns, rows, device = [0.0], [0.0], self.x.device
-        for name, layer in self.body.named_modules():
-            if not isinstance(layer, ColumnParallelLinear | RowParallelLinear):
-                continue
-            weight, rule = self.case.weights[f"{name}.weight"], self.rules[f"{name}.weight"]
-            z = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(1))
-            z, rule, axis = z.to(weight.dtype), replace(rule, dim=1), layer.axis
-            full = F.linear(z.double(), weight.double())
-            if isinstance(layer, RowParallelLinear):
-                addend = layer.partial(take(z, rule, axis.rank).to(device))
-                rows.append(relative(all_reduce(addend, axis, "forward"), full))
-                continue
-            full += self.case.weights[f"{name}.bias"].double()
-            widths = [rule.owned(rank) for rank in range(axis.size)]
-            ours = _GatherColumns.apply(layer.local(z.to(device)), axis, widths)
-            parts = [take(full, rule, rank) for rank in range(axis.size)]
-            columns.append(relative(ours, torch.cat(parts, dim=1)))
-        return max(columns), max(rows)
 
 
 def relative(ours: Any, expected: Tensor, scale: Tensor | None = None) -> float:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.contestants import TRAINERS
 from bench.rounds import Bench, collectives, column, compare, shown, spread
 from checkpoints.huggingface import GPT2_TOKENS
 from cli.options import BenchSaveOptions, BenchTrainOptions, TrainOptions
@@ -24,15 +23,13 @@ from train.setup import Run, prepare
 from world import peaks
 from world.mesh import World
 
-SETTINGS = (
-    "device", "dtype", "compile", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "tp",
-)  # fmt: skip
+SETTINGS = ("device", "dtype", "compile", "batch_size", "block_size", "n_layer", "n_head", "n_embd",
+            "tp")
 
 
 @contextmanager
-def prepared(
-    world: World, options: BenchTrainOptions | BenchSaveOptions, **more: Any
-) -> Iterator[tuple[Run, Path]]:
+def prepared(world: World, options: BenchTrainOptions | BenchSaveOptions,
+             **more: Any) -> Iterator[tuple[Run, Path]]:
     """A run on random tokens before its first iteration, and the directory that it is in."""
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(world.gather(scratch)[0])
@@ -45,8 +42,8 @@ def prepared(
                 write_tokenizer(IdsTokenizer(options.vocab_size), place / "random")
         world.barrier()
         settings = {name: getattr(options, name) for name in SETTINGS} | more
-        settings |= {"data_dir": str(place), "dataset": "random", "out_dir": str(place / "out")}
-        asked = TrainOptions(gradient_accumulation_steps=1, bias=True, **settings)
+        asked = TrainOptions(gradient_accumulation_steps=1, bias=True, data_dir=str(place),
+                             dataset="random", out_dir=str(place / "out"), **settings)
         yield prepare(world, asked, Dataset(place / "random")), place
         world.barrier()
 
@@ -62,42 +59,38 @@ def iterations(run: Run, count: int) -> tuple[float, list[float]]:
 
 
 def train(world: World, options: BenchTrainOptions) -> None:
-    bench = Bench(world, options, TRAINERS)
-    tokens = options.batch_size * options.block_size
+    bench = Bench(world, options, ("reference",))
+    tokens, count = options.batch_size * options.block_size, options.steps
     more = {"activation_checkpointing": options.activation_checkpointing}
     with prepared(world, options, **more) as (run, place):
         needed = tokens * peaks.operations(run.model.split, options.block_size, backward=True)
 
         def once() -> dict[str, Any]:
             before = world.ledger.snapshot()
-            seconds, losses = iterations(run, options.steps)
-            account, count = total(world.ledger.since(before)), options.steps
+            seconds, losses = iterations(run, count)
+            account = total(world.ledger.since(before))
             arithmetic = peaks.arithmetic(world, run.dtype)
-            made = {"seconds": seconds / count, "losses": losses, "arithmetic": arithmetic}
-            made |= {"calls": account.calls / count, "bytes": account.bytes / count}
-            made["share"] = account.seconds / seconds
-            return made | {"mfu": count * needed / seconds / arithmetic}
+            return {"seconds": seconds / count, "losses": losses, "arithmetic": arithmetic,
+                    "calls": account.calls / count, "bytes": account.bytes / count,
+                    "share": account.seconds / seconds,
+                    "mfu": count * needed / seconds / arithmetic}
 
         once()
         config = asdict(run.model.config)
-        job = {"config": config, "dataset": str(place / "random"), "compile": options.compile}
-        job |= {"batch_size": options.batch_size, "steps": options.steps}
-        rounds = bench.against(once, job)
+        rounds = bench.against(once, {
+            "config": config, "dataset": str(place / "random"), "compile": options.compile,
+            "batch_size": options.batch_size, "steps": count})
     parties, lines = compare(rounds, "tokens/s", tokens)
-    shares, mfu = column(rounds, "share"), column(rounds, "mfu")
-    rates = shown(column(rounds, "arithmetic", 1e-9))
-    ranks = f"dp {world.dp.size} x tp {world.tp.size}, {torch.get_num_threads()} threads a rank"
-    step = f"{options.batch_size} x {options.block_size} tokens a step"
+    mfu, rates = column(rounds, "mfu"), shown(column(rounds, "arithmetic", 1e-9))
     lines += [
-        f"training of {step}: {ranks}, {world.comm}",
+        f"training of {options.batch_size} x {options.block_size} tokens a step: dp "
+        f"{world.dp.size} x tp {world.tp.size}, {torch.get_num_threads()} threads a rank, "
+        f"{world.comm}",
         collectives(rounds, "a step", " a step"),
-        f"products: {shown(mfu, '.1%')} of {rates} GFLOP/s (MFU)",
-    ]
-    found = {"share_in_collectives": spread(shares), "share_of_arithmetic": spread(mfu)}
-    bench.finish("train", {"model": config, "parties": parties, **found}, lines)
-
-
-# --- saves ----------------------------------------------------------------------------------------
+        f"products: {shown(mfu, '.1%')} of {rates} GFLOP/s (MFU)"]
+    bench.finish("train", {
+        "model": config, "parties": parties, "share_of_arithmetic": spread(mfu),
+        "share_in_collectives": spread(column(rounds, "share"))}, lines)
 
 
 def save(world: World, options: BenchSaveOptions) -> None:
@@ -119,22 +112,21 @@ def save(world: World, options: BenchSaveOptions) -> None:
             found = {way: saved(saver, usual) for way, saver in savers.items()}
             rounds.append({"iteration": usual, **found})
     front, background = ([turn[way]["stall"] for turn in rounds] for way in savers)
-    ratios = [b / f for f, b in zip(front, background, strict=True)]
-    parameters = run.model.split.count()
-    figures = {"parameters": parameters, "bytes": 12 * parameters, "rounds": rounds}
-    figures |= {"front_s": spread(front), "background_s": spread(background)}
     pauses, times = ([turn["background"][key] for turn in rounds] for key in ("pause", "seconds"))
-    at_once = [p / f for p, f in zip(pauses, front, strict=True)]
-    usual_s = shown([turn["iteration"] for turn in rounds], ".2f")
+    ratios, at_once = ([part / f for part, f in zip(parts, front, strict=True)]
+                       for parts in (background, pauses))
+    parameters, usual_s = run.model.split.count(), [turn["iteration"] for turn in rounds]
     lines = [
         f"a checkpoint of {parameters / 1e6:.0f}M parameters, {12 * parameters / 1e9:.2f} GB; "
-        f"an iteration takes {usual_s} s",
+        f"an iteration takes {shown(usual_s, '.2f')} s",
         f"in front          costs the run {shown(front, '.2f')} s",
         f"in the background {shown(background, '.2f')} s: at once {shown(pauses, '.2f')} s, "
         f"the rest is processor time that writing takes; written after {shown(times, '.1f')} s",
-        f"background over front: {shown(ratios, '.2f')}; at once: {shown(at_once, '.2f')}",
-    ]
-    bench.finish("save", figures | {"ratio": spread(ratios)}, lines)
+        f"background over front: {shown(ratios, '.2f')}; at once: {shown(at_once, '.2f')}"]
+    bench.finish("save", {
+        "parameters": parameters, "bytes": 12 * parameters, "rounds": rounds,
+        "front_s": spread(front), "background_s": spread(background), "ratio": spread(ratios)},
+        lines)
 
 
 def saved(saver: Saver, usual: float) -> dict[str, Any]:

@@ -267,7 +267,6 @@ class BenchDecodeOptions(BenchModelOptions):
     prompt: str = option("", "text to decode after, or FILE:path; default: random tokens")
     draft: str = option("", "guess ahead, as in sample_tp.py")
     draft_tokens: int = option(5, "tokens guessed ahead at most", low=1)
-    ledger: bool = option(False, "measure the cost of the account: every round with it and without")
 
 
 @dataclass(frozen=True, kw_only=True)

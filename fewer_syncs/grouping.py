@@ -63,8 +63,8 @@ def group_heads(world: World, options: GroupOptions) -> None:
         groups[layer] = heads, neurons
         parts = (heads[slice(*split.heads(rank))] for rank in range(split.tp))
         shares = " | ".join(",".join(map(str, part)) for part in parts)
-        figures = {"damage_as_it_is": before, "damage_grouped": damage}
-        layers.append({"layer": layer, **figures, "heads_of_each_rank": shares})
+        layers.append({"layer": layer, "damage_as_it_is": before, "damage_grouped": damage,
+                       "heads_of_each_rank": shares})
         print(f"{layer:>5} {before:>16.4g} {damage / before if before else 1.0:>10.1%}   {shares}")
     grouped = Regrouped(source, groups)
     with new_directory(out, options.force, SHARD_FILES) as scratch:
@@ -72,14 +72,12 @@ def group_heads(world: World, options: GroupOptions) -> None:
         write_json(scratch / TOKENIZER_FILE, tokenizer.to_json())
     print(f"{options.out}: {grouped.description} for tp={split.tp}. With all sync points it is "
           "the same model.")
-    if options.report:
-        head = {"entry": "drop_syncs", "what": "group", **about(world, source, ids)}
-        report.write(options.report, head | {"ranks": split.tp, "layers": layers})
+    head = about("group", world, source, ids)
+    report.write(options.report, head | {"ranks": split.tp, "layers": layers})
 
 
 class Regrouped:
-    """A source with heads and neurons in another order. It reads whole tensors and permutes
-    them."""
+    """A source with heads and neurons in another order."""
 
     def __init__(self, source: Source, groups: Groups):
         self.source, self.groups, self.config = source, groups, source.config
@@ -103,11 +101,10 @@ def permuted(full: Tensor, name: str, heads: list[int], neurons: list[int],
     channels = [head_dim * head + i for head in heads for i in range(head_dim)]
     if name.startswith("attn.c_attn."):  # [q | k | v], each by heads
         return torch.cat([part[channels] for part in full.chunk(3)])
-    if name == "attn.c_proj.weight":
-        return full[:, channels]
     if name.startswith("mlp.c_fc."):
         return full[neurons]
-    return full[:, neurons] if name == "mlp.c_proj.weight" else full
+    columns = {"attn.c_proj.weight": channels, "mlp.c_proj.weight": neurons}
+    return full[:, columns[name]] if name in columns else full
 
 
 @torch.no_grad()
@@ -137,17 +134,10 @@ def _damage(block: Any, x: Tensor, outputs: Tensor) -> Tensor:
         unit = (h - h.mean(dim=-1, keepdim=True)).unsqueeze(1) / sigma  # [n, 1, C]
         moved = p - p.mean(dim=-1, keepdim=True) - unit * (unit * p).mean(dim=-1, keepdim=True)
         seen = block.ln_2.weight * moved / sigma  # J P_h, [n, H, C]
-        slope = _slope(mlp.c_fc(block.ln_2(h)), mlp.activation)
+        slope = torch.func.grad(lambda z: gelu(z, mlp.activation).sum())(mlp.c_fc(block.ln_2(h)))
         c = F.linear(seen, mlp.c_fc.weight) * (slope * norm).unsqueeze(1)  # [n, H, n_hidden]
         G += torch.einsum("nhm,nkm->mhk", c, c).double()
     return G / len(x)
-
-
-def _slope(z: Tensor, activation: str) -> Tensor:
-    """The derivative of GELU at z."""
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        return torch.autograd.grad(gelu(z, activation).sum(), z)[0]
 
 
 def group(G: Tensor, split: Partition) -> tuple[list[int], list[int], float, float]:
@@ -161,8 +151,8 @@ def group(G: Tensor, split: Partition) -> tuple[list[int], list[int], float, flo
 
     every = partitions(split.n_head, [length(split.heads(rank)) for rank in ranks])
     damage, heads, neurons = min(map(dealt, every), key=lambda found: found[0])
-    missed = [_missed(G, range(*split.heads(rank))) for rank in ranks]
-    before = sum(float(m[slice(*split.columns(rank))].sum()) for rank, m in enumerate(missed))
+    before = sum(float(_missed(G, range(*split.heads(r)))[slice(*split.columns(r))].sum())
+                 for r in ranks)
     return heads, neurons, damage, before
 
 
@@ -195,11 +185,10 @@ def _partitions(heads: Iterable[int], sizes: list[int]) -> Iterator[list[tuple[i
 
 
 def deal(cost: Tensor, columns: list[int]) -> tuple[list[int], float]:
-    """(neurons in the order of their ranks, columns[r] of rank r; their cost). cost: [tp,
-    n_hidden].
+    """(neurons in the order of their ranks, columns[r] of rank r; their cost).
 
-    The neurons with most to lose choose first, then pairs are exchanged while that helps. For two
-    ranks the order by the difference of costs is the optimum.
+    cost: [tp, n_hidden]. The neurons with most to lose choose first, then pairs are exchanged while
+    that helps. For two ranks the order by the difference of costs is the optimum.
     """
     tp, n = cost.shape
     owner = torch.ones(n, dtype=torch.int64)

@@ -22,8 +22,13 @@ from world.devices import pick_dtype
 from world.mesh import World
 
 
-def open_inputs(world: World, options: DropOptions) -> tuple[Source, Dataset, Tokenizer]:
-    """The weights, the dataset and their common tokenizer; UserError if they do not fit."""
+def open_inputs(world: World, options: DropOptions,
+                command: str = "") -> tuple[Source, Dataset, Tokenizer]:
+    """The weights, the dataset and their common tokenizer; UserError if they do not fit. command:
+    one that needs several ranks."""
+    if command and world.tp.size == 1:
+        raise UserError(f"drop_syncs.py {command} needs the ranks that the schedule is for: "
+                        f"torchrun --standalone --nproc_per_node=2 drop_syncs.py {command} ...")
     if world.is_main:
         report.check_place(options.report, "report")
     if not options.dataset:
@@ -46,16 +51,9 @@ def validation_tokens(dataset: Dataset, options: DropOptions) -> Tensor:
 
 def build(world: World, source: Source, options: DropOptions,
           schedule: Schedule) -> TensorParallelGPT:
-    dtype, read = pick_dtype(options.dtype, world.device), reader(source, world.tp.rank)
-    model = TensorParallelGPT(source.config, world.tp, read, device=world.device, dtype=dtype,
-                              schedule=schedule)
-    return model.eval()
-
-
-def need_ranks(world: World, command: str) -> None:
-    if world.tp.size == 1:
-        raise UserError(f"drop_syncs.py {command} needs the ranks that the schedule is for: "
-                        f"torchrun --standalone --nproc_per_node=2 drop_syncs.py {command} ...")
+    return TensorParallelGPT(source.config, world.tp, reader(source, world.tp.rank),
+                             device=world.device, dtype=pick_dtype(options.dtype, world.device),
+                             schedule=schedule).eval()
 
 
 def perplexity(model: TensorParallelGPT, tokens: Tensor, batch_size: int) -> float:
@@ -64,10 +62,7 @@ def perplexity(model: TensorParallelGPT, tokens: Tensor, batch_size: int) -> flo
     return math.exp(min(total / count, 700))
 
 
-def about(world: World, source: Source, tokens: Tensor) -> dict[str, Any]:
+def about(what: str, world: World, source: Source, tokens: Tensor) -> dict[str, Any]:
     """The head of a report."""
-    return {
-        "source": source.description, "world_size": world.size, "tp": world.tp.size,
-        "comm": world.comm, "device": world.device.type, "tokens": len(tokens),
-        "model": asdict(source.config),
-    }
+    return {"entry": "drop_syncs", "what": what, "source": source.description,
+            **report.where(world), "tokens": len(tokens), "model": asdict(source.config)}

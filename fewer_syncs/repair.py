@@ -22,7 +22,7 @@ from checkpoints.convert import SHARD_FILES, place
 from checkpoints.manifest import Sync
 from checkpoints.sources import Source
 from cli.options import RepairOptions
-from fewer_syncs.inputs import about, build, need_ranks, open_inputs, perplexity, validation_tokens
+from fewer_syncs.inputs import about, build, open_inputs, perplexity, validation_tokens
 from model import adamw
 from parallel.loss import vocab_parallel_divergence
 from plan.schedule import MODULES, Schedule, SubBlock, short_name
@@ -62,50 +62,51 @@ class Lessons:
 
 def repair(world: World, options: RepairOptions) -> None:
     """The command."""
-    need_ranks(world, "repair")
     out = place(options.out)
     if world.is_main:
         check_target(out, options.force, SHARD_FILES)
-    source, dataset, tokenizer = open_inputs(world, options)
+    source, dataset, tokenizer = open_inputs(world, options, "repair")
     schedule = Schedule.parse(options.sync, source.config.n_layer)
     if schedule.is_plain:
         raise UserError("--sync=all drops no sync point: there is nothing to repair.")
     job = Repair(world, options, source, dataset, schedule)
-    evidence = job.start()
     if options.steps:
-        evidence |= job.stretch_by_stretch()
+        job.stretch_by_stretch()
     if options.whole_steps:
-        evidence |= job.end_to_end()
-    evidence["after"] = after = job.perplexity(job.student)
+        job.end_to_end()
+    evidence, after = job.evidence, job.perplexity(job.student)
     if not math.isfinite(after):
-        rates = "--learning_rate or --whole_learning_rate"
-        raise UserError(f"the repaired weights are not numbers any more: lower {rates}.")
-    evidence["loss"] = loss = after / job.dense - 1
+        raise UserError("the repaired weights are not numbers any more: lower --learning_rate or "
+                        "--whole_learning_rate.")
+    evidence |= {"after": after, "loss": after / job.dense - 1}
+    sync = Sync(str(schedule), world.tp.size, dict(evidence))
     description = f"{source.description}, repaired for --sync={schedule}"
-    sync = Sync(str(schedule), world.tp.size, evidence)
     export(world, job.student, out, description, tokenizer.to_json(), sync)
-    job.print(f"{options.out}: {schedule.points} sync points, {loss:+.2%}")
+    job.print(f"{options.out}: {schedule.points} sync points, {job.change(after)}")
     if options.control:
-        evidence["control"] = job.control(after)
-    if world.is_main and options.report:
-        made = {"entry": "drop_syncs", "what": "repair", **about(world, source, job.tokens)}
-        made |= {"sync": str(schedule), "points": schedule.points, "evidence": evidence}
-        report.write(options.report, made)
+        job.control(after)
+    if world.is_main:
+        report.write(options.report, about("repair", world, source, job.tokens) | {
+            "sync": str(schedule), "points": schedule.points, "evidence": evidence})
 
 
 class Repair:
-    """The phases of a repair. Each prints what it did and returns its part of the evidence."""
+    """The phases of a repair. Each prints what it did and adds it to the evidence."""
 
     def __init__(self, world: World, options: RepairOptions, source: Source, dataset: Dataset,
                  schedule: Schedule):
         self.world, self.options, self.schedule = world, options, schedule
-        plain = Schedule.plain(source.config.n_layer)
-        self.teacher = build(world, source, options, plain).requires_grad_(False)
+        self.teacher = build(world, source, options, Schedule.plain(source.config.n_layer))
         self.student = build(world, source, options, schedule)
-        self.tokens, rows = validation_tokens(dataset, options), options.batch_size
-        self.lessons = Lessons(dataset.train, rows, options.steps, options.learning_rate,
-                               options.seed, 0)
-        self.dense = self.perplexity(self.teacher)
+        self.tokens = validation_tokens(dataset, options)
+        self.lessons = Lessons(dataset.train, options.batch_size, options.steps,
+                               options.learning_rate, options.seed, 0)
+        self.dense, before = self.perplexity(self.teacher), self.perplexity(self.student)
+        self.evidence: dict[str, Any] = {"tokens": len(self.tokens), "dense": self.dense,
+                                         "runs": [], "before": before}
+        self.print(f"perplexity {self.dense:.4f} with all sync points, {before:.4f} "
+                   f"({self.change(before)}) with {schedule.points} of {len(schedule.syncs)} "
+                   f"(--sync={schedule}) before repair")
 
     def print(self, line: str) -> None:
         if self.world.is_main:
@@ -117,67 +118,57 @@ class Repair:
     def change(self, perplexity: float) -> str:
         return f"{perplexity / self.dense - 1:+.2%}"
 
-    def start(self) -> dict[str, Any]:
-        before, all_points = self.perplexity(self.student), len(self.schedule.syncs)
-        self.print(f"perplexity {self.dense:.4f} with all sync points, {before:.4f} "
-                   f"({self.change(before)}) with {self.schedule.points} of {all_points} "
-                   f"(--sync={self.schedule}) before repair")
-        return {"tokens": len(self.tokens), "dense": self.dense, "runs": [], "before": before}
+    def keep(self, phase: str, did: str, lessons: Lessons, **more: Any) -> None:
+        """What a phase has come to. did: how it is told, before the perplexity."""
+        made = self.perplexity(self.student)
+        self.print(f"after {lessons.steps} steps {did}perplexity {made:.4f} ({self.change(made)})")
+        self.evidence[phase] = {"steps": lessons.steps, "learning_rate": lessons.learning_rate,
+                                **more, "perplexity": made}
 
-    def stretch_by_stretch(self) -> dict[str, Any]:
-        runs, before, steps = [], list[SubBlock](), self.options.steps
+    def stretch_by_stretch(self) -> None:
+        before = list[SubBlock]()
         for i, stretch in enumerate(self.schedule.stretches()):
             if len(stretch) > 1:
                 lessons = replace(self.lessons, stream=100 + i)
-                first, last = repair_stretch(self.student, self.teacher, before, stretch, lessons)
+                error = repair_stretch(self.student, self.teacher, before, stretch, lessons)
                 names = list(map(short_name, stretch))
-                runs.append({"run": names, "error": [first, last]})
-                error = f"mean squared error {first:.3g} -> {last:.3g}"
-                self.print(f"run {names[0]} to {names[-1]}: {error}")
+                self.evidence["runs"].append({"run": names, "error": list(error)})
+                self.print("run {} to {}: mean squared error {:.3g} -> {:.3g}".format(
+                    names[0], names[-1], *error))
             before = before + stretch
-        made = self.perplexity(self.student)
-        self.print(f"after {steps} steps a run: perplexity {made:.4f} ({self.change(made)})")
-        rate = self.options.learning_rate
-        by_run = {"steps": steps, "learning_rate": rate, "perplexity": made}
-        return {"runs": runs, "by_run": by_run}
+        self.keep("by_run", "a run: ", self.lessons)
 
-    def end_to_end(self) -> dict[str, Any]:
-        steps, rate = self.options.whole_steps, self.options.whole_learning_rate
-        lessons = replace(self.lessons, steps=steps, learning_rate=rate, stream=99)
-        first, last = repair_whole(self.student, self.teacher, lessons)
-        made = self.perplexity(self.student)
-        self.print(f"after {steps} steps end to end: divergence {first:.3g} -> {last:.3g}, "
-                   f"perplexity {made:.4f} ({self.change(made)})")
-        whole = {"steps": steps, "learning_rate": rate, "divergence": [first, last]}
-        return {"whole": whole | {"perplexity": made}}
-
-    def control(self, after: float) -> float:
-        """The teacher's perplexity after as many steps on the text. after: the student's."""
-        steps = max(self.options.steps, self.options.whole_steps)
+    def whole(self, steps: int) -> Lessons:
         rate = self.options.whole_learning_rate
-        lessons = replace(self.lessons, steps=steps, learning_rate=rate, stream=99)
-        model: Any = self.teacher.requires_grad_(True)
-        learn(model, lessons, "control", lambda x, y: model(x, y)[1])
-        made = self.perplexity(model)
+        return replace(self.lessons, steps=steps, learning_rate=rate, stream=99)
+
+    def end_to_end(self) -> None:
+        lessons = self.whole(self.options.whole_steps)
+        first, last = repair_whole(self.student, self.teacher, lessons)
+        self.keep("whole", f"end to end: divergence {first:.3g} -> {last:.3g}, ", lessons,
+                  divergence=[first, last])
+
+    def control(self, after: float) -> None:
+        """The teacher's perplexity after as many steps on the text. after: the student's."""
+        steps, model = max(self.options.steps, self.options.whole_steps), self.teacher
+        learn(model, self.whole(steps), "control", lambda x, y: model(x, y)[1])
+        self.evidence["control"] = made = self.perplexity(model)
         self.print(f"control: the dense model after {steps} more steps on the text: {made:.4f} "
                    f"({self.change(made)}); the repaired one is {after / made - 1:+.2%} beside it")
-        return made
 
 
 def learn(model: TensorParallelGPT, lessons: Lessons, name: str,
-          loss: Callable[[Tensor, Tensor], Tensor],
+          loss: Callable[[Tensor, Tensor], Any],
           learners: tuple[str, ...] = ("",)) -> tuple[float, float]:
     """Minimise `loss(inputs, targets)`; every rank calls it.
 
     learners: the beginnings of the names of the parameters that learn. Returns the mean loss of the
     first and of the last tenth of the steps.
     """
-    named = [(name, p) for name, p in model.named_parameters() if name.startswith(learners)]
-    frozen = [p for name, p in model.named_parameters() if not name.startswith(learners)]
-    optimizer = adamw(iter(named), 0.0, lessons.learning_rate, (0.9, 0.95))
+    for parameter, p in model.named_parameters():
+        p.requires_grad_(parameter.startswith(learners))
     losses = []
-    for p in frozen:
-        p.requires_grad_(False)
+    optimizer = adamw(model.named_parameters(), 0.0, lessons.learning_rate, (0.9, 0.95))
     for learning_rate, x, y in lessons.batches(model, name):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
@@ -186,13 +177,11 @@ def learn(model: TensorParallelGPT, lessons: Lessons, name: str,
         gradients.sum_partial_gradients(model)
         norm = gradients.grad_norm(model).item()
         if math.isfinite(norm):
-            present = [p.grad for _, p in named if p.grad is not None]
+            present = [p.grad for p in model.parameters() if p.grad is not None]
             torch._foreach_mul_(present, min(1.0, CLIP / (norm + 1e-6)))
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(value.item())
-    for p in frozen:
-        p.requires_grad_(True)
     tenth = max(1, len(losses) // 10)
     return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
 

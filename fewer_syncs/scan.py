@@ -20,13 +20,14 @@ from base.errors import UserError
 from base.files import read_json, replacing
 from bench.rounds import spread
 from cli.options import ScanOptions
-from fewer_syncs.inputs import about, build, need_ranks, open_inputs, perplexity, validation_tokens
+from fewer_syncs.inputs import about, build, open_inputs, perplexity, validation_tokens
 from inference.decoders import decoder_for
 from inference.generation import generate
 from inference.sampling import Sampling
 from parallel.ledger import total
 from plan.schedule import Schedule, short_name
 from report import report
+from report.html import at, fits
 from tp_model import TensorParallelGPT
 from world.mesh import World
 
@@ -43,15 +44,13 @@ class Measured:
     loss: float  # increase of the perplexity over plain Megatron's, as a fraction of that
 
     def as_json(self, times: Times) -> dict[str, Any]:
-        sync, points = str(self.schedule), self.schedule.points
-        made = {"sync": sync, "points": points, "perplexity": self.perplexity, "loss": self.loss}
-        return made | times.get(sync, {})
+        return {"sync": str(self.schedule), "points": self.schedule.points, "loss": self.loss,
+                "perplexity": self.perplexity, **times.get(str(self.schedule), {})}
 
 
 def scan(world: World, options: ScanOptions) -> None:
-    need_ranks(world, "scan")
     budget = parse_budget(options.budget) if options.budget else math.inf
-    source, dataset, _ = open_inputs(world, options)
+    source, dataset, _ = open_inputs(world, options, "scan")
     n_layer = source.config.n_layer
     check_length(options.decode_tokens, source.config.block_size)
     words = filter(None, map(str.strip, options.schedules.split(";")))
@@ -59,7 +58,8 @@ def scan(world: World, options: ScanOptions) -> None:
     if world.is_main:
         report.check_place(options.scan, "scan")
     model = build(world, source, options, Schedule.plain(n_layer))
-    weights = world.gather(f"{source.description} {fingerprint(model):.9g}")[0]
+    mark = sum(p.double().abs().sum().item() for p in model.parameters())  # file names are none
+    weights = world.gather(f"{source.description} {mark:.9g}")[0]
     tokens = validation_tokens(dataset, options)
     known = Perplexities(world, model, tokens, options.scan, options.batch_size, weights)
     plain, single = known.measured(Schedule.plain(n_layer)), sensitivities(known, n_layer)
@@ -72,36 +72,27 @@ def scan(world: World, options: ScanOptions) -> None:
     times = decode_times(world, model, timed, tokens.tolist(), options.decode_tokens)
     if not world.is_main:
         return
-    text = f"{source.description}, tp {world.tp.size}, {len(tokens):,} tokens"
-    print(f"{text}: perplexity {plain.perplexity:.4f}")
+    print(f"{source.description}, tp {world.tp.size}, {len(tokens):,} tokens: perplexity "
+          f"{plain.perplexity:.4f}")
     losses = ", ".join(f"{name} {row.loss:+.2%}" for name, row in single.items())
     print(f"one sync point dropped: {losses}\n{table(rows, times)}")
     if chosen:
-        found = f"{chosen.schedule.points} sync points, {chosen.loss:+.3%}"
-        print(f"within {options.budget}: --sync={chosen.schedule} ({found})")
-    if options.report:
-        report.write(options.report, {
-            "entry": "drop_syncs", "what": "scan", **about(world, source, tokens),
-            "plain": plain.as_json(times),
-            "single": {name: row.as_json({}) for name, row in single.items()},
-            "curve": [row.as_json(times) for row in steps],
-            "others": [row.as_json(times) for row in others],
-            "chosen": chosen and chosen.as_json(times),
-        })
-
-
-def fingerprint(model: TensorParallelGPT) -> float:
-    """A number that identifies weights. File names do not."""
-    return sum(p.double().abs().sum().item() for p in model.parameters())
+        print(f"within {options.budget}: --sync={chosen.schedule} ({chosen.schedule.points} sync "
+              f"points, {chosen.loss:+.3%})")
+    report.write(options.report, about("scan", world, source, tokens) | {
+        "plain": plain.as_json(times), "curve": [row.as_json(times) for row in steps],
+        "single": {name: row.as_json({}) for name, row in single.items()},
+        "others": [row.as_json(times) for row in others],
+        "chosen": chosen and chosen.as_json(times)})
 
 
 def table(rows: list[Measured], times: Times) -> str:
-    timed = "  ms a token" if times else ""
-    lines = [f"{'sync points':>11} {'perplexity':>11} {'loss':>9}{timed}   schedule"]
+    ms = "  ms a token" if times else ""
+    lines = [f"{'sync points':>11} {'perplexity':>11} {'loss':>9}{ms}   schedule"]
     for row in rows:
         ms = f"{times[str(row.schedule)]['ms_per_token']['median']:>12.3f}" if times else ""
-        figures = f"{row.schedule.points:>11} {row.perplexity:>11.4f} {row.loss:>+9.2%}"
-        lines.append(f"{figures}{ms}   {row.schedule}")
+        lines.append(f"{row.schedule.points:>11} {row.perplexity:>11.4f} {row.loss:>+9.2%}{ms}   "
+                     f"{row.schedule}")
     return "\n".join(lines)
 
 
@@ -123,20 +114,19 @@ class Perplexities:
         self.about = {"weights": weights, "text": text, "tokens": len(tokens), "tp": tp}
         # rank 0 alone reads, so that all ranks start from the same results
         self.known: dict[str, float] = world.gather(self._read() if world.is_main else None)[0]
-        shown = world.is_main and sys.stderr.isatty()
-        self.bar = tqdm(desc="scan", unit="schedule", disable=not shown)
+        hidden = not (world.is_main and sys.stderr.isatty())
+        self.bar = tqdm(desc="scan", unit="schedule", disable=hidden)
 
     def _read(self) -> dict[str, float]:
         if self.path is None or not os.path.lexists(self.path):
             return {}
         raw = read_json(self.path)
-        known = raw.get("perplexity") if isinstance(raw, dict) else None
-        values = known.values() if isinstance(known, dict) else [None]
-        if known is None or not all(isinstance(value, float) and value >= 1 for value in values):
+        known = at(raw, "perplexity")
+        if not fits(known, {str: float}) or min(known.values(), default=1) < 1:
             raise UserError(f"{self.path} is not a scan's: name another file with --scan.")
         if raw.get("about") != self.about:
-            other = "of other weights, another text or another tp"
-            raise UserError(f"{self.path} is {other}: name another file with --scan.")
+            raise UserError(f"{self.path} is of other weights, another text or another tp: name "
+                            "another file with --scan.")
         return known
 
     def __call__(self, schedule: Schedule) -> float:
@@ -185,10 +175,8 @@ def curve(known: Perplexities, n_layer: int, greedy: bool, limit: float) -> Iter
 
 
 def within(measured: list[Measured], budget: float) -> Measured:
-    """The best of the schedules with the fewest sync points that lose at most `budget`.
-
-    UserError if there is none but plain Megatron.
-    """
+    """The best of the schedules with the fewest sync points that lose at most `budget`. UserError
+    if there is none but plain Megatron."""
     dropped = [row for row in measured if not row.schedule.is_plain]
     fit = [row for row in dropped if row.loss <= budget]
     if not fit:
@@ -206,16 +194,16 @@ def parse_budget(text: str) -> float:
     except ValueError:
         budget = math.nan
     if not 0 <= budget < math.inf:
-        ways = "write --budget=1% or --budget=0.01"
-        raise UserError(f"--budget={text} is no share of the perplexity: {ways}.")
+        raise UserError(f"--budget={text} is no share of the perplexity: write --budget=1% or "
+                        "--budget=0.01.")
     return budget
 
 
 def check_length(n: int, block_size: int) -> None:
     """UserError if n tokens exceed the context, or are too few to time. 0: no measurement."""
     if n == 1 or PROMPT + n > block_size and n:
-        fit = f"use 2 to {block_size - PROMPT}, or 0 for none"
-        raise UserError(f"--decode_tokens={n}: with a prompt of {PROMPT} tokens {fit}.")
+        raise UserError(f"--decode_tokens={n}: with a prompt of {PROMPT} tokens use 2 to "
+                        f"{block_size - PROMPT}, or 0 for none.")
 
 
 def decode_times(world: World, model: TensorParallelGPT, schedules: list[Schedule],
@@ -229,18 +217,15 @@ def decode_times(world: World, model: TensorParallelGPT, schedules: list[Schedul
         return {}
     sampling = Sampling(n_tokens=model.config.vocab_size, temperature=0, max_new_tokens=n)
     decoders, times, counts = {}, dict[str, list[float]](), dict[str, float]()
-    by_name = {str(schedule): schedule for schedule in schedules}
-    for turn in range(ROUNDS + 1):  # the first one warms up
-        for name, schedule in by_name.items():
+    for _ in range(ROUNDS + 1):  # the first one warms up
+        for name, schedule in {str(schedule): schedule for schedule in schedules}.items():
             model.set_schedule(schedule)
-            if not turn:
-                decoders[name] = decoder_for(model)
+            if name not in decoders:
+                decoders[name], times[name] = decoder_for(model), []
             world.barrier()
             before = world.ledger.snapshot()
             timing = generate(model, [prompt[:PROMPT]], sampling, decoder=decoders[name]).timing
             counts[name] = total(world.ledger.since(before), op="all_reduce").calls / n
-            if turn:
-                ms = 1e3 * timing.decode_s / timing.decode_tokens
-                times.setdefault(name, []).append(ms)
-    figures = ((name, spread(ms), counts[name]) for name, ms in times.items())
-    return {name: {"ms_per_token": ms, "all_reduces_per_token": n} for name, ms, n in figures}
+            times[name].append(1e3 * timing.decode_s / timing.decode_tokens)
+    return {name: {"ms_per_token": spread(ms[1:]), "all_reduces_per_token": counts[name]}
+            for name, ms in times.items()}

@@ -1,1 +1,0 @@
-"""What people look at: a layer's picture, a report as a page. Nothing here measures anything."""

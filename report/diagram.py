@@ -61,9 +61,8 @@ class Message:
     @property
     def passes(self) -> dict[str, tuple[str, ...]]:
         passes = {"forward": self.forward, "backward": self.backward}
-        return {
-            name: tuple(op.replace("_", "-") for op in ops) for name, ops in passes.items() if ops
-        }
+        return {name: tuple(op.replace("_", "-") for op in ops)
+                for name, ops in passes.items() if ops}
 
     @property
     def words(self) -> list[str]:
@@ -84,16 +83,8 @@ class Layer:
     split: Partition
     schedule: Schedule
     sequence: bool
+    title: str
     halves: dict[str, tuple[Place, ...]]
-
-    @property
-    def title(self) -> str:
-        s, points = self.split, f"{self.schedule.points} of {2 * self.split.n_layer} sync points"
-        sequence = ", split over the sequence" if self.sequence else ""
-        return (
-            f"a layer of {s.n_layer} on {plural(s.tp, 'rank')}: {s.n_head} heads, {s.n_embd} wide"
-            f"{sequence}; {points if s.tp > 1 else 'nothing is communicated'}"
-        )
 
 
 def layer(split: Partition, schedule: Schedule, sequence: bool = False) -> Layer:
@@ -119,7 +110,10 @@ def layer(split: Partition, schedule: Schedule, sequence: bool = False) -> Layer
         whole = alone or times[kind, end]
         added = Shared("+ bias + x", "" if whole else "each rank its own version of x")
         halves[kind] = (stream, Shared(norm), *places, added)
-    return Layer(split, schedule, sequence, halves)
+    points = "nothing is communicated" if alone else f"{schedule.points} of {2 * n} sync points"
+    title = (f"a layer of {n} on {plural(split.tp, 'rank')}: {split.n_head} heads, {split.n_embd} "
+             f"wide{', split over the sequence' * sequence}; {points}")
+    return Layer(split, schedule, sequence, title, halves)
 
 
 def drawn_ranks(tp: int) -> list[int | None]:
@@ -193,8 +187,7 @@ def _sharded(place: Sharded, tp: int) -> list[str]:
         *(across([f"│{text:^{width - 2}}│" for text in row]) for row in texts),
         *(_row(each(f"│{name:^{width - 2}}│"), PART_NOTES[kind]) for name, kind in place.parts),
         each("└" + "┬".center(width - 2, "─") + "┘"),
-        _branch(each("┴".center(width)), "└┘┬"),
-    ]
+        _branch(each("┴".center(width)), "└┘┬")]
     return [row.rstrip() for row in (drawn if tp > 1 else drawn[1:-1])]
 
 

@@ -1,4 +1,4 @@
-"""HTML as a tree, and any JSON as facts and tables.
+"""HTML as a tree, and any JSON, of whatever shape, as facts and tables.
 
 A page's text goes through `E` and ElementTree escapes it: text stays text, whatever is in it.
 """
@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 from xml.etree.ElementTree import Element
 
 from base.numbers import nbytes, number, seconds, share
-from report.shapes import SPREAD, fits, is_number
 
 Content: TypeAlias = "str | Element | None | Iterable[Content]"
 
@@ -80,6 +79,44 @@ def table(rows: Iterable[Mapping[str, Content]]) -> Element:
 
 # --- any JSON ---------------------------------------------------------------------------------
 
+SPREAD = {"median": float, "min": float, "max": float}
+
+
+def is_number(value: Any) -> bool:
+    """NaN is one, as a loss may be; infinity, and what is too large for a float, is none."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and not abs(value) > 1e305
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Has this JSON this shape?
+
+    A shape is a type (float: any number), a range of integers, [shape of every item], {str: shape
+    of every value} or {key: shape, ...}; a key that ends in "?" may be missing or null.
+    """
+    if isinstance(shape, range):
+        return type(value) is int and value in shape
+    if shape in (int, float):
+        return is_number(value) and isinstance(value, int | shape)
+    if isinstance(shape, type):
+        return isinstance(value, shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+    if not isinstance(value, dict):
+        return False
+    if str in shape:
+        return all(fits(item, shape[str]) for item in value.values())
+    found = {key: value.get(key.rstrip("?")) for key in shape}
+    return all(key.endswith("?") if found[key] is None else fits(found[key], inner)
+               for key, inner in shape.items())
+
+
+def at(value: Any, path: str) -> Any:
+    """The value at a path such as "timing.load_s", None if there is none."""
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
 
 def words(key: str) -> str:
     """A report's key as words, without the unit that its values are shown in."""
@@ -117,8 +154,6 @@ def flat(row: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[t
 
 def plain(value: Any, key: str = "", depth: int = 0) -> Content:
     """Any JSON: short values as facts, lists of mappings as tables, the beginning of long lists."""
-    if isinstance(value, Element):
-        return value
     if is_number(value):
         return unit(key)(value)
     if is_spread(value):

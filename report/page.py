@@ -10,21 +10,16 @@ from pathlib import Path
 from xml.etree.ElementTree import tostring
 
 from base.numbers import count, nbytes, number, plural, share
-from report.html import E, facts, folded, note, plain, words
+from report.html import E, at, facts, fits, folded, is_number, note, plain, words
 from report.sections import SECTIONS, Report, unit_of
-from report.shapes import at, fits, is_number
 
 STYLE = Path(__file__).with_name("style.css")
 RECORD = '<pre id="report">'
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # nothing from elsewhere
 HEAD = {"entry", "what", "world_size", "tp", "dp", "comm", "device", "dtype", "quantize", "sync",
         "decoder", "source", "best_val_loss"}  # keys that the page's beginning shows
-HEADINGS = {  # of reports without a model
-    "block": "A layer under every strategy",
-    "allreduce": "All-reduces of many sizes",
-    "start": "From torchrun to the first token",
-    "save": "What a checkpoint costs",
-}
+HEADINGS = {"block": "A layer under every strategy", "allreduce": "All-reduces of many sizes",
+            "save": "What a checkpoint costs"}
 lost = partial(share, digits=2)
 HEADLINE = (  # name, text of the figures at these paths, paths
     ("sync points within the budget", "{} of {}".format, "chosen.points", "plain.points"),
@@ -44,14 +39,12 @@ HEADLINE = (  # name, text of the figures at these paths, paths
 def page(report: Report) -> str:
     shown, sections = set(HEAD), []
     for section in SECTIONS:
-        drawn = section.draw(report)
-        if drawn is not None:
+        if (drawn := section.draw(report)) is not None:
             sections.append(drawn)
             shown |= {key.rstrip("?") for key in section.shape} - {"model"}
     if rest := {key: value for key, value in report.items() if key not in shown}:
         sections.append(E("section", E("h2", "Further figures"), plain(rest)))
     record = E("pre", json.dumps(report, indent=1), id="report")
-    record = folded("The report itself, as JSON", record)
     title, cells = heading(report), headline(report)
     head = E("head", E("meta", charset="utf-8"),
              E("meta", http_equiv="Content-Security-Policy", content=POLICY),
@@ -61,8 +54,9 @@ def page(report: Report) -> str:
     command = " ".join(str(report[key]) for key in ("entry", "what") if report.get(key))
     top = E("header", E("p", "nanoTP", E("span", command), class_="over"), E("h1", title),
             note(" · ".join(about(report))), facts(cells) if cells else None)
-    main = E("main", top, sections, E("section", record, class_="record"))
-    whole = tostring(E("html", head, E("body", main), lang="en"), encoding="unicode", method="html")
+    end = E("section", folded("The report itself, as JSON", record), class_="record")
+    body = E("body", E("main", top, sections, end))
+    whole = tostring(E("html", head, body, lang="en"), encoding="unicode", method="html")
     return f"<!DOCTYPE html>\n{whole}\n"
 
 

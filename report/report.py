@@ -12,10 +12,12 @@ import torch
 
 from base.errors import UserError, printable
 from base.files import json_of, read_json, read_small, replacing
+from model import GPTConfig
 from parallel.ledger import Account, as_json
 from parallel.quantized import quantization, weight_bytes
-from report.account import entries, rows
+from plan.partition import Partition
 from report.page import page, record
+from report.sections import account_rows, entries
 from tp_model import TensorParallelGPT
 from world.mesh import World
 
@@ -43,6 +45,18 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def where(world: World) -> dict[str, Any]:
+    """Of every run's report: who computed."""
+    return {"world_size": world.size, "tp": world.tp.size, "dp": world.dp.size, "comm": world.comm,
+            "device": world.device.type}
+
+
+def model_of(config: GPTConfig, split: Partition) -> dict[str, Any]:
+    """Of a report: the model's sizes, and the parameters of each rank."""
+    return {**asdict(config), "parameters": split.count(),
+            "parameters_per_rank": list(map(split.count, range(split.tp)))}
+
+
 def build(entry: str, world: World, model: TensorParallelGPT, account: Account,
           timing: dict[str, float], seconds: float, kv_cache_bytes: int = 0, **more: Any,
           ) -> dict[str, Any]:
@@ -50,29 +64,28 @@ def build(entry: str, world: World, model: TensorParallelGPT, account: Account,
 
     account: of the run, on this rank. seconds: the time that it took, collectives and all else.
     """
-    ranks = world.gather((weight_bytes(model), kv_cache_bytes, peak_bytes(world.device)))
-    comm, split = as_json(account, model.config.n_layer), model.split
+    mine = (weight_bytes(model), kv_cache_bytes, peak_bytes(world.device))
+    weights, caches, peaks = map(list, zip(*world.gather(mine), strict=True))
+    comm = as_json(account, model.config.n_layer)
     if world.ledger.replayed.calls:
         comm["in_graphs"] = world.ledger.replayed.as_json()
     fraction = comm["total"]["seconds"] / seconds if seconds else 0.0
     comm["total"]["fraction_of_time"] = round(fraction, 6)
     return {
-        "entry": entry, "world_size": world.size, "tp": world.tp.size, "dp": world.dp.size,
-        "comm": world.comm, "device": world.device.type,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "entry": entry, **where(world), "dtype": str(next(model.parameters()).dtype)[6:],
         "quantize": quantization(model), "sync": str(model.schedule),
-        "model": {**asdict(model.config), "parameters": split.count(),
-                  "parameters_per_rank": [split.count(rank) for rank in range(split.tp)]},
-        "memory": {"weight_bytes_per_rank": [rank[0] for rank in ranks],
-                   "kv_cache_bytes_per_rank": [rank[1] for rank in ranks],
-                   "peak_bytes_per_rank": [rank[2] for rank in ranks]},
+        "model": model_of(model.config, model.split),
+        "memory": {"weight_bytes_per_rank": weights, "kv_cache_bytes_per_rank": caches,
+                   "peak_bytes_per_rank": peaks},
         "timing": {key: round(value, 6) for key, value in timing.items()},
         "comm_account": {"forward_passes": world.ledger.forward_passes, **comm},
         **more}
 
 
 def write(path: str, report: dict[str, Any]) -> None:
-    """Write a page if the file's name ends in .html, else JSON."""
+    """Write a page if the file's name ends in .html, else JSON; nothing if path is ""."""
+    if not path:
+        return
     is_page = Path(path).suffix.lower() in PAGES
     text = page(report) if is_page else json.dumps(report, indent=1) + "\n"
     try:
@@ -105,16 +118,16 @@ def account_table(report: dict[str, Any]) -> str:
     if report["tp"] * report["dp"] == 1:
         return f"{title}\none rank: nothing is communicated"
 
-    lines = rows(entries(report), 3)
+    lines = account_rows(entries(report), 3)
     lines[-1] |= {"layer": "sum", "block": ""}
     wide = max(11, *(len(line["collective"]) for line in lines))
     form = (f"{{layer:>5}}  {{block:<13}} {{pass:<9}} {{collective:<{wide}}} {{calls:>8}} "
             "{bytes:>14} {seconds:>9}")
     table = [form.format(**line) for line in ({head: head for head in lines[0]}, *lines)]
-    share = account["total"]["fraction_of_time"]
-    end = [f"{share:.1%} of the time was spent in collectives (rank 0's clock)"]
+    table.append(f"{account['total']['fraction_of_time']:.1%} of the time was spent in collectives "
+                 "(rank 0's clock)")
     if graphs := account.get("in_graphs"):
-        end.append(f"{graphs['calls']:,} of the calls were in CUDA graphs, where no clock runs: "
-                   f"their {graphs['seconds']:.3f} s are those of the same messages alone, "
-                   "timed once")
-    return "\n".join([title, *table, *end])
+        table.append(f"{graphs['calls']:,} of the calls were in CUDA graphs, where no clock runs: "
+                     f"their {graphs['seconds']:.3f} s are those of the same messages alone, timed "
+                     "once")
+    return "\n".join([title, *table])

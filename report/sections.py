@@ -5,7 +5,7 @@ A report of another shape, a stranger's or an older version's, has these figures
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from typing import Any
@@ -13,22 +13,33 @@ from xml.etree.ElementTree import Element
 
 from base.errors import UserError
 from base.numbers import nbytes, number, plural, seconds, share
-from parallel.ledger import Tally, total
-from report import account
-from report.html import Content, E, facts, folded, note, plain, spread, table, words
-from report.shapes import ACCOUNT, FEW, MODEL, SPREAD, at, fits, is_number
-from report.svg import Point, Series, chart, halves, legend
+from model import GPTConfig
+from parallel.ledger import Account, Entry, Tally, total
+from plan.partition import Partition
+from plan.schedule import KINDS, Schedule
+from report.diagram import Layer, Message, Place, Sharded, Shared, drawn_ranks
+from report.diagram import layer as seen
+from report.html import SPREAD, Content, E, at, fits, folded, is_number, note, plain, table, words
+from report.svg import Point, Series, chart, legend
 
 Report = dict[str, Any]
 Names = Mapping[str, str]
 WAYS = ("forward", "backward", "step")
+SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
 COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5")
-MOST_SAMPLES, OPEN_SAMPLES = 60, 6  # samples on a page, and those that are not folded
+FEW, MANY = range(1, 1001), range(1, 10**9)
+MODEL = {"n_layer": FEW, "n_head": FEW, "n_embd": MANY, "vocab_size": MANY, "block_size": MANY,
+         "bias": bool}
+TALLY = {"calls": int, "bytes": int, "seconds": float}
+PASSES = {str: {str: TALLY}}
+ACCOUNT = {"layers": [{"layer": int, "attention": PASSES, "mlp": PASSES}], "other": {str: PASSES},
+           "total": {**TALLY, "fraction_of_time": float}, "forward_passes?": int}
+OPEN_SAMPLES = 6  # samples that are not folded
 
 
 @dataclass(frozen=True)
 class Section:
-    """shape: all that `make` may read, see shapes.fits. make: None if there is nothing to show."""
+    """shape: all that `make` may read, see html.fits. make: None if there is nothing to show."""
 
     title: str
     shape: dict[str, Any]
@@ -64,25 +75,85 @@ def listing(items: Mapping[str, Any], parts: Names, columns: Names) -> Content:
     return [legend(names) if len(parts) > 1 else None, table(rows)]
 
 
-def figures(key: str) -> Callable[[Report], Content]:
-    return lambda report: facts((words(k), plain(v, k)) for k, v in report[key].items())
-
-
 # --- the run ----------------------------------------------------------------------------------
+
+
+def entries(report: Report) -> Account:
+    """Its account: each layer's attention and MLP in turn, then the rest. Empty if it has none."""
+    account = report.get("comm_account") or {"layers": [], "other": {}}
+    blocks = [(layer["layer"], kind, layer[kind]) for layer in account["layers"] for kind in KINDS]
+    blocks += [(None, block, passes) for block, passes in account["other"].items()]
+    return {Entry(number, block, direction, op): Tally(t["calls"], t["bytes"], t["seconds"])
+            for number, block, passes in blocks
+            for direction, ops in passes.items() for op, t in ops.items()}
+
+
+def account_rows(account: Account, digits: int = 6) -> list[dict[str, str]]:
+    """The cells of a table: a row for each collective, then their sum. digits: of seconds."""
+    found = [("-" if e.layer is None else str(e.layer), e, tally) for e, tally in account.items()]
+    found.append(("", Entry(None, "sum", "", ""), total(account)))
+    return [{"layer": layer, "block": e.block, "pass": e.direction, "collective": e.op,
+             "calls": f"{t.calls:,}", "bytes": f"{t.bytes:,}", "seconds": f"{t.seconds:.{digits}f}"}
+            for layer, e, t in found]
+
+
+def picture(report: Report) -> Layer:
+    """The layer as this report's ranks saw it. UserError if its sizes do not go together."""
+    split = Partition.of(GPTConfig(**{name: report["model"][name] for name in SIZES}), report["tp"])
+    schedule = Schedule.parse(report.get("sync") or "all", split.n_layer)
+    scattered = any(e.op == "reduce_scatter" and e.block in KINDS for e in entries(report))
+    return seen(split, schedule, scattered or bool(report.get("sequence_parallel")))
+
+
+def halves(layer: Layer, notes: Mapping[tuple[str, str, str], str],
+           forward_only: bool) -> Iterator[Element]:
+    """Attention and MLP, each a picture.
+
+    notes: {(block, pass, collective): text at its message}. forward_only: there was no backward.
+    """
+    for kind, places in layer.halves.items():
+        uses = Counter((way, op) for place in places if isinstance(place, Message)
+                       for way, ops in place.passes.items() for op in ops)
+        # The account has one sum for a collective that the picture has twice: show it at neither.
+        known = {key: notes.get((kind, *key), "") for key, n in uses.items() if n == 1}
+        yield E("div", [_place(place, layer.split.tp, known, forward_only) for place in places],
+                class_="half")
+
+
+def _place(place: Place, tp: int, notes: Mapping[tuple[str, str], str],
+           forward_only: bool) -> Element:
+    if isinstance(place, Shared):
+        class_ = "stream" if place.stream else "shared"
+        return E("p", E("code", place.name), f" {place.note}", class_=class_)
+    if isinstance(place, Sharded):
+        parts = [E("code", name, class_=f"part {kind}") for name, kind in place.parts]
+        return E("div", ["…" if rank is None else E(
+            "div", E("b", f"rank {rank}"), E("small", place.shares[rank]), parts, class_="rank")
+            for rank in drawn_ranks(tp)], class_="ranks")
+    rows = []
+    for line in place.words:
+        way = line.partition(":")[0]
+        ops = place.passes.get(way, ())
+        rows += [E("p", line), *(E("small", f"{op}: " * (len(ops) > 1), notes[way, op])
+                                  for op in ops if notes.get((way, op)))]
+    way = "unused" if forward_only and not place.forward else "backward"
+    class_ = "left-out" if not place.times else "forward" if place.forward else way
+    point = E("b", "sync point") if place.sync and place.times else None
+    return E("div", E("code", place.name), E("div", rows), point, class_=f"message {class_}")
 
 
 def diagram(report: Report) -> Content:
     try:
-        layer = account.picture(report)
+        layer = picture(report)
     except UserError:
         return None  # sizes or a schedule that do not go together
     tp, syncs = layer.split.tp, layer.schedule.syncs
-    found = account.entries(report) if tp > 1 else {}
-    sums: dict[tuple[str, str, str], Tally] = defaultdict(Tally)
-    for e, tally in found.items():
-        sums[e.block, e.direction, e.op.replace("_", "-")].add(tally)
-    notes = {key: f"{t.calls:,} calls, {nbytes(t.bytes)}, {seconds(t.seconds)}"
-             for key, t in sums.items()}
+    found = entries(report) if tp > 1 else {}
+    notes = {}
+    for block, way, op in {(e.block, e.direction, e.op) for e in found}:
+        t = total(found, block=block, direction=way, op=op)
+        text = f"{t.calls:,} calls, {nbytes(t.bytes)}, {seconds(t.seconds)}"
+        notes[block, way, op.replace("_", "-")] = text
     forward_only = bool(found) and not total(found, direction="backward").calls
     names = [("column", "column-parallel"), ("row", "row-parallel")]
     names += [("forward", "communication, forward")] * (tp > 1)
@@ -94,13 +165,14 @@ def diagram(report: Report) -> Content:
         return drawn
     marks = [E("i", class_="on" if sync else "off") for sync in syncs]
     pairs = [E("span", marks[i : i + 2], E("small", str(i // 2))) for i in range(0, len(marks), 2)]
-    text = "Sync points, layer by layer: after attention and after the MLP. "
-    text += f"{sum(syncs)} of {len(syncs)}{'' if all(syncs) else ', the others are left out'}."
-    return [*drawn, note(text), E("div", pairs, class_="strip")]
+    return [*drawn, note("Sync points, layer by layer: after attention and after the MLP. ",
+                         f"{sum(syncs)} of {len(syncs)}",
+                         "." if all(syncs) else ", the others are left out."),
+            E("div", pairs, class_="strip")]
 
 
 def by_layer(report: Report) -> Content:
-    found = account.entries(report)
+    found = entries(report)
     if not found:
         return note("One rank: nothing is communicated.")
     timed = any(tally.seconds for tally in found.values())
@@ -108,17 +180,15 @@ def by_layer(report: Report) -> Content:
     for e, t in found.items():
         name = e.block if e.layer is None else f"{e.layer} {e.block}"
         places[name].update({**asdict(t), e.direction: t.seconds if timed else t.bytes})
-    columns = {"bytes": "bytes", "calls": "calls"}
-    if timed:
-        columns = {"time": "seconds", **columns}
-    text = f"{report['comm_account'].get('forward_passes') or 0:,} forward passes. Time: rank 0's "
-    text += "clock, waiting for the others included; bytes: handed in by a rank."
-    lines = folded(f"The account, {plural(len(found), 'line')}", table(account.rows(found)))
-    return [note(text), listing(places, {way: way for way in WAYS}, columns), lines]
+    columns = {**({"time": "seconds"} if timed else {}), "bytes": "bytes", "calls": "calls"}
+    return [note(f"{report['comm_account'].get('forward_passes') or 0:,} forward passes. Time: ",
+                 "rank 0's clock, waiting for the others included; bytes: handed in by a rank."),
+            listing(places, {way: way for way in WAYS}, columns),
+            folded(f"The account, {plural(len(found), 'line')}", table(account_rows(found)))]
 
 
 def shares(report: Report) -> Content:
-    found, both = account.entries(report), report["comm_account"]["total"]
+    found, both = entries(report), report["comm_account"]["total"]
     if not both["fraction_of_time"] or not both["seconds"]:
         return None
     whole = both["seconds"] / both["fraction_of_time"]
@@ -129,30 +199,8 @@ def shares(report: Report) -> Content:
     labels = [(way, f"{names[way]}: {seconds(took)}, {share(took / whole)}")
               for way, took in parts.items() if took]
     text = f"{share(both['fraction_of_time'])} of {seconds(whole)} were spent in collectives"
-    return [note(f"{text} (rank 0's clock)."), whole_bar(parts), legend(labels)]
-
-
-def measured_shares(report: Report) -> Content:
-    found = report["share_in_collectives"]
-    text = f"{spread(found, share)} of the time was spent in collectives (rank 0's clock)."
-    drawn = whole_bar({"compute": 1 - found["median"], "forward": found["median"]})
-    return [note(text), drawn, legend([("compute", "compute"), ("forward", "collectives")])]
-
-
-def whole_bar(parts: Mapping[str, float]) -> Element:
-    return E("div", bar(parts, sum(parts.values())), class_="whole")
-
-
-def memory(report: Report) -> Content:
-    rest = "all else up to the peak (the process, activations, optimizer)"
-    items = {}
-    for rank, sizes in enumerate(zip(*(report["memory"][kind] for kind in RANKS), strict=False)):
-        weights, cache, peak = sizes
-        cached = f", KV cache {nbytes(cache)}" if cache else ""
-        text = E("span", f"weights {nbytes(weights)}{cached}, peak {nbytes(peak)}")
-        items[f"rank {rank}"] = {"weights": weights, "KV cache": cache, "text": text,
-                                 rest: max(0, peak - weights - cache)}
-    return listing(items, {"weights": "c0", "KV cache": "c1", rest: "compute"}, {"  ": "text"})
+    return [note(f"{text} (rank 0's clock)."),
+            E("div", bar(parts, sum(parts.values())), class_="whole"), legend(labels)]
 
 
 def losses(report: Report) -> Content:
@@ -165,12 +213,10 @@ def losses(report: Report) -> Content:
 
 
 def samples(report: Report) -> Content:
-    every = report["samples"]
     drawn = [E("blockquote", E("span", one["prompt"], class_="prompt"), one["text"])
-             for one in every[:MOST_SAMPLES]]
-    hidden, more = drawn[OPEN_SAMPLES:], len(every) - MOST_SAMPLES
-    return [drawn[:OPEN_SAMPLES], folded(f"{len(hidden)} more", hidden) if hidden else None,
-            note(f"{more:,} more are in the report below.") if more > 0 else None]
+             for one in report["samples"]]
+    hidden = drawn[OPEN_SAMPLES:]
+    return [drawn[:OPEN_SAMPLES], folded(f"{len(hidden)} more", hidden) if hidden else None]
 
 
 # --- dropped sync points ----------------------------------------------------------------------
@@ -179,10 +225,6 @@ def samples(report: Report) -> Content:
 def messages(row: Report) -> float:
     """All-reduces a token: as counted, else a schedule's sync points and the embedding's."""
     return float(row.get("all_reduces_per_token") or row["points"] + 1)
-
-
-def milliseconds(row: Report) -> float:
-    return float(at(row, "ms_per_token.median") or math.nan)
 
 
 def scan(report: Report) -> Content:
@@ -194,11 +236,10 @@ def scan(report: Report) -> Content:
     def drawn(x: Callable[[Report], float], axis: str) -> Element | None:
         series = []
         for name, colour, rows in groups:
-            points = []
-            for row in rows:
-                label = row["sync"] if rows is others and len(row["sync"]) < 9 else ""
-                title = f"--sync={row['sync']}: {row['perplexity']:.4f}, {row['loss']:+.2%}"
-                points.append(Point(x(row), row["perplexity"], title, label))
+            points = [Point(x(row), row["perplexity"],
+                            f"--sync={row['sync']}: {row['perplexity']:.4f}, {row['loss']:+.2%}",
+                            row["sync"] if rows is others and len(row["sync"]) < 9 else "")
+                      for row in rows]
             joined = rows is fewer and x is messages  # fewer messages do not always take less time
             series.append(Series(name, points, colour, joined))
         return chart(series, axis, "perplexity", log=(False, True))
@@ -209,19 +250,14 @@ def scan(report: Report) -> Content:
              for row in {row["sync"]: row for row in [*fewer, *others, *chosen]}.values()]
     alone = {name: {"length": max(0.0, row["loss"]), "lost": f"{row['loss']:+.2%}"}
              for name, row in report["single"].items()}
-    text = "Perplexity lost where one sync point alone goes"
-    single = note(f"{text} (a: after the layer's attention, m: after its MLP).")
-    charts = [drawn(messages, "all-reduces a token"), drawn(milliseconds, "ms a token, measured"),
+    single = note("Perplexity lost where one sync point alone goes (a: after the layer's ",
+                  "attention, m: after its MLP).")
+    charts = [drawn(messages, "all-reduces a token"),
+              drawn(lambda row: at(row, "ms_per_token.median") or math.nan, "ms a token, measured"),
               E("figure", single, listing(alone, {"length": "c3"}, {"lost": "lost"}))]
-    text = f"Perplexity of {report['tokens']:,} tokens on {report['tp']} ranks. Fewer all-reduces a"
-    text += " token are to the left; the embedding's is counted."
-    return [note(text), E("div", charts, class_="charts"), table(cells)]
-
-
-def repair(report: Report) -> Content:
-    text = f"Perplexity of {report['tokens']:,} tokens on {report['tp']} ranks under --sync="
-    text += f"{report['sync']}: with all sync points (dense), before and after repair."
-    return [note(text), plain(report["evidence"])]
+    return [note(f"Perplexity of {report['tokens']:,} tokens on {report['tp']} ranks. Fewer ",
+                 "all-reduces a token are to the left; the embedding's is counted."),
+            E("div", charts, class_="charts"), table(cells)]
 
 
 # --- measurements -----------------------------------------------------------------------------
@@ -233,9 +269,7 @@ def strategies(report: Report) -> Content:
         kept: for the backward pass, without weights; between passes: a sum of partial gradients,
         one for all layers."""
     items = {f"tp {line['tp']} {line['strategy']}": line for line in report["lines"]}
-    wires = {name: line for name, line in items.items() if line["tp"] > 1}
-    bars = listing(wires, {"bytes_on_the_wire": "forward"}, {"on the wire": "bytes_on_the_wire"})
-    return [note(text), bars, listing(items, {}, STRATEGY)]
+    return [note(text), listing(items, {"bytes_on_the_wire": "forward"}, STRATEGY)]
 
 
 def unit_of(report: Report) -> str:
@@ -256,24 +290,13 @@ def sizes(report: Report) -> Content:
     rows, series = report["sizes"], []
     for name, colour in zip(rows[0]["us"], cycle(COLOURS), strict=False):
         times = [(row["bytes"], row["us"][name]) for row in rows if name in row["us"]]
-        points = [Point(x, us["median"], f"{nbytes(x)}: {spread(us)} µs") for x, us in times]
+        points = [Point(x, us["median"], f"{nbytes(x)}: {plain(us)} µs") for x, us in times]
         series.append(Series(name, points, colour))
     axes = "bytes of a message", "microseconds of an all-reduce"
     drawn = chart(series, *axes, log=(True, True), read=nbytes)
     items = {nbytes(row["bytes"]): row for row in rows}
     columns = {f"{name}, µs": f"us.{name}" for name in rows[0]["us"]}
     return E("div", drawn, listing(items, {}, columns), class_="charts")
-
-
-def layouts(report: Report) -> Content:
-    items = {}
-    for row in report["layouts"]:
-        names = [f"tp {row['tp']}, dp {row['dp']}", *(LAYOUT[key] for key in LAYOUT if row[key])]
-        items[", ".join(names)] = row | {"peak_bytes": row["peak"]}
-    text = "Bytes on the rank that has most, the run as asked for first. The peak: all that is"
-    drawn = listing(items, PARTS, {"peak": "peak_bytes"})
-    return [note(f"{text} there at the worst moment, and the process itself."), drawn,
-            folded("All figures", plain(report["layouts"]))]
 
 
 # --- all of them ------------------------------------------------------------------------------
@@ -283,33 +306,19 @@ STRATEGY = {
     "between passes": "calls.step", "told": "bytes_told", "on the wire": "bytes_on_the_wire",
     "weights a rank": "weight_bytes", "kept": "kept_bytes", "time": "seconds",
     "in collectives": "share_in_collectives.median", "largest error": "error"}
-PARTS = {"parameters": "c0", "gradients": "c1", "optimizer": "c2", "activations": "c3",
-         "temporary": "c4"}
-LAYOUT = {"dp_shard": "sharded", "sequence_parallel": "sequence",
-          "activation_checkpointing": "recomputed"}
 POINT = {"sync": str, "points": int, "perplexity": float, "loss": float, "ms_per_token?": SPREAD,
          "all_reduces_per_token?": float}
-SCAN = {"plain": POINT, "curve": [POINT], "tp": int}
-REPAIR = {"evidence": {"loss": float}, "points": int, "sync": str, "tp": int}
 CURVE = dict.fromkeys(("iter", "loss", "val_iter", "val_loss"), [float])
-RANKS = {f"{kind}_bytes_per_rank": [int] for kind in ("weight", "kv_cache", "peak")}
 SECTIONS = (
     Section("One layer, as its ranks see it",
             {"model": MODEL, "tp": FEW, "sync?": str, "comm_account?": ACCOUNT}, diagram),
     Section("Every strategy", {"lines": [{"tp": int, "strategy": str}]}, strategies),
-    Section("Perplexity against all-reduces", {**SCAN, "others": [POINT], "single": {str: POINT},
-                                               "chosen?": POINT, "tokens": int}, scan),
-    Section("Repair", {**REPAIR, "tokens": int}, repair),
+    Section("Perplexity against all-reduces", {
+        "plain": POINT, "curve": [POINT], "others": [POINT], "single": {str: POINT},
+        "chosen?": POINT, "tp": int, "tokens": int}, scan),
     Section("Side by side", {"parties": {str: dict}}, parties),
     Section("Messages", {"sizes": [{"bytes": float, "us": {str: SPREAD}}]}, sizes),
-    Section("What a rank's memory holds", {"layouts": [
-        {"tp": int, "dp": int, "peak": int, **dict.fromkeys(LAYOUT, bool)}]}, layouts),
     Section("Loss", {"loss_curve": CURVE}, losses),
-    Section("Evaluation", {"evaluation": {str: float}}, figures("evaluation")),
     Section("Compute and communication", {"comm_account": ACCOUNT}, shares),
-    Section("Compute and communication", {"share_in_collectives": SPREAD}, measured_shares),
     Section("Communication, layer by layer", {"comm_account": ACCOUNT}, by_layer),
-    Section("Memory of each rank", {"memory": RANKS}, memory),
-    Section("Time", {"timing": {str: float}}, figures("timing")),
-    Section("Samples", {"samples": [{"prompt": str, "text": str}]}, samples),
-)
+    Section("Samples", {"samples": [{"prompt": str, "text": str}]}, samples))

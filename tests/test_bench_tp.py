@@ -76,7 +76,7 @@ def _run(world: World, command: str, words: list[str]) -> str:
 def test_decode_and_its_contestants_write_the_same_tokens(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     words = [*TINY, "--vocab_size=131", "--prompt_tokens=5", "--new_tokens=9", "--against=hf,one_rank", f"--report={path}"]
-    first, second = run_ranks(2, _run, "decode", [*words, "--ledger=True"])
+    first, second = run_ranks(2, _run, "decode", words)
     assert second == "" and "hf: 9 of 9 tokens as ours" in first and "one_rank: 9 of 9 tokens as ours" in first
     made = json.loads(path.read_text())
     assert set(made["parties"]) == {"nanotp", "hf", "one_rank"} and "ratio" in made["parties"]["hf"]
@@ -84,7 +84,7 @@ def test_decode_and_its_contestants_write_the_same_tokens(tmp_path: Path) -> Non
     # each rank: its part of 12 C^2 a layer and of the biases, all LayerNorms and row-parallel biases, 128 rows of the table
     split, whole = 2 * (12 * 24 * 24 + 7 * 24), 2 * 6 * 24 + 2 * 24
     assert made["weight_bytes_read"] == 4 * (split + 2 * (whole + 128 * 24))
-    assert all(made[name]["median"] > 0 for name in ("read_bandwidth", "share_of_bandwidth", "ledger_ratio"))
+    assert all(made[name]["median"] > 0 for name in ("read_bandwidth", "share_of_bandwidth"))
     # of a step: 2 all-reduces a layer and 1 for the embedding, 24 floats each; a candidate; a token and whether it ends
     assert f"7.0 calls and {5 * 24 * 4 + 8 + 16} bytes a token" in first
 

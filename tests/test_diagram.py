@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,14 +11,12 @@ from test_bench_tp import run
 from test_sample_tp import alone
 
 from base.errors import UserError
-from bench.laboratory import averaged, counted, kept, line
-from bench.strategies import STRATEGIES, Case, Piece, formula, kept_bytes, summed
+from bench.laboratory import counted, kept, line
+from bench.strategies import STRATEGIES, Case, Piece, formula, kept_bytes
 from model import GPTConfig
 from plan.partition import Partition
 from plan.schedule import Schedule
 from report.diagram import PAGE, fit, layer, lines
-from tp_model import TensorParallelGPT
-from train import gradients
 from world.mesh import World
 
 CONFIG = GPTConfig(block_size=11, vocab_size=67, n_layer=3, n_head=5, n_embd=20)  # 11 tokens and 5 heads over 2, 3, 4 ranks
@@ -88,27 +85,6 @@ def test_what_is_kept_is_what_is_measured(tp: int) -> None:
     assert kept(CONFIG, "megatron", 1, 3, 4) == kept(CONFIG, "naive", tp, 3, 4)
 
 
-def _scheduled(world: World, sync: str, bias: bool) -> tuple[Any, Any]:
-    schedule = Schedule.parse(sync, 3)
-    config = GPTConfig(block_size=11, vocab_size=67, n_layer=3, n_head=5, n_embd=20, bias=bias)
-    model = TensorParallelGPT(config, world.tp, schedule=schedule)
-    idx = torch.zeros(3, 11, dtype=torch.int64)
-    before = world.ledger.snapshot()
-    _, loss = model(idx, idx)
-    assert loss is not None
-    loss.backward()
-    gradients.sum_partial_gradients(model)
-    told = world.ledger.since(before)
-    mine = {entry: tally for entry, tally in told.items() if entry.block in ("attention", "mlp", "optimizer")}
-    return summed(mine), formula(outline(config), "megatron", world.size, schedule)
-
-
-@pytest.mark.parametrize("sync, bias", [("all", True), ("mlp", True), ("every:3", True), ("0a,1m", True), ("0a,1m", False)])
-def test_a_schedules_line_is_the_account(sync: str, bias: bool) -> None:
-    said, expected = run_ranks(2, _scheduled, sync, bias)[0]
-    assert said == expected
-
-
 def test_an_outline_is_the_case_without_its_numbers() -> None:
     drawn, empty = Case.draw("layer", CONFIG, 3), outline(CONFIG)
     for tp in (2, 3):
@@ -117,24 +93,14 @@ def test_an_outline_is_the_case_without_its_numbers() -> None:
             assert line(empty, name, tp, formula(empty, name, tp)) == line(drawn, name, tp, formula(drawn, name, tp))
 
 
-def test_every_layer_alike_is_the_mean_of_all() -> None:
-    case = outline(CONFIG)
-    for sync, name in (("all", "megatron"), ("mlp", "spd")):
-        mean = averaged(line(case, name, 2, formula(case, "megatron", 2, Schedule.parse(sync, 3))), 3)
-        one = line(case, name, 2, formula(case, name, 2))
-        assert {key: mean[key] for key in ("calls", "bytes_told", "bytes_on_the_wire")} == {
-            key: one[key] for key in ("calls", "bytes_told", "bytes_on_the_wire")
-        }
-
-
 def test_the_command(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     words = ["--n_layer=3", "--n_head=5", "--n_embd=20", "--block_size=11", "--tp=2,5", "--sync=every:3"]
     said = run(alone(), "diagram", *words, f"--report={path}")
     assert max(map(len, said.splitlines())) <= PAGE
     made = json.loads(path.read_text())
-    found = list(counted(CONFIG, Schedule.parse("every:3", 3), [2, 5], 1, torch.float32))
-    assert [row["strategy"] for row in made["lines"]] == [*STRATEGIES, "--sync=every:3"] * 2
+    found = list(counted(CONFIG, [2, 5], 1, torch.float32))
+    assert [row["strategy"] for row in made["lines"]] == [*STRATEGIES] * 2
     assert [row["bytes_told"] for row in made["lines"]] == [row["bytes_told"] for row in found]
     assert (made["what"], made["tp"], made["sync"], made["model"]["n_layer"]) == ("diagram", 2, "every:3", 3)
     for row in made["lines"]:

@@ -1,6 +1,7 @@
 """The laboratory: every strategy against double precision, what its ranks say against the formula and the profiler."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,27 +62,6 @@ def _megatron_is_not_spd(world: World) -> float:
 
 def test_spd_is_another_function() -> None:
     assert min(run_ranks(2, _megatron_is_not_spd)) > 1e-2  # or its own equations would show nothing
-
-
-def _linear(world: World) -> list[tuple[float, float]]:
-    return [piece(world, part, "megatron", torch.float64).linear_errors() for part in ("mlp", "attention", "layer")]
-
-
-@pytest.mark.parametrize("tp", [2, 3])
-def test_columns_stand_side_by_side_and_addends_add_up(tp: int) -> None:
-    for rank in run_ranks(tp, _linear):
-        assert all(columns < 1e-12 and rows < 1e-12 for columns, rows in rank)
-
-
-def _linear_deaf(world: World, block: str, op: str) -> tuple[float, float]:
-    deaf(block, "forward", op)
-    return piece(world, "layer", "megatron", torch.float64).linear_errors()
-
-
-def test_a_statement_that_is_not_true_is_noticed() -> None:
-    for block in ("attention", "mlp"):
-        assert all(columns > 1e-2 > rows for columns, rows in run_ranks(2, _linear_deaf, block, "all_gather"))
-        assert all(rows > 1e-2 > columns for columns, rows in run_ranks(2, _linear_deaf, block, "all_reduce"))
 
 
 COUNTS = {"naive": (2, 2), "megatron": (1, 1), "sequence": (2, 3), "sequence+kept": (2, 2)}  # of one sub-block
@@ -179,15 +159,14 @@ TINY = ["--device=cpu", "--n_head=5", "--n_embd=20", "--block_size=11", "--batch
 
 
 @pytest.mark.parametrize("part", ["mlp", "layer"])
-def test_the_table_and_its_words(part: str, tmp_path: Path) -> None:
+def test_the_table(part: str, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     words = [*TINY, f"--part={part}", "--intermediate=33", "--tp=1,2,3,5", f"--report={path}"]
     said, *nothing = run_ranks(3, _run, "block", words)
     assert nothing == ["", ""]
-    what, n = ("layer", 2) if part == "layer" else ("MLP", 1)
-    assert f"one {what} of 5 heads at tp=2, megatron: {n} all-reduces forward and {n} backward\n" in said
-    assert f"one {what} of 5 heads at tp=5, megatron: {n} all-reduces forward and {n} backward (counted)" in said
-    assert "the ranks' columns, side by side, are" in said and "the ranks' addends add up to" in said
+    n = 2 if part == "layer" else 1
+    assert re.search(f"\n  2 megatron +{n} +{n} .* [0-9.]+%\n", said)
+    assert re.search(f"\n  5 megatron +{n} +{n} .* counted\n", said)
     made = json.loads(path.read_text())["lines"]
     strategies = list(STRATEGIES if part == "layer" else STRATEGIES[:-1])
     for tp in (2, 3, 5):
