@@ -20,23 +20,24 @@ from parallel.collectives import GroupTransport
 MOST_BYTES = 256 << 10
 ALIGNMENT = 16  # bytes: messages are whole numbers of the widest load
 _TYPES = (torch.float32, torch.bfloat16)  # the kernel's
-_OP = "symm_mem::one_shot_all_reduce"
+_OP = "symm_mem::one_shot_all_reduce_copy"
 
 
 class SymmetricTransport:
     """Small sums through symmetric memory, all else through `other`, over nccl. A rank's calls must
     be on one stream, or on streams that wait for each other.
 
-    buffer: [MOST_BYTES] uint8, this rank's symmetric memory. total: a message at its beginning ->
-    the sum of all ranks' messages there, a new tensor. Its kernel adds in rank order, so all ranks
-    get the same bits; a multicast sum by the switch promises no order. It starts when every rank
-    has written its buffer and ends when every rank has read it, so the next call may write again.
+    buffer: [MOST_BYTES] uint8, this rank's symmetric memory. total: (its beginning as a tensor like
+    the message, the message) -> the sum of all ranks' messages, a new tensor. Its kernel copies the
+    message there and adds in rank order, so all ranks get the same bits; a multicast sum by the
+    switch promises no order. It reads when every rank has written its buffer and ends when every
+    rank has read it, so the next call may write again.
     """
 
     name = "symmetric memory"
 
     def __init__(
-        self, buffer: Tensor, total: Callable[[Tensor], Tensor], other: GroupTransport
+        self, buffer: Tensor, total: Callable[[Tensor, Tensor], Tensor], other: GroupTransport
     ) -> None:
         self.buffer, self.total, self.other = buffer, total, other
         self.all_reduce_later = other.all_reduce_later  # nccl has a stream of its own for it
@@ -57,8 +58,8 @@ class SymmetricTransport:
         make = lambda: memory.empty(MOST_BYTES, dtype=torch.uint8, device=device)  # noqa: E731
         buffer = on_all(exchange, make)
         on_all(exchange, lambda: memory.rendezvous(buffer, other.group))
-        kernel = torch.ops.symm_mem.one_shot_all_reduce
-        made = cls(buffer, lambda x: kernel(x, "sum", other.group.group_name), other)
+        kernel, group = torch.ops.symm_mem.one_shot_all_reduce_copy, other.group.group_name
+        made = cls(buffer, lambda place, x: kernel(place, x, "sum", group), other)
         on_all(exchange, lambda: made._check_sums(rank))
         return made
 
@@ -77,9 +78,8 @@ class SymmetricTransport:
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
         if not self._takes(x, op):
             return self.other.all_reduce(x, op)
-        message = self.buffer[: x.nbytes].view(x.dtype).view(x.shape)
-        message.copy_(x.detach())
-        return self.total(message)
+        place = self.buffer[: x.nbytes].view(x.dtype).view(x.shape)
+        return self.total(place, x.detach().contiguous())
 
 
 def _check_op() -> None:

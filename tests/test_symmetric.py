@@ -57,9 +57,10 @@ def alone() -> tuple[SymmetricTransport, Noted, list[Tensor]]:
     """A transport on the CPU whose sum is three times the message, what stands for nccl, and the messages it summed."""
     other, summed = Noted(), list[Tensor]()
 
-    def total(message: Tensor) -> Tensor:
-        summed.append(message)
-        return message * 3
+    def total(place: Tensor, message: Tensor) -> Tensor:
+        assert message.is_contiguous()
+        summed.append(place.copy_(message))
+        return place * 3
 
     return SymmetricTransport(torch.zeros(MOST_BYTES, dtype=torch.uint8), total, other), other, summed  # type: ignore[arg-type]
 
@@ -122,12 +123,12 @@ def _pretend(world: World, fault: str) -> None:
     memory.empty = _no_memory if here and fault == "no memory" else lambda n, dtype, device: torch.zeros(n, dtype=dtype)
     memory.rendezvous = _no_memory if here and fault == "no rendezvous" else lambda buffer, group: None
 
-    def total(x: Tensor, op: str, group: str) -> Tensor:
+    def total(place: Tensor, x: Tensor, op: str, group: str) -> Tensor:
         out = GroupTransport(world.groups["tp"], "gloo").all_reduce(x, op)
         return out + 1 if here and fault == "wrong sums" else out
 
     operations: Any = torch.ops.symm_mem
-    operations.one_shot_all_reduce = total
+    operations.one_shot_all_reduce_copy = total
 
 
 def _no_op() -> None:
