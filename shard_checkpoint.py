@@ -7,15 +7,13 @@
 """
 
 import math
-import signal
 import sys
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from base.console import console
-from base.errors import ReaderGone, UserError
+from base.console import run
 from base.numbers import nbytes
 from checkpoints import convert
 from checkpoints.manifest import TensorEntry
@@ -97,28 +95,15 @@ COMMANDS: dict[str, tuple[type[Any], Any]] = {
 
 
 def main(argv: list[str]) -> int:
-    """Run a command; the exit status, see docs/how_it_works.md."""
-    options, prog = None, "shard_checkpoint.py"
+    """Run a command; the exit status."""
+    prog, classes = "shard_checkpoint.py", {name: cls for name, (cls, _) in COMMANDS.items()}
+
+    def parsed() -> tuple[Any, Any]:
+        name, options = parse_command(classes, argv, prog)
+        return COMMANDS[name][1], options
+
     torch.set_num_threads(1)  # each file has a thread here: torch's own would be in their way
-    with console():
-        try:
-            classes = {name: cls for name, (cls, _) in COMMANDS.items()}
-            name, options = parse_command(classes, argv, prog)
-            COMMANDS[name][1](options)
-            sys.stdout.flush()  # here it is noticed if the reader has gone
-            return 0
-        except ReaderGone:  # `inspect | head`
-            return 128 + signal.SIGPIPE  # as a program that SIGPIPE ends
-        except UserError as error:
-            if getattr(options, "debug", False):
-                raise
-            status, message = 2, str(error)
-        except OSError as error:
-            status, message = 1, f"{error.filename or 'output'}: {error.strerror}"
-        except KeyboardInterrupt:
-            status, message = 130, "stopped by Ctrl-C"
-        print(f"{prog}: {message}", file=sys.stderr)
-        return status
+    return run(parsed, prog)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from base.errors import ReaderGone
+from base.errors import ReaderGone, UserError, print_error
 
 CONTROLS = {
     code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
@@ -101,3 +102,28 @@ def _wrapped(stream: Any, descriptor: int, kind: type[Output]) -> Any:
     except OSError:
         _discard(descriptor)
     return open(os.devnull, "w")
+
+
+def run(parsed: Callable[[], tuple[Callable[[Any], object], Any]], prog: str = "") -> int:
+    """Run a command of one process; parsed: gives its function and its options. Returns the exit
+    status (docs/how_it_works.md); if that is not 0 a line of standard error says why."""
+    options = None
+    with console():
+        try:
+            main, options = parsed()
+            main(options)
+            sys.stdout.flush()  # here it is noticed if the reader has gone
+            return 0
+        except ReaderGone:  # `inspect | head`
+            return 128 + signal.SIGPIPE  # as a program that SIGPIPE ends
+        except UserError as error:
+            if getattr(options, "debug", False):
+                raise
+            status, message = 2, f"{prog or 'error'}: {error}"
+        except OSError as error:
+            where = f"{prog or 'error'}: {error.filename or 'output'}"
+            status, message = 1, f"{where}: {error.strerror}"
+        except KeyboardInterrupt:
+            status, message = 130, f"{prog}: stopped by Ctrl-C".removeprefix(": ")
+        print_error(message)
+        return status

@@ -20,6 +20,10 @@ class UserError(Exception):
     """
 
 
+class Unavailable(Exception):
+    """Something cannot be used on this machine. The message, for the user, says why."""
+
+
 class Stopped(Exception):
     """A run ended early and in good order, because it was asked to. status: the exit status."""
 
@@ -30,6 +34,24 @@ class Stopped(Exception):
 
 class ReaderGone(Exception):
     """Nothing reads standard output any more, as after `| head`."""
+
+
+@contextmanager
+def in_file(path: object) -> Iterator[None]:
+    """A UserError from the block begins with the file that has the mistake."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+@contextmanager
+def as_user_error(what: str) -> Iterator[None]:
+    """An OSError from the block is the user's mistake; what: what cannot be done then."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot {what}: {error.strerror or error}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

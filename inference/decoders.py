@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from base.native import Unavailable
+from base.errors import Unavailable
 from model import KVCache
 from parallel.ledger import GraphCall, Recording
 from tp_model import TensorParallelGPT

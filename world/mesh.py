@@ -11,8 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from base.errors import UserError
-from base.native import Unavailable
+from base.errors import Unavailable, UserError
 from parallel.collectives import Axis, GroupTransport, Transport
 from parallel.ledger import Entry, Ledger, Track
 from parallel.shm import ShmTransport
