@@ -37,16 +37,20 @@ def merge(options: MergeOptions) -> None:
     tp, made = shards.manifest.tp, shards.sync
     print(f"{options.out}: {shards.description}, merged from {tp} shards ({form})")
     if made is not None:
-        weights = f"these weights were made for --sync={made.schedule} on tp={made.tp}"
-        print(f"note: {weights}; {form} cannot say so.")
+        schedule = f"--sync={made.schedule} on tp={made.tp}; {form} cannot say so."
+        print(f"note: these weights were made for {schedule}")
     if form == "nanogpt" and shards.config.activation != "gelu":
-        weights = "these weights use the tanh approximation of GELU"
-        print(f"note: {weights}; nanoGPT computes the exact one.")
+        exact = "GELU; nanoGPT computes the exact one."
+        print(f"note: these weights use the tanh approximation of {exact}")
 
 
 def verify(options: VerifyOptions) -> None:
-    shards = convert.verify(options.shards)
+    """Check every byte, and each file's header, against the manifest."""
+    shards = open_shards(options.shards)
     files, total = shards.manifest.files, 0
+    shards.check_all_bytes(range(len(files)))
+    for rank in range(len(files)):
+        shards.file(rank)
     for name, size, _ in files:
         print(f"{name}  {size:>13,} bytes  sha256 ok")
         total += size
@@ -58,8 +62,8 @@ def inspect(options: InspectOptions) -> None:
     """Print the manifest's split, which need not be the one that this program makes."""
     manifest = open_shards(options.shards).manifest
     tensors, config, made = manifest.tensors, manifest.model, manifest.sync
-    source = manifest.source or "unnamed source"
-    print(f"{options.shards}: {source}, tp {manifest.tp}, {manifest.dtype}")
+    tp, dtype = manifest.tp, manifest.dtype
+    print(f"{options.shards}: {manifest.source or 'unnamed source'}, tp {tp}, {dtype}")
     sizes = ", ".join(f"{key} {value}" for key, value in asdict(config).items())
     print(f"model: {sizes}; {Partition.of(config, 1).count():,} parameters")
     if made is not None:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -76,12 +77,10 @@ def write_shards(
         files[rank].write(name, source.read(name, rule.dim, rule.runs_of(rank)))
 
     # converting, hashing and writing all release Python's lock
-    total = sum(file.total for file in files)
-    with _progress("split", total) as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with _progress("split", files) as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for name in owned:
-            before = sum(file.bytes for file in files)
             list(pool.map(write, [name] * partition.tp, ranks))
-            bar.update(sum(file.bytes for file in files) - before)
+            bar.update(sum(file.bytes for file in files) - bar.n)
         closed = list(pool.map(TensorFile.close, files))
     written = tuple((file.path.name, *ends) for file, ends in zip(files, closed, strict=True))
     about = source.config, partition.tp, dtype_name(dtype), source.description
@@ -90,9 +89,9 @@ def write_shards(
     return manifest
 
 
-def _progress(what: str, total: int) -> Any:
-    size = {"unit": "B", "unit_scale": True, "unit_divisor": 1000}
-    return tqdm(total=total, desc=what, disable=None, **size)
+def _progress(what: str, files: list[TensorFile]) -> Any:
+    total = sum(file.total for file in files)
+    return tqdm(total=total, desc=what, disable=None, unit="B", unit_scale=True, unit_divisor=1000)
 
 
 def merge(options: MergeOptions) -> ShardSource:
@@ -101,17 +100,15 @@ def merge(options: MergeOptions) -> ShardSource:
     if options.format == "hf":
         check_target(out, options.force, HF_FILES)
     elif out.is_dir():
-        hint = f"name the file to write, such as --out={out / 'ckpt.pt'}"
-        raise UserError(f"{out} is a directory: {hint}")
+        such = f"such as --out={out / 'ckpt.pt'}"
+        raise UserError(f"{out} is a directory: name the file to write, {such}")
     elif not options.force:
         check_target(out, False, "")
     shards = open_shards(options.shards)
     _check_space(out, Partition.of(shards.config, 1).count() * shards.dtype.itemsize)
     shards.check_all_bytes(range(shards.manifest.tp))
 
-    def read(name: str) -> Tensor:
-        return shards.read(name, None, ())
-
+    read = partial(shards.read, dim=None, runs=())
     if options.format == "hf":
         with new_directory(out, options.force, HF_FILES) as scratch:
             write_hf(shards.config, shards.dtype, read, scratch, _carried(shards))
@@ -127,7 +124,7 @@ def _carried(shards: ShardSource) -> dict[str, Any]:
     """The tokenizer, for a merged checkpoint's settings, if it is known and the vocabulary's size
     does not tell it."""
     known = shards.tokenizer or {"kind": "ids"}
-    by_size = known == tokenizer_for(shards.config.vocab_size)
+    by_size = known == tokenizer_for(shards.config.vocab_size, {})
     return {} if known["kind"] == "ids" or by_size else {CARRIED: known}
 
 
@@ -145,12 +142,11 @@ def write_hf(
     shapes = Partition.of(replace(config, bias=True), 1).shapes()
     stored = {name: shape[::-1] if is_conv1d(name) else shape for name, shape in shapes.items()}
     file = TensorFile(directory / "model.safetensors", stored, dtype, metadata={"format": "pt"})
-    with _progress("merge", file.total) as bar:
+    with _progress("merge", [file]) as bar:
         for name, shape in shapes.items():
-            before = file.bytes
             tensor = read(name) if name in known else torch.zeros(shape)
             file.write(name, tensor.t() if is_conv1d(name) else tensor)
-            bar.update(file.bytes - before)
+            bar.update(file.bytes - bar.n)
     file.close()
     write_json(directory / "config.json", hf_config(config, dtype_name(dtype)) | (more or {}))
 
@@ -181,13 +177,3 @@ def _write_nanogpt(shards: ShardSource, read: Callable[[str], Tensor], file: Bin
         torch.save(content | {"config": config}, file)
     except RuntimeError as error:  # it hides why a write failed
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-
-
-def verify(directory: str) -> ShardSource:
-    """Check every byte of a shard directory, and each file's header, against the manifest."""
-    shards = open_shards(directory)
-    ranks = range(shards.manifest.tp)
-    shards.check_all_bytes(ranks)
-    for rank in ranks:
-        shards.file(rank)
-    return shards

@@ -8,62 +8,29 @@ import difflib
 import hashlib
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from base.errors import UserError, shown
 from base.files import inside, own_file, read_small
 from checkpoints.huggingface import HUB_SIZES, OWNER, HuggingFaceDirectory, from_hub, hub_name
-from checkpoints.manifest import MANIFEST, Sync
+from checkpoints.manifest import MANIFEST
 from checkpoints.nanogpt import NanoGPTCheckpoint
-from checkpoints.runs import Read
 from checkpoints.shards import ShardDirectory, ShardSource
+from checkpoints.tensor_file import Read
+from checkpoints.tensors import Source
 from model import GPTConfig
-from plan.partition import Rule, Span
+from plan.partition import Rule
 from plan.schedule import Schedule
 from text.dataset import Dataset, is_prepared
-from text.tokenizer import (
-    TOKENIZER_FILE,
-    GPT2Tokenizer,
-    IdsTokenizer,
-    Tokenizer,
-    read_tokenizer,
-    tokenizer_from_json,
-)  # fmt: skip
+
+from text.tokenizer import (  # isort: skip
+    TOKENIZER_FILE, GPT2Tokenizer, IdsTokenizer, Tokenizer, read_tokenizer, tokenizer_from_json,
+)
 
 LATEST = "latest"  # the file of a training directory that names its newest whole checkpoint
-
-
-@dataclass
-class Described:
-    """A source without its weights."""
-
-    config: GPTConfig
-    description: str
-    sync: Sync | None = None
-
-
-class Source(Protocol):
-    """description: for people. sync: the schedule of sync points that the weights were made for,
-    None if for none in particular. dtype: of the stored weights. tokenizer: as tokenizer.json has
-    it, None if it is not known; dataset: nanoGPT's hint for it."""
-
-    config: GPTConfig
-    description: str
-    sync: Sync | None
-    dtype: torch.dtype
-    tokenizer: dict[str, Any] | None
-    dataset: str | None
-
-    def read(self, name: str, dim: int | None, runs: Iterable[Span]) -> Tensor:
-        """Runs of a full tensor along `dim`, concatenated; all of it if dim is None. May be a view
-        of a file."""
-        ...
 
 
 # --- opening --------------------------------------------------------------------------------------
@@ -107,13 +74,12 @@ def open_for_inference(options: Any, verify: tuple[int, int]) -> Source:
     return open_source(options.init_from, verify, also=("resume",))
 
 
-def open_sizes(spec: str) -> Described:
+def open_sizes(spec: str) -> Source:
     """The source that an `--init_from` names; of a hub's model no file is read."""
     if name := hub_name(spec):
         sizes = 1024, GPT2Tokenizer.n_vocab, *HUB_SIZES[name]
-        return Described(GPTConfig(*sizes, activation="gelu_tanh"), name)
-    source = open_source(spec)
-    return Described(source.config, source.description, source.sync)
+        return Source(GPTConfig(*sizes, activation="gelu_tanh"), name)
+    return open_source(spec)
 
 
 def open_shards(directory: str) -> ShardSource:
@@ -136,7 +102,7 @@ def identity(source: Source) -> str:
     """Equal on two ranks if they read the same weights: the description, and a hash of size and
     both ends of each file, or of the manifest, which has every file's sha256."""
     digest = hashlib.sha256()
-    for path in getattr(source, "files", ()):
+    for path in source.files:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest.update(f"{path.name} {size} ".encode() + file.read(1 << 20))
@@ -160,7 +126,7 @@ def reader(source: Source | ShardDirectory, rank: int, block_size: int = 0) -> R
     return read
 
 
-def schedule_of(source: Source | Described, text: str, tp: int) -> Schedule:
+def schedule_of(source: Source, text: str, tp: int) -> Schedule:
     """The schedule of --sync=`text`; if that is "", the one that the weights were made for, or all
     sync points. UserError if they were made for another tp: what a rank sees between two sync
     points, and what was repaired, depends on it."""

@@ -4,6 +4,7 @@
 Python, as in nanoGPT. The names that it leaves are checked as if they had been typed.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -26,13 +27,12 @@ from cli.options import PATHS, EntryOptions, RunOptions
 
 Options = TypeVar("Options", bound=EntryOptions)
 Say = Callable[[str], None]
+Keys = Mapping[str, "_Key"]
 
 LIMITS = {
-    "low": ("at least", operator.ge),
-    "high": ("at most", operator.le),
-    "above": ("above", operator.gt),
-    "below": ("below", operator.lt),
-}
+    "low": ("at least", operator.ge), "high": ("at most", operator.le),
+    "above": ("above", operator.gt), "below": ("below", operator.lt),
+}  # fmt: skip
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -50,9 +50,8 @@ def parse(cls: type[Options], argv: list[str], prog: str, say: Say = print_error
     options = cls(**_collect(argv, keys, prog, say))
     for key in keys.values():
         if key.get("required") and getattr(options, key.name) == "":
-            raise UserError(
-                f"--{key.name} is required: {key.get('help')} ({prog} --help lists all)"
-            )
+            needed = f"--{key.name} is required: {key.get('help')}"
+            raise UserError(f"{needed} ({prog} --help lists all)")
     return options
 
 
@@ -70,10 +69,9 @@ def parse_command(
         usage = f"{prog} {'|'.join(commands)} --key=value ..."
         raise UserError(f"the command comes first: {usage}, got {word!r}")
     if word not in commands:
-        raise UserError(
-            f"unknown command {word!r}{_did_you_mean(_nearest(word, commands)) or '.'} "
-            f"The commands are {_one_of(commands, 'and')} ({prog} --help tells more)"
-        )
+        known = f"The commands are {_one_of(commands, 'and')} ({prog} --help tells more)"
+        hint = _did_you_mean(_nearest(word, commands)) or "."
+        raise UserError(f"unknown command {word!r}{hint} {known}")
     return word, parse(commands[word], rest, f"{prog} {word}", say)
 
 
@@ -92,36 +90,32 @@ class _Key:
 
 
 def _keys(cls: type[EntryOptions]) -> dict[str, _Key]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: _key(field, hints[field.name]) for field in dataclasses.fields(cls)}
+    keys, hints = {}, typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        parts = typing.get_args(hint)
+        kind, many = parts[0] if parts else hint, typing.get_origin(hint) is list
+        if kind not in KINDS:
+            fault = f"has a type that options cannot have: {kind}"
+            raise TypeError(f"option {field.name} {fault}")
+        optional = type(None) in parts
+        keys[field.name] = _Key(field.name, kind, optional, many, field.metadata.get)
+    return keys
 
 
-def _key(field: "dataclasses.Field[Any]", hint: Any) -> _Key:
-    optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    if optional:
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    many = typing.get_origin(hint) is list
-    kind = typing.get_args(hint)[0] if many else hint
-    if kind not in KINDS:
-        raise TypeError(f"option {field.name} has a type that options cannot have: {kind}")
-    return _Key(field.name, kind, optional, many, field.metadata.get)
-
-
-def _collect(argv: list[str], keys: Mapping[str, _Key], prog: str, say: Say) -> dict[str, Any]:
+def _collect(argv: list[str], keys: Keys, prog: str, say: Say) -> dict[str, Any]:
     """The value of each option that was set. Typed lists append to each other, but the first one
     replaces a config file's: a prompt that is typed is the prompt that is wanted."""
     values: dict[str, Any] = {}
     typed: set[str] = set()
-    for name, value, was_typed in _assignments(argv, keys, prog, say):
+    for name, value, was_typed in _settings(argv, keys, prog, say):
         append = keys[name].many and was_typed and name in typed
         values[name] = values[name] + value if append else value
         (typed.add if was_typed else typed.discard)(name)
     return values
 
 
-def _assignments(
-    argv: list[str], keys: Mapping[str, _Key], prog: str, say: Say
-) -> Iterator[tuple[str, Any, bool]]:
+def _settings(argv: list[str], keys: Keys, prog: str, say: Say) -> Iterator[tuple[str, Any, bool]]:
     """(name, checked value, True if typed and False if a config file's), in the words' order."""
     words = deque(argv)
     while words:
@@ -136,9 +130,7 @@ def _assignments(
             raise UserError(_about_positional(word, keys, prog))
 
 
-def _typed_option(
-    word: str, words: deque[str], keys: Mapping[str, _Key], prog: str
-) -> tuple[_Key, str]:
+def _typed_option(word: str, words: deque[str], keys: Keys, prog: str) -> tuple[_Key, str]:
     """The option of `--key=value` or `--key`, and the text of its value."""
     typed, equals, text = word[2:].partition("=")
     name = typed.replace("-", "_")
@@ -157,17 +149,16 @@ def _next_text(key: _Key, words: deque[str]) -> str:
     if key.kind is bool:  # the word after a bare flag may be a config file
         is_value = words and isinstance(_from_text(key, words[0]), bool)
         return words.popleft() if is_value else "True"
+    wanted = f"--{key.name} expects {KINDS[key.kind]}"
     if not words:
-        raise UserError(f"--{key.name} expects {KINDS[key.kind]}, got nothing")
+        raise UserError(f"{wanted}, got nothing")
     if words[0].startswith("--"):
-        raise UserError(
-            f"--{key.name} expects {KINDS[key.kind]}, got another option: {words[0]} "
-            f"(a value that starts with -- is written --{key.name}={words[0]})"
-        )
+        how = f"a value that starts with -- is written --{key.name}={words[0]}"
+        raise UserError(f"{wanted}, got another option: {words[0]} ({how})")
     return words.popleft()
 
 
-def _about_positional(word: str, keys: Mapping[str, _Key], prog: str) -> str:
+def _about_positional(word: str, keys: Keys, prog: str) -> str:
     """The error for a word that is neither an option nor an existing config file."""
     name, equals, text = word.lstrip("-").partition("=")
     if word.endswith(".py") and not equals:  # nanoGPT calls the directory config/
@@ -181,9 +172,7 @@ def _about_positional(word: str, keys: Mapping[str, _Key], prog: str) -> str:
     return f"{word!r} is neither a config file (*.py) nor an option{hint} ({prog} --help lists all)"
 
 
-def _config_options(
-    path: str, keys: Mapping[str, _Key], prog: str, say: Say
-) -> Iterator[tuple[_Key, Any]]:
+def _config_options(path: str, keys: Keys, prog: str, say: Say) -> Iterator[tuple[_Key, Any]]:
     """The options that a config file sets. Imports, functions and names with _ are its own.
 
     Raises UserError for another name that no command has.
@@ -215,10 +204,8 @@ def _from_text(key: _Key, text: str) -> Any:
     if key.kind is bool:
         return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
     for read in (int, float) if key.kind in (int, float) else ():
-        try:
+        with contextlib.suppress(ValueError):
             return read(text)
-        except ValueError:
-            pass
     return text
 
 
@@ -249,17 +236,11 @@ def _fit(kind: type, value: Any, label: str) -> Any:
         return str(value)
     if kind is int and number and (isinstance(value, numbers.Integral) or value.is_integer()):
         return int(value)
-    if kind is float and number and _is_finite(value):
-        return float(value)
+    with contextlib.suppress(OverflowError):  # an int that no float can hold
+        if kind is float and number and math.isfinite(value):
+            return float(value)
     wanted = "a finite number" if kind is float and number else KINDS[kind]
     raise UserError(f"{label} expects {wanted}, got {_shown(value)}")
-
-
-def _is_finite(value: Any) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int that no float can hold
-        return False
 
 
 def _in_limits(key: _Key, value: Any, label: str) -> Any:
@@ -283,10 +264,7 @@ def _in_limits(key: _Key, value: Any, label: str) -> Any:
 def help_text(cls: type[EntryOptions], prog: str) -> str:
     """Usage, the class's docstring, and a line for each option; those of every run come last."""
     keys, defaults = _keys(cls), cls()
-    shown = {
-        name: f"--{name}={_default_text(key, getattr(defaults, name))}"
-        for name, key in keys.items()
-    }
+    shown = {n: f"--{n}={_default_text(key, getattr(defaults, n))}" for n, key in keys.items()}
     width = max(map(len, shown.values()))
     common = {field.name for field in dataclasses.fields(RunOptions)}
     usage = f"usage: {_launcher([cls])} {prog} [config.py ...] [--key=value ...]"
@@ -355,7 +333,7 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return next(iter(difflib.get_close_matches(word, list(known), n=1)), "")
 
 
-def _nearest_option(name: str, keys: Mapping[str, _Key]) -> str:
+def _nearest_option(name: str, keys: Keys) -> str:
     """The option most like `name`; `stream=False` for another grammar's no_stream."""
     positive = name.removeprefix("no_")
     if positive != name and positive in keys and keys[positive].kind is bool:

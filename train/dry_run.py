@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from base.errors import UserError
-from checkpoints.sources import Described, open_sizes
+from checkpoints.sources import Source, open_sizes
 from cli.options import TrainOptions
 from model import GPTConfig, adamw
 from parallel.collectives import Axis
@@ -42,9 +42,9 @@ SHORT = {"dp_shard": "shard", "sequence_parallel": "seq", "activation_checkpoint
 GPU_BASE = 10**9
 
 
-def sizes_of(options: TrainOptions) -> tuple[GPTConfig, Described | None]:
+def sizes_of(options: TrainOptions) -> tuple[GPTConfig, Source | None]:
     """The model's sizes, and its weights' description if there are any. Reads no tensors."""
-    source: Described | None = None
+    source: Source | None = None
     if options.init_from == "resume":
         source = open_sizes(str(read_state(Path(options.out_dir))[0]))
     elif options.init_from != "scratch":
@@ -55,7 +55,7 @@ def sizes_of(options: TrainOptions) -> tuple[GPTConfig, Described | None]:
 
 
 def training(
-    options: TrainOptions, config: GPTConfig, source: Described | None, ranks: int
+    options: TrainOptions, config: GPTConfig, source: Source | None, ranks: int
 ) -> Training:
     """The run's plan. UserError if its layout is impossible on so many ranks."""
     dp, tp = sizes(ranks, options.tp, "train_tp.py")

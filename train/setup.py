@@ -34,8 +34,6 @@ SHAPES_THE_CURVE = {
     "lr_decay_iters", "min_lr", "dtype",
 }  # fmt: skip
 
-AnySource = sources.Source | sources.Described
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -176,7 +174,7 @@ def make_model(
 
 
 def make_config(
-    options: TrainOptions, dataset: Dataset | None, source: AnySource | None
+    options: TrainOptions, dataset: Dataset | None, source: sources.Source | None
 ) -> GPTConfig:
     """The source's sizes or, without one, those of the options. Without a dataset, GPT-2's ids."""
     if source is None:
@@ -190,14 +188,14 @@ def make_config(
 
 
 def pick_schedule(
-    options: TrainOptions, config: GPTConfig, source: AnySource | None, tp: int
+    options: TrainOptions, config: GPTConfig, source: sources.Source | None, tp: int
 ) -> Schedule:
     if source is not None:
         return sources.schedule_of(source, options.sync, tp)
     return Schedule.parse(options.sync or "all", config.n_layer)
 
 
-def report_differences(run: Run, source: AnySource, before: dict[str, Any]) -> None:
+def report_differences(run: Run, source: sources.Source, before: dict[str, Any]) -> None:
     """Print options that do not apply to these weights; on resume (`before` has the options of the
     run so far) those that change the loss curve. Values in use count, not those asked for."""
     config = run.model.config
