@@ -2,8 +2,7 @@
 
 A character that the console cannot show is shown by its number. Texts may come from anywhere, so a
 terminal shows their control characters instead of obeying them; files and pipes get the text
-unchanged. When nothing reads standard output any more (`| head`) the command ends quietly.
-"""
+unchanged. When nothing reads standard output any more (`| head`) the command ends quietly."""
 
 import contextlib
 import errno
@@ -22,17 +21,15 @@ CONTROLS = {
 
 
 class Output(io.TextIOWrapper):
-    """Standard output, on the bytes of `stream`.
-
-    Raises ReaderGone if nothing reads it, OSError with the file name "standard output" if writing
-    fails. After either, everything written is discarded.
-    """
+    """Standard output, on the bytes of `stream`. Raises ReaderGone if nothing reads it, OSError
+    with the file name "standard output" if writing fails. After either, everything written is
+    discarded."""
 
     def __init__(self, stream: Any):
         how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
         super().__init__(stream.buffer, stream.encoding, "backslashreplace", **how)
         self._stream = stream  # keeps the bytes open: the stream closes them when it is collected
-        self._escapes = self.isatty()
+        self._escapes = type(self) is Output and self.isatty()
 
     def isatty(self) -> bool:
         return bool(self._stream.isatty())
@@ -64,10 +61,6 @@ class Output(io.TextIOWrapper):
 
 class Errors(Output):
     """Standard error. Failing to write it raises nothing. Not escaped: bars move the cursor."""
-
-    def __init__(self, stream: Any):
-        super().__init__(stream)
-        self._escapes = False
 
     @contextlib.contextmanager
     def _translating_errors(self) -> Iterator[None]:

@@ -8,16 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 # from the messages of torch (for a GPU and for the host), the system, and Python (for a thread)
-OUT_OF_MEMORY = re.compile(
-    "out of memory|defaultcpuallocator|cannot allocate memory|can't start new thread", re.IGNORECASE
-)
+OUT_OF_MEMORY = re.compile("(?i)out of memory|defaultcpuallocator|cannot allocate memory|"
+                           "can't start new thread")  # fmt: skip
 
 
 class UserError(Exception):
-    """A mistake of the user's: one line on standard error, exit status 2, no traceback.
-
-    The message names the mistake and what to do. `--debug=True` adds the traceback.
-    """
+    """A mistake of the user's: one line on standard error, exit status 2, no traceback. The message
+    names the mistake and what to do. `--debug=True` adds the traceback."""
 
 
 class Unavailable(Exception):

@@ -1,7 +1,5 @@
 """Read files that may come from anywhere; write files and directories whole or not at all."""
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import ctypes
@@ -30,10 +28,8 @@ VALUES = 1 << 21  # in one JSON file: two bytes of it may take a hundred bytes o
 
 
 def read_text(path: str | Path) -> str:
-    """The file's text, see `decode_text`. UserError if it is unreadable, empty or not UTF-8.
-
-    A pipe or a device may have no end: at most PIPED bytes are read, each within PIPE_S.
-    """
+    """The file's text, see `decode_text`. UserError if it is unreadable, empty or not UTF-8. A pipe
+    or a device may have no end: at most PIPED bytes are read, each within PIPE_S."""
     # O_NONBLOCK: it waits for no writer. Opened a second time, a pipe has lost its beginning
     flags = os.O_RDONLY | os.O_NONBLOCK
     with as_user_error(f"read {path}"), open(os.open(path, flags), "rb", buffering=0) as file:
@@ -70,10 +66,8 @@ def decode_text(raw: bytes, where: str) -> str:
 
 def inside(path: Path) -> Path:
     """The path itself. UserError if it is a link out of its directory: whoever unpacked the
-    directory need not know of it.
-
-    The hub's cache is made of links: from snapshots/COMMIT/ to the files in blobs/ beside it.
-    """
+    directory need not know of it. The hub's cache is made of links: from snapshots/COMMIT/ to the
+    files in blobs/ beside it."""
     if not path.is_symlink():
         return path
     home = path.parent.resolve()

@@ -1,8 +1,7 @@
 """Compile a C file on first use (a fraction of a second) and keep the library in the user's cache.
 
 A library runs with the user's rights. So one from the cache is loaded only if nobody else can have
-written it, and only if its SHA-256 is the one in its name.
-"""
+written it, and only if its SHA-256 is the one in its name."""
 
 import contextlib
 import ctypes
@@ -70,8 +69,7 @@ def _compile(compiler: str, source: Path, made: Path) -> None:
     try:
         messages = child.communicate(timeout=COMPILE_S)[1]
     except subprocess.TimeoutExpired:
-        late = f"{compiler} did not come to an end within {COMPILE_S:g} s"
-        raise Unavailable(late) from None
+        raise Unavailable(f"{compiler} did not come to an end within {COMPILE_S:g} s") from None
     finally:
         if child.returncode is None:
             os.killpg(child.pid, signal.SIGKILL)  # the compiler and its child processes
@@ -94,10 +92,8 @@ def _processor() -> str:
 
 
 def _users_cache() -> tuple[int, str] | None:
-    """The cache directory: an open descriptor, and a path through it.
-
-    None if it cannot be made, is a link, or others can write there.
-    """
+    """The cache directory: an open descriptor, and a path through it. None if it cannot be made, is
+    a link, or others can write there."""
     handle = -1
     try:
         place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanotp"

@@ -2,8 +2,7 @@
 
 torch.load(weights_only=True, mmap=True) maps whatever lies where the archive says that a record
 begins, compressed or shorter than the tensor made of it, and unpickles calls and keys that take all
-memory or all time. So the archive is read here, by zipfile and base/pickles.py.
-"""
+memory or all time. So the archive is read here, by zipfile and base/pickles.py."""
 
 import io
 import pickle
@@ -31,11 +30,9 @@ STORAGES = {
 
 def read_archive(path: Path, verify: tuple[int, int] | None = None) -> Any:
     """The dicts, lists, numbers, strings and tensors that torch.save wrote, tensors mapped.
-
     verify=(rank, size): compare the checksums of the model's tensors too, each by one of `size`
     ranks. Raises pickles.Refused where the pickle holds more than data, and an error of some other
-    kind where the file is damaged or no such archive.
-    """
+    kind where the file is damaged or no such archive."""
     with open(path, "rb") as file, ZipFile(file) as archive:
         starts = _starts(file, archive)
         root = archive.filelist[0].filename.partition("/")[0]
@@ -61,12 +58,10 @@ def read_archive(path: Path, verify: tuple[int, int] | None = None) -> Any:
 
 
 def _starts(file: BinaryIO, archive: ZipFile) -> dict[str, int]:
-    """Where the content of each record begins, in order.
-
-    BadZipFile unless the records are stored as they are, in one folder, under names that differ in
-    more than case (torch ignores it), and fill the file from its first byte to the archive's
-    directory, each apart, and nothing follows that.
-    """
+    """Where the content of each record begins, in order. BadZipFile unless the records are stored
+    as they are, in one folder, under names that differ in more than case (torch ignores it), and
+    fill the file from its first byte to the archive's directory, each apart, and nothing follows
+    that."""
     starts, edge = {}, 0
     entries = sorted(archive.filelist, key=lambda entry: entry.header_offset)
     for entry in entries:

@@ -133,11 +133,9 @@ def write_hf(
     more: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """The config.json and model.safetensors that GPT2LMHeadModel.from_pretrained loads with no key
-    missing or left over.
-
-    read: gives each full tensor by its name. transformers' GPT-2 has every bias: a model without
-    gets zeros. Linear weights are transposed to [in, out]. more: for config.json.
-    """
+    missing or left over. read: gives each full tensor by its name. transformers' GPT-2 has every
+    bias: a model without gets zeros. Linear weights are transposed to [in, out]. more: for
+    config.json."""
     known = Partition.of(config, 1).shapes()
     shapes = Partition.of(replace(config, bias=True), 1).shapes()
     stored = {name: shape[::-1] if is_conv1d(name) else shape for name, shape in shapes.items()}

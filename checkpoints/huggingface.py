@@ -79,9 +79,8 @@ class HuggingFaceDirectory(Source):
             file = self._file(single)
             keys, settings = set(file.keys()), file.metadata() or {}
             # of several tensors that are one, save_model keeps one and names the others here
-            same = {name: key for name, key in settings.items() if key in keys}
-            names = same | {key: key for key in keys}
-            return {name: (single, key) for name, key in names.items()}
+            names = settings | dict(zip(keys, keys, strict=True))
+            return {name: (single, key) for name, key in names.items() if key in keys}
         if not os.path.lexists(index):
             old = any(self.directory.glob("*.bin"))
             hint = " Save the model again with save_pretrained(...)." if old else ""
@@ -140,9 +139,8 @@ def is_conv1d(name: str) -> bool:
 
 _GELU_OF_HF = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _HF_FIXED = {
-    "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+    "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "tie_word_embeddings": True,
     "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
-    "tie_word_embeddings": True,
 }  # fmt: skip
 _HF_DEFAULTS = {
     "vocab_size": GPT2_TOKENS, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12,

@@ -1,8 +1,7 @@
 """Where weights come from: the hub, a Hugging Face directory, a ckpt.pt, shards, a training run.
 
 Every source gives any part of any full tensor in nanoGPT's names and orientation, so that a rank
-reads only what it owns, at whatever tp. Nothing executes what a file says.
-"""
+reads only what it owns, at whatever tp. Nothing executes what a file says."""
 
 import difflib
 import hashlib
@@ -56,10 +55,9 @@ def open_source(
     if os.path.lexists(path / "ckpt.pt"):
         return NanoGPTCheckpoint(own_file(path / "ckpt.pt"), verify)
     if path.is_dir():
-        raise UserError(
-            f"--{option}={spec} is a directory without weights: no {MANIFEST} (shards), "
-            f"config.json (Hugging Face), ckpt.pt (nanoGPT) or {LATEST} (training)."
-        )
+        kinds = f"config.json (Hugging Face), ckpt.pt (nanoGPT) or {LATEST} (training)"
+        fault = f"is a directory without weights: no {MANIFEST} (shards), {kinds}"
+        raise UserError(f"--{option}={spec} {fault}.")
     names = [*HUB_SIZES, *also]
     near = difflib.get_close_matches(spec, [*names, *(OWNER + name for name in HUB_SIZES)], n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
@@ -132,24 +130,18 @@ def schedule_of(source: Source, text: str, tp: int) -> Schedule:
     points, and what was repaired, depends on it."""
     made = source.sync
     if not text and made is not None and made.tp != tp and made.schedule != "all":
-        raise UserError(
-            f"{source.description} was made for --sync={made.schedule} on tp={made.tp} ranks, and "
-            f"this run has tp={tp}. Start {made.tp} ranks, or synchronise after every sub-block "
-            "with --sync=all."
-        )
+        here = f"this run has tp={tp}. Start {made.tp} ranks, or synchronise after every sub-block"
+        there = f"was made for --sync={made.schedule} on tp={made.tp} ranks"
+        raise UserError(f"{source.description} {there}, and {here} with --sync=all.")
     return Schedule.parse(text or (made.schedule if made else "all"), source.config.n_layer)
 
 
 def tokenizer_of(source: Source, choice: str = "", data_dir: str = "data") -> Tokenizer:
     """The tokenizer for these weights: the user's `choice` (a directory, gpt2 or ids), else the
-    source's.
-
-    A nanoGPT checkpoint names only its dataset, whose directory has the characters. If none is
-    known, text is token ids (ids).
-    """
-    config = source.config
+    source's. A nanoGPT checkpoint names only its dataset, whose directory has the characters. If
+    none is known, text is token ids (ids)."""
     if choice == "ids":
-        return IdsTokenizer(config.vocab_size)
+        return IdsTokenizer(source.config.vocab_size)
     if choice:
         return _chosen_tokenizer(choice)
     if source.dataset and is_prepared(Path(data_dir) / source.dataset):
@@ -157,9 +149,9 @@ def tokenizer_of(source: Source, choice: str = "", data_dir: str = "data") -> To
     elif source.tokenizer is not None:
         tokenizer = tokenizer_from_json(source.tokenizer, source.description)
     else:
-        note = f"{_missed(source, data_dir)}: text is token ids. --tokenizer=DIR names its"
-        note += " directory."
-        tokenizer = IdsTokenizer(config.vocab_size, note if source.dataset else "")
+        how = "text is token ids. --tokenizer=DIR names its directory."
+        note = f"{_missed(source, data_dir)}: {how}" if source.dataset else ""
+        tokenizer = IdsTokenizer(source.config.vocab_size, note)
     check_belongs(tokenizer, source)
     return tokenizer
 
@@ -187,11 +179,9 @@ def _missed(source: Source, data_dir: str) -> str:
 def check_belongs(tokenizer: Tokenizer, source: Source) -> None:
     """UserError if the tokenizer has more ids than the model."""
     if tokenizer.n_vocab > source.config.vocab_size:
-        raise UserError(
-            f"the tokenizer ({tokenizer.kind}) knows {tokenizer.n_vocab} ids, the model's "
-            f"vocab_size is {source.config.vocab_size}: they do not belong together. Name the "
-            "right one with --tokenizer."
-        )
+        model = f"the model's vocab_size is {source.config.vocab_size}: they do not belong together"
+        knows = f"the tokenizer ({tokenizer.kind}) knows {tokenizer.n_vocab} ids"
+        raise UserError(f"{knows}, {model}. Name the right one with --tokenizer.")
 
 
 def common_tokenizer(source: Source, dataset: Dataset, data_dir: str) -> tuple[Tokenizer, str]:
@@ -204,8 +194,7 @@ def common_tokenizer(source: Source, dataset: Dataset, data_dir: str) -> tuple[T
         notice = f"{_missed(source, data_dir)}: {taken}" if theirs.note else ""
         return (ours if ours.n_vocab <= source.config.vocab_size else theirs), notice
     if ours.kind != "ids" and theirs.to_json() != ours.to_json():
-        raise UserError(
-            f"{source.description} was trained on {theirs.kind} tokens, the dataset's tokenizer is "
-            f"another ({ours.kind}, {ours.n_vocab} tokens). Prepare the dataset with the model's."
-        )
+        another = f"the dataset's tokenizer is another ({ours.kind}, {ours.n_vocab} tokens)"
+        fault = f"was trained on {theirs.kind} tokens, {another}"
+        raise UserError(f"{source.description} {fault}. Prepare the dataset with the model's.")
     return theirs, ""

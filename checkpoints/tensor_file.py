@@ -50,11 +50,9 @@ def open_tensors(path: Path) -> Any:
 
 
 class TensorFile:
-    """Writes a safetensors file: the shapes first, then the tensors in the same order.
-
-    A tensor that is not contiguous, in host memory and of `dtype` passes through a buffer of about
-    CHUNK bytes: memory does not grow with the tensors. `close` flushes to the disk.
-    """
+    """Writes a safetensors file: the shapes first, then the tensors in the same order. A tensor
+    that is not contiguous, in host memory and of `dtype` passes through a buffer of about CHUNK
+    bytes: memory does not grow with the tensors. `close` flushes to the disk."""
 
     def __init__(
         self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype,
@@ -95,8 +93,7 @@ class TensorFile:
         if tensor.is_contiguous() and tensor.device.type == "cpu" and tensor.dtype == self.dtype:
             yield tensor.flatten()
             return
-        rows = self._buffer.numel() // max(1, math.prod(tensor.shape[1:]))
-        for piece in tensor.split(rows):
+        for piece in tensor.split(self._buffer.numel() // max(1, math.prod(tensor.shape[1:]))):
             yield self._buffer[: piece.numel()].view(piece.shape).copy_(piece).flatten()
 
     def close(self) -> tuple[int, str]:

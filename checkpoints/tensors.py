@@ -28,12 +28,10 @@ MASK = r"transformer\.h\.(\d+)\.attn\.(?:bias|masked_bias)"
 
 @dataclass
 class Source:
-    """Weights. Of this class itself: their description alone.
-
-    description: for people. sync: the schedule of sync points that the weights were made for, None
-    if for none in particular. dtype: of the stored weights. tokenizer: as tokenizer.json has it,
-    None if it is not known; dataset: nanoGPT's hint for it. files: what tells them from others.
-    """
+    """Weights. Of this class itself: their description alone. description: for people. sync: the
+    schedule of sync points that the weights were made for, None if for none in particular. dtype:
+    of the stored weights. tokenizer: as tokenizer.json has it, None if it is not known; dataset:
+    nanoGPT's hint for it. files: what tells them from others."""
 
     config: GPTConfig
     description: str
@@ -80,12 +78,9 @@ def check_weights(
     read: Callable[[str], Tensor], files: Mapping[str, Path] | None = None,
 ) -> torch.dtype:  # fmt: skip
     """The dtype that holds the values of all tensors, given (shape, dtype) of each; (None, None)
-    for what is no tensor.
-
-    UserError unless they are those of the model: one left out would make it another model. Causal
-    masks may be there as well. read: gives a whole tensor. files: of each, for the message about
-    its shape.
-    """
+    for what is no tensor. UserError unless they are those of the model: one left out would make it
+    another model. Causal masks may be there as well. read: gives a whole tensor. files: of each,
+    for the message about its shape."""
     shapes = Partition.of(config, 1).shapes()
     if HEAD in found:
         shapes[HEAD] = shapes[TABLE]
@@ -96,11 +91,9 @@ def check_weights(
     extra = sorted(n for n in found if n not in shapes and not _is_mask(n, found[n][0], config))
     if extra:
         others = f", nor have {len(extra) - 1} others" if extra[1:] else ""
-        raise UserError(
-            f"{where}: tensor {printable(extra[0])} has no place in the GPT-2 that is described "
-            f"there{others}. Left out, it would be another model: merge it into the weights, or "
-            "save them without it."
-        )
+        fault = f"has no place in the GPT-2 that is described there{others}"
+        how = "Left out, it would be another model: merge it into the weights, or save them without"
+        raise UserError(f"{where}: tensor {printable(extra[0])} {fault}. {how} it.")
     for name in shapes:
         if found[name][1] not in DTYPES.values():
             fault = f"is {found[name][1]}; {', '.join(DTYPES)} are read"

@@ -1,18 +1,19 @@
 """The command line: config files by position and `--key=value`, in order, the later one wins.
 
 `--key value` and a bare `--flag` (True) work too, and hyphens for underscores. A config file is
-Python, as in nanoGPT. The names that it leaves are checked as if they had been typed.
-"""
+Python, as in nanoGPT. The names that it leaves are checked as if they had been typed."""
 
 import contextlib
 import dataclasses
 import difflib
 import inspect
+import itertools
 import math
 import numbers
 import operator
 import os
 import re
+import traceback
 import types
 import typing
 from collections import deque
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from base.errors import UserError, print_error
-from cli.config_files import every_name, run_config
+from cli import options
 from cli.options import PATHS, EntryOptions, RunOptions
 
 Options = TypeVar("Options", bound=EntryOptions)
@@ -37,12 +38,10 @@ KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "
 
 
 def parse(cls: type[Options], argv: list[str], prog: str, say: Say = print_error) -> Options:
-    """The options that the words set; prog: the program's name in messages.
-
-    --help prints the help and raises SystemExit(0). Raises UserError for an unknown option, a
-    value of the wrong type or out of range, a missing required option, and a config file that
-    does not run. A config file's options of other commands are reported to `say`.
-    """
+    """The options that the words set; prog: the program's name in messages. --help prints the help
+    and raises SystemExit(0). Raises UserError for an unknown option, a value of the wrong type or
+    out of range, a missing required option, and a config file that does not run. A config file's
+    options of other commands are reported to `say`."""
     if "--help" in argv or "-h" in argv:
         print(help_text(cls, prog), flush=True)
         raise SystemExit(0)
@@ -96,10 +95,8 @@ def _keys(cls: type[EntryOptions]) -> dict[str, _Key]:
         parts = typing.get_args(hint)
         kind, many = parts[0] if parts else hint, typing.get_origin(hint) is list
         if kind not in KINDS:
-            fault = f"has a type that options cannot have: {kind}"
-            raise TypeError(f"option {field.name} {fault}")
-        optional = type(None) in parts
-        keys[field.name] = _Key(field.name, kind, optional, many, field.metadata.get)
+            raise TypeError(f"option {field.name} has a type that options cannot have: {kind}")
+        keys[field.name] = _Key(field.name, kind, type(None) in parts, many, field.metadata.get)
     return keys
 
 
@@ -173,16 +170,14 @@ def _about_positional(word: str, keys: Keys, prog: str) -> str:
 
 
 def _config_options(path: str, keys: Keys, prog: str, say: Say) -> Iterator[tuple[_Key, Any]]:
-    """The options that a config file sets. Imports, functions and names with _ are its own.
-
-    Raises UserError for another name that no command has.
-    """
+    """The options that a config file sets. Imports, functions and names with _ are its own. Raises
+    UserError for another name that no command has."""
     also = {key.get("also"): key for key in keys.values()}
     of_others = []
-    for name, value in run_config(path).items():
+    for name, value in _run_config(path).items():
         if name in keys or name in also:
             yield keys.get(name) or also[name], value
-        elif name in every_name():
+        elif name in _every_name():
             of_others.append(name)
         elif not (name.startswith("_") or isinstance(value, types.ModuleType) or callable(value)):
             meant = _nearest_option(name, keys)
@@ -192,6 +187,43 @@ def _config_options(path: str, keys: Keys, prog: str, say: Say) -> Iterator[tupl
     if of_others:
         others = ", ".join(of_others)
         say(f"{prog}: {path} sets options of other commands, which are not used here: {others}")
+
+
+def _every_name() -> set[str]:
+    """The names of all commands' options: a config file may serve several commands."""
+    kinds = (kind for kind in vars(options).values() if isinstance(kind, type))
+    fields = (dataclasses.fields(kind) for kind in kinds if issubclass(kind, EntryOptions))
+    return {name for f in itertools.chain(*fields) for name in (f.name, f.metadata["also"])}
+
+
+def _run_config(path: str) -> dict[str, Any]:
+    """The names that a config file leaves. Raises UserError if it cannot be read or run."""
+    names: dict[str, Any] = {"__file__": path, "__name__": "config"}
+    code = _compiled(path)
+    try:
+        exec(code, names)
+    except (Exception, SystemExit) as error:  # a config file must not end the program silently
+        # the last line of the file itself, also where the error is in something that it calls
+        frames = traceback.walk_tb(error.__traceback__)
+        lines = [line for frame, line in frames if frame.f_code.co_filename == path]
+        raise UserError(f"{path} line {lines[-1]}: {_one_line(error)}") from error
+    return names
+
+
+def _compiled(path: str) -> types.CodeType:
+    try:
+        return compile(Path(path).read_bytes(), path, "exec", dont_inherit=True)
+    except OSError as error:
+        raise UserError(f"cannot read config file {path}: {error.strerror}") from error
+    except SyntaxError as error:
+        where = f"{path} line {error.lineno or 1}"
+        raise UserError(f"{where}: {type(error).__name__}: {error.msg}") from error
+    except ValueError as error:  # a null byte, before Python 3.12
+        raise UserError(f"{path}: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -222,11 +254,8 @@ def _checked(key: _Key, value: Any, label: str) -> Any:
 
 
 def _fit(kind: type, value: Any, label: str) -> Any:
-    """The value as bool, int, float or str. Raises UserError if that would lose something.
-
-    1e3 is a whole number, ints are floats, 0 and 1 are bools. True is no number: more often it
-    is a slip.
-    """
+    """The value as bool, int, float or str. Raises UserError if that would lose something. 1e3 is a
+    whole number, ints are floats, 0 and 1 are bools. True is no number: more often it is a slip."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if kind is bool and isinstance(value, int) and value in (0, 1):
         return bool(value)

@@ -1,8 +1,7 @@
 """Every command's options as dataclasses; grammar.py reads them from the command line.
 
 Options that nanoGPT has keep its names, meanings and nearly all defaults, so its config files work.
-device, dtype and compile differ, because nanoTP also runs on CPUs.
-"""
+device, dtype and compile differ, because nanoTP also runs on CPUs."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -14,10 +13,8 @@ def option(
     high: float | None = None, above: float | None = None, below: float | None = None,
     required: bool = False, also: str = "",
 ) -> Any:  # fmt: skip
-    """A dataclass field with its line of help and its limits; `also` is a second name for it.
-
-    `low` and `high` are allowed, `above` and `below` are not. A required option must not stay "".
-    """
+    """A dataclass field with its line of help and its limits; `also` is a second name for it. `low`
+    and `high` are allowed, `above` and `below` are not. A required option must not stay ""."""
     metadata = locals()
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
@@ -37,17 +34,14 @@ TOKENIZER = "directory with tokenizer.json or meta.pkl, gpt2 or ids; default: th
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
-class Frozen:
-    """A subclass is a frozen dataclass, built by names."""
+@dataclass(frozen=True, kw_only=True)
+class EntryOptions:
+    """Options of every command. Subclasses are frozen dataclasses, too."""
+
+    debug: bool = option(False, "show the traceback of an error, too")
 
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True, kw_only=True)(cls)
-
-
-class EntryOptions(Frozen):
-    """Options of every command."""
-
-    debug: bool = option(False, "show the traceback of an error, too")
 
 
 class RunOptions(EntryOptions):

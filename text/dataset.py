@@ -44,11 +44,9 @@ TRAIN_STREAM, EVAL_STREAM = 0, 1
 
 
 class TokenFile:
-    """A file of token ids: len(tokens), tokens[lo:hi] -> uint16 array.
-
-    It is read, not mapped: if a mapped file is truncated, SIGBUS kills the process. Raises
-    UserError if the file is missing, unreadable, empty, of another format, or truncated later.
-    """
+    """A file of token ids: len(tokens), tokens[lo:hi] -> uint16 array. It is read, not mapped: if a
+    mapped file is truncated, SIGBUS kills the process. Raises UserError if the file is missing,
+    unreadable, empty, of another format, or truncated later."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -98,8 +96,10 @@ def _check_format(path: Path) -> None:
         if _looks_wider(head, np.dtype(dtype).itemsize // TOKEN_DTYPE.itemsize):
             how = f"np.fromfile({path.name!r}, '{dtype}').astype('uint16').tofile({path.name!r})"
             raise UserError(f"{path} holds ids as {dtype}, not as uint16: {how} turns it into that")
-    if len(head) >= 64 and _is_text(head):
-        raise UserError(f"{path} is text, not token ids: {_how_to_prepare(path.parent)}")
+    # UTF-8, whose last character may be cut, without the zero bytes that small ids have
+    with contextlib.suppress(UnicodeDecodeError):
+        if len(head) >= 64 and "\0" not in codecs.getincrementaldecoder("utf-8")().decode(head):
+            raise UserError(f"{path} is text, not token ids: {_how_to_prepare(path.parent)}")
 
 
 def _looks_wider(head: bytes, wide: int) -> bool:
@@ -110,14 +110,6 @@ def _looks_wider(head: bytes, wide: int) -> bool:
     if len(rows) < 16 or rows[:, 1:].any() or np.count_nonzero(first) <= len(rows) // 2:
         return False
     return bool(first.max() > 255 or not first.all())
-
-
-def _is_text(head: bytes) -> bool:
-    """UTF-8 (the last character may be cut) without the zero bytes that small ids have."""
-    try:
-        return "\0" not in codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeDecodeError:
-        return False
 
 
 def is_prepared(directory: Path) -> bool:
@@ -158,10 +150,8 @@ class Dataset:
 
     def check(self, block_size: int, vocab_size: int) -> None:
         """Raises UserError unless both splits have a batch and all their ids are below vocab_size.
-
         Reads up to CHECKED_TOKENS of each file: otherwise an id that is too large ends a run late,
-        on a GPU by an assertion without a name. `batch` checks the rest as it is drawn.
-        """
+        on a GPU by an assertion without a name. `batch` checks the rest as it is drawn."""
         for tokens in (self.train, self.val):
             number_of_starts(tokens, block_size)
             most = 0 if vocab_size > MAX_TOKEN_ID else min(len(tokens), CHECKED_TOKENS)
@@ -192,11 +182,9 @@ def batch(
     tokens: TokenFile, rows: range, block_size: int, seed: int, step: int,
     stream: int = TRAIN_STREAM, vocab_size: int = MAX_TOKEN_ID + 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Inputs x and targets y, int64 [len(rows), block_size], of these rows of a step's batch.
-
-    Row i's start depends on (seed, stream, step, i) only, so the global batch is the same however
-    its rows are dealt to data-parallel ranks. Raises UserError for an id outside vocab_size.
-    """
+    """Inputs x and targets y, int64 [len(rows), block_size], of these rows of a step's batch. Row
+    i's start depends on (seed, stream, step, i) only, so the global batch is the same however its
+    rows are dealt to data-parallel ranks. Raises UserError for an id outside vocab_size."""
     import torch
 
     starts = number_of_starts(tokens, block_size)
@@ -211,9 +199,7 @@ def batch(
 
 def row_start(starts: int, seed: int, step: int, row: int, stream: int = TRAIN_STREAM) -> int:
     """A start in [0, starts) from a counter-based generator: to resume, nothing is replayed.
-
-    Philox's key is (seed, stream), its counter (0, row, step, 0), 64 bits each.
-    """
+    Philox's key is (seed, stream), its counter (0, row, step, 0), 64 bits each."""
     key = np.array([seed % 2**64, stream], dtype=np.uint64)
     random = np.random.Philox(key=key, counter=np.array([0, row, step, 0], dtype=np.uint64))
     # 64 random bits: the remainder's bias is below starts / 2**64
@@ -288,8 +274,7 @@ def split_and_write(directory: Path, text: str, tokenizer: Tokenizer) -> None:
         train.append(ids[0])
         val.append(ids[1])
     made = f"{len(text):,} characters; {tokenizer.kind} vocabulary of {tokenizer.n_vocab:,}"
-    counts = f"train {train.count:,} tokens, val {val.count:,} tokens"
-    print(f"{directory}: {made}; {counts}")
+    print(f"{directory}: {made}; train {train.count:,} tokens, val {val.count:,} tokens")
 
 
 def _how_to_prepare(directory: Path) -> str:

@@ -1,7 +1,5 @@
 """What the data/*/prepare.py scripts share: options, and the text to prepare."""
 
-from __future__ import annotations
-
 import argparse
 import http.client
 import os
@@ -11,9 +9,8 @@ from base.errors import UserError
 from base.files import decode_text, read_text, replacing
 from text.dataset import make_directory
 
-SHAKESPEARE_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
+SHAKESPEARE_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
+                   "tinyshakespeare/input.txt")  # fmt: skip
 
 
 def a_path(text: str) -> Path:

