@@ -92,10 +92,8 @@ def _owned(entry: TensorEntry, dim: int, rank: int, unit: int = 1) -> str:
     return ",".join(f"{lo // unit}-{(hi - 1) // unit}" for lo, hi in runs if lo < hi)
 
 
-COMMANDS: dict[str, tuple[type[Any], Any]] = {
-    "split": (SplitOptions, split), "merge": (MergeOptions, merge),
-    "verify": (VerifyOptions, verify), "inspect": (InspectOptions, inspect),
-}  # fmt: skip
+COMMANDS: Any = {"split": (SplitOptions, split), "merge": (MergeOptions, merge),
+                 "verify": (VerifyOptions, verify), "inspect": (InspectOptions, inspect)}
 
 
 def main(argv: list[str]) -> int:

@@ -87,8 +87,7 @@ def own_file(path: Path) -> Path:
 
 
 def fetched(path: Path, raw: bytes | None = None) -> Path:
-    """The path itself. UserError if its content, `raw` if it is known, is the pointer that git-lfs
-    leaves in a file's place."""
+    """The path itself. UserError if its content, or `raw`, is a pointer that git-lfs leaves."""
     if (beginning(path) if raw is None else raw).startswith(b"version https://git-lfs"):
         what = "a git-lfs pointer, not the file that it stands for"
         raise UserError(f"{path} is {what}: get that with `git lfs pull`.")
@@ -103,8 +102,7 @@ def beginning(path: Path, most: int = 64) -> bytes:
 
 
 def read_small(path: Path, most: int = SMALL) -> bytes:
-    """The content of a file of a directory that may come from anywhere. UserError if it cannot be
-    read or has more than `most` bytes."""
+    """The content of a file of such a directory. UserError if it has more than `most` bytes."""
     with as_user_error(f"read {path}"):
         size = own_file(path).stat().st_size
         if size > most:
@@ -198,8 +196,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """`new_file` with UserError for OSError. A pipe or a device, and a file beside which none can
-    be made, is written to in place."""
+    """`new_file` with UserError for OSError; a device, or where nothing can be made, in place."""
     place = Path(os.path.realpath(path))
     in_place = place.exists() and not (place.is_file() and os.access(place.parent, os.W_OK))
     with as_user_error(f"write {path}"), open(place, "wb") if in_place else new_file(place) as file:

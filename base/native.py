@@ -60,10 +60,9 @@ def _load_new(compiler: str, source: Path, stem: str, cache: str | None) -> ctyp
 def _compile(compiler: str, source: Path, made: Path) -> None:
     command = [*compiler.split(), *FLAGS, "-o", str(made), str(source), "-lm"]
     try:
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            text=True, errors="replace", start_new_session=True,
-        )  # fmt: skip
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.PIPE, text=True, errors="replace",
+                                 start_new_session=True)  # fmt: skip
     except OSError as error:
         raise Unavailable(f"{compiler} could not be run ({error})") from None
     try:
@@ -92,8 +91,7 @@ def _processor() -> str:
 
 
 def _users_cache() -> tuple[int, str] | None:
-    """The cache directory: an open descriptor, and a path through it. None if it cannot be made, is
-    a link, or others can write there."""
+    """The cache directory, open, and a path through it; None if a link, or others can write."""
     handle = -1
     try:
         place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanotp"

@@ -28,8 +28,7 @@ class Foreign(Refused):
 
 
 def plain(raw: bytes) -> Any:
-    """Unpickle dicts (keys are strings or ints), lists, tuples, numbers, strings and None. Refused
-    if there is anything else."""
+    """Unpickle dicts (of str or int), lists, tuples, numbers, strings, None; else Refused."""
     return PlainUnpickler(io.BytesIO(raw)).load()
 
 

@@ -24,8 +24,7 @@ STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}  # fmt: skip
+    "BoolStorage": torch.bool}  # fmt: skip
 
 
 def read_archive(path: Path, verify: tuple[int, int] | None = None) -> Any:
@@ -96,8 +95,7 @@ class _Storage(NamedTuple):
 
 
 class _TensorUnpickler(PlainUnpickler):
-    """Also makes the tensors that torch.save wrote. records: the bytes of each storage by its key;
-    swap: they are in the other byte order."""
+    """Also makes tensors. records: the bytes of each storage; swap: in the other byte order."""
 
     dispatch = Operations(PlainUnpickler.dispatch)
 
@@ -121,9 +119,6 @@ class _TensorUnpickler(PlainUnpickler):
             record.byteswap(dtype)
         return _Storage(dtype, record[:size])
 
-    def load_binpersid(self) -> None:
-        self.append(self.persistent_load(self.stack.pop()))
-
     def load_reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         known = type(arguments) is tuple and any(function is call for call in CALLS.values())
@@ -139,8 +134,8 @@ class _TensorUnpickler(PlainUnpickler):
         if not dicts or set(attributes) != {"_metadata"}:
             raise Refused("it sets attributes")
 
-    dispatch[pickle.BINPERSID[0]], dispatch[pickle.REDUCE[0]] = load_binpersid, load_reduce
-    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BINPERSID[0]] = pickle._Unpickler.dispatch[pickle.BINPERSID[0]]
+    dispatch[pickle.REDUCE[0]], dispatch[pickle.BUILD[0]] = load_reduce, load_build
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any) -> Any:

@@ -61,9 +61,8 @@ def _check_space(out: Path, need: int) -> None:
         raise UserError(f"{out} needs {needs}, {parent} has {has} free.")
 
 
-def write_shards(
-    source: Source, partition: Partition, dtype: torch.dtype, directory: Path
-) -> Manifest:
+def write_shards(source: Source, partition: Partition, dtype: torch.dtype,
+                 directory: Path) -> Manifest:  # fmt: skip
     """Write every rank's file and the manifest, tensor after tensor, the ranks at the same time."""
     ranks, table = range(partition.tp), partition.table
     owned = {name: TensorEntry(shape, rule.unpadded) for name, (shape, rule) in table.items()}
@@ -121,21 +120,17 @@ def merge(options: MergeOptions) -> ShardSource:
 
 
 def _carried(shards: ShardSource) -> dict[str, Any]:
-    """The tokenizer, for a merged checkpoint's settings, if it is known and the vocabulary's size
-    does not tell it."""
+    """The tokenizer, for a merged checkpoint's settings, unless the vocabulary's size tells it."""
     known = shards.tokenizer or {"kind": "ids"}
     by_size = known == tokenizer_for(shards.config.vocab_size, {})
     return {} if known["kind"] == "ids" or by_size else {CARRIED: known}
 
 
-def write_hf(
-    config: GPTConfig, dtype: torch.dtype, read: Callable[[str], Tensor], directory: Path,
-    more: dict[str, Any] | None = None,
-) -> None:  # fmt: skip
-    """The config.json and model.safetensors that GPT2LMHeadModel.from_pretrained loads with no key
-    missing or left over. read: gives each full tensor by its name. transformers' GPT-2 has every
-    bias: a model without gets zeros. Linear weights are transposed to [in, out]. more: for
-    config.json."""
+def write_hf(config: GPTConfig, dtype: torch.dtype, read: Callable[[str], Tensor], directory: Path,
+             more: dict[str, Any] | None = None) -> None:  # fmt: skip
+    """What GPT2LMHeadModel.from_pretrained loads with no key missing or left over. read: gives each
+    full tensor by its name. transformers' GPT-2 has every bias: a model without gets zeros. Linear
+    weights are transposed to [in, out]. more: for config.json."""
     known = Partition.of(config, 1).shapes()
     shapes = Partition.of(replace(config, bias=True), 1).shapes()
     stored = {name: shape[::-1] if is_conv1d(name) else shape for name, shape in shapes.items()}
@@ -154,10 +149,9 @@ def hf_config(config: GPTConfig, dtype: str) -> dict[str, Any]:
     return {
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"],
         "activation_function": {"gelu": "gelu", "gelu_tanh": "gelu_new"}[config.activation],
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size, "n_ctx": config.block_size,
-        "n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head,
-        "n_inner": None, "layer_norm_epsilon": 1e-5,
+        "vocab_size": config.vocab_size, "n_positions": config.block_size,
+        "n_ctx": config.block_size, "n_embd": config.n_embd, "n_layer": config.n_layer,
+        "n_head": config.n_head, "n_inner": None, "layer_norm_epsilon": 1e-5,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
         "bos_token_id": end, "eos_token_id": end, "tie_word_embeddings": True, "dtype": dtype,
     }  # fmt: skip

@@ -21,10 +21,8 @@ from plan.partition import Span
 
 GPT2_TOKENS = 50257
 # (layers, heads, width) of the hub's models, as their config.json has them
-HUB_SIZES = {
-    "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
-}  # fmt: skip
+HUB_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024),
+             "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}  # fmt: skip
 OWNER = "openai-community/"
 DTYPE_OF_CODE = {code: dtype for dtype, code in CODES.items()}
 
@@ -138,14 +136,10 @@ def is_conv1d(name: str) -> bool:
 
 
 _GELU_OF_HF = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-_HF_FIXED = {
-    "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "tie_word_embeddings": True,
-    "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
-}  # fmt: skip
-_HF_DEFAULTS = {
-    "vocab_size": GPT2_TOKENS, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12,
-    "activation_function": "gelu_new",
-}  # fmt: skip
+_HF_FIXED = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "tie_word_embeddings": True,
+             "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}  # fmt: skip
+_HF_DEFAULTS = {"vocab_size": GPT2_TOKENS, "n_positions": 1024, "n_embd": 768, "n_layer": 12,
+                "n_head": 12, "activation_function": "gelu_new"}  # fmt: skip
 
 
 def config_from_hf(raw: Any) -> GPTConfig:

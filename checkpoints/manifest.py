@@ -1,5 +1,4 @@
-"""shards.json, the manifest of a shard directory. Nothing in it is believed before it is checked: a
-directory may come from anywhere."""
+"""shards.json, the manifest of a shard directory, which may come from anywhere: all is checked."""
 
 import os
 import re
@@ -54,8 +53,7 @@ class Sync:
 
 @dataclass(frozen=True)
 class Manifest:
-    """files: (name, bytes, sha256) of each rank's file. sync: None if the weights were made for no
-    schedule in particular."""
+    """files: (name, bytes, sha256) of each rank. sync: None if the weights were made for none."""
 
     model: GPTConfig
     tp: int

@@ -111,8 +111,7 @@ def _locate(rule: Rule, lo: int, hi: int) -> Iterator[tuple[int, Span]]:
 
 
 class ShardSource(ShardDirectory, Source):
-    """A shard directory of a model's weights. verify=(rank, size): check the bytes of this rank's
-    share of the files."""
+    """Shards of a model's weights. verify=(rank, size): check the bytes of this rank's share."""
 
     def __init__(self, directory: Path, verify: tuple[int, int] | None = None):
         super().__init__(directory)

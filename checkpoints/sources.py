@@ -35,10 +35,8 @@ LATEST = "latest"  # the file of a training directory that names its newest whol
 # --- opening --------------------------------------------------------------------------------------
 
 
-def open_source(
-    spec: str, verify: tuple[int, int] | None = None, option: str = "init_from",
-    also: tuple[str, ...] = (),
-) -> Source:  # fmt: skip
+def open_source(spec: str, verify: tuple[int, int] | None = None, option: str = "init_from",
+                also: tuple[str, ...] = ()) -> Source:  # fmt: skip
     """The source that an `--init_from` names. verify=(rank, size): check this rank's share of the
     bytes. For the UserError, option: the one that names it, also: what else that may name."""
     if name := hub_name(spec):

@@ -54,10 +54,8 @@ class TensorFile:
     that is not contiguous, in host memory and of `dtype` passes through a buffer of about CHUNK
     bytes: memory does not grow with the tensors. `close` flushes to the disk."""
 
-    def __init__(
-        self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype,
-        metadata: dict[str, str] | None = None,
-    ):  # fmt: skip
+    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype,
+                 metadata: dict[str, str] | None = None):  # fmt: skip
         self.path, self.dtype, self._left = path, dtype, list(shapes.items())
         header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
         end = 0

@@ -1,5 +1,4 @@
-"""What all sources of weights share, and checks: names that wrappers changed, shapes, dtypes, a
-stored head."""
+"""What all sources of weights share: names that wrappers changed, checks of shapes and dtypes."""
 
 import functools
 import re
@@ -42,14 +41,12 @@ class Source:
     files: Sequence[Path] = ()
 
     def read(self, name: str, dim: int | None, runs: Iterable[Span]) -> Tensor:
-        """Runs of a full tensor along `dim`, concatenated; all of it if dim is None. May be a view
-        of a file."""
+        """Runs of a full tensor along `dim`, concatenated; all if dim is None. May be a view."""
         raise NotImplementedError
 
 
 def by_plain_name(pairs: Iterable[tuple[str, T]], where: str) -> dict[str, T]:
-    """The tensors under nanoGPT's names. transformers' GPT2Model saves without the prefix that
-    GPT2LMHeadModel saves with."""
+    """The tensors under nanoGPT's names; GPT2Model saves without GPT2LMHeadModel's prefix."""
     found: dict[str, T] = {}
     for key, value in pairs:
         name = re.sub(WRAPPERS, "", key).removeprefix("transformer.")
@@ -61,10 +58,8 @@ def by_plain_name(pairs: Iterable[tuple[str, T]], where: str) -> dict[str, T]:
     return found
 
 
-def check_tensors(
-    found: Mapping[str, object], expected: Mapping[str, object], where: str, says: str,
-    verb: str = "has shape",
-) -> None:  # fmt: skip
+def check_tensors(found: Mapping[str, object], expected: Mapping[str, object], where: str,
+                  says: str, verb: str = "has shape") -> None:  # fmt: skip
     """UserError unless `found` has every tensor of `expected`, and as it is there."""
     for name, needed in expected.items():
         if name not in found:
@@ -73,10 +68,9 @@ def check_tensors(
             raise UserError(f"{where}: tensor {name} {verb} {found[name]}, {says} {needed}.")
 
 
-def check_weights(
-    found: Mapping[str, tuple[Sequence[int] | None, Any]], config: GPTConfig, where: str, says: str,
-    read: Callable[[str], Tensor], files: Mapping[str, Path] | None = None,
-) -> torch.dtype:  # fmt: skip
+def check_weights(found: Mapping[str, tuple[Sequence[int] | None, Any]], config: GPTConfig,
+                  where: str, says: str, read: Callable[[str], Tensor],
+                  files: Mapping[str, Path] | None = None) -> torch.dtype:  # fmt: skip
     """The dtype that holds the values of all tensors, given (shape, dtype) of each; (None, None)
     for what is no tensor. UserError unless they are those of the model: one left out would make it
     another model. Causal masks may be there as well. read: gives a whole tensor. files: of each,
@@ -115,6 +109,5 @@ def _is_mask(name: str, shape: Sequence[int] | None, config: GPTConfig) -> bool:
 
 
 def tokenizer_for(vocab_size: int, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The tokenizer that a merged checkpoint carries in its settings, else GPT-2's if the
-    vocabulary is as large, else None."""
+    """What a merged checkpoint says of its tokenizer, else GPT-2's for a vocabulary as large."""
     return settings.get(CARRIED, {"kind": "gpt2"} if vocab_size >= GPT2Tokenizer.n_vocab else None)

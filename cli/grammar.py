@@ -30,10 +30,8 @@ Options = TypeVar("Options", bound=EntryOptions)
 Say = Callable[[str], None]
 Keys = Mapping[str, "_Key"]
 
-LIMITS = {
-    "low": ("at least", operator.ge), "high": ("at most", operator.le),
-    "above": ("above", operator.gt), "below": ("below", operator.lt),
-}  # fmt: skip
+LIMITS = {"low": ("at least", operator.ge), "high": ("at most", operator.le),
+          "above": ("above", operator.gt), "below": ("below", operator.lt)}  # fmt: skip
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -54,9 +52,8 @@ def parse(cls: type[Options], argv: list[str], prog: str, say: Say = print_error
     return options
 
 
-def parse_command(
-    commands: Mapping[str, type[EntryOptions]], argv: list[str], prog: str, say: Say = print_error
-) -> tuple[str, Any]:
+def parse_command(commands: Mapping[str, type[EntryOptions]], argv: list[str], prog: str,
+                  say: Say = print_error) -> tuple[str, Any]:  # fmt: skip
     """(command, its options); the first word is the command. Errors and help as of `parse`."""
     if not argv:
         raise UserError(f"{prog} needs a command: {_one_of(commands)} ({prog} --help tells more)")
@@ -131,8 +128,7 @@ def _typed_option(word: str, words: deque[str], keys: Keys, prog: str) -> tuple[
     """The option of `--key=value` or `--key`, and the text of its value."""
     typed, equals, text = word[2:].partition("=")
     name = typed.replace("-", "_")
-    # Pythons before 3.12.7 take torchrun's words for abbreviations: --start means --start-method.
-    # Hence --prompt.
+    # Pythons before 3.12.7 take torchrun's --start for --start-method. Hence --prompt
     name = next((key.name for key in keys.values() if name and key.get("also") == name), name)
     if name not in keys:
         meant = _nearest_option(name, keys)
@@ -296,11 +292,9 @@ def help_text(cls: type[EntryOptions], prog: str) -> str:
     shown = {n: f"--{n}={_default_text(key, getattr(defaults, n))}" for n, key in keys.items()}
     width = max(map(len, shown.values()))
     common = {field.name for field in dataclasses.fields(RunOptions)}
-    usage = f"usage: {_launcher([cls])} {prog} [config.py ...] [--key=value ...]"
-    lines = [usage, "", inspect.getdoc(cls) or "", ""]
+    lines = [_usage([cls], prog), "", inspect.getdoc(cls) or "", ""]
     for names in (keys.keys() - common, keys.keys() & common):
-        chosen = [key for key in keys.values() if key.name in names]
-        chosen.sort(key=lambda key: key.name == "debug")
+        chosen = sorted((keys[n] for n in keys if n in names), key=lambda key: key.name == "debug")
         lines += [f"  {shown[key.name]:<{width}}  {_help_line(key)}" for key in chosen] + [""]
     end = "Config files and options count in the order given, the later one wins."
     return "\n".join([*lines, end])
@@ -308,17 +302,17 @@ def help_text(cls: type[EntryOptions], prog: str) -> str:
 
 def _commands_text(commands: Mapping[str, type[EntryOptions]], prog: str) -> str:
     width, names = max(map(len, commands)), "|".join(commands)
-    launcher = _launcher(commands.values())
-    lines = [f"usage: {launcher} {prog} {names} [config.py ...] [--key=value ...]", ""]
+    lines = [_usage(commands.values(), f"{prog} {names}"), ""]
     for name, cls in commands.items():
         first = re.split(r"[.;:(]", " ".join((inspect.getdoc(cls) or "").split()))[0].strip()
         lines.append(f"  {name:<{width}}  {first}")
     return "\n".join([*lines, "", f"{prog} COMMAND --help lists a command's options."])
 
 
-def _launcher(classes: Iterable[type[EntryOptions]]) -> str:
+def _usage(classes: Iterable[type[EntryOptions]], command: str) -> str:
     is_run = all(issubclass(cls, RunOptions) for cls in classes)
-    return "torchrun --standalone --nproc_per_node=N" if is_run else "python"
+    launcher = "torchrun --standalone --nproc_per_node=N" if is_run else "python"
+    return f"usage: {launcher} {command} [config.py ...] [--key=value ...]"
 
 
 def _help_line(key: _Key) -> str:

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from typing import Any, dataclass_transform
 
 
-def option(
-    default: Any, help: str, choices: tuple[str, ...] | None = None, *, low: float | None = None,
-    high: float | None = None, above: float | None = None, below: float | None = None,
-    required: bool = False, also: str = "",
-) -> Any:  # fmt: skip
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None, *,
+           low: float | None = None, high: float | None = None, above: float | None = None,
+           below: float | None = None, required: bool = False, also: str = "") -> Any:  # fmt: skip
     """A dataclass field with its line of help and its limits; `also` is a second name for it. `low`
     and `high` are allowed, `above` and `below` are not. A required option must not stay ""."""
     metadata = locals()

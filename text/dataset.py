@@ -38,8 +38,7 @@ LOOKED_AT = 1 << 16  # bytes at a file's beginning that tell its format
 RAW_IDS = "ids.astype('uint16').tofile(FILE) writes token ids and nothing else"
 SCAN_TOKENS = 1 << 22  # ids looked at at once by Dataset.check: 8 MB
 
-# Batches of different streams share no random numbers: evaluating more often leaves the training
-# data as it was.
+# they share no random numbers: evaluating more often leaves the training data as it was
 TRAIN_STREAM, EVAL_STREAM = 0, 1
 
 
@@ -118,8 +117,7 @@ def is_prepared(directory: Path) -> bool:
 
 
 class Dataset:
-    """A dataset directory; its files are opened when first used. Raises UserError if it is
-    missing."""
+    """A dataset directory, UserError if there is none; its files are opened when first used."""
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
@@ -178,10 +176,9 @@ def _check_ids(tokens: TokenFile, ids: NDArray[Any], position: int, vocab_size: 
         raise UserError(f"{tokens.path}: {what} {fault}: {why}")
 
 
-def batch(
-    tokens: TokenFile, rows: range, block_size: int, seed: int, step: int,
-    stream: int = TRAIN_STREAM, vocab_size: int = MAX_TOKEN_ID + 1,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def batch(tokens: TokenFile, rows: range, block_size: int, seed: int, step: int,
+          stream: int = TRAIN_STREAM, vocab_size: int = MAX_TOKEN_ID + 1,
+          ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Inputs x and targets y, int64 [len(rows), block_size], of these rows of a step's batch. Row
     i's start depends on (seed, stream, step, i) only, so the global batch is the same however its
     rows are dealt to data-parallel ranks. Raises UserError for an id outside vocab_size."""
@@ -232,8 +229,7 @@ class TokenWriter:
 
 @contextlib.contextmanager
 def token_writer(path: str | Path, n_vocab: int) -> Iterator[TokenWriter]:
-    """A TokenWriter whose file appears as `path` if the block succeeds. Raises UserError if it is
-    empty."""
+    """A TokenWriter whose file appears as `path` if the block ends well. UserError if empty."""
     with replacing(path) as file:
         writer = TokenWriter(file, str(path), n_vocab)
         yield writer
@@ -263,8 +259,7 @@ def make_directory(directory: Path) -> None:
 
 
 def split_and_write(directory: Path, text: str, tokenizer: Tokenizer) -> None:
-    """Write train.bin, val.bin (the text's last tenth, by characters) and tokenizer.json; print the
-    counts."""
+    """Write train.bin, val.bin (the text's last tenth) and tokenizer.json, and print the counts."""
     cut = int(len(text) * 0.9)
     if not 0 < cut < len(text):
         fault = f"a text of {len(text)} characters is too short to be split"

@@ -33,8 +33,7 @@ ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf6367
 
 class Tokenizer:
     """Ids are ints in [0, n_vocab); an id outside raises UserError. eot: the id that ends a
-    document, where there is one. note: a line for the user, where it is not known what the ids
-    stand for."""
+    document. note: a line for the user, where it is not known what the ids stand for."""
 
     kind: str
     n_vocab: int
@@ -85,10 +84,8 @@ class GPT2Tokenizer(Tokenizer):
         import tiktoken
 
         ranks = _mergeable_ranks(_find_encoder_json(self._directory))
-        return tiktoken.Encoding(
-            "gpt2", explicit_n_vocab=self.n_vocab, pat_str=GPT2_PIECES, mergeable_ranks=ranks,
-            special_tokens={END_OF_TEXT: self.eot},
-        )  # fmt: skip
+        return tiktoken.Encoding("gpt2", explicit_n_vocab=self.n_vocab, pat_str=GPT2_PIECES,
+                                 mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.eot})
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt: "<|endoftext|>" in it is token 50256, as in nanoGPT's sample.py."""
