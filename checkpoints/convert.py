@@ -106,7 +106,6 @@ def merge(options: MergeOptions) -> ShardSource:
     shards = open_shards(options.shards)
     _check_space(out, Partition.of(shards.config, 1).count() * shards.dtype.itemsize)
     shards.check_all_bytes(range(shards.manifest.tp))
-
     read = partial(shards.read, dim=None, runs=())
     if options.format == "hf":
         with new_directory(out, options.force, HF_FILES) as scratch:

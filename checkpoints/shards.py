@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ class ShardDirectory:
         return joined([runs_of(self.file(r).get_slice(name), dim, [run]) for r, run in places], dim)
 
 
-def _locate(rule: Rule, lo: int, hi: int) -> Iterator[tuple[int, Span]]:
+def _locate(rule: Rule, lo: int, hi: int) -> list[tuple[int, Span]]:
     """Where the entries [lo, hi) of a full tensor lie, in order: (rank, run of its part)."""
     places = []
     for rank, owned in enumerate(rule.runs):
@@ -106,8 +106,7 @@ def _locate(rule: Rule, lo: int, hi: int) -> Iterator[tuple[int, Span]]:
             if low < high:
                 places.append((low, rank, (base + low - start, base + high - start)))
             base += stop - start
-    for _, rank, run in sorted(places):
-        yield rank, run
+    return [(rank, run) for _, rank, run in sorted(places)]
 
 
 class ShardSource(ShardDirectory, Source):

@@ -20,8 +20,7 @@ def a_path(text: str) -> Path:
 def options_parser(description: str, script: str) -> argparse.ArgumentParser:
     """A parser that knows --out; its default is the directory of `script`, a prepare.py."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    home = Path(script).resolve().parent
-    said = "where to write (default: %(default)s)"
+    home, said = Path(script).resolve().parent, "where to write (default: %(default)s)"
     parser.add_argument("--out", type=a_path, default=home, metavar="DIR", help=said)
     return parser
 
