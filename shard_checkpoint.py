@@ -7,15 +7,13 @@
 """
 
 import math
-import signal
 import sys
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from base.console import console
-from base.errors import ReaderGone, UserError
+from base.console import run
 from base.numbers import nbytes
 from checkpoints import convert
 from checkpoints.manifest import TensorEntry
@@ -39,16 +37,20 @@ def merge(options: MergeOptions) -> None:
     tp, made = shards.manifest.tp, shards.sync
     print(f"{options.out}: {shards.description}, merged from {tp} shards ({form})")
     if made is not None:
-        weights = f"these weights were made for --sync={made.schedule} on tp={made.tp}"
-        print(f"note: {weights}; {form} cannot say so.")
+        schedule = f"--sync={made.schedule} on tp={made.tp}; {form} cannot say so."
+        print(f"note: these weights were made for {schedule}")
     if form == "nanogpt" and shards.config.activation != "gelu":
-        weights = "these weights use the tanh approximation of GELU"
-        print(f"note: {weights}; nanoGPT computes the exact one.")
+        exact = "GELU; nanoGPT computes the exact one."
+        print(f"note: these weights use the tanh approximation of {exact}")
 
 
 def verify(options: VerifyOptions) -> None:
-    shards = convert.verify(options.shards)
+    """Check every byte, and each file's header, against the manifest."""
+    shards = open_shards(options.shards)
     files, total = shards.manifest.files, 0
+    shards.check_all_bytes(range(len(files)))
+    for rank in range(len(files)):
+        shards.file(rank)
     for name, size, _ in files:
         print(f"{name}  {size:>13,} bytes  sha256 ok")
         total += size
@@ -60,8 +62,8 @@ def inspect(options: InspectOptions) -> None:
     """Print the manifest's split, which need not be the one that this program makes."""
     manifest = open_shards(options.shards).manifest
     tensors, config, made = manifest.tensors, manifest.model, manifest.sync
-    source = manifest.source or "unnamed source"
-    print(f"{options.shards}: {source}, tp {manifest.tp}, {manifest.dtype}")
+    tp, dtype = manifest.tp, manifest.dtype
+    print(f"{options.shards}: {manifest.source or 'unnamed source'}, tp {tp}, {dtype}")
     sizes = ", ".join(f"{key} {value}" for key, value in asdict(config).items())
     print(f"model: {sizes}; {Partition.of(config, 1).count():,} parameters")
     if made is not None:
@@ -90,35 +92,20 @@ def _owned(entry: TensorEntry, dim: int, rank: int, unit: int = 1) -> str:
     return ",".join(f"{lo // unit}-{(hi - 1) // unit}" for lo, hi in runs if lo < hi)
 
 
-COMMANDS: dict[str, tuple[type[Any], Any]] = {
-    "split": (SplitOptions, split), "merge": (MergeOptions, merge),
-    "verify": (VerifyOptions, verify), "inspect": (InspectOptions, inspect),
-}  # fmt: skip
+COMMANDS: Any = {"split": (SplitOptions, split), "merge": (MergeOptions, merge),
+                 "verify": (VerifyOptions, verify), "inspect": (InspectOptions, inspect)}
 
 
 def main(argv: list[str]) -> int:
-    """Run a command; the exit status, see docs/how_it_works.md."""
-    options, prog = None, "shard_checkpoint.py"
+    """Run a command; the exit status."""
+    prog, classes = "shard_checkpoint.py", {name: cls for name, (cls, _) in COMMANDS.items()}
+
+    def parsed() -> tuple[Any, Any]:
+        name, options = parse_command(classes, argv, prog)
+        return COMMANDS[name][1], options
+
     torch.set_num_threads(1)  # each file has a thread here: torch's own would be in their way
-    with console():
-        try:
-            classes = {name: cls for name, (cls, _) in COMMANDS.items()}
-            name, options = parse_command(classes, argv, prog)
-            COMMANDS[name][1](options)
-            sys.stdout.flush()  # here it is noticed if the reader has gone
-            return 0
-        except ReaderGone:  # `inspect | head`
-            return 128 + signal.SIGPIPE  # as a program that SIGPIPE ends
-        except UserError as error:
-            if getattr(options, "debug", False):
-                raise
-            status, message = 2, str(error)
-        except OSError as error:
-            status, message = 1, f"{error.filename or 'output'}: {error.strerror}"
-        except KeyboardInterrupt:
-            status, message = 130, "stopped by Ctrl-C"
-        print(f"{prog}: {message}", file=sys.stderr)
-        return status
+    return run(parsed, prog)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from base.errors import UserError
-from checkpoints.runs import Read
+from checkpoints.tensor_file import Read
 from model import GPTConfig, KVCache, LayerNorm, Past, attend, gelu, initial_tensor
 from parallel.collectives import Axis, all_gather
 from parallel.dropout import attend_with_own_dropout

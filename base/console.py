@@ -2,18 +2,18 @@
 
 A character that the console cannot show is shown by its number. Texts may come from anywhere, so a
 terminal shows their control characters instead of obeying them; files and pipes get the text
-unchanged. When nothing reads standard output any more (`| head`) the command ends quietly.
-"""
+unchanged. When nothing reads standard output any more (`| head`) the command ends quietly."""
 
 import contextlib
 import errno
 import io
 import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from base.errors import ReaderGone
+from base.errors import ReaderGone, UserError, print_error
 
 CONTROLS = {
     code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
@@ -21,17 +21,15 @@ CONTROLS = {
 
 
 class Output(io.TextIOWrapper):
-    """Standard output, on the bytes of `stream`.
-
-    Raises ReaderGone if nothing reads it, OSError with the file name "standard output" if writing
-    fails. After either, everything written is discarded.
-    """
+    """Standard output, on the bytes of `stream`. Raises ReaderGone if nothing reads it, OSError
+    with the file name "standard output" if writing fails. After either, everything written is
+    discarded."""
 
     def __init__(self, stream: Any):
         how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
         super().__init__(stream.buffer, stream.encoding, "backslashreplace", **how)
         self._stream = stream  # keeps the bytes open: the stream closes them when it is collected
-        self._escapes = self.isatty()
+        self._escapes = type(self) is Output and self.isatty()
 
     def isatty(self) -> bool:
         return bool(self._stream.isatty())
@@ -63,10 +61,6 @@ class Output(io.TextIOWrapper):
 
 class Errors(Output):
     """Standard error. Failing to write it raises nothing. Not escaped: bars move the cursor."""
-
-    def __init__(self, stream: Any):
-        super().__init__(stream)
-        self._escapes = False
 
     @contextlib.contextmanager
     def _translating_errors(self) -> Iterator[None]:
@@ -101,3 +95,28 @@ def _wrapped(stream: Any, descriptor: int, kind: type[Output]) -> Any:
     except OSError:
         _discard(descriptor)
     return open(os.devnull, "w")
+
+
+def run(parsed: Callable[[], tuple[Callable[[Any], object], Any]], prog: str = "") -> int:
+    """Run a command of one process; parsed: gives its function and its options. Returns the exit
+    status (docs/how_it_works.md); if that is not 0 a line of standard error says why."""
+    options = None
+    with console():
+        try:
+            main, options = parsed()
+            main(options)
+            sys.stdout.flush()  # here it is noticed if the reader has gone
+            return 0
+        except ReaderGone:  # `inspect | head`
+            return 128 + signal.SIGPIPE  # as a program that SIGPIPE ends
+        except UserError as error:
+            if getattr(options, "debug", False):
+                raise
+            status, message = 2, f"{prog or 'error'}: {error}"
+        except OSError as error:
+            where = f"{prog or 'error'}: {error.filename or 'output'}"
+            status, message = 1, f"{where}: {error.strerror}"
+        except KeyboardInterrupt:
+            status, message = 130, f"{prog}: stopped by Ctrl-C".removeprefix(": ")
+        print_error(message)
+        return status

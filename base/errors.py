@@ -8,16 +8,17 @@ from contextlib import contextmanager
 from typing import Any
 
 # from the messages of torch (for a GPU and for the host), the system, and Python (for a thread)
-OUT_OF_MEMORY = re.compile(
-    "out of memory|defaultcpuallocator|cannot allocate memory|can't start new thread", re.IGNORECASE
-)
+OUT_OF_MEMORY = re.compile("(?i)out of memory|defaultcpuallocator|cannot allocate memory|"
+                           "can't start new thread")  # fmt: skip
 
 
 class UserError(Exception):
-    """A mistake of the user's: one line on standard error, exit status 2, no traceback.
+    """A mistake of the user's: one line on standard error, exit status 2, no traceback. The message
+    names the mistake and what to do. `--debug=True` adds the traceback."""
 
-    The message names the mistake and what to do. `--debug=True` adds the traceback.
-    """
+
+class Unavailable(Exception):
+    """Something cannot be used on this machine. The message, for the user, says why."""
 
 
 class Stopped(Exception):
@@ -30,6 +31,24 @@ class Stopped(Exception):
 
 class ReaderGone(Exception):
     """Nothing reads standard output any more, as after `| head`."""
+
+
+@contextmanager
+def in_file(path: object) -> Iterator[None]:
+    """A UserError from the block begins with the file that has the mistake."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+@contextmanager
+def as_user_error(what: str) -> Iterator[None]:
+    """An OSError from the block is the user's mistake; what: what cannot be done then."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot {what}: {error.strerror or error}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,7 +1,5 @@
 """Read files that may come from anywhere; write files and directories whole or not at all."""
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import ctypes
@@ -17,7 +15,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from base.errors import UserError, printable, shown
+from base.errors import UserError, as_user_error, printable, shown
 from base.processes import is_running
 
 SMALL = 1 << 25  # bytes that are read at once: the manifest of 100 ranks and 100 layers has 10 MB
@@ -30,18 +28,14 @@ VALUES = 1 << 21  # in one JSON file: two bytes of it may take a hundred bytes o
 
 
 def read_text(path: str | Path) -> str:
-    """The file's text, see `decode_text`. UserError if it is unreadable, empty or not UTF-8.
-
-    A pipe or a device may have no end: at most PIPED bytes are read, each within PIPE_S.
-    """
-    try:
-        # O_NONBLOCK: it waits for no writer. Opened a second time, a pipe has lost its beginning
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
-            is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-            raw = file.read() if is_file else b"".join(_piped(file, path))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    check_no_pointer(path, raw)
+    """The file's text, see `decode_text`. UserError if it is unreadable, empty or not UTF-8. A pipe
+    or a device may have no end: at most PIPED bytes are read, each within PIPE_S."""
+    # O_NONBLOCK: it waits for no writer. Opened a second time, a pipe has lost its beginning
+    flags = os.O_RDONLY | os.O_NONBLOCK
+    with as_user_error(f"read {path}"), open(os.open(path, flags), "rb", buffering=0) as file:
+        is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+        raw = file.read() if is_file else b"".join(_piped(file, path))
+    fetched(Path(path), raw)
     return decode_text(raw, str(path))
 
 
@@ -72,10 +66,8 @@ def decode_text(raw: bytes, where: str) -> str:
 
 def inside(path: Path) -> Path:
     """The path itself. UserError if it is a link out of its directory: whoever unpacked the
-    directory need not know of it.
-
-    The hub's cache is made of links: from snapshots/COMMIT/ to the files in blobs/ beside it.
-    """
+    directory need not know of it. The hub's cache is made of links: from snapshots/COMMIT/ to the
+    files in blobs/ beside it."""
     if not path.is_symlink():
         return path
     home = path.parent.resolve()
@@ -94,16 +86,12 @@ def own_file(path: Path) -> Path:
     return fetched(path)
 
 
-def fetched(path: Path) -> Path:
-    """The path itself. UserError if it is the pointer that git-lfs leaves in a file's place."""
-    check_no_pointer(path, beginning(path))
-    return path
-
-
-def check_no_pointer(path: str | Path, raw: bytes) -> None:
-    if raw.startswith(b"version https://git-lfs"):
+def fetched(path: Path, raw: bytes | None = None) -> Path:
+    """The path itself. UserError if its content, or `raw`, is a pointer that git-lfs leaves."""
+    if (beginning(path) if raw is None else raw).startswith(b"version https://git-lfs"):
         what = "a git-lfs pointer, not the file that it stands for"
         raise UserError(f"{path} is {what}: get that with `git lfs pull`.")
+    return path
 
 
 def beginning(path: Path, most: int = 64) -> bytes:
@@ -114,16 +102,13 @@ def beginning(path: Path, most: int = 64) -> bytes:
 
 
 def read_small(path: Path, most: int = SMALL) -> bytes:
-    """The content of a file of a directory that may come from anywhere. UserError if it cannot be
-    read or has more than `most` bytes."""
-    try:
+    """The content of a file of such a directory. UserError if it has more than `most` bytes."""
+    with as_user_error(f"read {path}"):
         size = own_file(path).stat().st_size
         if size > most:
             limit = f"more than the {most:,} that such a file may have"
             raise UserError(f"{path} has {size:,} bytes, {limit}.")
         return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def read_json(path: Path, most: int = SMALL) -> Any:
@@ -137,23 +122,20 @@ def read_json(path: Path, most: int = SMALL) -> Any:
 def json_of(raw: bytes) -> Any:
     """The value of JSON text. ValueError or RecursionError unless it is JSON as the standard has
     it: no key twice in an object, no NaN, no number beyond a float."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(made := dict(pairs)) < len(pairs):
+            raise ValueError("a key stands twice in one object")
+        return made
+
+    def finite(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{text[:20]} is no number")
+        return value
+
     if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > VALUES:
         raise ValueError(f"more than {VALUES:,} values")
-    return json.loads(raw, object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return made
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is no number")
-    return value
+    return json.loads(raw, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -214,15 +196,11 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """`new_file` with UserError for OSError. A pipe or a device, and a file beside which none can
-    be made, is written to in place."""
+    """`new_file` with UserError for OSError; a device, or where nothing can be made, in place."""
     place = Path(os.path.realpath(path))
     in_place = place.exists() and not (place.is_file() and os.access(place.parent, os.W_OK))
-    try:
-        with open(place, "wb") if in_place else new_file(place) as file:
-            yield file
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    with as_user_error(f"write {path}"), open(place, "wb") if in_place else new_file(place) as file:
+        yield file
 
 
 @contextlib.contextmanager
@@ -230,20 +208,18 @@ def growing(path: str | Path) -> Iterator[TextIO]:
     """A text file that can be read while it grows. If there is one already the new one grows as
     FILE.part, and takes its place when the block ends well."""
     place = Path(os.path.realpath(path))
-    part = place
-    if place.is_file() and os.access(place.parent, os.W_OK):
-        part = place.with_name(place.name + ".part")
+    beside = place.is_file() and os.access(place.parent, os.W_OK)
+    part = place.with_name(place.name + ".part") if beside else place
     with open(part, "w", encoding="utf-8") as file:
         yield file
-    if part != place:
+    if beside:
         os.replace(part, place)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON and flush it to the disk, into a directory that nobody reads yet."""
     with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
+        file.write(json.dumps(value, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,8 +1,7 @@
 """Compile a C file on first use (a fraction of a second) and keep the library in the user's cache.
 
 A library runs with the user's rights. So one from the cache is loaded only if nobody else can have
-written it, and only if its SHA-256 is the one in its name.
-"""
+written it, and only if its SHA-256 is the one in its name."""
 
 import contextlib
 import ctypes
@@ -17,15 +16,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from base.errors import printable
+from base.errors import Unavailable, printable
+from base.files import new_file
 
 # no -ffast-math: it would reorder sums and assume that there are no NaNs
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 COMPILE_S = 20.0  # a compiler that takes longer hangs
-
-
-class Unavailable(Exception):
-    """Something cannot be used on this machine. The message, for the user, says why."""
 
 
 def load(source: Path) -> ctypes.CDLL:
@@ -50,30 +46,33 @@ def _load_new(compiler: str, source: Path, stem: str, cache: str | None) -> ctyp
     with tempfile.TemporaryDirectory(prefix="nanotp-") as scratch:
         made = Path(scratch) / f"{stem}.so"
         _compile(compiler, source, made)
+        content = made.read_bytes()
+        kept = f"{cache}/{stem}-{hashlib.sha256(content).hexdigest()}.so"
         if cache:
             with contextlib.suppress(OSError):  # the cache is full, or mounted noexec
-                return ctypes.CDLL(_keep(cache, stem, made.read_bytes()))
+                with new_file(Path(kept)) as file:
+                    os.fchmod(file.fileno(), 0o600)
+                    file.write(content)
+                return ctypes.CDLL(kept)
         return ctypes.CDLL(str(made))  # stays loaded when the file is deleted
 
 
 def _compile(compiler: str, source: Path, made: Path) -> None:
     command = [*compiler.split(), *FLAGS, "-o", str(made), str(source), "-lm"]
     try:
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            text=True, errors="replace", start_new_session=True,
-        )  # fmt: skip
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.PIPE, text=True, errors="replace",
+                                 start_new_session=True)  # fmt: skip
     except OSError as error:
         raise Unavailable(f"{compiler} could not be run ({error})") from None
     try:
         messages = child.communicate(timeout=COMPILE_S)[1]
-    except BaseException as error:
-        os.killpg(child.pid, signal.SIGKILL)  # the compiler and its child processes
-        child.communicate()
-        if isinstance(error, subprocess.TimeoutExpired):
-            late = f"{compiler} did not come to an end within {COMPILE_S:g} s"
-            raise Unavailable(late) from None
-        raise
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"{compiler} did not come to an end within {COMPILE_S:g} s") from None
+    finally:
+        if child.returncode is None:
+            os.killpg(child.pid, signal.SIGKILL)  # the compiler and its child processes
+            child.communicate()
     if child.returncode:
         faults = [line for line in messages.splitlines() if "error" in line] or ["no message"]
         raise Unavailable(f"{compiler} failed: {printable(faults[0], 120)}")
@@ -92,10 +91,7 @@ def _processor() -> str:
 
 
 def _users_cache() -> tuple[int, str] | None:
-    """The cache directory: an open descriptor, and a path through it.
-
-    None if it cannot be made, is a link, or others can write there.
-    """
+    """The cache directory, open, and a path through it; None if a link, or others can write."""
     handle = -1
     try:
         place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanotp"
@@ -130,19 +126,3 @@ def _load_kept(cache: str, stem: str) -> ctypes.CDLL | None:
                 return ctypes.CDLL(str(path))
             path.unlink()
     return None
-
-
-def _keep(cache: str, stem: str, content: bytes) -> str:
-    """Write the library to the cache and return its path. OSError if that fails."""
-    path = f"{cache}/{stem}-{hashlib.sha256(content).hexdigest()}.so"
-    handle, scratch = tempfile.mkstemp(prefix=".", dir=cache)
-    try:
-        with open(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(handle)
-        os.rename(scratch, path)
-    except OSError:
-        os.unlink(scratch)
-        raise
-    return path

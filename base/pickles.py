@@ -2,8 +2,7 @@
 memory in proportion to its bytes.
 
 `PlainUnpickler` is Python's own unpickler with fewer operations and stricter dict keys: a tuple of
-tuples of ..., each the same object twice, is a few bytes long and takes for ever to hash.
-"""
+tuples of ..., each the same object twice, is a few bytes long and takes for ever to hash."""
 
 import io
 import pickle
@@ -13,12 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 # the operations of dicts, lists, tuples, numbers, strings and None, and the two that name a class
-PLAIN = (
-    "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 INT BININT BININT1 BININT2 LONG LONG1 LONG4 "
-    "BINFLOAT NONE NEWTRUE NEWFALSE EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 "
-    "TUPLE3 MARK EMPTY_DICT DICT SETITEM SETITEMS PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET "
-    "LONG_BINGET PROTO FRAME STOP GLOBAL STACK_GLOBAL"
-)
+PLAIN = """UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 INT BININT BININT1 BININT2 LONG LONG1
+LONG4 BINFLOAT NONE NEWTRUE NEWFALSE EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2
+TUPLE3 MARK EMPTY_DICT DICT SETITEM SETITEMS PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET
+PROTO FRAME STOP GLOBAL STACK_GLOBAL"""
 STRAY = (EOFError, struct.error, LookupError, TypeError, ValueError, AttributeError)
 
 
@@ -31,8 +28,7 @@ class Foreign(Refused):
 
 
 def plain(raw: bytes) -> Any:
-    """Unpickle dicts (keys are strings or ints), lists, tuples, numbers, strings and None. Refused
-    if there is anything else."""
+    """Unpickle dicts (of str or int), lists, tuples, numbers, strings, None; else Refused."""
     return PlainUnpickler(io.BytesIO(raw)).load()
 
 

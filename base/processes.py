@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from base.native import Unavailable
+from base.errors import Unavailable
 
 T = TypeVar("T")
 Exchange = Callable[[Any], list[Any]]  # all-gather of a small picklable value, in rank order

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from base.errors import UserError
-from base.native import Unavailable
+from base.errors import Unavailable, UserError
 from bench import strategies
 from bench.rounds import Bench, numbers, spread, table
 from bench.strategies import MISTAKES, Case, Counts, Piece, answers, formula

@@ -2,8 +2,7 @@
 
 torch.load(weights_only=True, mmap=True) maps whatever lies where the archive says that a record
 begins, compressed or shorter than the tensor made of it, and unpickles calls and keys that take all
-memory or all time. So the archive is read here, by zipfile and base/pickles.py.
-"""
+memory or all time. So the archive is read here, by zipfile and base/pickles.py."""
 
 import io
 import pickle
@@ -25,17 +24,14 @@ STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}  # fmt: skip
+    "BoolStorage": torch.bool}  # fmt: skip
 
 
 def read_archive(path: Path, verify: tuple[int, int] | None = None) -> Any:
     """The dicts, lists, numbers, strings and tensors that torch.save wrote, tensors mapped.
-
     verify=(rank, size): compare the checksums of the model's tensors too, each by one of `size`
     ranks. Raises pickles.Refused where the pickle holds more than data, and an error of some other
-    kind where the file is damaged or no such archive.
-    """
+    kind where the file is damaged or no such archive."""
     with open(path, "rb") as file, ZipFile(file) as archive:
         starts = _starts(file, archive)
         root = archive.filelist[0].filename.partition("/")[0]
@@ -61,12 +57,10 @@ def read_archive(path: Path, verify: tuple[int, int] | None = None) -> Any:
 
 
 def _starts(file: BinaryIO, archive: ZipFile) -> dict[str, int]:
-    """Where the content of each record begins, in order.
-
-    BadZipFile unless the records are stored as they are, in one folder, under names that differ in
-    more than case (torch ignores it), and fill the file from its first byte to the archive's
-    directory, each apart, and nothing follows that.
-    """
+    """Where the content of each record begins, in order. BadZipFile unless the records are stored
+    as they are, in one folder, under names that differ in more than case (torch ignores it), and
+    fill the file from its first byte to the archive's directory, each apart, and nothing follows
+    that."""
     starts, edge = {}, 0
     entries = sorted(archive.filelist, key=lambda entry: entry.header_offset)
     for entry in entries:
@@ -101,8 +95,7 @@ class _Storage(NamedTuple):
 
 
 class _TensorUnpickler(PlainUnpickler):
-    """Also makes the tensors that torch.save wrote. records: the bytes of each storage by its key;
-    swap: they are in the other byte order."""
+    """Also makes tensors. records: the bytes of each storage; swap: in the other byte order."""
 
     dispatch = Operations(PlainUnpickler.dispatch)
 
@@ -126,9 +119,6 @@ class _TensorUnpickler(PlainUnpickler):
             record.byteswap(dtype)
         return _Storage(dtype, record[:size])
 
-    def load_binpersid(self) -> None:
-        self.append(self.persistent_load(self.stack.pop()))
-
     def load_reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         known = type(arguments) is tuple and any(function is call for call in CALLS.values())
@@ -144,8 +134,8 @@ class _TensorUnpickler(PlainUnpickler):
         if not dicts or set(attributes) != {"_metadata"}:
             raise Refused("it sets attributes")
 
-    dispatch[pickle.BINPERSID[0]], dispatch[pickle.REDUCE[0]] = load_binpersid, load_reduce
-    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BINPERSID[0]] = pickle._Unpickler.dispatch[pickle.BINPERSID[0]]
+    dispatch[pickle.REDUCE[0]], dispatch[pickle.BUILD[0]] = load_reduce, load_build
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any) -> Any:

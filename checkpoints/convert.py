@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -60,9 +61,8 @@ def _check_space(out: Path, need: int) -> None:
         raise UserError(f"{out} needs {needs}, {parent} has {has} free.")
 
 
-def write_shards(
-    source: Source, partition: Partition, dtype: torch.dtype, directory: Path
-) -> Manifest:
+def write_shards(source: Source, partition: Partition, dtype: torch.dtype,
+                 directory: Path) -> Manifest:  # fmt: skip
     """Write every rank's file and the manifest, tensor after tensor, the ranks at the same time."""
     ranks, table = range(partition.tp), partition.table
     owned = {name: TensorEntry(shape, rule.unpadded) for name, (shape, rule) in table.items()}
@@ -76,12 +76,10 @@ def write_shards(
         files[rank].write(name, source.read(name, rule.dim, rule.runs_of(rank)))
 
     # converting, hashing and writing all release Python's lock
-    total = sum(file.total for file in files)
-    with _progress("split", total) as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with _progress("split", files) as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for name in owned:
-            before = sum(file.bytes for file in files)
             list(pool.map(write, [name] * partition.tp, ranks))
-            bar.update(sum(file.bytes for file in files) - before)
+            bar.update(sum(file.bytes for file in files) - bar.n)
         closed = list(pool.map(TensorFile.close, files))
     written = tuple((file.path.name, *ends) for file, ends in zip(files, closed, strict=True))
     about = source.config, partition.tp, dtype_name(dtype), source.description
@@ -90,9 +88,9 @@ def write_shards(
     return manifest
 
 
-def _progress(what: str, total: int) -> Any:
-    size = {"unit": "B", "unit_scale": True, "unit_divisor": 1000}
-    return tqdm(total=total, desc=what, disable=None, **size)
+def _progress(what: str, files: list[TensorFile]) -> Any:
+    total = sum(file.total for file in files)
+    return tqdm(total=total, desc=what, disable=None, unit="B", unit_scale=True, unit_divisor=1000)
 
 
 def merge(options: MergeOptions) -> ShardSource:
@@ -101,17 +99,14 @@ def merge(options: MergeOptions) -> ShardSource:
     if options.format == "hf":
         check_target(out, options.force, HF_FILES)
     elif out.is_dir():
-        hint = f"name the file to write, such as --out={out / 'ckpt.pt'}"
-        raise UserError(f"{out} is a directory: {hint}")
+        such = f"such as --out={out / 'ckpt.pt'}"
+        raise UserError(f"{out} is a directory: name the file to write, {such}")
     elif not options.force:
         check_target(out, False, "")
     shards = open_shards(options.shards)
     _check_space(out, Partition.of(shards.config, 1).count() * shards.dtype.itemsize)
     shards.check_all_bytes(range(shards.manifest.tp))
-
-    def read(name: str) -> Tensor:
-        return shards.read(name, None, ())
-
+    read = partial(shards.read, dim=None, runs=())
     if options.format == "hf":
         with new_directory(out, options.force, HF_FILES) as scratch:
             write_hf(shards.config, shards.dtype, read, scratch, _carried(shards))
@@ -124,33 +119,26 @@ def merge(options: MergeOptions) -> ShardSource:
 
 
 def _carried(shards: ShardSource) -> dict[str, Any]:
-    """The tokenizer, for a merged checkpoint's settings, if it is known and the vocabulary's size
-    does not tell it."""
+    """The tokenizer, for a merged checkpoint's settings, unless the vocabulary's size tells it."""
     known = shards.tokenizer or {"kind": "ids"}
-    by_size = known == tokenizer_for(shards.config.vocab_size)
+    by_size = known == tokenizer_for(shards.config.vocab_size, {})
     return {} if known["kind"] == "ids" or by_size else {CARRIED: known}
 
 
-def write_hf(
-    config: GPTConfig, dtype: torch.dtype, read: Callable[[str], Tensor], directory: Path,
-    more: dict[str, Any] | None = None,
-) -> None:  # fmt: skip
-    """The config.json and model.safetensors that GPT2LMHeadModel.from_pretrained loads with no key
-    missing or left over.
-
-    read: gives each full tensor by its name. transformers' GPT-2 has every bias: a model without
-    gets zeros. Linear weights are transposed to [in, out]. more: for config.json.
-    """
+def write_hf(config: GPTConfig, dtype: torch.dtype, read: Callable[[str], Tensor], directory: Path,
+             more: dict[str, Any] | None = None) -> None:  # fmt: skip
+    """What GPT2LMHeadModel.from_pretrained loads with no key missing or left over. read: gives each
+    full tensor by its name. transformers' GPT-2 has every bias: a model without gets zeros. Linear
+    weights are transposed to [in, out]. more: for config.json."""
     known = Partition.of(config, 1).shapes()
     shapes = Partition.of(replace(config, bias=True), 1).shapes()
     stored = {name: shape[::-1] if is_conv1d(name) else shape for name, shape in shapes.items()}
     file = TensorFile(directory / "model.safetensors", stored, dtype, metadata={"format": "pt"})
-    with _progress("merge", file.total) as bar:
+    with _progress("merge", [file]) as bar:
         for name, shape in shapes.items():
-            before = file.bytes
             tensor = read(name) if name in known else torch.zeros(shape)
             file.write(name, tensor.t() if is_conv1d(name) else tensor)
-            bar.update(file.bytes - before)
+            bar.update(file.bytes - bar.n)
     file.close()
     write_json(directory / "config.json", hf_config(config, dtype_name(dtype)) | (more or {}))
 
@@ -160,10 +148,9 @@ def hf_config(config: GPTConfig, dtype: str) -> dict[str, Any]:
     return {
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"],
         "activation_function": {"gelu": "gelu", "gelu_tanh": "gelu_new"}[config.activation],
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size, "n_ctx": config.block_size,
-        "n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head,
-        "n_inner": None, "layer_norm_epsilon": 1e-5,
+        "vocab_size": config.vocab_size, "n_positions": config.block_size,
+        "n_ctx": config.block_size, "n_embd": config.n_embd, "n_layer": config.n_layer,
+        "n_head": config.n_head, "n_inner": None, "layer_norm_epsilon": 1e-5,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
         "bos_token_id": end, "eos_token_id": end, "tie_word_embeddings": True, "dtype": dtype,
     }  # fmt: skip
@@ -181,13 +168,3 @@ def _write_nanogpt(shards: ShardSource, read: Callable[[str], Tensor], file: Bin
         torch.save(content | {"config": config}, file)
     except RuntimeError as error:  # it hides why a write failed
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-
-
-def verify(directory: str) -> ShardSource:
-    """Check every byte of a shard directory, and each file's header, against the manifest."""
-    shards = open_shards(directory)
-    ranks = range(shards.manifest.tp)
-    shards.check_all_bytes(ranks)
-    for rank in ranks:
-        shards.file(rank)
-    return shards

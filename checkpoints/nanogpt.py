@@ -1,22 +1,25 @@
 """Weights as nanoGPT saves them: ckpt.pt."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from base.errors import UserError, printable
+from base.errors import UserError, in_file, printable
 from base.files import beginning, fetched
 from base.pickles import Foreign, Refused
 from checkpoints.archives import read_archive
-from checkpoints.manifest import Sync, config_from
-from checkpoints.runs import runs_of
-from checkpoints.tensors import HEAD, TABLE, by_plain_name, check_tied, check_weights, tokenizer_for
+from checkpoints.manifest import config_from
+from checkpoints.tensor_file import runs_of
+from checkpoints.tensors import Source, by_plain_name, check_weights, tokenizer_for
 from plan.partition import Partition, Span
 
-# how a file begins that torch.save did not write, and what it is
+# how a file begins that torch.save did not write, as a regular expression, and what it is
 BEGINNINGS = {
+    rb"(?s:.{8}){":
+        "a safetensors file: --init_from takes the directory that has it and config.json",
     b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.":
         "torch's format from before version 1.6: load it with torch, save it again",
     b"\x80": "a pickle that torch.save did not write: save a dict of tensors with torch.save",
@@ -25,57 +28,40 @@ BEGINNINGS = {
     b"\x89HDF": "an HDF5 file, as TensorFlow saves weights: save them with torch",
     b"<": "a web page: its address was that of a page about the file, not that of the file",
 }  # fmt: skip
-WITHOUT = (
-    "Where it was made, save what is needed alone: "
-    "torch.save({key: checkpoint[key] for key in ('model', 'model_args')}, 'ckpt.pt')."
-)
-BARE = (
-    "It holds tensors alone, such as transformers' pytorch_model.bin does: name a directory that "
-    "save_pretrained(...) wrote, or save {'model': ..., 'model_args': {...}}."
-)
+WITHOUT = ("Where it was made, save what is needed alone: "
+           "torch.save({key: checkpoint[key] for key in ('model', 'model_args')}, 'ckpt.pt').")
+BARE = ("It holds tensors alone, such as transformers' pytorch_model.bin does: name a directory "
+        "that save_pretrained(...) wrote, or save {'model': ..., 'model_args': {...}}.")
 
 
-def another_format(path: Path) -> str:
-    """The format of a file that torch.save did not write, "" if it cannot be recognised."""
-    head = beginning(path)
-    if head[8:9] == b"{":
-        return "a safetensors file: --init_from takes the directory that has it and config.json"
-    return next((what for begins, what in BEGINNINGS.items() if head.startswith(begins)), "")
-
-
-class NanoGPTCheckpoint:
+class NanoGPTCheckpoint(Source):
     """A nanoGPT ckpt.pt, its tensors mapped from the file: {"model": state dict, "model_args":
     {...}, "config": {...}, ...}. verify: see `read_archive`."""
-
-    sync: Sync | None = None
 
     def __init__(self, path: Path, verify: tuple[int, int] | None = None):
         self.path, self.description, self.files = path, str(path), [path]
         raw = self._load(verify)
-        pairs = ((str(name), value) for name, value in raw["model"].items())
-        state = by_plain_name(pairs, str(path))
+        state = by_plain_name(((str(k), value) for k, value in raw["model"].items()), str(path))
         settings = raw["config"] if isinstance(raw.get("config"), dict) else {}
         # nanoGPT has no `activation`, always the exact GELU: `merge` writes it into `config`, where
         # nanoGPT does not look. `bias` is younger than some checkpoints, which have biases
         bias, activation = "transformer.ln_f.bias" in state, settings.get("activation", "gelu")
         defaults = {"dropout": 0.0, "activation": activation, "bias": bias}
-        try:
+        with in_file(path):
             self.config = config_from(defaults | raw["model_args"], "model_args.{}".format)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        found: dict[str, Any] = dict.fromkeys(state, (None, None))
-        found |= {name: (list(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-        self.dtype = check_weights(found, self.config, str(path), "model_args say")
-        if HEAD in state:
-            check_tied(state[HEAD], state[TABLE], str(path))
+        found: dict[str, Any] = {
+            name: (list(value.shape), value.dtype) if isinstance(value, Tensor) else (None, None)
+            for name, value in state.items()
+        }
+        about = str(path), "model_args say"
+        self.dtype = check_weights(found, self.config, *about, state.__getitem__)
         self.tensors = {name: state[name] for name in Partition.of(self.config, 1).shapes()}
         # one number may pose as many, by a stride of 0
         if sum(t.nbytes for t in self.tensors.values()) > path.stat().st_size:
             raise UserError(f"{path}: its tensors claim more bytes than the file has.")
         name = settings.get("dataset")
         plain = isinstance(name, str) and name.replace("_", "").replace("-", "").isalnum()
-        self.dataset: str | None = name if plain else None
+        self.dataset = name if plain else None
         self.tokenizer = tokenizer_for(self.config.vocab_size, settings)
 
     def _load(self, verify: tuple[int, int] | None) -> dict[str, Any]:
@@ -86,11 +72,12 @@ class NanoGPTCheckpoint:
         except Refused as error:
             reads = "only tensors, numbers, strings and lists and dicts of them are read"
             how = f" {WITHOUT}" if isinstance(error, Foreign) else ""
-            fault = f"is refused: {error}; {reads} from a ckpt.pt"
-            raise UserError(f"{self.path} {fault}.{how}") from None
+            fault = f"is refused: {error}; {reads} from a ckpt.pt.{how}"
+            raise UserError(f"{self.path} {fault}") from None
         except Exception as error:  # zipfile and torch raise a dozen kinds for a broken file
             fault = f"{type(error).__name__}: {printable((str(error).splitlines() or [''])[0], 80)}"
-            fault = another_format(self.path) or fault
+            head = beginning(self.path)
+            fault = next((what for how, what in BEGINNINGS.items() if re.match(how, head)), fault)
             raise UserError(f"{self.path} is not a readable ckpt.pt ({fault}).") from None
         parts = raw if isinstance(raw, dict) else {}
         if all(isinstance(parts.get(key), dict) for key in ("model", "model_args")):

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,8 @@ from torch import Tensor
 from base.errors import UserError, shown
 from base.files import fetched
 from checkpoints.manifest import DTYPES, MANIFEST, read_manifest
-from checkpoints.runs import joined, runs_of
-from checkpoints.tensor_file import CODES, open_tensors
-from checkpoints.tensors import check_tensors
+from checkpoints.tensor_file import CODES, joined, open_tensors, runs_of
+from checkpoints.tensors import Source, check_tensors
 from plan.partition import Partition, Rule, Span
 from text.tokenizer import TOKENIZER_FILE, read_tokenizer
 
@@ -97,7 +96,7 @@ class ShardDirectory:
         return joined([runs_of(self.file(r).get_slice(name), dim, [run]) for r, run in places], dim)
 
 
-def _locate(rule: Rule, lo: int, hi: int) -> Iterator[tuple[int, Span]]:
+def _locate(rule: Rule, lo: int, hi: int) -> list[tuple[int, Span]]:
     """Where the entries [lo, hi) of a full tensor lie, in order: (rank, run of its part)."""
     places = []
     for rank, owned in enumerate(rule.runs):
@@ -107,24 +106,17 @@ def _locate(rule: Rule, lo: int, hi: int) -> Iterator[tuple[int, Span]]:
             if low < high:
                 places.append((low, rank, (base + low - start, base + high - start)))
             base += stop - start
-    for _, rank, run in sorted(places):
-        yield rank, run
+    return [(rank, run) for _, rank, run in sorted(places)]
 
 
-class ShardSource(ShardDirectory):
-    """A shard directory of a model's weights. verify=(rank, size): check the bytes of this rank's
-    share of the files."""
-
-    dataset: str | None = None
-    tokenizer: dict[str, Any] | None = None
+class ShardSource(ShardDirectory, Source):
+    """Shards of a model's weights. verify=(rank, size): check the bytes of this rank's share."""
 
     def __init__(self, directory: Path, verify: tuple[int, int] | None = None):
         super().__init__(directory)
         self.check_tensors(Partition.of(self.config, 1).shapes())
-        path = directory / TOKENIZER_FILE
-        if os.path.lexists(path):
+        if os.path.lexists(path := directory / TOKENIZER_FILE):
             self.tokenizer = read_tokenizer(path).to_json()
         self.sync, self.files = self.manifest.sync, [directory / MANIFEST]
         if verify is not None:
-            rank, size = verify
-            self.check_all_bytes(range(rank, self.manifest.tp, size))
+            self.check_all_bytes(range(verify[0], self.manifest.tp, verify[1]))

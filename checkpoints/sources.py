@@ -1,78 +1,42 @@
 """Where weights come from: the hub, a Hugging Face directory, a ckpt.pt, shards, a training run.
 
 Every source gives any part of any full tensor in nanoGPT's names and orientation, so that a rank
-reads only what it owns, at whatever tp. Nothing executes what a file says.
-"""
+reads only what it owns, at whatever tp. Nothing executes what a file says."""
 
 import difflib
 import hashlib
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from base.errors import UserError, shown
 from base.files import inside, own_file, read_small
 from checkpoints.huggingface import HUB_SIZES, OWNER, HuggingFaceDirectory, from_hub, hub_name
-from checkpoints.manifest import MANIFEST, Sync
+from checkpoints.manifest import MANIFEST
 from checkpoints.nanogpt import NanoGPTCheckpoint
-from checkpoints.runs import Read
 from checkpoints.shards import ShardDirectory, ShardSource
+from checkpoints.tensor_file import Read
+from checkpoints.tensors import Source
 from model import GPTConfig
-from plan.partition import Rule, Span
+from plan.partition import Rule
 from plan.schedule import Schedule
 from text.dataset import Dataset, is_prepared
-from text.tokenizer import (
-    TOKENIZER_FILE,
-    GPT2Tokenizer,
-    IdsTokenizer,
-    Tokenizer,
-    read_tokenizer,
-    tokenizer_from_json,
-)  # fmt: skip
+
+from text.tokenizer import (  # isort: skip
+    TOKENIZER_FILE, GPT2Tokenizer, IdsTokenizer, Tokenizer, read_tokenizer, tokenizer_from_json,
+)
 
 LATEST = "latest"  # the file of a training directory that names its newest whole checkpoint
-
-
-@dataclass
-class Described:
-    """A source without its weights."""
-
-    config: GPTConfig
-    description: str
-    sync: Sync | None = None
-
-
-class Source(Protocol):
-    """description: for people. sync: the schedule of sync points that the weights were made for,
-    None if for none in particular. dtype: of the stored weights. tokenizer: as tokenizer.json has
-    it, None if it is not known; dataset: nanoGPT's hint for it."""
-
-    config: GPTConfig
-    description: str
-    sync: Sync | None
-    dtype: torch.dtype
-    tokenizer: dict[str, Any] | None
-    dataset: str | None
-
-    def read(self, name: str, dim: int | None, runs: Iterable[Span]) -> Tensor:
-        """Runs of a full tensor along `dim`, concatenated; all of it if dim is None. May be a view
-        of a file."""
-        ...
 
 
 # --- opening --------------------------------------------------------------------------------------
 
 
-def open_source(
-    spec: str, verify: tuple[int, int] | None = None, option: str = "init_from",
-    also: tuple[str, ...] = (),
-) -> Source:  # fmt: skip
+def open_source(spec: str, verify: tuple[int, int] | None = None, option: str = "init_from",
+                also: tuple[str, ...] = ()) -> Source:  # fmt: skip
     """The source that an `--init_from` names. verify=(rank, size): check this rank's share of the
     bytes. For the UserError, option: the one that names it, also: what else that may name."""
     if name := hub_name(spec):
@@ -89,10 +53,9 @@ def open_source(
     if os.path.lexists(path / "ckpt.pt"):
         return NanoGPTCheckpoint(own_file(path / "ckpt.pt"), verify)
     if path.is_dir():
-        raise UserError(
-            f"--{option}={spec} is a directory without weights: no {MANIFEST} (shards), "
-            f"config.json (Hugging Face), ckpt.pt (nanoGPT) or {LATEST} (training)."
-        )
+        kinds = f"config.json (Hugging Face), ckpt.pt (nanoGPT) or {LATEST} (training)"
+        fault = f"is a directory without weights: no {MANIFEST} (shards), {kinds}"
+        raise UserError(f"--{option}={spec} {fault}.")
     names = [*HUB_SIZES, *also]
     near = difflib.get_close_matches(spec, [*names, *(OWNER + name for name in HUB_SIZES)], n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
@@ -107,13 +70,12 @@ def open_for_inference(options: Any, verify: tuple[int, int]) -> Source:
     return open_source(options.init_from, verify, also=("resume",))
 
 
-def open_sizes(spec: str) -> Described:
+def open_sizes(spec: str) -> Source:
     """The source that an `--init_from` names; of a hub's model no file is read."""
     if name := hub_name(spec):
         sizes = 1024, GPT2Tokenizer.n_vocab, *HUB_SIZES[name]
-        return Described(GPTConfig(*sizes, activation="gelu_tanh"), name)
-    source = open_source(spec)
-    return Described(source.config, source.description, source.sync)
+        return Source(GPTConfig(*sizes, activation="gelu_tanh"), name)
+    return open_source(spec)
 
 
 def open_shards(directory: str) -> ShardSource:
@@ -136,7 +98,7 @@ def identity(source: Source) -> str:
     """Equal on two ranks if they read the same weights: the description, and a hash of size and
     both ends of each file, or of the manifest, which has every file's sha256."""
     digest = hashlib.sha256()
-    for path in getattr(source, "files", ()):
+    for path in source.files:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest.update(f"{path.name} {size} ".encode() + file.read(1 << 20))
@@ -160,30 +122,24 @@ def reader(source: Source | ShardDirectory, rank: int, block_size: int = 0) -> R
     return read
 
 
-def schedule_of(source: Source | Described, text: str, tp: int) -> Schedule:
+def schedule_of(source: Source, text: str, tp: int) -> Schedule:
     """The schedule of --sync=`text`; if that is "", the one that the weights were made for, or all
     sync points. UserError if they were made for another tp: what a rank sees between two sync
     points, and what was repaired, depends on it."""
     made = source.sync
     if not text and made is not None and made.tp != tp and made.schedule != "all":
-        raise UserError(
-            f"{source.description} was made for --sync={made.schedule} on tp={made.tp} ranks, and "
-            f"this run has tp={tp}. Start {made.tp} ranks, or synchronise after every sub-block "
-            "with --sync=all."
-        )
+        here = f"this run has tp={tp}. Start {made.tp} ranks, or synchronise after every sub-block"
+        there = f"was made for --sync={made.schedule} on tp={made.tp} ranks"
+        raise UserError(f"{source.description} {there}, and {here} with --sync=all.")
     return Schedule.parse(text or (made.schedule if made else "all"), source.config.n_layer)
 
 
 def tokenizer_of(source: Source, choice: str = "", data_dir: str = "data") -> Tokenizer:
     """The tokenizer for these weights: the user's `choice` (a directory, gpt2 or ids), else the
-    source's.
-
-    A nanoGPT checkpoint names only its dataset, whose directory has the characters. If none is
-    known, text is token ids (ids).
-    """
-    config = source.config
+    source's. A nanoGPT checkpoint names only its dataset, whose directory has the characters. If
+    none is known, text is token ids (ids)."""
     if choice == "ids":
-        return IdsTokenizer(config.vocab_size)
+        return IdsTokenizer(source.config.vocab_size)
     if choice:
         return _chosen_tokenizer(choice)
     if source.dataset and is_prepared(Path(data_dir) / source.dataset):
@@ -191,9 +147,9 @@ def tokenizer_of(source: Source, choice: str = "", data_dir: str = "data") -> To
     elif source.tokenizer is not None:
         tokenizer = tokenizer_from_json(source.tokenizer, source.description)
     else:
-        note = f"{_missed(source, data_dir)}: text is token ids. --tokenizer=DIR names its"
-        note += " directory."
-        tokenizer = IdsTokenizer(config.vocab_size, note if source.dataset else "")
+        how = "text is token ids. --tokenizer=DIR names its directory."
+        note = f"{_missed(source, data_dir)}: {how}" if source.dataset else ""
+        tokenizer = IdsTokenizer(source.config.vocab_size, note)
     check_belongs(tokenizer, source)
     return tokenizer
 
@@ -221,11 +177,9 @@ def _missed(source: Source, data_dir: str) -> str:
 def check_belongs(tokenizer: Tokenizer, source: Source) -> None:
     """UserError if the tokenizer has more ids than the model."""
     if tokenizer.n_vocab > source.config.vocab_size:
-        raise UserError(
-            f"the tokenizer ({tokenizer.kind}) knows {tokenizer.n_vocab} ids, the model's "
-            f"vocab_size is {source.config.vocab_size}: they do not belong together. Name the "
-            "right one with --tokenizer."
-        )
+        model = f"the model's vocab_size is {source.config.vocab_size}: they do not belong together"
+        knows = f"the tokenizer ({tokenizer.kind}) knows {tokenizer.n_vocab} ids"
+        raise UserError(f"{knows}, {model}. Name the right one with --tokenizer.")
 
 
 def common_tokenizer(source: Source, dataset: Dataset, data_dir: str) -> tuple[Tokenizer, str]:
@@ -238,8 +192,7 @@ def common_tokenizer(source: Source, dataset: Dataset, data_dir: str) -> tuple[T
         notice = f"{_missed(source, data_dir)}: {taken}" if theirs.note else ""
         return (ours if ours.n_vocab <= source.config.vocab_size else theirs), notice
     if ours.kind != "ids" and theirs.to_json() != ours.to_json():
-        raise UserError(
-            f"{source.description} was trained on {theirs.kind} tokens, the dataset's tokenizer is "
-            f"another ({ours.kind}, {ours.n_vocab} tokens). Prepare the dataset with the model's."
-        )
+        another = f"the dataset's tokenizer is another ({ours.kind}, {ours.n_vocab} tokens)"
+        fault = f"was trained on {theirs.kind} tokens, {another}"
+        raise UserError(f"{source.description} {fault}. Prepare the dataset with the model's.")
     return theirs, ""

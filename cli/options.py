@@ -1,36 +1,28 @@
 """Every command's options as dataclasses; grammar.py reads them from the command line.
 
 Options that nanoGPT has keep its names, meanings and nearly all defaults, so its config files work.
-device, dtype and compile differ, because nanoTP also runs on CPUs.
-"""
+device, dtype and compile differ, because nanoTP also runs on CPUs."""
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, dataclass_transform
 
 
-def option(
-    default: Any, help: str, choices: tuple[str, ...] | None = None, *, low: float | None = None,
-    high: float | None = None, above: float | None = None, below: float | None = None,
-    required: bool = False, also: str = "",
-) -> Any:  # fmt: skip
-    """A dataclass field with its line of help and its limits; `also` is a second name for it.
-
-    `low` and `high` are allowed, `above` and `below` are not. A required option must not stay "".
-    """
-    metadata = {"help": help, "choices": choices, "low": low, "high": high, "above": above,
-                "below": below, "required": required, "also": also}  # fmt: skip
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None, *,
+           low: float | None = None, high: float | None = None, above: float | None = None,
+           below: float | None = None, required: bool = False, also: str = "") -> Any:  # fmt: skip
+    """A dataclass field with its line of help and its limits; `also` is a second name for it. `low`
+    and `high` are allowed, `above` and `below` are not. A required option must not stay ""."""
+    metadata = locals()
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 # Options that hold a path, in every command, and a regular expression of what stands before it.
-PATHS = {
-    **dict.fromkeys(("data_dir", "dataset", "draft", "init_from", "kept", "out", "out_dir"), "^"),
-    **dict.fromkeys(("report", "scan", "shards", "text", "tokenizer"), "^"),
-    **{"start": "^(?:FILE|PROMPTS):", "prompt": "^FILE:"},
-}
+PATHS = {"start": "^(?:FILE|PROMPTS):", "prompt": "^FILE:"} | dict.fromkeys(
+    ("data_dir", "dataset", "draft", "init_from", "kept", "out", "out_dir", "report", "scan",
+     "shards", "text", "tokenizer"), "^")  # fmt: skip
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SOURCES = "hub name, HF directory, ckpt.pt, shard or training directory"
 SYNC = "sync points: all, mlp, every:K or a list (0a,0m,1m); default: as the weights say"
@@ -39,14 +31,17 @@ TOKENIZER = "directory with tokenizer.json or meta.pkl, gpt2 or ids; default: th
 # --- each class's docstring is the description that --help shows ----------------------------------
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True, kw_only=True)
 class EntryOptions:
-    """Options of every command."""
+    """Options of every command. Subclasses are frozen dataclasses, too."""
 
     debug: bool = option(False, "show the traceback of an error, too")
 
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
 
-@dataclass(frozen=True, kw_only=True)
+
 class RunOptions(EntryOptions):
     """Options of every command that torchrun starts."""
 
@@ -62,14 +57,12 @@ class RunOptions(EntryOptions):
     report: str = option("", "write the run's account: a page to FILE.html, else JSON")
 
 
-@dataclass(frozen=True, kw_only=True)
 class MeshOptions(RunOptions):
     """Options of every command that arranges its ranks as dp x tp."""
 
     tp: int = option(0, "tensor-parallel size, 0 = world size", low=0)
 
 
-@dataclass(frozen=True, kw_only=True)
 class InferenceOptions(RunOptions):
     """Options of every command that runs a trained model."""
 
@@ -81,7 +74,6 @@ class InferenceOptions(RunOptions):
     tokenizer: str = option("", TOKENIZER)
 
 
-@dataclass(frozen=True, kw_only=True)
 class SampleOptions(InferenceOptions):
     """Generate text with a model split over all ranks. In float32 it is the same text at any tp."""
 
@@ -106,7 +98,6 @@ class SampleOptions(InferenceOptions):
 # nanoGPT's options come first, in nanoGPT's order. gradient_accumulation_steps counts the whole
 # job's micro-batches (nanoGPT divides by its ranks, this by dp), so an iteration holds the same
 # tokens on any number of ranks.
-@dataclass(frozen=True, kw_only=True)
 class TrainOptions(MeshOptions):
     """Train from scratch, fine-tune, resume or evaluate a GPT, tp ranks to a model and
     world size / tp models."""
@@ -163,7 +154,6 @@ class TrainOptions(MeshOptions):
             object.__setattr__(self, "comm", self.backend)
 
 
-@dataclass(frozen=True, kw_only=True)
 class EvalOptions(InferenceOptions):
     """Measure the exact perplexity of a text (--text) or of a prepared dataset (--dataset)."""
 
@@ -176,7 +166,6 @@ class EvalOptions(InferenceOptions):
     max_tokens: int = option(0, "measure only this many tokens, 0 = all", low=0)
 
 
-@dataclass(frozen=True, kw_only=True)
 class DropOptions(RunOptions):
     """Options of every step of dropping sync points."""
 
@@ -187,7 +176,6 @@ class DropOptions(RunOptions):
     batch_size: int = option(16, "sequences in a batch", low=1)
 
 
-@dataclass(frozen=True, kw_only=True)
 class OutOptions(EntryOptions):
     """Options of every command that writes weights."""
 
@@ -195,7 +183,6 @@ class OutOptions(EntryOptions):
     force: bool = option(False, "replace the output where it exists")
 
 
-@dataclass(frozen=True, kw_only=True)
 class GroupOptions(DropOptions, OutOptions):
     """Group heads with the neurons that depend on them: the same model, which loses less where
     sync points are dropped."""
@@ -204,7 +191,6 @@ class GroupOptions(DropOptions, OutOptions):
     tokens: int = option(8192, "tokens of the training split that choose the groups", low=1)
 
 
-@dataclass(frozen=True, kw_only=True)
 class ScanOptions(DropOptions):
     """Measure the perplexity under many schedules, and find the one with the fewest sync points
     within a budget."""
@@ -217,7 +203,6 @@ class ScanOptions(DropOptions):
     decode_tokens: int = option(0, "time this many new tokens, too; 0 = no", low=0)
 
 
-@dataclass(frozen=True, kw_only=True)
 class RepairOptions(DropOptions, OutOptions):
     """Train weights for fewer sync points on the outputs of the original, and write shards."""
 
@@ -229,7 +214,6 @@ class RepairOptions(DropOptions, OutOptions):
     control: bool = option(True, "train the dense model as many steps on the text, to compare")
 
 
-@dataclass(frozen=True, kw_only=True)
 class BenchShapeOptions(RunOptions):
     """The shape of the model that is measured or counted."""
 
@@ -239,7 +223,6 @@ class BenchShapeOptions(RunOptions):
     vocab_size: int = option(50257, "size of the vocabulary", low=2)
 
 
-@dataclass(frozen=True, kw_only=True)
 class BenchOptions(BenchShapeOptions):
     """Options of every measurement."""
 
@@ -247,7 +230,6 @@ class BenchOptions(BenchShapeOptions):
     against: str = option("", "contestants in turn with nanoTP in each round, with commas between")
 
 
-@dataclass(frozen=True, kw_only=True)
 class BenchModelOptions(BenchOptions):
     """Options of the measurements of generation."""
 
@@ -258,7 +240,6 @@ class BenchModelOptions(BenchOptions):
     sequence_parallel: bool = option(False, "split the prompt's activations, as in sample_tp.py")
 
 
-@dataclass(frozen=True, kw_only=True)
 class BenchDecodeOptions(BenchModelOptions):
     """Decode greedily after a prompt; --against=hf,ctranslate2,one_rank,all_syncs,no_draft (the
     last three: nanoTP on one thread; with the schedule all; without the draft)."""
@@ -269,14 +250,12 @@ class BenchDecodeOptions(BenchModelOptions):
     draft_tokens: int = option(5, "tokens guessed ahead at most", low=1)
 
 
-@dataclass(frozen=True, kw_only=True)
 class BenchPrefillOptions(BenchModelOptions):
     """Read a prompt and choose the first new token; --against=hf,ctranslate2."""
 
     prompt_tokens: int = option(512, "length of the prompt", low=1)
 
 
-@dataclass(frozen=True, kw_only=True)
 class BenchTrainOptions(BenchOptions, MeshOptions):
     """Train; --against=reference (model.py in one process on all cores, AdamW, full logits)."""
 
@@ -286,7 +265,6 @@ class BenchTrainOptions(BenchOptions, MeshOptions):
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
 
 
-@dataclass(frozen=True, kw_only=True)
 class BenchSaveOptions(BenchOptions, MeshOptions):
     """How long a checkpoint stops a run, saved in front and in the background."""
 
@@ -295,7 +273,6 @@ class BenchSaveOptions(BenchOptions, MeshOptions):
     steps: int = option(4, "iterations that give the usual time of one", low=1)
 
 
-@dataclass(frozen=True, kw_only=True)
 class BenchAllreduceOptions(BenchOptions):
     """All-reduces of many sizes over every transport that can run here."""
 
@@ -303,7 +280,6 @@ class BenchAllreduceOptions(BenchOptions):
         "1024,3072,16384,65536,262144,1048576,4194304,16777216", "bytes of messages")
 
 
-@dataclass(frozen=True, kw_only=True)
 class BenchBlockOptions(BenchOptions):
     """Run an MLP, attention or a layer under every strategy (naive, megatron, sequence, spd): its
     errors, messages, time, memory."""
@@ -317,7 +293,6 @@ class BenchBlockOptions(BenchOptions):
     block_size: int = option(128, "tokens in a sequence", low=1)
 
 
-@dataclass(frozen=True, kw_only=True)
 class BenchDiagramOptions(BenchShapeOptions):
     """Draw a layer as its ranks see it, and compare the strategies by formula (one process)."""
 
@@ -328,14 +303,12 @@ class BenchDiagramOptions(BenchShapeOptions):
     block_size: int = option(128, "tokens in a sequence", low=1)
 
 
-@dataclass(frozen=True, kw_only=True)
 class BenchPageOptions(RunOptions):
     """Make a page of a kept report: --kept=run.json --report=run.html (one process)."""
 
     kept: str = option("", "the report: JSON, or a page, which contains its JSON", required=True)
 
 
-@dataclass(frozen=True, kw_only=True)
 class BenchPredictOptions(BenchOptions):
     """Predict with a cost model how long a step takes on given hardware, at which tp and with which
     sync points it is fastest, and when one device is."""
@@ -356,7 +329,6 @@ class BenchPredictOptions(BenchOptions):
     overhead_us: float = option(-1.0, "instead of the profile's: microseconds a sub-block", low=-1)
 
 
-@dataclass(frozen=True, kw_only=True)
 class SplitOptions(OutOptions):
     """Split pretrained weights into a shard directory: a file for each rank, and a manifest."""
 
@@ -366,14 +338,12 @@ class SplitOptions(OutOptions):
     tokenizer: str = option("", TOKENIZER)
 
 
-@dataclass(frozen=True, kw_only=True)
 class ShardsOptions(EntryOptions):
     """Options of every command that reads shards."""
 
     shards: str = option("", "shard directory to read", required=True)
 
 
-@dataclass(frozen=True, kw_only=True)
 class MergeOptions(ShardsOptions):
     """Merge a shard directory into one checkpoint that transformers or nanoGPT can read."""
 
@@ -382,14 +352,12 @@ class MergeOptions(ShardsOptions):
     force: bool = option(False, "replace the output where it exists")
 
 
-@dataclass(frozen=True, kw_only=True)
 class VerifyOptions(ShardsOptions):
     """Check every byte of a shard directory against its manifest."""
 
     shards: str = option("", "shard directory to check", required=True)
 
 
-@dataclass(frozen=True, kw_only=True)
 class InspectOptions(ShardsOptions):
     """Show which rank owns what in a shard directory, and how many bytes."""
 

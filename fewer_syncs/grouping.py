@@ -23,9 +23,8 @@ from torch import Tensor
 from base.errors import UserError
 from base.files import check_target, new_directory, write_json
 from checkpoints.convert import SHARD_FILES, place, write_shards
-from checkpoints.manifest import Sync
-from checkpoints.runs import runs_of
 from checkpoints.sources import Source
+from checkpoints.tensor_file import runs_of
 from cli.options import GroupOptions
 from fewer_syncs.inputs import about, open_inputs
 from model import GPT, attend, gelu
@@ -76,14 +75,13 @@ def group_heads(world: World, options: GroupOptions) -> None:
     report.write(options.report, head | {"ranks": split.tp, "layers": layers})
 
 
-class Regrouped:
+class Regrouped(Source):
     """A source with heads and neurons in another order."""
 
     def __init__(self, source: Source, groups: Groups):
         self.source, self.groups, self.config = source, groups, source.config
         self.dtype, self.tokenizer, self.dataset = source.dtype, source.tokenizer, source.dataset
         self.description = f"{source.description}, heads and neurons grouped"
-        self.sync: Sync | None = None
 
     def read(self, name: str, dim: int | None, runs: Iterable[Span]) -> Tensor:
         full = self.source.read(name, None, ())

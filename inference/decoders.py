@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from base.native import Unavailable
+from base.errors import Unavailable
 from inference.ahead import Ahead, ChoosingStep, FixedCache
 from inference.sampling import Sampling
 from model import KVCache

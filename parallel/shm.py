@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from base.native import Unavailable, load
+from base.errors import Unavailable
+from base.native import load
 from base.processes import Exchange, is_running, on_all
 from parallel.collectives import Transport
 from plan.partition import spans

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from base.native import Unavailable
+from base.errors import Unavailable
 from base.processes import Exchange, on_all
 from parallel.collectives import GroupTransport
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from base.native import Unavailable
+from base.errors import Unavailable
 from parallel.collectives import Axis
 from parallel.ledger import Ledger
 from world.mesh import World, make_axis, make_groups

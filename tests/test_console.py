@@ -20,12 +20,11 @@ from test_entry import launch, spoken
 import sample_tp
 import shard_checkpoint
 import train_tp
-from base.console import Errors, Output
+from base.console import Errors, Output, run
 from base.errors import ReaderGone, UserError
 from checkpoints.sources import latest_checkpoint
 from cli.grammar import parse, parse_command
 from cli.options import SampleOptions, SplitOptions, TrainOptions
-from text import prepare
 from text.dataset import split_and_write
 from text.tokenizer import CharTokenizer
 from train import dry_run
@@ -314,7 +313,7 @@ def test_data_is_prepared_with_nobody_reading(
 ) -> None:
     monkeypatch.setattr(sys, "stdout", no_reader())
     with pytest.raises(SystemExit) as end:
-        prepare.run(main)
+        sys.exit(run(lambda: (lambda options: main(), None)))
     assert (end.value.code, capsys.readouterr().err) == (status, said)
 
 

@@ -15,8 +15,8 @@ from ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile
 
 import train_tp
-from base.errors import UserError
-from base.native import Unavailable, load
+from base.errors import Unavailable, UserError
+from base.native import load
 from bench.strategies import kept_bytes
 from cli.grammar import parse
 from cli.options import TrainOptions

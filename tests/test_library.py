@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from base import native
-from base.native import Unavailable
+from base.errors import Unavailable
 from base.processes import is_running
 from inference import native_decoder
 from parallel.shm import SOURCE

@@ -59,7 +59,6 @@ def config(tmp_path):
     return write
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class OddOptions(EntryOptions):
     """Types that no entry has yet."""
 
@@ -141,7 +140,6 @@ def test_optional_and_list_types():
 
 
 def test_a_type_that_no_word_can_be_read_as_is_a_mistake_of_ours():
-    @dataclasses.dataclass(frozen=True, kw_only=True)
     class Wrong(EntryOptions):
         size: complex = option(1j, "no word says this")
 

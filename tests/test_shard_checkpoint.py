@@ -20,7 +20,7 @@ from test_sources import gpt2, nanogpt
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-import shard_checkpoint
+from base.errors import UserError
 from checkpoints.convert import hf_config
 from checkpoints.shards import ShardSource
 from checkpoints.sources import open_source
@@ -261,7 +261,7 @@ def test_more_ranks_than_heads(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_debug_shows_where(tmp_path: Path) -> None:
-    with pytest.raises(shard_checkpoint.UserError):
+    with pytest.raises(UserError):
         run("verify", "--shards=/nowhere", "--debug=True")
 
 

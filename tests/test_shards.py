@@ -29,6 +29,7 @@ from base.files import write_json
 from checkpoints.convert import write_shards
 from checkpoints.manifest import DTYPES, Manifest, Sync, TensorEntry, read_manifest
 from checkpoints.shards import ShardDirectory, ShardSource
+from checkpoints.sources import Source
 from checkpoints.tensor_file import CHUNK, TensorFile
 from model import GPTConfig
 from plan.partition import Partition, Rule, Span
@@ -38,7 +39,7 @@ CONFIG = GPTConfig(n_layer=2, n_head=5, n_embd=20, vocab_size=131, block_size=16
 TPS = range(1, 6)
 
 
-class Weights:
+class Weights(Source):
     """Random full tensors as a source of weights."""
 
     def __init__(self, config: GPTConfig, seed: int = 0):

@@ -13,7 +13,7 @@ from ranks import run_ranks
 from test_entry import launch, spoken
 from torch import Tensor
 
-from base.native import Unavailable
+from base.errors import Unavailable
 from parallel import shm
 from parallel.collectives import all_reduce
 from parallel.shm import SLOT_BYTES, ShmTransport

@@ -1,1 +1,0 @@
-"""Tokenizers and datasets: text to token ids and back, and batches of them."""

@@ -11,21 +11,17 @@ import os
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from base.errors import UserError
+from base.errors import UserError, as_user_error
 from base.files import beginning, fetched, inside, read_small, replacing
 from base.pickles import Refused, plain
-from text.tokenizer import (
-    TOKENIZER_FILE,
-    CharTokenizer,
-    GPT2Tokenizer,
-    IdsTokenizer,
-    Tokenizer,
-    read_tokenizer,
+
+from text.tokenizer import (  # isort: skip
+    TOKENIZER_FILE, CharTokenizer, GPT2Tokenizer, IdsTokenizer, Tokenizer, read_tokenizer,
     write_tokenizer,
 )
 
@@ -36,45 +32,36 @@ TOKEN_DTYPE = np.dtype("<u2")
 MAX_TOKEN_ID = 65535
 CHECKED_TOKENS = 1 << 27  # of a file, before a run: a quarter of a gigabyte, a tenth of a second
 MAX_META = 1 << 20  # bytes of a meta.pkl: one of 30,000 characters has 600 KB
-META_WORKS = (
-    'A meta.pkl of {"vocab_size": n} alone works: text is then the ids; or tokenizer.json '
-    "beside it, which goes first."
-)
+META_WORKS = ('A meta.pkl of {"vocab_size": n} alone works: text is then the ids; or '
+              "tokenizer.json beside it, which goes first.")  # fmt: skip
 LOOKED_AT = 1 << 16  # bytes at a file's beginning that tell its format
 RAW_IDS = "ids.astype('uint16').tofile(FILE) writes token ids and nothing else"
 SCAN_TOKENS = 1 << 22  # ids looked at at once by Dataset.check: 8 MB
 
-# Batches of different streams share no random numbers: evaluating more often leaves the training
-# data as it was.
-TRAIN_STREAM = 0
-EVAL_STREAM = 1
+# they share no random numbers: evaluating more often leaves the training data as it was
+TRAIN_STREAM, EVAL_STREAM = 0, 1
 
 
 class TokenFile:
-    """A file of token ids: len(tokens), tokens[lo:hi] -> uint16 array.
-
-    It is read, not mapped: if a mapped file is truncated, SIGBUS kills the process. Raises
-    UserError if the file is missing, unreadable, empty, of another format, or truncated later.
-    """
+    """A file of token ids: len(tokens), tokens[lo:hi] -> uint16 array. It is read, not mapped: if a
+    mapped file is truncated, SIGBUS kills the process. Raises UserError if the file is missing,
+    unreadable, empty, of another format, or truncated later."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        try:
-            size = inside(self.path).stat().st_size
-            if size == 0:
-                raise UserError(f"{path} is empty: prepare the dataset again")
-            _check_format(self.path)
-            if size % TOKEN_DTYPE.itemsize:
-                raise UserError(
-                    f"{path} has an odd size ({size} bytes), so it holds no uint16 token ids: "
-                    "prepare it again"
-                )
-            self._file = open(self.path, "rb", buffering=0)
-            self._count = size // TOKEN_DTYPE.itemsize
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing: {_how_to_prepare(self.path.parent)}") from None
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        with as_user_error(f"read {path}"):
+            try:
+                size = inside(self.path).stat().st_size
+                if size == 0:
+                    raise UserError(f"{path} is empty: prepare the dataset again")
+                _check_format(self.path)
+                if size % TOKEN_DTYPE.itemsize:
+                    fault = f"has an odd size ({size} bytes), so it holds no uint16 token ids"
+                    raise UserError(f"{path} {fault}: prepare it again")
+                self._file = open(self.path, "rb", buffering=0)
+            except FileNotFoundError:
+                raise UserError(f"{path} is missing: {_how_to_prepare(self.path.parent)}") from None
+        self._count = size // TOKEN_DTYPE.itemsize
 
     def __len__(self) -> int:
         return self._count
@@ -84,15 +71,12 @@ class TokenFile:
         ids = np.empty(max(0, hi - lo), TOKEN_DTYPE)
         left, at = ids.view(np.uint8).data, lo * TOKEN_DTYPE.itemsize
         while left:
-            try:
+            with as_user_error(f"read {self.path}"):
                 count = os.preadv(self._file.fileno(), [left], at)
-            except OSError as error:
-                raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
             if count == 0:
-                raise UserError(
-                    f"{self.path} has become shorter than its {self._count} tokens since the run "
-                    "began: prepare it again, and not while a run reads it"
-                )
+                fault = f"has become shorter than its {self._count} tokens since the run began"
+                how = "prepare it again, and not while a run reads it"
+                raise UserError(f"{self.path} {fault}: {how}")
             left, at = left[count:], at + count
         return ids
 
@@ -103,17 +87,18 @@ def _check_format(path: Path) -> None:
     head = beginning(fetched(path), LOOKED_AT)
     if head.startswith(b"\x93NUMPY"):
         how = f"np.load({path.name!r}).astype('uint16').tofile({path.name!r})"
-        raise UserError(
-            f"{path} has the header of a .npy file, which is no ids: {how} leaves it out"
-        )
+        fault = "has the header of a .npy file, which is no ids"
+        raise UserError(f"{path} {fault}: {how} leaves it out")
     if head.startswith(b"PK\3\4"):
         raise UserError(f"{path} is an archive, such as np.savez or torch.save writes: {RAW_IDS}")
     for dtype in ("int64", "uint32"):
         if _looks_wider(head, np.dtype(dtype).itemsize // TOKEN_DTYPE.itemsize):
             how = f"np.fromfile({path.name!r}, '{dtype}').astype('uint16').tofile({path.name!r})"
             raise UserError(f"{path} holds ids as {dtype}, not as uint16: {how} turns it into that")
-    if len(head) >= 64 and _is_text(head):
-        raise UserError(f"{path} is text, not token ids: {_how_to_prepare(path.parent)}")
+    # UTF-8, whose last character may be cut, without the zero bytes that small ids have
+    with contextlib.suppress(UnicodeDecodeError):
+        if len(head) >= 64 and "\0" not in codecs.getincrementaldecoder("utf-8")().decode(head):
+            raise UserError(f"{path} is text, not token ids: {_how_to_prepare(path.parent)}")
 
 
 def _looks_wider(head: bytes, wide: int) -> bool:
@@ -126,29 +111,19 @@ def _looks_wider(head: bytes, wide: int) -> bool:
     return bool(first.max() > 255 or not first.all())
 
 
-def _is_text(head: bytes) -> bool:
-    """UTF-8 (the last character may be cut) without the zero bytes that small ids have."""
-    try:
-        return "\0" not in codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeDecodeError:
-        return False
-
-
 def is_prepared(directory: Path) -> bool:
     """True if a file here defines the ids; a prepare.py alone does not."""
     return any((directory / name).is_file() for name in (TOKENIZER_FILE, "meta.pkl", "train.bin"))
 
 
 class Dataset:
-    """A dataset directory; its files are opened when first used. Raises UserError if it is
-    missing."""
+    """A dataset directory, UserError if there is none; its files are opened when first used."""
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            raise UserError(
-                f"there is no dataset directory {directory}{_known_beside(self.directory)}"
-            )
+            known = _known_beside(self.directory)
+            raise UserError(f"there is no dataset directory {directory}{known}")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -159,10 +134,8 @@ class Dataset:
         else:
             tokenizer = GPT2Tokenizer()
         if tokenizer.n_vocab > MAX_TOKEN_ID + 1:  # a model would be made for so many
-            raise UserError(
-                f"{path} has {tokenizer.n_vocab} tokens: a dataset's ids are uint16, at most "
-                f"{MAX_TOKEN_ID + 1}"
-            )
+            most = f"a dataset's ids are uint16, at most {MAX_TOKEN_ID + 1}"
+            raise UserError(f"{path} has {tokenizer.n_vocab} tokens: {most}")
         return tokenizer
 
     @cached_property
@@ -175,40 +148,40 @@ class Dataset:
 
     def check(self, block_size: int, vocab_size: int) -> None:
         """Raises UserError unless both splits have a batch and all their ids are below vocab_size.
-
         Reads up to CHECKED_TOKENS of each file: otherwise an id that is too large ends a run late,
-        on a GPU by an assertion without a name. `batch` checks the rest as it is drawn.
-        """
+        on a GPU by an assertion without a name. `batch` checks the rest as it is drawn."""
         for tokens in (self.train, self.val):
             number_of_starts(tokens, block_size)
-            _check_ids(tokens, vocab_size)
+            most = 0 if vocab_size > MAX_TOKEN_ID else min(len(tokens), CHECKED_TOKENS)
+            for lo in range(0, most, SCAN_TOKENS):
+                _check_ids(tokens, tokens[lo : lo + SCAN_TOKENS], lo, vocab_size)
 
 
 def number_of_starts(tokens: TokenFile, block_size: int) -> int:
     """The number of windows of block_size + 1 ids (inputs, and targets one further): at least 1."""
     if len(tokens) <= block_size:
-        raise UserError(
-            f"{tokens.path} holds {len(tokens)} tokens, and block_size {block_size} needs at "
-            f"least {block_size + 1}: "
-            f"lower --block_size or prepare a longer text"
-        )
+        needs = f"block_size {block_size} needs at least {block_size + 1}"
+        how = "lower --block_size or prepare a longer text"
+        raise UserError(f"{tokens.path} holds {len(tokens)} tokens, and {needs}: {how}")
     return len(tokens) - block_size
 
 
-def batch(
-    tokens: TokenFile,
-    rows: range,
-    block_size: int,
-    seed: int,
-    step: int,
-    stream: int = TRAIN_STREAM,
-    vocab_size: int = MAX_TOKEN_ID + 1,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs x and targets y, int64 [len(rows), block_size], of these rows of a step's batch.
+def _check_ids(tokens: TokenFile, ids: NDArray[Any], position: int, vocab_size: int) -> None:
+    """UserError if one of the ids at this position of a file is outside the model's vocabulary."""
+    if ids.max() >= vocab_size:
+        at = int(np.argmax(ids >= vocab_size))
+        fault = f"is outside the model's vocabulary (vocab_size {vocab_size})"
+        why = "the dataset was prepared with another tokenizer than the model's"
+        what = f"token id {ids[at]} at position {position + at}"
+        raise UserError(f"{tokens.path}: {what} {fault}: {why}")
 
-    Row i's start depends on (seed, stream, step, i) only, so the global batch is the same however
-    its rows are dealt to data-parallel ranks. Raises UserError for an id outside vocab_size.
-    """
+
+def batch(tokens: TokenFile, rows: range, block_size: int, seed: int, step: int,
+          stream: int = TRAIN_STREAM, vocab_size: int = MAX_TOKEN_ID + 1,
+          ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Inputs x and targets y, int64 [len(rows), block_size], of these rows of a step's batch. Row
+    i's start depends on (seed, stream, step, i) only, so the global batch is the same however its
+    rows are dealt to data-parallel ranks. Raises UserError for an id outside vocab_size."""
     import torch
 
     starts = number_of_starts(tokens, block_size)
@@ -216,18 +189,14 @@ def batch(
     for window, row in zip(windows, rows, strict=True):
         start = row_start(starts, seed, step, row, stream)
         window[:] = tokens[start : start + block_size + 1]
-        if window.max() >= vocab_size:
-            at = int(window.argmax())
-            raise UserError(_outside(tokens, int(window[at]), start + at, vocab_size))
+        _check_ids(tokens, window, start, vocab_size)
     both = torch.from_numpy(windows)
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
 def row_start(starts: int, seed: int, step: int, row: int, stream: int = TRAIN_STREAM) -> int:
     """A start in [0, starts) from a counter-based generator: to resume, nothing is replayed.
-
-    Philox's key is (seed, stream), its counter (0, row, step, 0), 64 bits each.
-    """
+    Philox's key is (seed, stream), its counter (0, row, step, 0), 64 bits each."""
     key = np.array([seed % 2**64, stream], dtype=np.uint64)
     random = np.random.Philox(key=key, counter=np.array([0, row, step, 0], dtype=np.uint64))
     # 64 random bits: the remainder's bias is below starts / 2**64
@@ -238,35 +207,29 @@ class TokenWriter:
     """Appends ids to an open file of tokens; `count` ids are written so far."""
 
     def __init__(self, file: BinaryIO, name: str, n_vocab: int):
-        self._file = file
-        self._name = name
-        self._n_vocab = n_vocab
-        self.count = 0
+        self._file, self._name, self._n_vocab, self.count = file, name, n_vocab, 0
 
     def append(self, ids: Iterable[int]) -> None:
         """Write the ids. Raises UserError at the first that cannot be stored."""
         array = ids if isinstance(ids, np.ndarray) else np.fromiter(ids, dtype=np.int64)
-        limit = min(self._n_vocab, MAX_TOKEN_ID + 1)
-        wrong = np.flatnonzero((array < 0) | (array >= limit))
+        wrong = np.flatnonzero((array < 0) | (array >= min(self._n_vocab, MAX_TOKEN_ID + 1)))
         if wrong.size:
-            raise UserError(self._why_not(int(array[wrong[0]]), self.count + int(wrong[0])))
+            first, at = int(array[wrong[0]]), self.count + int(wrong[0])
+            why = f"the tokenizer's ids are 0 to {self._n_vocab - 1}"
+            if first > MAX_TOKEN_ID:
+                most = f"uint16 holds ids up to {MAX_TOKEN_ID}"
+                why = f"{most}; use a tokenizer with no more than those"
+            what = f"token id {first} at position {at} cannot be written to {self._name}"
+            raise UserError(f"{what}: {why}")
         self._file.write(array.astype(TOKEN_DTYPE).tobytes())
         # a disk that is full is noticed before any file of the dataset is replaced
         self._file.flush()
         self.count += array.size
 
-    def _why_not(self, token_id: int, position: int) -> str:
-        what = f"token id {token_id} at position {position} cannot be written to {self._name}"
-        if token_id > MAX_TOKEN_ID:
-            most = f"uint16 holds ids up to {MAX_TOKEN_ID}"
-            return f"{what}: {most}; use a tokenizer with no more than those"
-        return f"{what}: the tokenizer's ids are 0 to {self._n_vocab - 1}"
-
 
 @contextlib.contextmanager
 def token_writer(path: str | Path, n_vocab: int) -> Iterator[TokenWriter]:
-    """A TokenWriter whose file appears as `path` if the block succeeds. Raises UserError if it is
-    empty."""
+    """A TokenWriter whose file appears as `path` if the block ends well. UserError if empty."""
     with replacing(path) as file:
         writer = TokenWriter(file, str(path), n_vocab)
         yield writer
@@ -280,64 +243,37 @@ def write_tokens(path: str | Path, ids: Iterable[int], n_vocab: int) -> None:
         writer.append(ids)
 
 
-def split_and_write(
-    directory: str | Path, text: str, tokenizer: Tokenizer, val_fraction: float = 0.1
-) -> None:
-    """Write train.bin, val.bin (the text's last val_fraction, by characters) and tokenizer.json;
-    print the counts."""
-    directory = Path(directory)
-    cut = int(len(text) * (1 - val_fraction))
-    if not 0 < cut < len(text):
-        raise UserError(
-            f"a text of {len(text)} characters is too short to be split: give a longer one"
-        )
-    train, val = tokenizer.encode_ordinary(text[:cut]), tokenizer.encode_ordinary(text[cut:])
+@contextlib.contextmanager
+def new_dataset(directory: Path, tokenizer: Tokenizer) -> Iterator[list[TokenWriter]]:
+    """Writers of train.bin and val.bin. An earlier dataset goes when the new one is complete."""
     make_directory(directory)
-    train_bin, val_bin = (
-        token_writer(directory / f"{split}.bin", tokenizer.n_vocab) for split in ("train", "val")
-    )
-    # an earlier dataset goes when all of the new one is there
-    with train_bin as to_train, val_bin as to_val:
-        to_train.append(train)
-        to_val.append(val)
+    files = (token_writer(directory / name, tokenizer.n_vocab) for name in ("train.bin", "val.bin"))
+    with next(files) as train, next(files) as val:
+        yield [train, val]
         write_tokenizer(tokenizer, directory)
-    print(
-        f"{directory}: {len(text):,} characters; {tokenizer.kind} vocabulary of "
-        f"{tokenizer.n_vocab:,}; "
-        f"train {len(train):,} tokens, val {len(val):,} tokens"
-    )
 
 
 def make_directory(directory: Path) -> None:
-    try:
+    with as_user_error(f"make the directory {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot make the directory {directory}: {error.strerror or error}"
-        ) from error
 
 
-def _check_ids(tokens: TokenFile, vocab_size: int) -> None:
-    if vocab_size > MAX_TOKEN_ID:
-        return  # no uint16 is outside
-    for lo in range(0, min(len(tokens), CHECKED_TOKENS), SCAN_TOKENS):
-        part = tokens[lo : lo + SCAN_TOKENS]
-        if part.max() >= vocab_size:
-            first = int(np.argmax(part >= vocab_size))
-            raise UserError(_outside(tokens, int(part[first]), lo + first, vocab_size))
-
-
-def _outside(tokens: TokenFile, token_id: int, position: int, vocab_size: int) -> str:
-    return (
-        f"{tokens.path}: token id {token_id} at position {position} is outside the model's "
-        f"vocabulary (vocab_size {vocab_size}): the dataset was prepared with another tokenizer "
-        f"than the model's"
-    )
+def split_and_write(directory: Path, text: str, tokenizer: Tokenizer) -> None:
+    """Write train.bin, val.bin (the text's last tenth) and tokenizer.json, and print the counts."""
+    cut = int(len(text) * 0.9)
+    if not 0 < cut < len(text):
+        fault = f"a text of {len(text)} characters is too short to be split"
+        raise UserError(f"{fault}: give a longer one")
+    ids = tokenizer.encode_ordinary(text[:cut]), tokenizer.encode_ordinary(text[cut:])
+    with new_dataset(directory, tokenizer) as (train, val):
+        train.append(ids[0])
+        val.append(ids[1])
+    made = f"{len(text):,} characters; {tokenizer.kind} vocabulary of {tokenizer.n_vocab:,}"
+    print(f"{directory}: {made}; train {train.count:,} tokens, val {val.count:,} tokens")
 
 
 def _how_to_prepare(directory: Path) -> str:
-    script = directory / "prepare.py"
-    if script.exists():
+    if (script := directory / "prepare.py").exists():
         return f"run `python {script}` first"
     such = "such as data/shakespeare_char/prepare.py makes"
     return f"a dataset is a directory with train.bin and val.bin, {such}"
@@ -347,9 +283,8 @@ def _known_beside(directory: Path) -> str:
     """'; there are: A, B': the datasets beside this one, for a mistyped name."""
     with contextlib.suppress(OSError):
         marks = ("prepare.py", "train.bin")
-        beside = sorted(
-            d.name for d in directory.parent.iterdir() if any((d / mark).exists() for mark in marks)
-        )
+        near = sorted(directory.parent.iterdir())
+        beside = [d.name for d in near if any((d / mark).exists() for mark in marks)]
         if beside:
             return f"; there are: {', '.join(beside)}"
     return ": make it, with train.bin and val.bin in it"

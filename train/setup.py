@@ -11,7 +11,6 @@ from torch import nn
 from base.errors import UserError, print_error, shown
 from checkpoints import sources
 from checkpoints.manifest import DTYPES, dtype_name
-from checkpoints.sources import Described
 from cli.options import TrainOptions, as_dict
 from model import GPTConfig, adamw
 from parallel.data_parallel import Sharding, replicate
@@ -31,7 +30,6 @@ SHAPES_THE_CURVE = {
     "lr_decay_iters", "min_lr", "dtype",
 }  # fmt: skip
 
-AnySource = sources.Source | Described
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ def make_model(
     model = TensorParallelGPT(
         config, world.tp, read, options.seed, world.device,
         activation_checkpointing=options.activation_checkpointing,
-        schedule=sources.schedule_of(source or Described(config, ""), options.sync, tp),
+        schedule=sources.schedule_of(source or sources.Source(config, ""), options.sync, tp),
         sequence_parallel=options.sequence_parallel, sharding=sharding if shard else None,
     )  # fmt: skip
     if options.compile:
@@ -165,7 +163,7 @@ def make_model(
 
 
 def make_config(
-    options: TrainOptions, dataset: Dataset | None, source: AnySource | None
+    options: TrainOptions, dataset: Dataset | None, source: sources.Source | None
 ) -> GPTConfig:
     """The source's sizes or, without one, those of the options. Without a dataset, GPT-2's ids."""
     if source is None:
@@ -178,7 +176,7 @@ def make_config(
     return replace(source.config, dropout=options.dropout, block_size=block_size)
 
 
-def report_differences(run: Run, source: AnySource, before: dict[str, Any]) -> None:
+def report_differences(run: Run, source: sources.Source, before: dict[str, Any]) -> None:
     """Print options that do not apply to these weights; on resume (`before` has the options of the
     run so far) those that change the loss curve. Values in use count, not those asked for."""
     config = run.model.config

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from base.errors import UserError, print_error
-from base.native import Unavailable
+from base.errors import Unavailable, UserError, print_error
 from parallel.collectives import Axis, GroupTransport, Transport
 from parallel.ledger import Entry, Ledger, Track
 from parallel.shm import ShmTransport

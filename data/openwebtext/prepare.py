@@ -7,16 +7,18 @@ document ends with the end-of-text token. One document in 2000 goes to val.bin.
 import math
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from base.console import run
 from base.errors import UserError
-from text.dataset import make_directory, token_writer
-from text.prepare import a_path, options_parser, run
-from text.tokenizer import GPT2Tokenizer, write_tokenizer
+from text.dataset import new_dataset
+from text.prepare import a_path, options_parser
+from text.tokenizer import GPT2Tokenizer
 
 HUB_NAME = "Skylion007/openwebtext"
 VAL_FRACTION = 0.0005
@@ -61,7 +63,7 @@ def shards_of(encoded, name: str) -> Iterator:
         yield np.concatenate(list(shard["ids"]))
 
 
-def parse_options():
+def parse_options() -> Namespace:
     parser = options_parser("Prepare OpenWebText in GPT-2's tokens.", __file__)
     parser.add_argument("--input", type=a_path, metavar="FILE", help='take documents from JSON Lines, {"text": ...} each')
     half = max(1, (os.cpu_count() or 1) // 2)
@@ -72,8 +74,7 @@ def parse_options():
     return options
 
 
-def main() -> None:
-    options = parse_options()
+def main(options: Namespace) -> None:
     documents = load_documents(options.input, options.num_proc)
 
     import datasets
@@ -88,15 +89,12 @@ def main() -> None:
         desc="encoding",
     )
     splits = encoded.train_test_split(test_size=VAL_FRACTION, seed=SPLIT_SEED)
-    make_directory(options.out)
-    train_bin, val_bin = (token_writer(options.out / f"{split}.bin", tokenizer.n_vocab) for split in ("train", "val"))
-    with train_bin as train, val_bin as val:  # an earlier dataset goes when all of the new one is there
+    with new_dataset(options.out, tokenizer) as (train, val):
         for writer, split in ((train, "train"), (val, "test")):
             for ids in shards_of(splits[split], split):
                 writer.append(ids)
-        write_tokenizer(tokenizer, options.out)
     print(f"{options.out}: {len(documents):,} documents; train {train.count:,} tokens, val {val.count:,} tokens")
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run(lambda: (main, parse_options())))

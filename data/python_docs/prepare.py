@@ -5,13 +5,15 @@ slightly different texts.
 """
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from base.console import run
 from base.errors import UserError
 from text.dataset import split_and_write
-from text.prepare import options_parser, run
+from text.prepare import options_parser
 from text.tokenizer import CharTokenizer
 
 
@@ -26,11 +28,11 @@ def help_topics() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
-def main() -> None:
-    options = options_parser("Prepare Python's help topics, one token a character.", __file__).parse_args()
+def main(options: Namespace) -> None:
     text = help_topics()
     split_and_write(options.out, text, CharTokenizer.of_text(text))
 
 
 if __name__ == "__main__":
-    run(main)
+    parser = options_parser("Prepare Python's help topics, one token a character.", __file__)
+    sys.exit(run(lambda: (main, parser.parse_args())))
