@@ -52,7 +52,7 @@ def decode(step: Step, name: str = "gpt2") -> None:
         torch.backends.cuda.enable_cudnn_sdp(True)
         whole("eager, cuDNN's attention allowed", TorchDecoder(model), 6)
         torch.backends.cuda.enable_cudnn_sdp(False)
-        model.compile_blocks()
+        model.compile_blocks(tuned=True)
         whole("graph, compiled", GraphDecoder(model), n)
         replayed(step, "graph, compiled", model, prompt, read, copied)
     with step.attempt("transformers"):

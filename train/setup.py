@@ -31,7 +31,6 @@ SHAPES_THE_CURVE = {
 }  # fmt: skip
 
 
-
 @dataclass(frozen=True)
 class Rows:
     """How an iteration's rows are dealt: a dp rank takes neighbouring ones, in micro_steps
