@@ -5,6 +5,7 @@ import pickle
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -509,6 +510,31 @@ def test_the_learning_rate_follows_the_published_schedule() -> None:
 def test_streams_differ_by_step_micro_and_dp_rank() -> None:
     seeds = {loop.stream_seed(1337, step, micro, dp) for step in range(20) for micro in range(5) for dp in range(4)}
     assert len(seeds) == 400 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def _waits(world: World, settings: TrainOptions) -> list[str]:
+    """The calls of the third iteration that would wait for a GPU, in its own thread and autograd's."""
+    run_ = setup.prepare(world, settings, Dataset(Path(settings.data_dir) / settings.dataset))
+    for _ in range(2):
+        loop.iterate(run_, 1e-2)
+    found: list[str] = []
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+
+        def noted(self: Any, *args: Any, name: str = name, call: Any = getattr(torch.Tensor, name)) -> Any:
+            if sys._getframe(1).f_code.co_name != "_host":  # gloo's, which nccl has not
+                found.append(name)
+            return call(self, *args)
+
+        setattr(torch.Tensor, name, noted)
+    loop.iterate(run_, 1e-2, lambda: (0, 1))
+    return list(found)
+
+
+@pytest.mark.parametrize("how", [{}, {"dtype": "float16"}, {"dp_shard": True}], ids=str)
+def test_an_iteration_waits_for_its_device_once(letters: Path, tmp_path: Path, how: dict[str, Any]) -> None:
+    tp = 1 if how.get("dp_shard") else 2
+    settings = options(letters, tmp_path, tp=tp, grad_clip=0.5, **how)
+    assert run_ranks(2, _waits, settings, tp=tp) == [["tolist"]] * 2
 
 
 # --- half precision -------------------------------------------------------------------------------------------------
