@@ -14,6 +14,7 @@ import pytest
 import torch
 from ranks import PYTHON, run_ranks
 from safetensors.torch import load_file
+from torch import Tensor
 
 import shard_checkpoint
 import train_tp
@@ -518,14 +519,19 @@ def _waits(world: World, settings: TrainOptions) -> list[str]:
     for _ in range(2):
         loop.iterate(run_, 1e-2)
     found: list[str] = []
-    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
 
-        def noted(self: Any, *args: Any, name: str = name, call: Any = getattr(torch.Tensor, name)) -> Any:
+    def noting(name: str) -> Any:
+        call = getattr(torch.Tensor, name)
+
+        def noted(self: Tensor, *args: Any) -> Any:
             if sys._getframe(1).f_code.co_name != "_host":  # gloo's, which nccl has not
                 found.append(name)
             return call(self, *args)
 
-        setattr(torch.Tensor, name, noted)
+        return noted
+
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+        setattr(torch.Tensor, name, noting(name))
     loop.iterate(run_, 1e-2, lambda: (0, 1))
     return list(found)
 
