@@ -66,8 +66,7 @@ def _once(body: Any) -> Tensor | None:
 
 def _launched(x: Tensor, warps: int) -> tuple[bool, dict[str, Any]]:
     """Whether kernels on x's device are dependent, and a launch's options."""
-    known = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
-    dependent = x.is_cuda and known and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    dependent = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     # enable_fp_fusion: newer versions warn where it is not given
     options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": True}
     return dependent, options | ({"launch_pdl": True} if dependent else {})
