@@ -41,7 +41,7 @@ def main(world: World, options: SampleOptions) -> None:
     with explaining_memory(lambda: memory_needed(world, source, options)):
         model = load(world, source, options)
         draft = load_draft(world, options, tokenizer, sampling)
-    decoder = decoder_for(model)
+    decoder = decoder_for(model, options.kernels)
     world.synchronize()
     load_s = time.perf_counter() - started
     if world.is_main:

@@ -93,6 +93,7 @@ class SampleOptions(InferenceOptions):
     kv_cache: bool = option(True, "keep keys and values of past tokens")
     draft: str = option("", "guess ahead, the same text in fewer passes: ngram, or a small model")
     draft_tokens: int = option(5, "tokens guessed ahead at most", low=1)
+    kernels: bool = option(False, "decode on a GPU with Triton kernels (not measured yet)")
 
 
 # nanoGPT's options come first, in nanoGPT's order. gradient_accumulation_steps counts the whole

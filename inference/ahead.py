@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from inference.sampling import Sampling, candidates, noise_start, ranked
-from model import KVCache
+from model import KVCache, Past
 from parallel.collectives import Axis, all_gather, broadcast
 from parallel.ledger import Recording
 from tp_model import TensorParallelGPT
@@ -27,14 +27,22 @@ class FixedCache(KVCache):
         self.kv, self.size, self.at = cache.kv, cache.size, at
 
     def begin(self, T: int) -> Tensor:
-        device, dtype = self.at.device, self.kv[0].dtype
-        positions = self.at.unsqueeze(1) + torch.arange(T, device=device)
-        hidden = torch.arange(self.size, device=device) > positions.unsqueeze(-1)
-        # numbers, as attention would turn every layer's bools into them: [rows, 1, T, size]
-        mask = hidden.to(dtype).masked_fill(hidden, float("-inf")).unsqueeze(1)
-        rows = torch.arange(len(self.at), device=device).unsqueeze(1)
-        self._pass = rows, positions, 0, self.size, mask, False
-        return positions
+        self.positions = self.at.unsqueeze(1) + torch.arange(T, device=self.at.device)
+        return self.positions
+
+    def past(self, layer: int) -> Past:
+        if layer == 0:  # kernels.py needs no mask, and calls only `begin`
+            device, dtype = self.at.device, self.kv[0].dtype
+            hidden = torch.arange(self.size, device=device) > self.positions.unsqueeze(-1)
+            # numbers, as attention would turn every layer's bools into them: [rows, 1, T, size]
+            mask = hidden.to(dtype).masked_fill(hidden, float("-inf")).unsqueeze(1)
+            rows = torch.arange(len(self.at), device=device).unsqueeze(1)
+            self._pass = rows, self.positions, 0, self.size, mask, False
+        return super().past(layer)
+
+
+# what TensorParallelGPT.hidden computes of [rows, T] tokens
+Hidden = Callable[[TensorParallelGPT, Tensor, FixedCache], Tensor]
 
 
 class ChoosingStep:
@@ -48,8 +56,10 @@ class ChoosingStep:
 
     recording: Recording
 
-    def __init__(self, model: TensorParallelGPT, cache: KVCache, sampling: Sampling):
-        self.model, self.sampling = model, sampling
+    def __init__(
+        self, model: TensorParallelGPT, cache: KVCache, sampling: Sampling, hidden: Hidden
+    ):
+        self.model, self.sampling, self.hidden = model, sampling, hidden
         shape = 2, 2, len(cache.lengths)
         self.state, self.controls = torch.zeros(shape, dtype=torch.int64, device=model.device)
         self.cache = FixedCache(cache, self.state[1])
@@ -58,7 +68,7 @@ class ChoosingStep:
         model, (tokens, lengths), (start, ended) = self.model, self.state, self.controls
         axis = model.tp.at("sampling")
         with model.tp.ledger.recording() as self.recording:
-            logits = model.local_logits(model.hidden(tokens.unsqueeze(1), self.cache))[:, 0]
+            logits = model.local_logits(self.hidden(model, tokens.unsqueeze(1), self.cache))[:, 0]
             vocab_size = model.config.vocab_size
             best = candidates(logits, model.vocab_lo, vocab_size, self.sampling, axis.size)
             chosen = _agreed(best, start, ended, self.sampling, axis)

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from base.errors import Unavailable
-from inference.ahead import Ahead, ChoosingStep, FixedCache
+from base.errors import Unavailable, UserError
+from inference.ahead import Ahead, ChoosingStep, FixedCache, Hidden
 from inference.sampling import Sampling
 from model import KVCache
 from parallel.ledger import GraphCall, Recording
@@ -42,18 +42,20 @@ class Decoder(Protocol):
         ...
 
 
-def decoder_for(model: TensorParallelGPT) -> Decoder:
-    """The fastest decoder for this model, device and transport."""
+def decoder_for(model: TensorParallelGPT, kernels: bool = False) -> Decoder:
+    """The fastest decoder for this model, device and transport. kernels: one with those of
+    kernels.py, or a UserError."""
     from inference.native_decoder import NativeDecoder  # which imports this file
 
     weight, transport = model.transformer.wpe.weight, model.tp.transport
+    hidden = _with_kernels(model) if kernels else TensorParallelGPT.hidden
     if weight.device.type == "cuda":
         # cuDNN's kernel is the fastest, but planned anew for each cache length: 0.5 s a token
         torch.backends.cuda.enable_cudnn_sdp(False)
         if transport is not None and transport.name == "gloo":
             why = "over gloo messages go through the host, so a step cannot be a CUDA graph"
             return TorchDecoder(model, why)
-        return GraphDecoder(model)
+        return GraphDecoder(model, hidden=hidden)
     native = weight.device.type == "cpu" and weight.dtype == torch.float32 and not model.compiled
     if not native or torch.get_num_threads() != 1:
         return TorchDecoder(model)
@@ -61,6 +63,21 @@ def decoder_for(model: TensorParallelGPT) -> Decoder:
         return NativeDecoder(model)
     except Unavailable as error:
         return TorchDecoder(model, str(error))
+
+
+def _with_kernels(model: TensorParallelGPT) -> Hidden:
+    transport = model.tp.transport
+    try:
+        from inference.kernels import hidden, unusable
+
+        why = unusable(model)
+    except ImportError as error:
+        why = f"they need triton ({error})"
+    if transport is not None and transport.name == "gloo":
+        why = "they are in a CUDA graph, and over gloo messages go through the host"
+    if why:
+        raise UserError(f"--kernels=True: {why}. Leave it out.")
+    return hidden
 
 
 def checked_T(tokens: list[list[int]], cache: KVCache) -> int:
@@ -131,8 +148,8 @@ class FixedStep:
 
     recording: Recording
 
-    def __init__(self, model: TensorParallelGPT, cache: KVCache, T: int):
-        shape = (1 + T, len(cache.lengths))
+    def __init__(self, model: TensorParallelGPT, cache: KVCache, T: int, hidden: Hidden):
+        shape, self.hidden = (1 + T, len(cache.lengths)), hidden
         self.model, self.inputs = model, torch.empty(shape, dtype=torch.int64, device=model.device)
         self.cache = FixedCache(cache, self.inputs[0])
 
@@ -142,7 +159,8 @@ class FixedStep:
 
     def __call__(self) -> Tensor:
         with self.model.tp.ledger.recording() as self.recording:
-            return self.model.local_logits(self.model.hidden(self.inputs[1:].T, self.cache))
+            x = self.hidden(self.model, self.inputs[1:].T, self.cache)
+            return self.model.local_logits(x)
 
 
 class GraphDecoder:
@@ -153,13 +171,18 @@ class GraphDecoder:
     graphs end with the decoder: nccl would wait for them at exit. The account counts replays, not
     captures. No clock can run within a graph: a call's seconds are those of a graph of the same
     messages alone, timed once. Ranks capture and replay in the same order. capture: for tests
-    without a GPU.
+    without a GPU. hidden: TensorParallelGPT's own unless given.
     """
 
-    name, why = "cuda graph", ""
+    why = ""
 
-    def __init__(self, model: TensorParallelGPT, capture: CudaGraphs | None = None):
-        self.model, self.capture, self.capture_s = model, capture or CudaGraphs(), 0.0
+    def __init__(
+        self, model: TensorParallelGPT, capture: CudaGraphs | None = None,
+        hidden: Hidden = TensorParallelGPT.hidden,
+    ):  # fmt: skip
+        self.model, self.hidden = model, hidden
+        self.name = "cuda graph" + ", Triton kernels" * (hidden is not TensorParallelGPT.hidden)
+        self.capture, self.capture_s = capture or CudaGraphs(), 0.0
         self._places: dict[int, KVCache] = {}  # by size
         self._steps: dict[Any, tuple[Any, Replay, Tensor]] = {}
 
@@ -180,7 +203,7 @@ class GraphDecoder:
         T = checked_T(tokens, cache)
         key = cache.kv[0].data_ptr(), cache.size, len(tokens), T
         if key not in self._steps:
-            step = FixedStep(self.model, cache, T)
+            step = FixedStep(self.model, cache, T, self.hidden)
             step.fill(tokens, cache.lengths)  # a capture's runs write the cache as the replay will
             self._steps[key] = (step, *self._captured(step))
         step, replay, out = self._steps[key]
@@ -193,7 +216,7 @@ class GraphDecoder:
         key = cache.kv[0].data_ptr(), cache.size, len(newest), sampling
         state = torch.tensor([newest, cache.lengths])
         if key not in self._steps:
-            step = ChoosingStep(self.model, cache, sampling)
+            step = ChoosingStep(self.model, cache, sampling, self.hidden)
             step.state.copy_(state)
             self._steps[key] = (step, *self._captured(step))
         step, replay, out = self._steps[key]

@@ -28,10 +28,10 @@ STAGES = (
     (("facts", 45),),
     (("logits", 120), ("marked", 125), ("ranks", 100)),
     (("symmetric", 45),),
-    (("decode_xl", 110),),
+    (("decode_xl", 135),),
     (("train", 110),),
     (("characters", 170),),
-    (("decode", 60),),
+    (("decode", 75),),
     (("train_xl", 110),),
 )
 LEAST_S = 15.0  # with less a step is not begun

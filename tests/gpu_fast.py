@@ -5,15 +5,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_right import write_letters
 from gpu_steps import ROOT, SHAPES, Step
+from torch import Tensor
 
+from base.errors import UserError
 from bench.contestants import Contestant
-from inference.decoders import Decoder, GraphDecoder, TorchDecoder
+from inference.decoders import CudaGraphs, Decoder, GraphDecoder, TorchDecoder, decoder_for
 from inference.generation import generate
 from inference.sampling import Sampling
 from model import GPTConfig
@@ -45,25 +48,60 @@ def decode(step: Step, name: str = "gpt2") -> None:
 
     torch.backends.cuda.enable_cudnn_sdp(False)
     whole("eager", TorchDecoder(model), n if step.gpu else 6)
+    kernels, refused = "graph, Triton kernels", ""
+    try:
+        decoder_for(model, kernels=True)
+    except UserError as error:
+        refused = str(error)
+        step.say(kernels, left_out=refused)
     if step.gpu:
         whole("graph", GraphDecoder(model), n)
         whole("graph, sampled at 0.8", GraphDecoder(model), n, 0.8)
-        replayed(step, "graph", model, prompt, read, copied)
+        replayed(step, "graph", model, GraphDecoder(model), prompt, read, copied)
+        if not refused:
+            whole(kernels, decoder_for(model, kernels=True), n)
+            decoder: Any = decoder_for(model, kernels=True)
+            replayed(step, kernels, model, decoder, prompt, read, copied)
+            with step.attempt("Triton kernels by cut"):
+                cuts(step, model)
         torch.backends.cuda.enable_cudnn_sdp(True)
         whole("eager, cuDNN's attention allowed", TorchDecoder(model), 6)
         torch.backends.cuda.enable_cudnn_sdp(False)
         model.compile_blocks(tuned=True)
         whole("graph, compiled", GraphDecoder(model), n)
-        replayed(step, "graph, compiled", model, prompt, read, copied)
+        replayed(step, "graph, compiled", model, GraphDecoder(model), prompt, read, copied)
     with step.attempt("transformers"):
         transformers(step, config, prompt, read, copied)
 
 
+def cuts(step: Step, model: TensorParallelGPT) -> None:
+    """GB/s of the weights of all layers, by how a Triton kernel's programs share them."""
+    from inference.kernels import product
+
+    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+        layers = [block.get_submodule(name) for block in model.blocks]
+        norm = None if name.endswith("c_proj") else model.transformer.ln_f
+        weight, found = layers[0].weight, {}
+        x, nbytes = torch.ones_like(weight[:1]), len(layers) * weight.nbytes
+        for cut in ((2, 1024, 4), (4, 512, 2), (4, 1024, 4), (8, 512, 4), (4, 2048, 8)):
+            run = partial(products, product, x, layers, norm, cut)
+            replay, _ = CudaGraphs()(run)
+            found[str(cut)] = round(nbytes / step.seconds(replay, 10) / 1e9)
+        step.say(f"{name}, GB/s by outputs, inputs and warps of a program", **found)
+
+
+def products(product: Any, x: Tensor, layers: list[Any], norm: Any, cut: Any) -> None:
+    with torch.inference_mode():
+        for layer in layers:
+            product(x, layer.weight, layer.bias, norm, cut=cut)
+
+
 def replayed(
-    step: Step, what: str, model: TensorParallelGPT, prompt: list[int], read: float, copied: float
-) -> None:
+    step: Step, what: str, model: TensorParallelGPT, decoder: GraphDecoder, prompt: list[int],
+    read: float, copied: float,
+) -> None:  # fmt: skip
     """The step alone, without choosing a token, and its kernels by time."""
-    decoder, cache = GraphDecoder(model), model.new_cache(1, 2 * len(prompt))
+    cache = model.new_cache(1, 2 * len(prompt))
     with step.attempt(f"{what}, the step alone"), torch.inference_mode():
         model.hidden(torch.tensor([prompt], device=step.device), cache)
         cache.advance([len(prompt)])

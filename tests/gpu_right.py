@@ -23,6 +23,7 @@ from parallel.collectives import Axis, GroupTransport
 from parallel.symmetric import MOST_BYTES, SymmetricTransport
 from text.dataset import write_tokens
 from text.tokenizer import IdsTokenizer, write_tokenizer
+from tp_model import TensorParallelGPT
 from world import peaks
 
 SDPA = ("math", "flash", "efficient", "cudnn", "overrideable")
@@ -81,7 +82,7 @@ def logits(step: Step) -> None:
     prompts = {rows: t.texts(config, rows) for rows in (1, 3)}
     right = {rows: t.expected(config, rows) for rows in prompts}
     ways: dict[str, Any] = {"eager": TorchDecoder, "fixed step": t.graphed}
-    ways |= {"graph": GraphDecoder} if step.gpu else {}
+    ways |= {"graph": GraphDecoder, "Triton kernels": by_kernels} if step.gpu else {}
     for dtype in (torch.float32, torch.bfloat16):
         own = copy.deepcopy(double).to(step.device, dtype)
         for cudnn in (True, False) if step.gpu else (False,):
@@ -103,6 +104,12 @@ def logits(step: Step) -> None:
                         mine = decoded(step, config, dtype, kind, texts, t)
                         off = error(mine, right[rows])
                         step.say(what, ok=off <= bound, error=off, bound=bound)
+
+
+def by_kernels(model: TensorParallelGPT) -> GraphDecoder:
+    from inference.kernels import hidden
+
+    return GraphDecoder(model, hidden=hidden)
 
 
 def decoded(
