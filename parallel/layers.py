@@ -16,10 +16,11 @@ class Sharded(nn.Module):
     """A layer with this rank's part of a weight, [outputs, inputs]. int8: stands for the weight in
     products, see quantized.py."""
 
-    def __init__(self, outputs: int, inputs: int, axis: Axis):
+    def __init__(self, outputs: int, inputs: int, bias: bool, axis: Axis):
         super().__init__()
         self.inputs, self.axis = inputs, axis
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
         self.int8: Any = None
 
     def check(self, x: Tensor, hint: str = "") -> None:
@@ -44,8 +45,7 @@ class ColumnParallelLinear(Sharded):
     """
 
     def __init__(self, in_features: int, local_out: int, bias: bool, axis: Axis):
-        super().__init__(local_out, in_features, axis)
-        self.bias = nn.Parameter(torch.empty(local_out)) if bias else None
+        super().__init__(local_out, in_features, bias, axis)
 
     def forward(self, x: Tensor, region: Region = WHOLE) -> Tensor:
         if self.int8 is not None:
@@ -69,9 +69,8 @@ class RowParallelLinear(Sharded):
     """
 
     def __init__(self, in_features: int, local_in: int, out_features: int, bias: bool, axis: Axis):
-        super().__init__(out_features, local_in, axis)
+        super().__init__(out_features, local_in, bias, axis)
         self.in_features = in_features
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor, region: Region = WHOLE) -> Tensor:
         if self.axis.size == 1 or not torch.is_grad_enabled():  # rank 0 adds it
@@ -101,7 +100,7 @@ class VocabParallelEmbedding(Sharded):
         if not 0 <= lo < hi <= num_embeddings or rows < hi - lo:
             wanted = f"vocabulary rows [{lo}, {hi}) of {num_embeddings} in {rows} rows"
             raise ValueError(f"rank {axis.rank} cannot hold {wanted}")
-        super().__init__(rows, dim, axis)
+        super().__init__(rows, dim, False, axis)
         self.lo, self.hi = lo, hi
 
     def forward(self, ids: Tensor, region: Region = WHOLE) -> Tensor:
