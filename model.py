@@ -34,10 +34,8 @@ class GPTConfig:
 def initial_tensor(name: str, shape: tuple[int, ...], n_layer: int, seed: int) -> Tensor:
     """The first value of one full parameter, float32, as GPT-2 draws it: N(0, 0.02), the two
     projections into the residual stream N(0, 0.02 / sqrt(2 n_layer)), biases 0, LayerNorm gains 1.
-
     Each tensor has a random stream of its own, seeded by `seed` and its name: a rank can draw one
-    and keep its part, which is the same in every split of the model.
-    """
+    and keep its part, which is the same in every split of the model."""
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if ".ln_" in name:
@@ -49,12 +47,10 @@ def initial_tensor(name: str, shape: tuple[int, ...], n_layer: int, seed: int) -
 
 
 class Past(NamedTuple):
-    """A layer's part of a KVCache in one forward pass.
-
-    kv: [B, 2 H, size, D], the heads' keys, then their values. rows [B, 1], positions [B, T]: where
-    the T new tokens of each row belong; None if all rows are equally long and take [start, stop).
-    mask, causal: what a new token attends to of the first `stop` tokens.
-    """
+    """A layer's part of a KVCache in one forward pass. kv: [B, 2 H, size, D], the heads' keys, then
+    their values. rows [B, 1], positions [B, T]: where the T new tokens of each row belong; rows is
+    None if all are equally long and take [start, stop). mask, causal: what a new token attends to
+    of the first `stop` tokens."""
 
     kv: Tensor
     rows: Tensor | None
@@ -65,8 +61,7 @@ class Past(NamedTuple):
     causal: bool
 
     def update(self, kv: Tensor) -> tuple[Tensor, ...]:
-        """Store the new keys and values [B, 2 H, T, D]; returns all keys and values so far,
-        [B, H, stop, D] each."""
+        """Store new keys and values [B, 2 H, T, D]; returns all so far, [B, H, stop, D] each."""
         if self.rows is None:
             self.kv[:, :, self.start : self.stop] = kv
         else:
@@ -75,30 +70,31 @@ class Past(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, for every layer.
+    """Keys and values of the tokens read so far. kv: for each layer as in Past; a shard keeps its
+    own heads only. lengths: of each row, in tokens. `begin` prepares a forward pass, in which layer
+    i gets `past(i)`; `advance` ends it."""
 
-    kv: for each layer as in Past; a shard keeps its own heads only. lengths: of each row, in
-    tokens. `begin` prepares a forward pass, in which layer i gets `past(i)`; `advance` ends it.
-    """
+    def __init__(self, kv: list[Tensor], lengths: list[int]):
+        self.kv, self.lengths, self.size = kv, lengths, kv[0].shape[2]
 
-    def __init__(
-        self, n_layer: int, batch: int, n_head: int, size: int, head_dim: int,
-        device: torch.device, dtype: torch.dtype,
-    ):  # fmt: skip
-        shape = (batch, 2 * n_head, size, head_dim)
-        self.kv = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layer)]
-        self.lengths, self.size = [0] * batch, size
+    @classmethod
+    def like(cls, x: Tensor, n_layer: int, *shape: int) -> "KVCache":
+        """An empty one of this shape, [B, 2 H, size, D], with x's dtype and device."""
+        return cls([x.new_zeros(shape) for _ in range(n_layer)], [0] * shape[0])
 
     @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.kv)
 
+    def check(self, T: int) -> None:
+        """ValueError if T more tokens have no room."""
+        if (n := max(self.lengths)) + T > self.size:
+            raise ValueError(f"{n} tokens are in the cache, {T} more do not fit its {self.size}")
+
     def begin(self, T: int) -> Tensor:
         """Prepare for T more tokens in every row. Returns their positions, [1 or B, T] int64."""
+        self.check(T)
         device, start, stop = self.kv[0].device, min(self.lengths), max(self.lengths) + T
-        if stop > self.size:
-            more = f"{T} more do not fit its {self.size}"
-            raise ValueError(f"{stop - T} tokens are in the cache, {more}")
         rows = mask = None
         if start + T == stop:
             positions = torch.arange(start, stop, device=device).unsqueeze(0)
@@ -107,11 +103,10 @@ class KVCache:
             starts = torch.tensor(self.lengths, device=device).unsqueeze(1)
             positions = starts + torch.arange(T, device=device)
         # No mask for one token that follows equally long rows, which sees everything, nor for a
-        # first pass, which is plain causal attention.
+        # first pass, which is plain causal attention; else [1 or B, 1, T, stop].
         causal = stop == T and T > 1
         if not causal and (rows is not None or T > 1):
-            seen = torch.arange(stop, device=device) <= positions.unsqueeze(-1)
-            mask = seen.unsqueeze(1)  # [1 or B, 1, T, stop]
+            mask = (torch.arange(stop, device=device) <= positions.unsqueeze(-1)).unsqueeze(1)
         self._pass = rows, positions, start, stop, mask, causal
         return positions
 
@@ -124,10 +119,9 @@ class KVCache:
 
     def rows(self, index: list[int]) -> "KVCache":
         """A cache of these rows, in this order; a row may occur several times."""
-        taken, picks = object.__new__(KVCache), torch.tensor(index, device=self.kv[0].device)
-        taken.kv = [layer.index_select(0, picks) for layer in self.kv]
-        taken.lengths, taken.size = [self.lengths[i] for i in index], self.size
-        return taken
+        picks = torch.tensor(index, device=self.kv[0].device)
+        kv = [layer.index_select(0, picks) for layer in self.kv]
+        return KVCache(kv, [self.lengths[i] for i in index])
 
 
 class LayerNorm(nn.Module):
@@ -233,9 +227,8 @@ class GPT(nn.Module):
             x = block(x, cache.past(i) if cache else None)
         return self.transformer.ln_f(x)
 
-    def forward(
-        self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, idx: Tensor, targets: Tensor | None = None,
+                cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
         """idx [B, T] -> (logits, loss). With targets [B, T] (-1: ignored) all logits [B, T, V] and
         the mean loss; without them the last position's logits [B, 1, V] and None."""
         x = self.hidden(idx, cache)
@@ -251,21 +244,17 @@ class GPT(nn.Module):
         return total - (self.transformer.wpe.weight.numel() if non_embedding else 0)
 
     @torch.no_grad()
-    def generate(
-        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-        use_cache: bool = True, generator: torch.Generator | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Continue idx [B, T] by max_new_tokens; temperature 0 takes the most likely token.
-
-        The last block_size tokens are the context. Positions are absolute: once the window slides,
-        every token has a new one, the cache is useless and each token costs a whole forward pass.
-        """
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0,
+                 top_k: int | None = None, use_cache: bool = True,
+                 generator: torch.Generator | None = None) -> Tensor:
+        """Continue idx [B, T] by max_new_tokens; temperature 0 takes the most likely token. The
+        last block_size tokens are the context. Positions are absolute: once the window slides,
+        every token has a new one, and costs a whole forward pass without the cache."""
         size, cache = self.config.block_size, None
         if use_cache and idx.shape[1] <= size:
-            table = self.transformer.wte.weight
             c = self.config
-            shape = c.n_layer, len(idx), c.n_head, size, c.n_embd // c.n_head
-            cache = KVCache(*shape, idx.device, table.dtype)
+            shape = len(idx), 2 * c.n_head, size, c.n_embd // c.n_head
+            cache = KVCache.like(self.transformer.wte.weight, c.n_layer, *shape)
         for _ in range(max_new_tokens):
             if cache is not None and idx.shape[1] <= size:
                 logits, _ = self(idx[:, cache.lengths[0] :], cache=cache)
@@ -276,10 +265,8 @@ class GPT(nn.Module):
         return idx
 
 
-def adamw(
-    named_parameters: Iterator[tuple[str, nn.Parameter]], weight_decay: float,
-    learning_rate: float, betas: tuple[float, float],
-) -> torch.optim.AdamW:  # fmt: skip
+def adamw(named_parameters: Iterator[tuple[str, nn.Parameter]], weight_decay: float,
+          learning_rate: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW with nanoGPT's two groups: matrices decay, vectors (biases, LayerNorms) do not. A part
     of a tensor has as many dimensions, and so is in the same group."""
     parameters = [parameter for _, parameter in named_parameters if parameter.requires_grad]
@@ -290,9 +277,8 @@ def adamw(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 
-def choose(
-    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
-) -> Tensor:
+def choose(logits: Tensor, temperature: float, top_k: int | None,
+           generator: torch.Generator | None) -> Tensor:
     """One token a row [B, 1] from logits [B, V]."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)

@@ -13,7 +13,8 @@ m = this rank's MLP columns.
 """
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,10 +27,10 @@ from base.errors import UserError
 from checkpoints.tensor_file import Read
 from model import GPTConfig, KVCache, LayerNorm, Past, attend, gelu, initial_tensor
 from parallel.collectives import Axis, all_gather
-from parallel.dropout import attend_with_own_dropout
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from parallel.loss import vocab_parallel_head_loss
-from parallel.parameters import Parts, default_dtype, take
+from parallel.operators import attend_with_own_dropout
+from parallel.parameters import Parts, take
 from parallel.regions import WHOLE, Region, SplitTokens, divide_gradient, f, g
 from plan.partition import Partition, Rule, spans
 from plan.schedule import Schedule, SubBlock
@@ -104,10 +105,8 @@ class Stream(NamedTuple):
 
 
 class Block(nn.Module):
-    def __init__(
-        self, config: GPTConfig, split: Partition, tp: Axis, layer: int,
-        syncs: tuple[bool, bool] = (True, True),
-    ):  # fmt: skip
+    def __init__(self, config: GPTConfig, split: Partition, tp: Axis, layer: int,
+                 syncs: tuple[bool, bool] = (True, True)):
         super().__init__()
         self.syncs = syncs  # after the attention, after the MLP
         self.ln_1 = LayerNorm(config.n_embd, config.bias)
@@ -119,28 +118,20 @@ class Block(nn.Module):
         return self.after_mlp(self.after_attention(s, past))
 
     def after_attention(self, s: Stream, past: Past | None = None) -> Stream:
-        if s.here is None and self.syncs[0]:
-            return Stream(s.x + self.attn(self.ln_1(s.x), past, s.region), s.region)
-        here = f(s.x, self.attn.axis) if s.here is None else s.here
-        return go_on(s, here, self.attn.partial(self.ln_1(here), past), self.attn, self.syncs[0])
+        return after(s, self.ln_1, self.attn, self.syncs[0], past)
 
     def after_mlp(self, s: Stream) -> Stream:
-        if s.here is None and self.syncs[1]:
-            return Stream(s.x + self.mlp(self.ln_2(s.x), s.region), s.region)
-        here = f(s.x, self.mlp.axis) if s.here is None else s.here
-        return go_on(s, here, self.mlp.partial(self.ln_2(here)), self.mlp, self.syncs[1])
+        return after(s, self.ln_2, self.mlp, self.syncs[1])
 
 
-def go_on(
-    s: Stream, here: Tensor, y: Tensor, body: CausalSelfAttention | MLP, sync: bool
-) -> Stream:
-    """The stream after a sub-block of a run of several without sync points in between.
-
-    here: its input on this rank, [B, T, C]. y: its partial output, without c_proj's bias. Every
-    contribution reaches the stream once and exactly. Only the input of the sub-blocks before the
-    next sync point is approximate, as the others' contributions have not arrived.
-    """
-    bias: Tensor | None = body.c_proj.bias
+def after(s: Stream, norm: LayerNorm, body: Any, sync: bool, *past: Past | None) -> Stream:
+    """The stream after a sub-block, `body`. In a run of several without sync points in between
+    every contribution reaches the stream once and exactly. Only the input of the sub-blocks before
+    the next sync point is approximate, as the others' contributions have not arrived."""
+    if s.here is None and sync:
+        return Stream(s.x + body(norm(s.x), *past, region=s.region), s.region)
+    here = f(s.x, body.axis) if s.here is None else s.here
+    y, bias = body.partial(norm(here), *past), body.c_proj.bias  # [B, T, C], without the bias
     if body.training and body.dropout > 0:  # one mask on all ranks: the dropped parts add up
         mask = F.dropout(torch.ones_like(y), body.dropout)
         y, bias = y * mask, None if bias is None else bias * mask
@@ -164,9 +155,7 @@ class Transformer(nn.Module):
         rows = *split.vocabulary(tp.rank), split.local_vocab
         here = tp.at("embedding")
         self.wte = VocabParallelEmbedding(config.vocab_size, config.n_embd, *rows, here)
-        # from_pretrained, because nn.Embedding would draw numbers that are then thrown away
-        table = torch.empty(config.block_size, config.n_embd)
-        self.wpe = nn.Embedding.from_pretrained(table, freeze=False)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, split, tp, i) for i in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, config.bias)
 
@@ -175,26 +164,16 @@ class TensorParallelGPT(nn.Module):
     """One rank's part of a GPT.
 
     tp: the axis it is split over. read: called with each parameter's name and rule, returns this
-    rank's part of it; without it parameters are drawn from `seed`, as in model.py. Memory is taken
-    once, for local shapes. schedule: after which sub-blocks ranks synchronise: every one unless
-    given. sequence_parallel: split the residual stream by tokens. Raises UserError if the schedule
-    drops sync points. A pass with fewer tokens than ranks is not split. Neither has an effect on
-    one rank. sharding: split the parameters over dp as well, for training.
+    rank's part of it; without it parameters are drawn from `seed`, as in model.py. schedule: after
+    which sub-blocks ranks synchronise: every one unless given. sequence_parallel: split the
+    residual stream by tokens, of passes with as many tokens as ranks; UserError if the schedule
+    drops sync points. Neither has an effect on one rank. sharding: split parameters over dp, too.
     """
 
-    def __init__(
-        self,
-        config: GPTConfig,
-        tp: Axis,
-        read: Read | None = None,
-        seed: int = 1337,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        activation_checkpointing: bool = False,
-        schedule: Schedule | None = None,
-        sequence_parallel: bool = False,
-        sharding: "Sharding | None" = None,
-    ):
+    def __init__(self, config: GPTConfig, tp: Axis, read: Read | None = None, seed: int = 1337,
+                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+                 activation_checkpointing: bool = False, schedule: Schedule | None = None,
+                 sequence_parallel: bool = False, sharding: "Sharding | None" = None):
         super().__init__()
         self.config, self.tp, self.sharding, self.compiled = config, tp, sharding, False
         self.activation_checkpointing = activation_checkpointing
@@ -202,27 +181,21 @@ class TensorParallelGPT(nn.Module):
         self.parts = Parts(split.rules, tp.rank, sharding.dp if sharding else None)
         self.vocab_lo, self.vocab_hi = split.vocabulary(tp.rank)
         self.sequence_parallel = sequence_parallel and tp.size > 1
-        with torch.device("meta" if sharding else device), default_dtype(dtype):
-            self.transformer = Transformer(config, split, tp)
+        with torch.device("meta"):
+            self.transformer = Transformer(config, split, tp).to(dtype)
         self.set_schedule(schedule or Schedule.plain(config.n_layer))
         if self.sequence_parallel and not self.schedule.is_plain:
-            raise UserError(
-                f"--sequence_parallel=True together with --sync={schedule}: use one of them."
-            )
+            both = f"--sequence_parallel=True together with --sync={schedule}"
+            raise UserError(f"{both}: use one of them.")
         if sharding:
             sharding.apply(self, self.transformer.h)
-            self.to_empty(device=device)  # of this rank's part: nothing is ever there in full
-        self.load(read or self._draw(seed))
+        self.to_empty(device=device)  # memory for this rank's part: nothing is ever there in full
+        self.load(read or partial(self._drawn, seed))
 
-    def _draw(self, seed: int) -> Read:
+    def _drawn(self, seed: int, name: str, rule: Rule) -> Tensor:
         """Every rank draws each full tensor from the same stream and keeps its part."""
-        shapes = self.split.shapes()
-
-        def read(name: str, rule: Rule) -> Tensor:
-            full = initial_tensor(name, shapes[name], self.config.n_layer, seed)
-            return take(full, rule, self.tp.rank)
-
-        return read
+        full = initial_tensor(name, self.split.table[name][0], self.config.n_layer, seed)
+        return take(full, rule, self.tp.rank)
 
     def load(self, read: Read) -> None:
         """Fill every parameter from `read`. The tied head is the embedding table itself."""
@@ -262,8 +235,7 @@ class TensorParallelGPT(nn.Module):
             raise ValueError(f"{T} tokens do not fit block_size={self.config.block_size}")
         positions = cache.begin(T) if cache else torch.arange(T, device=idx.device).unsqueeze(0)
         self.tp.ledger.forward_passes += 1
-        region = self.region(T)
-        if region is not WHOLE:
+        if (region := self.region(T)) is not WHOLE:
             lo, hi = spans(T, self.tp.size)[self.tp.rank]
             positions = positions[:, lo:hi]
         x = self.transformer.wte(idx, region) + self.transformer.wpe(positions)
@@ -275,14 +247,12 @@ class TensorParallelGPT(nn.Module):
         s = self.embed(idx, cache)
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                s = checkpoint(block, s, use_reentrant=False, context_fn=self._recomputing)
+                # forward calls of the second pass are accounted to the backward pass
+                contexts = lambda: (nullcontext(), self.tp.ledger.recomputing())  # noqa: E731
+                s = checkpoint(block, s, use_reentrant=False, context_fn=contexts)
             else:
                 s = block(s, cache.past(i) if cache else None)
         return Stream(self.transformer.ln_f(s.x), s.region)
-
-    def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Contexts of a checkpointed block's first and second forward pass."""
-        return nullcontext(), self.tp.ledger.recomputing()
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """The final hidden state [B, T, C], equal on all ranks, of tokens idx [B, T]; with a cache,
@@ -304,9 +274,8 @@ class TensorParallelGPT(nn.Module):
         """Hidden states x [..., C] -> this rank's columns of the logits, [..., hi - lo]."""
         return self.transformer.wte.logits(x)
 
-    def forward(
-        self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def forward(self, idx: Tensor, targets: Tensor | None = None,
+                cache: KVCache | None = None) -> tuple[Tensor | None, Tensor | None]:
         """idx [B, T] -> (logits, loss), as in model.py. But with targets there are no logits: they
         are never gathered, and not even a rank's own exist all at once."""
         if targets is None:
@@ -315,9 +284,8 @@ class TensorParallelGPT(nn.Module):
         if self.sequence_parallel and s.region is WHOLE and torch.is_grad_enabled():
             which = f"{T} tokens cannot be split over {self.tp.size} ranks"
             raise ValueError(f"{which} to learn from them")
-        loss = vocab_parallel_head_loss(
-            s.x, table, targets, self.vocab_lo, self.vocab_hi, self.tp, s.region, self.compiled
-        )
+        mine = table, targets, self.vocab_lo, self.vocab_hi
+        loss = vocab_parallel_head_loss(s.x, *mine, self.tp, s.region, self.compiled)
         return None, loss / (targets >= 0).sum()
 
     def gather_logits(self, local: Tensor) -> Tensor:
@@ -329,11 +297,9 @@ class TensorParallelGPT(nn.Module):
 
     def new_cache(self, batch: int, size: int | None = None) -> KVCache:
         """A KV cache for this rank's heads and rows of `size` tokens (block_size unless given)."""
-        lo, hi = self.split.heads(self.tp.rank)
-        table = self.transformer.wpe.weight
-        size = self.config.block_size if size is None else size
-        shape = self.config.n_layer, batch, hi - lo, size, self.split.head_dim
-        return KVCache(*shape, table.device, table.dtype)
+        (lo, hi), c = self.split.heads(self.tp.rank), self.config
+        shape = batch, 2 * (hi - lo), size or c.block_size, self.split.head_dim
+        return KVCache.like(self.transformer.wpe.weight, c.n_layer, *shape)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Of the full model, as in model.py."""

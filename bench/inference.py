@@ -17,7 +17,7 @@ from bench.rounds import Bench, Round, collectives, column, compare, shown, spre
 from checkpoints.convert import write_hf
 from checkpoints.sources import open_source, tokenizer_of
 from cli.options import BenchDecodeOptions, BenchModelOptions, BenchPrefillOptions, SampleOptions
-from inference.decoders import Decoder, decoder_for
+from inference.decoders import TorchDecoder, decoder_for
 from inference.generation import Generation
 from inference.load import load, load_draft
 from inference.prompts import check_prompts, encode, read_prompts
@@ -68,7 +68,7 @@ class Subject:
         model = asdict(self.model.config) | {"parameters": self.model.split.count()}
         return {"model": model, "sync": str(self.model.schedule)}
 
-    def measure(self, decoder: Decoder, guess: bool = True) -> dict[str, Any]:
+    def measure(self, decoder: TorchDecoder, guess: bool = True) -> dict[str, Any]:
         """Generate. If n is 1, seconds and account to the first token, else the mean of the others.
         guess: with the draft."""
         draft, captured = self.draft if guess else None, decoder.capture_s

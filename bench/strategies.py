@@ -25,7 +25,7 @@ import model
 from model import GPTConfig, attend, gelu
 from parallel.collectives import Axis, all_gather, all_reduce
 from parallel.ledger import Account, total
-from parallel.parameters import default_dtype, take
+from parallel.parameters import take
 from parallel.regions import WHOLE, Region, SplitTokens, f, g
 from plan.cost import Step, ring_bytes
 from plan.memory import FLOAT
@@ -123,10 +123,9 @@ def answers(case: Case, split: Split | None = None) -> dict[str, Tensor]:
     """Output, input gradient and every weight's gradient in double precision, by model.py; with
     `split`, of spd."""
     C, H, bias = case.config.n_embd, case.split(1).n_hidden, case.config.bias
-    with default_dtype(torch.float64):
-        whole = model.Block(case.config)
-        whole.mlp.c_fc, whole.mlp.c_proj = nn.Linear(C, H, bias), nn.Linear(H, C, bias)
-    part: nn.Module = whole.get_submodule(INSIDE[case.part])
+    whole = model.Block(case.config)
+    whole.mlp.c_fc, whole.mlp.c_proj = nn.Linear(C, H, bias), nn.Linear(H, C, bias)
+    part: nn.Module = whole.double().get_submodule(INSIDE[case.part])
     part.load_state_dict(case.weights)
     x = case.x.double().requires_grad_()
     y = part(x) if split is None else dropped_sync(whole, split, x)
@@ -264,8 +263,9 @@ class Piece:
         if strategy.startswith("sequence") and axis.size > 1:
             self.region = SplitTokens(T, keep=strategy == "sequence+kept")
             self.own = slice(*spans(T, axis.size)[axis.rank])
-        with torch.device(device), default_dtype(case.x.dtype), torch.no_grad():
+        with torch.device(device), torch.no_grad():
             block = Block(case.config, self.split, axis, 0, (strategy != "spd", True))
+            block.to(case.x.dtype)
             self.body: Any = block.get_submodule(INSIDE[case.part])
             for name, parameter in self.body.named_parameters():
                 parameter.copy_(take(case.weights[name], self.rules[name], axis.rank))

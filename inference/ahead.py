@@ -87,9 +87,7 @@ def _agreed(best: Tensor, start: Tensor, ended: Tensor, sampling: Sampling, axis
 
 def draw(values: Tensor, ids: Tensor, start: Tensor, sampling: Sampling) -> Tensor:
     """What sampling.choose computes, for all rows, on their device and without waiting for it.
-
-    values: [rows, n] float32, the logits of the tokens `ids` [rows, n]. start: [rows] int64.
-    """
+    values: [rows, n] float32, the logits of the tokens `ids` [rows, n]. start: [rows] int64."""
     k = 1 if sampling.temperature == 0 else min(sampling.top_k or values.shape[1], values.shape[1])
     order = ranked(values, ids, k)
     values, ids = values.gather(1, order), ids.gather(1, order).long()
@@ -106,10 +104,7 @@ def draw(values: Tensor, ids: Tensor, start: Tensor, sampling: Sampling) -> Tens
 
 def noise(start: Tensor, ids: Tensor) -> Tensor:
     """sampling.noise [rows, n] from int64, which wraps around as uint64 does."""
-
-    def shifted(x: Tensor, n: int) -> Tensor:
-        return (x >> n) & ((1 << (64 - n)) - 1)
-
+    shifted = lambda x, n: (x >> n) & ((1 << (64 - n)) - 1)  # noqa: E731
     x = start.unsqueeze(1) + (ids + 1) * (0x9E3779B97F4A7C15 - 2**64)
     x = (x ^ shifted(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
     x = (x ^ shifted(x, 27)) * (0x94D049BB133111EB - 2**64)
@@ -132,14 +127,15 @@ class Ahead:
     def launch(self, places: list[tuple[int, int]], ended: list[int]) -> None:
         """places: (sample, position) of each row's next token. ended: see ChoosingStep."""
         sent, chosen = self._sent[self.launched % 2], self._chosen[self.launched % 2]
-        seed, sampled = self.step.sampling.seed, self.step.sampling.temperature > 0
-        starts = [int(noise_start(seed, *place).view("int64")[0]) if sampled else 0 for place in places]
+        sampling = self.step.sampling
+        starts = [0] * len(places)
+        if sampling.temperature:
+            starts = [int(noise_start(sampling.seed, *at).view("int64")[0]) for at in places]
         sent.copy_(torch.tensor([starts, ended]))
         self.step.controls.copy_(sent, non_blocking=True)
         self.step.model.tp.ledger.replay(self.step.recording, self.replay())
         chosen.copy_(self.out, non_blocking=True)
-        event = torch.cuda.Event() if chosen.is_pinned() else None
-        if event is not None:
+        if (event := torch.cuda.Event() if chosen.is_pinned() else None) is not None:
             event.record()
         self._under_way.append((chosen, event))
         self.launched += 1

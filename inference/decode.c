@@ -1,17 +1,15 @@
 /* The decode step of a few tokens on one core: what a rank computes between two collectives. At
    batch 1 its time is that of reading the rank's weights once; these loops read as fast as the core
-   can load. A matrix library, made for many rows and called from Python for each small operation,
-   leaves a third of the time unused.
+   can load. A matrix library, called from Python for each small operation, takes half more.
 
-   The residual stream x [rows, C] has a row for each token, T of them for each row of the cache. x
-   stays as it is while the output of a sub-block is summed over the ranks; the next sub-block
-   begins with x += arrived + bias, where `arrived` is that sum. Where ranks do not synchronise,
-   arrived is NULL and the sub-block reads `here`: x, and this rank's own outputs and the biases
-   since the last sync point.
+   The residual stream x [rows, C] has a row for each token, T of them for each row of the cache. A
+   sub-block begins with x += arrived + bias, where `arrived` is the ranks' sum of the output of the
+   last one. Where ranks do not synchronise, arrived is NULL and the sub-block reads `here`: x, and
+   this rank's own outputs and the biases since the last sync point.
 
    All is float32; weights may be int8 with a factor for each output: weight = factor x number.
-   Sizes: C is the width of the stream, h this rank's heads, D their width, m its columns of the
-   MLP, v its rows of the vocabulary. */
+   C is the width of the stream, h this rank's heads, D their width, m its columns of the MLP, v its
+   rows of the vocabulary. */
 
 #include <math.h>
 #include <stdint.h>
@@ -25,22 +23,14 @@
 enum { GELU, GELU_TANH };
 
 typedef struct {
-    const void *weight;  /* [outputs, inputs] */
-    const float *factor; /* [outputs], or NULL if the weights are float32 */
-    const float *bias;   /* [outputs], or NULL */
+    const void *weight; /* [outputs, inputs] */
+    const float *factor, *bias; /* [outputs]; no factor: float32 weights. Both may be NULL */
     int64_t outputs, inputs;
 } linear;
 
-typedef struct {
-    const float *weight, *bias; /* [C]; bias may be NULL */
-} norm;
+typedef struct { const float *weight, *bias; } norm; /* [C]; bias may be NULL */
 
-typedef struct {
-    norm ln_1;
-    linear c_attn, c_proj;
-    norm ln_2;
-    linear c_fc, c_proj_mlp;
-} block;
+typedef struct { norm ln_1; linear c_attn, c_proj; norm ln_2; linear c_fc, c_proj_mlp; } block;
 
 typedef struct {
     int64_t C, h, D, rows, T, size, activation; /* size: tokens that fit a row of the cache */
@@ -109,9 +99,8 @@ static inline void prefetch_pages(const void *row, int64_t bytes) {
    tile: y[r * stride + j] = (row j of w) . (row r of x), for `outputs` rows of w and `rows` rows of
    x, of n numbers each. Both counts are constants at each call, so that the sums stay in registers.
    The processor prefetches several rows of w badly: the next ones are fetched here.
-   tiles: the same for any number of rows of x.
-   products: y [rows, outputs] = x [rows, n] W^T. One row of x takes the rows of W one after the
-   other, in the order in which they lie in memory.
+   tiles: the same for any number of rows of x. products: y [rows, outputs] = x [rows, n] W^T. One
+   row of x takes the rows of W in the order in which they lie in memory.
    A macro, as an inline function of a constant flag is a fifth slower for three rows (gcc 12). */
 #define TILE(kind, type)                                                                           \
     INLINE void tile_##kind(const type *restrict w, const float *restrict x, int64_t n,            \
@@ -138,14 +127,12 @@ static inline void prefetch_pages(const void *row, int64_t bytes) {
                     float last_x[LANES] = {0};                                                     \
                     memcpy(last_w, w + (j + 1) * n - rest, (size_t)rest * sizeof *w);              \
                     memcpy(last_x, x + (r + 1) * n - rest, (size_t)rest * sizeof *x);              \
-                    for (int i = 0; i < CHUNKS; i++)                                               \
-                        acc[j][r][i] +=                                                            \
-                            load_##kind(last_w + i * WIDTH) * load_float(last_x + i * WIDTH);      \
+                    for (int i = 0, k = 0; i < CHUNKS; i++, k += WIDTH)                            \
+                        acc[j][r][i] += load_##kind(last_w + k) * load_float(last_x + k);          \
                 }                                                                                  \
                 y[r * stride + j] = total(acc[j][r]);                                              \
             }                                                                                      \
     }                                                                                              \
-                                                                                                   \
     INLINE void tiles_##kind(const type *w, const float *x, int64_t n, float *y, int64_t stride,   \
                              int outputs, int64_t rows) {                                          \
         for (; rows >= ROWS; rows -= ROWS, x += ROWS * n, y += ROWS * stride)                      \
@@ -153,7 +140,6 @@ static inline void prefetch_pages(const void *row, int64_t bytes) {
         if (rows == 2) tile_##kind(w, x, n, y, stride, outputs, 2);                                \
         if (rows == 1) tile_##kind(w, x, n, y, stride, outputs, 1);                                \
     }                                                                                              \
-                                                                                                   \
     static void products_##kind(const type *w, const float *x, int64_t n, float *y,                \
                                 int64_t outputs, int64_t rows) {                                   \
         int64_t j = 0;                                                                             \
@@ -203,12 +189,8 @@ static inline float exponential(float x) {
     z = z > 88.0f ? 88.0f : z;
     const float k = rintf(z * 1.44269504f);
     const float r = (z - k * 0.693359375f) + k * 2.12194440e-4f; /* ln 2 in two parts */
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
+    float p = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r
+                + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     const int32_t bits = ((int32_t)k + 127) << 23;
     float scale;
@@ -288,10 +270,10 @@ void nanotp_embed(const state *s, const float *table, int64_t lo, int64_t hi, co
 }
 
 /* kv: this layer's cache [rows / T, 2h, size, D], keys, then values. out [rows, C]: this rank's
-   part of the sum, without c_proj's bias. */
+   part of the sum, without c_proj's bias. So it is for the MLP. */
 void nanotp_attention(const state *s, const block *b, const float *arrived, const float *bias,
                       float *kv, float *out) {
-    const int64_t h = s->h, D = s->D, width = h * D;
+    const int64_t h = s->h, D = s->D, width = h * D, head = s->size * D;
     float *normed = s->work, *qkv = normed + s->rows * s->C;
     float *y = qkv + s->rows * 3 * width, *score = y + s->rows * width;
     normalize(s, arrive(s, arrived, bias), &b->ln_1, normed);
@@ -299,7 +281,7 @@ void nanotp_attention(const state *s, const block *b, const float *arrived, cons
     for (int64_t r = 0; r < s->rows; r++)
         for (int64_t i = 0; i < h; i++) {
             const float *q = qkv + r * 3 * width + i * D;
-            float *keys = kv + (r / s->T * 2 * h + i) * s->size * D, *values = keys + h * s->size * D;
+            float *keys = kv + (r / s->T * 2 * h + i) * head, *values = keys + h * head;
             memcpy(keys + s->lengths[r] * D, q + width, (size_t)D * 4);
             memcpy(values + s->lengths[r] * D, q + 2 * width, (size_t)D * 4);
             attend(q, keys, values, s->lengths[r] + 1, D, score, y + r * width + i * D);
@@ -307,7 +289,6 @@ void nanotp_attention(const state *s, const block *b, const float *arrived, cons
     apply(&b->c_proj, y, out, s->rows);
 }
 
-/* out [rows, C]: this rank's part of the sum, without c_proj's bias */
 void nanotp_mlp(const state *s, const block *b, const float *arrived, const float *bias,
                 float *out) {
     float *normed = s->work, *hidden = normed + s->rows * s->C;
@@ -317,8 +298,7 @@ void nanotp_mlp(const state *s, const block *b, const float *arrived, const floa
     apply(&b->c_proj_mlp, hidden, out, s->rows);
 }
 
-/* After a sub-block without a sync point: its out [rows, C] stays with this rank. first: it is the
-   first since the last sync point. */
+/* After a sub-block without a sync point, the first since the last one or not: out stays here. */
 void nanotp_keep(const state *s, const float *out, const float *bias, int64_t first) {
     for (int64_t r = 0; r < s->rows; r++)
         for (int64_t c = 0; c < s->C; c++) {

@@ -7,8 +7,8 @@ CPU core. The collectives are the same with each.
 
 import time
 from collections.abc import Callable
-from functools import cached_property, partial
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,32 +17,11 @@ from base.errors import Unavailable, UserError
 from inference.ahead import Ahead, ChoosingStep, FixedCache, Hidden
 from inference.sampling import Sampling
 from model import KVCache
-from parallel.ledger import GraphCall, Recording
+from parallel.ledger import Recording
 from tp_model import TensorParallelGPT
 
 
-class Decoder(Protocol):
-    """name: for the report. why: the reason a faster one is not used, or "". capture_s: seconds so
-    far that prepared steps, to be left out of their speed."""
-
-    name: str
-    why: str
-    capture_s: float
-
-    def adopt(self, cache: KVCache) -> KVCache:
-        """The cache, where this decoder can read it. Call it before the first step."""
-        ...
-
-    def logits(self, tokens: list[list[int]], cache: KVCache) -> Tensor:
-        """Local logits [rows, T, v] after each of the T newest tokens of every row.
-
-        The cache holds all tokens before them; this adds theirs, and the caller advances it. The
-        next call may overwrite the result. ValueError if the cache has no room.
-        """
-        ...
-
-
-def decoder_for(model: TensorParallelGPT, kernels: bool = False) -> Decoder:
+def decoder_for(model: TensorParallelGPT, kernels: bool = False) -> "TorchDecoder":
     """The fastest decoder for this model, device and transport. kernels: one with those of
     kernels.py, or a UserError."""
     from inference.native_decoder import NativeDecoder  # which imports this file
@@ -80,24 +59,24 @@ def _with_kernels(model: TensorParallelGPT) -> Hidden:
     return hidden
 
 
-def checked_T(tokens: list[list[int]], cache: KVCache) -> int:
-    """The number of new tokens in every row. ValueError if the cache has no room for them."""
-    n, T = max(cache.lengths), len(tokens[0])
-    if n + T > cache.size:
-        raise ValueError(f"{n} tokens are in the cache, {T} more do not fit its {cache.size}")
-    return T
-
-
 class TorchDecoder:
+    """Runs the model as it is. The others extend it. name: for the report. why: the reason a faster
+    one is not used, or "". capture_s: seconds so far that prepared steps, left out of their speed.
+    """
+
     name, capture_s = "torch", 0.0
 
     def __init__(self, model: TensorParallelGPT, why: str = ""):
         self.model, self.why = model, why
 
     def adopt(self, cache: KVCache) -> KVCache:
+        """The cache, where this decoder can read it. Call it before the first step."""
         return cache
 
     def logits(self, tokens: list[list[int]], cache: KVCache) -> Tensor:
+        """Local logits [rows, T, v] after each of the T newest tokens of every row, which follow
+        the cache; the caller advances it. The next call may overwrite the result. ValueError if the
+        cache has no room."""
         idx = torch.tensor(tokens, device=self.model.device)
         return self.model.local_logits(self.model.hidden(idx, cache))
 
@@ -163,7 +142,7 @@ class FixedStep:
             return self.model.local_logits(x)
 
 
-class GraphDecoder:
+class GraphDecoder(TorchDecoder):
     """Captures each step once, and replays it for every token of every prompt.
 
     Captured steps read keys and values at fixed places: `adopt` copies a cache there. The places
@@ -193,14 +172,14 @@ class GraphDecoder:
         if places is None or len(places.lengths) < n:
             self._steps = {key: step for key, step in self._steps.items() if key[1] != size}
             places = self._places[size] = self.model.new_cache(n, size)
-        longest, taken = max(cache.lengths), object.__new__(KVCache)
-        taken.kv, taken.lengths, taken.size = [kv[:n] for kv in places.kv], cache.lengths, size
+        longest, taken = max(cache.lengths), KVCache([kv[:n] for kv in places.kv], cache.lengths)
         for place, kv in zip(taken.kv, cache.kv, strict=True):
             place[:, :, :longest].copy_(kv[:, :, :longest])
         return taken
 
     def logits(self, tokens: list[list[int]], cache: KVCache) -> Tensor:
-        T = checked_T(tokens, cache)
+        T = len(tokens[0])
+        cache.check(T)
         key = cache.kv[0].data_ptr(), cache.size, len(tokens), T
         if key not in self._steps:
             step = FixedStep(self.model, cache, T, self.hidden)
@@ -228,7 +207,7 @@ class GraphDecoder:
         replay, out = self.capture(step)
         for nbytes in sorted({call.call[1] for call in step.recording.calls}):
             alike = [call for call in step.recording.calls if call.call[1] == nbytes]
-            messages, _ = self.capture(partial(_make_again, alike))
+            messages, _ = self.capture(lambda: [call.again() for call in alike])  # noqa: B023
             messages()  # ranks that finished this one begin the timed one together
             seconds = self.capture.seconds(messages) / len(alike)
             for call in alike:
@@ -236,8 +215,3 @@ class GraphDecoder:
                 del call.again  # it holds the memory of its message
         self.capture_s += time.perf_counter() - began
         return replay, out
-
-
-def _make_again(calls: list[GraphCall]) -> None:
-    for call in calls:
-        call.again()

@@ -17,7 +17,6 @@ So a guess never changes the text, only the number of passes.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from base.errors import UserError
-from inference.ahead import Ahead
-from inference.decoders import Decoder, GraphDecoder, decoder_for
+from inference.decoders import GraphDecoder, TorchDecoder, decoder_for
 from inference.sampling import Row, Sampling, candidates, choose
 from inference.speculation import Speculation
 from model import KVCache
@@ -53,24 +51,20 @@ class Timing:
 
 
 class Generation:
-    """Iterate over it to write its rows; it yields a row each time that row has got tokens.
+    """Iterate over it, to the end and on all ranks, to write its rows; it yields a row each time
+    that row has got tokens. They depend neither on tp, nor on the other prompts, nor on the draft.
 
-    The tokens depend neither on tp, nor on the other prompts, nor on the draft. All ranks iterate
-    to the end. prompts: as `check_prompts` accepts them. decoder: the fastest by default. stops:
-    rank 0 calls it with a row and its next token, once for each token and in order; True ends the
-    row with that token. UserError if logits are not finite.
+    prompts: as `check_prompts` accepts them. stops: rank 0 calls it with a row and its next token,
+    once for each token and in order; True ends the row with it. UserError if logits are not finite.
     """
 
-    def __init__(
-        self, model: TensorParallelGPT, prompts: list[list[int]], sampling: Sampling,
-        decoder: Decoder | None = None, draft: Speculation | None = None,
-        stops: Callable[[Row, int], bool] = lambda row, token: False,
-    ):  # fmt: skip
+    def __init__(self, model: TensorParallelGPT, prompts: list[list[int]], sampling: Sampling,
+                 decoder: TorchDecoder | None = None, draft: Speculation | None = None,
+                 stops: Callable[[Row, int], bool] = lambda row, token: False):
         self.model, self.sampling, self.draft, self.stops = model, sampling, draft, stops
         self.decoder, self.size = decoder or decoder_for(model), model.config.block_size
-        n = sampling.num_samples
-        each = [(i, j, prompt) for i, prompt in enumerate(prompts) for j in range(n)]
-        self.rows = [Row(i * n + j, i, j, list(prompt), len(prompt)) for i, j, prompt in each]
+        each = ((i, j) for i in range(len(prompts)) for j in range(sampling.num_samples))
+        self.rows = [Row(n, i, j, [*prompts[i]], len(prompts[i])) for n, (i, j) in enumerate(each)]
         self.timing = Timing()
 
     @torch.inference_mode()
@@ -99,9 +93,9 @@ class Generation:
                 cached = [cached[i] for i in stay]
                 cache = self.decoder.adopt(cache.rows(stay)) if stay else None
             # a draft has to see a step's tokens before it can guess the next ones
-            goes_ahead = isinstance(self.decoder, GraphDecoder) and self.draft is None
-            if cache is not None and len(active) == len(cached) and goes_ahead:
-                yield from self._ahead(cached, cache)
+            goes_ahead = self.draft is None and len(active) == len(cached)
+            if goes_ahead and cache is not None and isinstance(self.decoder, GraphDecoder):
+                yield from self._ahead(self.decoder, cached, cache)
                 continue
             timing.slid = timing.slid or any(len(row.tokens) > size for row in active)
             others = [row for row in active if cache is None or len(row.tokens) > size]
@@ -118,9 +112,8 @@ class Generation:
         timing.time_to_first_token_s = timing.time_to_first_token_s or first_token - started
         timing.decode_s += time.perf_counter() - first_token
 
-    def _ahead(self, rows: list[Row], cache: KVCache) -> Iterator[Row]:
-        """Decode with the host one step behind, until every row has ended or one outgrows the
-        context.
+    def _ahead(self, decoder: GraphDecoder, rows: list[Row], cache: KVCache) -> Iterator[Row]:
+        """Decode with the host one step behind, until all rows have ended or one has no room.
 
         Only rank 0 knows at once that a row has ended. The others hear it with a later step, and
         drop what the row has got since. Ranks launch the same steps, so all of them go by that.
@@ -128,8 +121,7 @@ class Generation:
         axis, new, size = self.model.tp.at("sampling"), rows[0].new, self.size
         full = size if self.sampling.overflow == "stop" else size + 1
         most = min(self.sampling.max_new_tokens - new, full - max(len(row.tokens) for row in rows))
-        decoder: Any = self.decoder
-        steps: Ahead = decoder.ahead([row.tokens[-1] for row in rows], cache, self.sampling)
+        steps = decoder.ahead([row.tokens[-1] for row in rows], cache, self.sampling)
         counts, heard, collected = [0] * len(rows), [0] * len(rows), 0
         while collected < steps.launched or steps.launched < most and not all(heard):
             if steps.launched < most and not all(heard):
@@ -169,10 +161,9 @@ class Generation:
         windows = list({row.prompt: row.tokens[-self.size :] for row in rows}.values())
         index = [row.prompt - rows[0].prompt for row in rows]
         lengths = [len(window) for window in windows]
-        cache = None
-        if self.sampling.kv_cache:  # a row that slides leaves the cache, so block_size is enough
-            most = min(self.size, max(lengths) + self.sampling.max_new_tokens)
-            cache = self.model.new_cache(len(windows), most)
+        # a row that slides leaves the cache, so block_size is enough
+        most = min(self.size, max(lengths) + self.sampling.max_new_tokens)
+        cache = self.model.new_cache(len(windows), most) if self.sampling.kv_cache else None
         logits = self._logits(windows, [1] * len(windows), cache)
         if cache is not None:
             cache.advance(lengths)
@@ -190,9 +181,8 @@ class Generation:
         places = [(i, at) for i, (end, count) in enumerate(ends) for at in range(end - count, end)]
         return self.model.local_logits(hidden[torch.tensor(places, device=device).unbind(1)])
 
-    def _guesses(
-        self, cached: list[Row], others: list[Row], cache: KVCache | None
-    ) -> list[list[int]]:
+    def _guesses(self, cached: list[Row], others: list[Row],
+                 cache: KVCache | None) -> list[list[int]]:
         """The draft's guesses for each row. With the token after them they fit max_new_tokens, the
         context, and the cache, where each row takes as much room as the one with most guesses."""
         rows = cached + others
@@ -204,9 +194,8 @@ class Generation:
         room = [min(most - row.new, full - len(row.tokens), spare) for row in rows]
         return self.draft.propose(rows, [max(0, n) for n in room])
 
-    def _step(
-        self, cached: list[Row], others: list[Row], guesses: list[list[int]], cache: KVCache | None
-    ) -> Tensor:
+    def _step(self, cached: list[Row], others: list[Row], guesses: list[list[int]],
+              cache: KVCache | None) -> Tensor:
         """Local logits [positions, v] after each row's newest token and after each of its guesses:
         one pass for the rows in the cache, one for the others."""
         parts, n = [], len(cached)
@@ -263,10 +252,9 @@ class Generation:
         agreed = broadcast(torch.from_numpy(chosen).to(device), axis, "step").tolist()
         return agreed
 
-    def _draw(
-        self, chosen: NDArray[np.int64], rows: list[Row], guesses: list[list[int]],
-        alike: NDArray[np.bool_], values: NDArray[np.float32], ids: NDArray[np.int32],
-    ) -> None:  # fmt: skip
+    def _draw(self, chosen: NDArray[np.int64], rows: list[Row], guesses: list[list[int]],
+              alike: NDArray[np.bool_], values: NDArray[np.float32],
+              ids: NDArray[np.int32]) -> None:
         """Fill `chosen`, see `_agree`. alike: for each guess, whether all ranks made it; the logits
         after others differ. values, ids: each position's candidates."""
         if not np.isfinite(values.max(axis=1)).all():
@@ -282,10 +270,8 @@ class Generation:
             at, guess_at = at + 1 + len(guess), guess_at + len(guess)
 
 
-def generate(
-    model: TensorParallelGPT, prompts: list[list[int]], sampling: Sampling,
-    decoder: Decoder | None = None, draft: Speculation | None = None,
-) -> Generation:  # fmt: skip
+def generate(model: TensorParallelGPT, prompts: list[list[int]], sampling: Sampling,
+             decoder: TorchDecoder | None = None, draft: Speculation | None = None) -> Generation:
     """Continue every prompt num_samples times; see Generation."""
     generation = Generation(model, prompts, sampling, decoder, draft)
     for _ in generation:

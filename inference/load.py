@@ -21,12 +21,10 @@ from world.mesh import World
 
 def load(world: World, source: Source, options: Any) -> TensorParallelGPT:
     """The model for inference, on this rank; options: of sample_tp.py or eval_tp.py."""
-    model = TensorParallelGPT(
-        source.config, world.tp, reader(source, world.tp.rank), device=world.device,
-        dtype=pick_dtype(options.dtype, world.device),
-        schedule=schedule_of(source, options.sync, world.tp.size),
-        sequence_parallel=options.sequence_parallel,
-    )  # fmt: skip
+    model = TensorParallelGPT(source.config, world.tp, reader(source, world.tp.rank),
+                              device=world.device, dtype=pick_dtype(options.dtype, world.device),
+                              schedule=schedule_of(source, options.sync, world.tp.size),
+                              sequence_parallel=options.sequence_parallel)
     return _prepared(model, options, world.gather)
 
 
@@ -39,9 +37,8 @@ def _prepared(model: TensorParallelGPT, options: Any, gather: Exchange) -> Tenso
     return model
 
 
-def load_draft(
-    world: World, options: SampleOptions, tokenizer: Tokenizer, sampling: Sampling
-) -> Speculation | None:
+def load_draft(world: World, options: SampleOptions, tokenizer: Tokenizer,
+               sampling: Sampling) -> Speculation | None:
     """The draft of --draft, whole on every rank. UserError if its tokens are not the model's."""
     if not options.draft:
         return None
@@ -68,10 +65,9 @@ def memory_needed(world: World, source: Source, options: Any, rows: int = 0) -> 
     weights = split.count(0) * (1 if options.quantize else itemsize)
     if options.quantize:  # tokens are looked up in a float table
         weights += split.local_vocab * split.n_embd * itemsize
-    lo, hi = split.heads(0)
-    cache = 2 * rows * split.n_layer * (hi - lo) * split.head_dim * split.block_size * itemsize
     takes = f"The weights take {weights / 1e9:.2f} GB on rank 0"
-    if cache:
+    if rows:
+        cache = split.cache_numbers(rows * split.block_size) * itemsize
         takes += f", keys and values of {rows} rows at most {cache / 1e9:.2f} GB"
     if world.device.type == "cuda":
         has = torch.cuda.get_device_properties(world.device).total_memory

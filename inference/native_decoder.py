@@ -1,8 +1,5 @@
-"""The decode step of one CPU thread and at most MOST_TOKENS tokens, in C (decode.c).
-
-C computes what lies between two collectives, on the rank's float32 or int8 weights in place; the
-collectives are called here.
-"""
+"""The decode step of one CPU thread and at most MOST_TOKENS tokens, in C (decode.c): what lies
+between two collectives, on the rank's float32 or int8 weights in place. They are called here."""
 
 import ctypes
 from collections.abc import Iterator
@@ -13,7 +10,7 @@ import torch
 from torch import Tensor
 
 from base.native import load
-from inference.decoders import TorchDecoder, checked_T
+from inference.decoders import TorchDecoder
 from model import KVCache, LayerNorm
 from parallel.collectives import Axis, all_reduce
 from tp_model import TensorParallelGPT
@@ -32,10 +29,8 @@ FUNCTIONS = {  # of decode.c, with their parameters: see _fields
 
 def _fields(names: str) -> list[tuple[str, Any]]:
     """The names and types of a structure's or function's fields: * marks a pointer, else int64."""
-    return [
-        (name.rstrip("*"), ctypes.c_void_p if name.endswith("*") else ctypes.c_int64)
-        for name in names.split()
-    ]
+    return [(name.rstrip("*"), ctypes.c_void_p if name.endswith("*") else ctypes.c_int64)
+            for name in names.split()]
 
 
 class _Linear(ctypes.Structure):
@@ -47,10 +42,8 @@ class _Norm(ctypes.Structure):
 
 
 class _Block(ctypes.Structure):
-    _fields_ = [
-        ("ln_1", _Norm), ("c_attn", _Linear), ("c_proj", _Linear),
-        ("ln_2", _Norm), ("c_fc", _Linear), ("c_proj_mlp", _Linear),
-    ]  # fmt: skip
+    _fields_ = [("ln_1", _Norm), ("c_attn", _Linear), ("c_proj", _Linear),
+                ("ln_2", _Norm), ("c_fc", _Linear), ("c_proj_mlp", _Linear)]
 
 
 class _State(ctypes.Structure):
@@ -65,7 +58,7 @@ def _address(tensor: Tensor | None) -> int | None:
 def _linear(layer: Any, with_bias: bool = True) -> _Linear:
     """Of a sharded layer, quantized or not, or of the embedding table as the head."""
     bias = _address(layer.bias) if with_bias else None
-    if (int8 := getattr(layer, "int8", None)) is not None:
+    if (int8 := layer.int8) is not None:
         return _Linear(_address(int8.q), _address(int8.scale), bias, *int8.q.shape)
     return _Linear(_address(layer.weight), None, bias, *layer.weight.shape)
 
@@ -107,7 +100,6 @@ class NativeDecoder(TorchDecoder):
 
     def __init__(self, model: TensorParallelGPT):
         super().__init__(model)
-        self.torch = TorchDecoder(model)
         library, self._call = load(SOURCE), dict[str, Any]()
         for name, parameters in FUNCTIONS.items():
             function = self._call[name] = getattr(library, f"nanotp_{name}")
@@ -119,10 +111,8 @@ class NativeDecoder(TorchDecoder):
         for block in transformer.h:
             attn, mlp = block.attn, block.mlp
             # a row-parallel layer's bias is added once, to the sum
-            made = _Block(
-                _norm(block.ln_1), _linear(attn.c_attn), _linear(attn.c_proj, False),
-                _norm(block.ln_2), _linear(mlp.c_fc), _linear(mlp.c_proj, False),
-            )  # fmt: skip
+            made = _Block(_norm(block.ln_1), _linear(attn.c_attn), _linear(attn.c_proj, False),
+                          _norm(block.ln_2), _linear(mlp.c_fc), _linear(mlp.c_proj, False))
             self._blocks.append((made, ctypes.addressof(made), next(after), next(after)))
         self._ln_f, table = _norm(transformer.ln_f), transformer.wte
         self._head_table = _linear(table, False)
@@ -144,10 +134,11 @@ class NativeDecoder(TorchDecoder):
                 yield _After(c_proj.axis, sync, i == 0, _address(self._biases[-1]))
 
     def logits(self, tokens: list[list[int]], cache: KVCache) -> Tensor:
-        n = len(tokens) * len(tokens[0])
-        if n > MOST_TOKENS:
-            return self.torch.logits(tokens, cache)
-        model, call, T, b = self.model, self._call, checked_T(tokens, cache), self._buffers
+        T = len(tokens[0])
+        if (n := len(tokens) * T) > MOST_TOKENS:
+            return super().logits(tokens, cache)
+        cache.check(T)
+        model, call, b = self.model, self._call, self._buffers
         if b is None or (b.state.rows, b.state.T, b.state.size) != (n, T, cache.size):
             b = self._buffers = _Buffers(model, n, T, cache.size)
         b.ids[:] = [token for row in tokens for token in row]

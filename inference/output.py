@@ -41,22 +41,18 @@ class RowText:
 
 
 class Output:
-    """Prints the rows in order and appends each to `file`; for rank 0.
+    """Prints the rows in order and appends each to `file`; for rank 0. A complete row waits until
+    all before it are complete. With --stream the first incomplete row is printed as it is written.
+    closed: nobody reads standard output and nothing else is kept."""
 
-    A complete row waits until all rows before it are complete. With --stream the first incomplete
-    row is printed as it is written. closed: nobody reads standard output and nothing else is kept.
-    """
-
-    def __init__(
-        self, prompts: list[str], tokenizer: Tokenizer, options: SampleOptions, file: IO[str] | None
-    ):
+    def __init__(self, prompts: list[str], tokenizer: Tokenizer, options: SampleOptions,
+                 file: IO[str] | None):
         self.prompts, self.options, self.file = prompts, options, file
         n = len(prompts) * options.num_samples
         self.texts = [RowText(tokenizer, options.stop) for _ in range(n)]
         self.complete: dict[int, Row] = {}  # rows that wait
-        self.current = 0  # the number of the row that is printed now
-        self.printed = 0  # characters of it
-        self.closed = False
+        # the number of the row that is printed now, characters of it that are
+        self.current, self.printed, self.closed = 0, 0, False
 
     def stops(self, row: Row, token: int) -> bool:
         """Whether the row ends with its next token; see Generation."""
@@ -76,8 +72,7 @@ class Output:
                 sample = {"prompt": self.prompts[done.prompt], "sample": done.sample}
                 text, tokens = self.texts[done.number].text, done.tokens[done.prompt_tokens :]
                 line = json.dumps(sample | {"text": text, "tokens": tokens}, ensure_ascii=False)
-                self.file.write(f"{line}\n")
-                self.file.flush()
+                print(line, file=self.file, flush=True)
             self.current, self.printed = self.current + 1, 0
 
     def _print_text(self, row: Row) -> None:
@@ -100,18 +95,16 @@ class Output:
 
     def samples(self, rows: list[Row]) -> list[dict[str, Any]]:
         """The report's list of samples."""
-        samples = []
-        for row in rows:
-            prompt, n = self.prompts[row.prompt], row.prompt_tokens
-            made = {"prompt": prompt, "prompt_tokens": row.tokens[:n], "tokens": row.tokens[n:]}
-            samples.append(made | {"text": self.texts[row.number].text})
-        return samples
+        return [
+            {"prompt": self.prompts[row.prompt], "prompt_tokens": row.tokens[: row.prompt_tokens],
+             "tokens": row.tokens[row.prompt_tokens :], "text": self.texts[row.number].text}
+            for row in rows
+        ]  # fmt: skip
 
 
 @contextmanager
-def output_of(
-    prompts: list[str], tokenizer: Tokenizer, options: SampleOptions, out: str
-) -> Iterator[Output]:
+def output_of(prompts: list[str], tokenizer: Tokenizer, options: SampleOptions,
+              out: str) -> Iterator[Output]:
     """The Output of a run, which appends to the file `out` unless that is empty."""
     with naming(out), growing(out) if out else nullcontext() as file:
         output = Output(prompts, tokenizer, options, file)

@@ -13,28 +13,21 @@ HEAD_ROWS = 1024  # positions whose logits exist at a time; a whole batch's coul
 
 
 def windows(n: int, block_size: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, first) of each forward pass over n tokens.
-
-    Inputs are tokens [start, stop); target i is token start + i + 1, and counts if i >= first. Each
-    of the tokens 1 ... n - 1 counts in exactly one window; from the second window on, it has at
-    least block_size - stride tokens before it.
-    """
+    """(start, stop, first) of each forward pass over n tokens. Inputs are tokens [start, stop);
+    target i is token start + i + 1, and counts if i >= first. Each of the tokens 1 ... n - 1 counts
+    in one window; from the second on, it has at least block_size - stride tokens before it."""
     counted = start = 0  # targets so far: tokens 1 ... counted
     while counted < n - 1:
         stop = min(start + block_size, n - 1)
         yield start, stop, counted - start
-        counted = stop
-        start += stride
+        counted, start = stop, start + stride
 
 
 @torch.inference_mode()
-def measure(
-    model: TensorParallelGPT, tokens: Tensor, stride: int, batch_size: int, show: bool = False
-) -> tuple[float, int]:
+def measure(model: TensorParallelGPT, tokens: Tensor, stride: int, batch_size: int,
+            show: bool = False) -> tuple[float, int]:
     """Sum of the negative log-likelihoods of tokens[1:] (nats, summed in float64) and their number.
-
-    show: a progress bar on standard error.
-    """
+    show: a progress bar on standard error."""
     every = list(windows(len(tokens), model.config.block_size, stride))
     total, count = 0.0, 0
     for i in tqdm(range(0, len(every), batch_size), desc="eval", unit="batch", disable=not show):

@@ -42,9 +42,8 @@ def encode(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     return prompts
 
 
-def check_prompts(
-    prompts: list[list[int]], vocab_size: int, block_size: int, sampling: Sampling
-) -> None:
+def check_prompts(prompts: list[list[int]], vocab_size: int, block_size: int,
+                  sampling: Sampling) -> None:
     """UserError if a prompt is empty, has unknown ids, or is too long for the overflow rule."""
     if not prompts:
         advice = "give --prompt, and a prompt file with at least one line"

@@ -18,13 +18,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen and when a row ends.
-
-    n_tokens: ids the tokenizer knows; no others are chosen. temperature 0 is greedy, top_k 0 keeps
-    all tokens, top_p the likeliest that together reach that probability. overflow, at block_size
-    tokens: slide (the last block_size count), stop (the row ends), error. batch_size: rows written
-    at a time; it bounds the memory and does not change the tokens.
-    """
+    """How tokens are chosen and when a row ends. n_tokens: ids the tokenizer knows; no others are
+    chosen. temperature 0 is greedy, top_k 0 keeps all tokens, top_p the likeliest that together
+    reach that probability. overflow, at block_size tokens: slide (the last block_size count), stop
+    (the row ends), error. batch_size: rows written at a time; it bounds the memory alone."""
 
     n_tokens: int
     temperature: float = 0.8
@@ -56,10 +53,8 @@ class Row:
 
 def candidates(logits: Tensor, lo: int, vocab_size: int, sampling: Sampling, tp: int) -> Tensor:
     """This rank's best tokens, [2, rows, k] int32: the bits of their float32 logits, and their ids.
-
     logits: [rows, v], of the ids from `lo` on. k is the same on all ranks, whose candidates include
-    the k best tokens of the whole vocabulary. Ranks with fewer known ids fill up with -inf.
-    """
+    the k best tokens of the whole vocabulary. Ranks with fewer known ids fill up with -inf."""
     width = -(-vocab_size // tp)
     k = 1 if sampling.temperature == 0 else min(sampling.top_k or width, width)
     known = logits[:, : max(0, sampling.n_tokens - lo)].float()
@@ -81,12 +76,9 @@ def likeliest(logits: Tensor, k: int) -> Tensor:
 
 def ranked(logits: Tensor, ids: Tensor, k: int) -> Tensor:
     """The places [rows, k] of the k largest logits, largest first; of equal ones those of the lower
-    ids [rows, n] or [n].
-
-    torch.topk takes any of several equal logits, and half precision makes many: the choice would
-    depend on the split of the vocabulary. So it gets integers that are all different: the float's
-    bits, rearranged to order as floats do, above the id.
-    """
+    ids [rows, n] or [n]. torch.topk takes any of several equal logits, and half precision makes
+    many: the choice would depend on the split of the vocabulary. So it gets integers that are all
+    different: the float's bits, rearranged to order as floats do, above the id."""
     bits = (logits + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return ((ordered.long() << 32) - ids).topk(k, dim=-1).indices
@@ -99,11 +91,10 @@ def noise_start(seed: int, sample: int, position: int) -> NDArray[np.uint64]:
 
 
 def noise(seed: int, sample: int, position: int, ids: NDArray[np.int32]) -> NDArray[np.float64]:
-    """Standard Gumbel noise [n] of the tokens `ids`; a token's does not depend on the other ids.
-
-    SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) indexed by token, from Philox's number on.
-    """
-    x = noise_start(seed, sample, position) + (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    """Standard Gumbel noise [n] of the tokens `ids`; a token's does not depend on the other ids:
+    SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) indexed by token, from Philox's number on."""
+    x = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x += noise_start(seed, sample, position)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     x ^= x >> np.uint64(31)
@@ -112,10 +103,8 @@ def noise(seed: int, sample: int, position: int, ids: NDArray[np.int32]) -> NDAr
     return gumbel
 
 
-def choose(
-    values: NDArray[np.float32], ids: NDArray[np.int32], sampling: Sampling,
-    sample: int, position: int,
-) -> int:  # fmt: skip
+def choose(values: NDArray[np.float32], ids: NDArray[np.int32], sampling: Sampling, sample: int,
+           position: int) -> int:
     """The token at one position of a sample, from logits `values` [n] of the tokens `ids` [n], in
     float64. Equal logits are ranked by id, so the order of the candidates is irrelevant."""
     order = np.lexsort((ids, -values))  # likeliest first

@@ -31,18 +31,15 @@ LONGEST_PAUSE = 8
 @dataclass
 class Pace:
     """`reach` is the number of tokens of one row to guess: twice as many after only right guesses,
-    else one more than were right. After several failures in a row there are ever longer pauses, as
-    wrong guesses slow a step."""
+    else one more than were right. After several failures there are ever longer pauses."""
 
     reach: int
     misses: int = 0
     pause: int = 0
 
     def ask(self) -> int:
-        if self.pause:
-            self.pause -= 1
-            return 0
-        return self.reach
+        self.pause, resting = max(0, self.pause - 1), self.pause
+        return 0 if resting else self.reach
 
     def learn(self, proposed: int, accepted: int, most: int) -> None:
         if not proposed:
@@ -157,7 +154,8 @@ class SmallModel:
         numbers = {row.number for row in rows}
         stay = [i for i, cached in enumerate(self.rows) if cached.row.number in numbers]
         if len(stay) < len(self.rows):
-            self.rows, self.cache = [self.rows[i] for i in stay], self.decoder.adopt(self.cache.rows(stay))
+            self.rows = [self.rows[i] for i in stay]
+            self.cache = self.decoder.adopt(self.cache.rows(stay))
         for cached in self.rows:
             cached.accept()
         lengths = [cached.length for cached in self.rows]

@@ -5,10 +5,9 @@ from typing import Any
 
 from base.numbers import nbytes
 from checkpoints.sources import Source
-from inference.decoders import Decoder
+from inference.decoders import TorchDecoder
 from inference.generation import Generation
 from parallel.quantized import read_weights
-from plan.partition import Partition
 from report import report
 from text.tokenizer import Tokenizer
 from tp_model import TensorParallelGPT
@@ -16,16 +15,14 @@ from world import peaks
 from world.mesh import World
 
 
-def notices(
-    world: World, source: Source, model: TensorParallelGPT, decoder: Decoder, tokenizer: Tokenizer
-) -> list[str]:
-    """Facts that the user may want to know before waiting."""
+def notices(world: World, source: Source, model: TensorParallelGPT, decoder: TorchDecoder,
+            known: Tokenizer) -> list[str]:
+    """Facts that the user may want to know before waiting. known: the model's tokenizer."""
     tp, schedule = world.tp.size, model.schedule
-    lines = [Partition.of(source.config, tp).imbalance(), tokenizer.note]
-    written = getattr(getattr(source, "manifest", None), "tp", tp)
-    if written != tp:
-        change = "resharded on load, no file changed"
-        lines.append(f"the checkpoint is tp={written}, this run tp={tp}: {change}.")
+    lines = [model.split.imbalance(), known.note]
+    if (written := getattr(getattr(source, "manifest", None), "tp", tp)) != tp:
+        here = f"this run tp={tp}: resharded on load, no file changed"
+        lines.append(f"the checkpoint is tp={written}, {here}.")
     if not schedule.is_plain:
         points = f"{schedule.points} of {2 * source.config.n_layer} sub-blocks (--sync={schedule})"
         lines.append(f"ranks synchronise after {points}; --sync=all is exact.")
@@ -38,14 +35,13 @@ def notices(
     return [line for line in lines if line]
 
 
-def build_report(
-    world: World, generation: Generation, load_s: float, seconds: float, samples: list[Any]
-) -> dict[str, Any]:
+def build_report(world: World, generation: Generation, load_s: float, seconds: float,
+                 samples: list[Any]) -> dict[str, Any]:
     """The report; every rank calls this. seconds: of the whole generation."""
     timing, account = generation.timing, world.ledger.snapshot()
     rate = timing.decode_tokens / timing.decode_s if timing.decode_tokens else 0.0
     names = ("time_to_first_token_s", "prefill_s", "decode_s", "decode_tokens")
-    figures = {"load_s": load_s} | {name: getattr(timing, name) for name in names}
+    figures = {"load_s": load_s, **{name: getattr(timing, name) for name in names}}
     figures["decode_tokens_per_s"] = rate
     # all-reduces and the like of forward passes, without the small calls that agree on tokens
     counts = {"passes": world.ledger.forward_passes}
@@ -56,13 +52,11 @@ def build_report(
     per_token = {"tokens": tokens} | {op: round(n / tokens, 6) for op, n in counts.items()}
     more: dict[str, Any] = {"decoder": generation.decoder.name, "per_token": per_token}
     if draft := generation.draft:
-        rate = round(draft.accepted / draft.proposed, 6) if draft.proposed else 0.0
+        rate = round(draft.accepted / max(draft.proposed, 1), 6)
         guesses = {"proposed": draft.proposed, "accepted": draft.accepted, "acceptance_rate": rate}
         more["speculation"] = guesses
-    made = report.build(
-        "sample_tp", world, generation.model, account, figures, seconds, timing.kv_cache_bytes,
-        **more, samples=samples,
-    )  # fmt: skip
+    made = report.build("sample_tp", world, generation.model, account, figures, seconds,
+                        timing.kv_cache_bytes, **more, samples=samples)
     made["utilisation"] = used(world, generation).figures(world)
     return made
 
@@ -90,13 +84,12 @@ def print_summary(made: dict[str, Any], draft: str, slid: bool) -> None:
     lines = [report.account_table(made)]
     if slid:
         size = made["model"]["block_size"]
-        lines.append(
-            f"the context is full at block_size={size}: from there on each token cost a forward "
-            f"pass over {size} tokens (--overflow=stop ends samples there instead)"
-        )
+        cost = f"from there on each token cost a forward pass over {size} tokens"
+        instead = "--overflow=stop ends samples there instead"
+        lines.append(f"the context is full at block_size={size}: {cost} ({instead})")
     speed = f"{timing['decode_tokens_per_s']:.1f} tokens/s after a " * bool(timing["decode_tokens"])
-    seconds = f"{timing['prefill_s']:.3f} s; loaded in {timing['load_s']:.2f} s"
-    lines.append(f"{speed}prefill of {seconds}")
+    prefill = f"prefill of {timing['prefill_s']:.3f} s"
+    lines.append(f"{speed}{prefill}; loaded in {timing['load_s']:.2f} s")
     ops = [op for op in ("all_reduce", "all_gather", "reduce_scatter") if op in per_token]
     calls = "".join(f", {per_token[op]:.2f} {op.replace('_', '-')}s" for op in ops)
     lines.append(f"{per_token['passes']:.2f} passes a token{calls}")

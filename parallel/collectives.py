@@ -1,9 +1,8 @@
 """The collectives: all messages between ranks, each over one transport and in the ledger.
 
-A collective takes the axis it runs along as an argument: no module holds a process group. None of
-them writes into its input. Along an axis of size 1 each is the identity and costs nothing. In a
-graph that a compiler traces each is an operator (operators.py).
-"""
+A collective takes the axis it runs along as an argument, and never writes into its input. Along an
+axis of size 1 it is the identity. In a graph that a compiler traces it is an operator
+(operators.py)."""
 
 import time
 from collections import deque
@@ -26,13 +25,8 @@ T = TypeVar("T")
 
 class Transport(Protocol):
     """Carries messages between the ranks of one group. Results are new tensors, equal bit for bit
-    on all ranks.
-
-    A sequence of T tokens, dimension 1 of [B, T, C], is split as `spans` splits it. reduce_scatter
-    takes all of it and returns this rank's tokens of the sum, with the bits of an all-reduce.
-    gather_tokens takes this rank's tokens and returns all T. A transport that can sum while its
-    caller computes also has `all_reduce_later`, see GroupTransport.
-    """
+    on all ranks. reduce_scatter has the bits of an all-reduce. A transport that can sum while its
+    caller computes also has `all_reduce_later`, see GroupTransport."""
 
     @property
     def name(self) -> str: ...
@@ -45,11 +39,9 @@ class Transport(Protocol):
 
 @dataclass(frozen=True)
 class GroupTransport:
-    """torch.distributed over nccl or gloo. `source` of a broadcast is a rank of this group.
-
-    gloo moves host memory: where ranks share a GPU, which nccl refuses, messages go through the
-    host. why: the reason that SymmetricTransport is not in use. Never printed; for debugging.
-    """
+    """torch.distributed over nccl or gloo. gloo moves host memory: where ranks share a GPU, which
+    nccl refuses, messages go through the host. why: the reason that SymmetricTransport is not in
+    use, for debugging."""
 
     group: dist.ProcessGroup
     name: str  # nccl | gloo
@@ -88,9 +80,8 @@ class GroupTransport:
         return out.to(x.device)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        """gloo: an all-reduce, of which a rank keeps its part, as torch does it for equal parts.
-        nccl: parts are padded to equal size and added in nccl's own order, so the bits may differ
-        from its all-reduce."""
+        """gloo: an all-reduce, of which a rank keeps its part. nccl: parts are padded to equal size
+        and added in nccl's own order, so the bits may differ from its all-reduce."""
         runs = spans(x.shape[1], self.group.size())
         lo, hi = runs[self.group.rank()]
         if self.name == "gloo":
@@ -116,13 +107,14 @@ def _padded(x: Tensor, runs: list[Span]) -> Tensor:
     return F.pad(x, (0, 0, 0, runs[0][1] - x.shape[1]))
 
 
+# a field that `replace` makes anew
+_own: Any = partial(field, init=False, repr=False, compare=False)
+
+
 @dataclass(frozen=True)
 class Axis:
-    """One dimension of the dp x tp mesh as one rank sees it.
-
-    transport: None if size is 1. layer, block: the label under which calls are accounted; `at`
-    returns the same axis under another label. track: this rank's calls under any label.
-    """
+    """One dimension of the dp x tp mesh as one rank sees it. transport: None if size is 1.
+    layer, block: the label under which calls are accounted. track: this rank's calls under any."""
 
     name: str  # tp | dp
     rank: int = 0
@@ -133,17 +125,10 @@ class Axis:
     block: str = ""
     track: Track = field(default_factory=Track)
     # for operators.py: the number of this axis in AXES, and the all-reduces under way
-    tag: Tensor = field(init=False, repr=False, compare=False)
-    waits: deque[Callable[[], Tensor]] = field(
-        default_factory=deque, init=False, repr=False, compare=False
-    )
-    # caches: `replace` starts them anew
-    _lines: dict[tuple[str, str, bool], tuple[Entry, Tally]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-    _labels: dict[tuple[str, int | None], "Axis"] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    tag: Tensor = _own()
+    waits: deque[Callable[[], Tensor]] = _own(default_factory=deque)
+    _lines: dict[tuple[str, str, bool], tuple[Entry, Tally]] = _own(default_factory=dict)
+    _labels: dict[tuple[str, int | None], "Axis"] = _own(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tag", torch.tensor(id(self), device="cpu"))
@@ -151,20 +136,17 @@ class Axis:
 
     def at(self, block: str, layer: int | None = None) -> "Axis":
         """The same axis under another label; made once."""
-        found = self._labels.get((block, layer))
-        if found is None:
+        if (found := self._labels.get((block, layer))) is None:
             found = self._labels[block, layer] = replace(self, layer=layer, block=block)
         return found
 
-    def account(
-        self, op: str, direction: str, message: Tensor, call: Callable[[], T], nbytes: int = -1
-    ) -> T:
+    def account(self, op: str, direction: str, message: Tensor, call: Callable[[], T],
+                nbytes: int = -1) -> T:
         """Make one call that moves `message`, and account it. nbytes: message's own unless given.
         Raises CollectiveError, which names the call, for a RuntimeError in it.
 
-        A decode step makes two calls a layer, of a few microseconds each: this must stay short, and
-        does by hand what `with ledger.calling(...)` does.
-        """
+        A decode step makes two calls a layer, of some microseconds: this must stay short, and does
+        by hand what `with ledger.calling(...)` does."""
         ledger = self.ledger
         entry, tally = self.line(op, direction)
         size = message.nbytes if nbytes < 0 else nbytes
@@ -183,16 +165,16 @@ class Axis:
             return result
         ledger.record(tally, size, seconds)
         if track.queued is not None and isinstance(seconds, _GpuTime):
-            track.leave_open(track.number, track.call, seconds.has_ended)
+            track.leave_open(track.number, track.call, seconds.end.query)
         return result
 
     def line(self, op: str, direction: str) -> tuple[Entry, Tally]:
         """The line of the account for such a call; made once."""
         key = op, direction, self.ledger.is_recomputing
-        found = self._lines.get(key)
-        if found is None:
-            entry = Entry(self.layer, self.block, self.ledger.direction(direction), op)
-            found = self._lines[key] = entry, self.ledger.tally(entry)
+        if (found := self._lines.get(key)) is None:
+            own = "backward" if key[2] and direction == "forward" else direction
+            entry = Entry(self.layer, self.block, own, op)
+            found = self._lines[key] = entry, self.ledger.tallies.setdefault(entry, Tally())
         return found
 
 
@@ -212,7 +194,8 @@ def _clock(message: Tensor) -> Any:
 
 @dataclass(frozen=True)
 class _GpuTime:
-    """The time between two events of a GPU's stream. Calling it waits for the second."""
+    """The time between two events of a GPU's stream. Calling it waits for the second. Any thread
+    may ask `end.query`."""
 
     start: torch.cuda.Event
     end: torch.cuda.Event
@@ -220,9 +203,6 @@ class _GpuTime:
     def __call__(self) -> float:
         self.end.synchronize()
         return self.start.elapsed_time(self.end) / 1000.0
-
-    def has_ended(self) -> bool:
-        return self.end.query()  # any thread may ask
 
 
 def _elapsed(start: Any, message: Tensor) -> float | _GpuTime:
@@ -273,12 +253,11 @@ def reduce_scatter(x: Tensor, axis: Axis, direction: str) -> Tensor:
     return _send("reduce_scatter", axis, direction, x)
 
 
-def gather_tokens(
-    x: Tensor, axis: Axis, direction: str, tokens: int, after: Tensor | None = None
-) -> Tensor:
+def gather_tokens(x: Tensor, axis: Axis, direction: str, tokens: int,
+                  after: Tensor | None = None) -> Tensor:
     """All tokens [B, tokens, C] of a sequence that is split as in reduce_scatter; x [B, t, C].
-    after: the result of a call that comes first, where x does not depend on it: a compiler could
-    change their order, and on other ranks it need not."""
+    after: the result of a call that comes first, though x does not depend on it: a compiler could
+    change their order on one rank."""
     if axis.size == 1:
         return x
     if torch.compiler.is_compiling():
@@ -288,11 +267,8 @@ def gather_tokens(
 
 def all_reduce_later(x: Tensor, axis: Axis, direction: str) -> Callable[[], Tensor]:
     """Start summing every rank's x, which may be overwritten; call the returned function once, for
-    the sum, and compute something else in between.
-
-    The seconds accounted are those spent waiting in that function: not what the computation hid. A
-    transport without an asynchronous all-reduce sums at once.
-    """
+    the sum, and compute something else in between. The seconds accounted are those spent waiting
+    in that function. A transport without an asynchronous all-reduce sums at once."""
     if axis.size == 1:
         return lambda: x
     if not torch.compiler.is_compiling():
@@ -328,14 +304,11 @@ def torch_group(axis: Axis) -> dist.ProcessGroup:
     return transport.group
 
 
-def average_later(
-    x: Tensor, axis: Axis, direction: str, dtype: torch.dtype = torch.float32
-) -> torch.futures.Future[Tensor]:
-    """Start averaging a gradient bucket over the axis, in place; the future's value is x.
-
-    dtype: in which x travels and is added, if smaller than its own. The seconds accounted are those
-    from the message's start to its end, whatever was computed meanwhile.
-    """
+def average_later(x: Tensor, axis: Axis, direction: str,
+                  dtype: torch.dtype = torch.float32) -> torch.futures.Future[Tensor]:
+    """Start averaging a gradient bucket over the axis, in place; the future's value is x. The
+    seconds accounted are those from the message's start to its end. dtype: in which x travels and
+    is added, if smaller than its own."""
     entry, tally = axis.line("all_reduce", direction)
     with axis.ledger.calling(axis.track, entry, x.nbytes) as track:
         number, call = track.number, (entry, x.nbytes, axis.ledger.doing)
@@ -350,7 +323,7 @@ def average_later(
         seconds = _elapsed(start, x)
         axis.ledger.record(tally, message.nbytes, seconds)
         if isinstance(seconds, _GpuTime):
-            track.leave_open(number, call, seconds.has_ended)
+            track.leave_open(number, call, seconds.end.query)
         track.begun.pop(number, None)
         summed = future.value()[0]
         return summed if message is x else x.copy_(summed)
@@ -358,33 +331,27 @@ def average_later(
     return work.get_future().then(done)
 
 
-def gather_into(
-    out: Tensor, x: Tensor, axis: Axis, direction: str, later: bool = False
-) -> dist.Work | None:
-    """Write every rank's x to out [size * len(x)], in rank order. FSDP2 owns `out`.
-
-    later: return the Work to wait on, or None if the message has already arrived.
-    """
-    call = partial(_fill, dist.all_gather_into_tensor, out, x, axis, later)
-    work = axis.account("all_gather", direction, out, call)
+def gather_into(out: Tensor, x: Tensor, axis: Axis, later: bool = False) -> dist.Work | None:
+    """Write every rank's x to out [size * len(x)], in rank order. later: return the Work to wait
+    on, or None if the message has already arrived."""
+    call = partial(_fill, dist.all_gather_into_tensor, out, x, axis, async_op=later)
+    work = axis.account("all_gather", "forward", out, call)
     if work is not None:
         axis.track.leave_open(axis.track.number, axis.track.call, work.is_completed)
     return work
 
 
-def scatter_into(out: Tensor, x: Tensor, op: Any, axis: Axis, direction: str) -> None:
+def scatter_into(out: Tensor, x: Tensor, axis: Axis, op: Any) -> None:
     """Write this rank's part of the reduction `op` of every rank's x [size * len(out)] to out."""
-    send = partial(dist.reduce_scatter_tensor, op=op)
-    axis.account("reduce_scatter", direction, x, partial(_fill, send, out, x, axis))
+    call = partial(_fill, dist.reduce_scatter_tensor, out, x, axis, op=op)
+    axis.account("reduce_scatter", "backward", x, call)
 
 
-def _fill(
-    send: Any, out: Tensor, x: Tensor, axis: Axis, later: bool = False
-) -> dist.Work | None:
+def _fill(send: Any, out: Tensor, x: Tensor, axis: Axis, **how: Any) -> dist.Work | None:
     group = torch_group(axis)
     if not (out.is_cuda and dist.get_backend(group) == "gloo"):
-        return send(out, x, group=group, async_op=later)
+        return send(out, x, group=group, **how)
     received = out.cpu()
-    send(received, x.cpu(), group=group)
+    send(received, x.cpu(), group=group, **how | {"async_op": False})
     out.copy_(received)
     return None

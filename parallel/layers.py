@@ -1,6 +1,8 @@
 """The sharded layers of Megatron-LM (arXiv 1909.08053, section 3). A column-parallel layer and the
 row-parallel layer that it feeds are one region: f enters it, g leaves it (parallel/regions.py)."""
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -10,39 +12,53 @@ from parallel.collectives import Axis
 from parallel.regions import WHOLE, Region, f, f_linear, g, product
 
 
-def check_width(layer: nn.Module, x: Tensor, width: int, hint: str = "") -> None:
-    """ValueError if the last dimension of a layer's input is not `width`."""
-    if x.shape[-1] != width:
-        name = type(layer).__name__
-        raise ValueError(f"{name} expects inputs of width {width}, got {x.shape[-1]}{hint}")
+class Sharded(nn.Module):
+    """A layer with this rank's part of a weight, [outputs, inputs]. int8: stands for the weight in
+    products, see quantized.py."""
+
+    def __init__(self, outputs: int, inputs: int, bias: bool, axis: Axis):
+        super().__init__()
+        self.inputs, self.axis = inputs, axis
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.int8: Any = None
+
+    def check(self, x: Tensor, hint: str = "") -> None:
+        """ValueError if the last dimension of x does not fit."""
+        if x.shape[-1] != self.inputs:
+            name = "Quantized" * (self.int8 is not None) + type(self).__name__
+            fault = f"expects inputs of width {self.inputs}, got {x.shape[-1]}"
+            raise ValueError(f"{name} {fault}{hint}")
+
+    def product(self, x: Tensor, bias: Tensor | None = None, hint: str = "") -> Tensor:
+        """x [..., inputs] -> x W^T + bias [..., outputs]. No collective."""
+        self.check(x, hint)
+        return product(x, self.weight, bias) if self.int8 is None else self.int8.product(x, bias)
 
 
-class ColumnParallelLinear(nn.Module):
+class ColumnParallelLinear(Sharded):
     """y = x W^T + b with W split along its outputs: this rank computes `local_out` columns of y.
 
-    x: [B, T, in_features], or this rank's tokens of it, as `region` says.
-    y: [B, T, local_out], this rank's columns.
+    x: [B, T, in_features], or this rank's tokens of it, as `region` says. y: [B, T, local_out].
     forward: f, nothing (SplitTokens: an all-gather); backward: one all-reduce of x's gradient (a
     reduce-scatter, and the all-gather once more) while W's is computed.
     """
 
     def __init__(self, in_features: int, local_out: int, bias: bool, axis: Axis):
-        super().__init__()
-        self.in_features, self.local_out, self.axis = in_features, local_out, axis
-        self.weight = nn.Parameter(torch.empty(local_out, in_features))
-        self.bias = nn.Parameter(torch.empty(local_out)) if bias else None
+        super().__init__(local_out, in_features, bias, axis)
 
     def forward(self, x: Tensor, region: Region = WHOLE) -> Tensor:
-        check_width(self, x, self.in_features)
+        if self.int8 is not None:
+            return self.local(f(x, self.axis, region))
+        self.check(x)
         return f_linear(x, self.weight, self.bias, self.axis, region)
 
     def local(self, x: Tensor) -> Tensor:
         """y of an x that has been through f, or is this rank's own. No collective."""
-        check_width(self, x, self.in_features)
-        return product(x, self.weight, self.bias)
+        return self.product(x, self.bias)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(Sharded):
     """y = x W^T + b with W split along its inputs: this rank multiplies its own columns of x.
 
     x: [B, T, local_in], this rank's columns of an input `in_features` wide.
@@ -53,13 +69,11 @@ class RowParallelLinear(nn.Module):
     """
 
     def __init__(self, in_features: int, local_in: int, out_features: int, bias: bool, axis: Axis):
-        super().__init__()
-        self.in_features, self.local_in, self.axis = in_features, local_in, axis
-        self.weight = nn.Parameter(torch.empty(out_features, local_in))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        super().__init__(out_features, local_in, bias, axis)
+        self.in_features = in_features
 
     def forward(self, x: Tensor, region: Region = WHOLE) -> Tensor:
-        if self.axis.size == 1 or not torch.is_grad_enabled():  # added by one rank: an operation less
+        if self.axis.size == 1 or not torch.is_grad_enabled():  # rank 0 adds it
             return g(self.partial(x, self.bias if self.axis.rank == 0 else None), self.axis, region)
         y = g(self.partial(x), self.axis, region)
         return y if self.bias is None else y + self.bias
@@ -68,30 +82,26 @@ class RowParallelLinear(nn.Module):
         """This rank's addend of y, with a bias if one is given. No collective."""
         hint = ""
         if self.axis.size > 1 and x.shape[-1] == self.in_features:
-            hint = (
-                ": this is the whole, unsplit input. Feed the output of a ColumnParallelLinear, or "
-                f"this rank's own columns (rank {self.axis.rank} of {self.axis.size} owns "
-                f"{self.local_in})"
-            )
-        check_width(self, x, self.local_in, hint)
-        return product(x, self.weight, bias)
+            own = f"rank {self.axis.rank} of {self.axis.size} owns {self.inputs}"
+            feed = "Feed the output of a ColumnParallelLinear, or this rank's own columns"
+            hint = f": this is the whole, unsplit input. {feed} ({own})"
+        return self.product(x, bias, hint)
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(Sharded):
     """The embedding table split by vocabulary: this rank holds rows [lo, hi), then padding.
 
-    ids: [B, T] int64, the same on all ranks, in [0, num_embeddings).
-    Output: [B, T, dim], or this rank's tokens of it, as `region` says.
-    forward: each id is looked up by the rank that holds it, the others add zeros; g. backward: g's.
+    ids: [B, T] int64, the same on all ranks, in [0, num_embeddings). Output: [B, T, dim], or this
+    rank's tokens of it, as `region` says. forward: each id is looked up by the rank that holds it,
+    the others add zeros; g. backward: g's.
     """
 
     def __init__(self, num_embeddings: int, dim: int, lo: int, hi: int, rows: int, axis: Axis):
-        super().__init__()
         if not 0 <= lo < hi <= num_embeddings or rows < hi - lo:
             wanted = f"vocabulary rows [{lo}, {hi}) of {num_embeddings} in {rows} rows"
             raise ValueError(f"rank {axis.rank} cannot hold {wanted}")
-        self.num_embeddings, self.lo, self.hi, self.axis = num_embeddings, lo, hi, axis
-        self.weight = nn.Parameter(torch.empty(rows, dim))
+        super().__init__(rows, dim, False, axis)
+        self.lo, self.hi = lo, hi
 
     def forward(self, ids: Tensor, region: Region = WHOLE) -> Tensor:
         if self.axis.size == 1:
@@ -103,9 +113,6 @@ class VocabParallelEmbedding(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The tied head: x [..., dim], the same on all ranks -> this rank's columns of the logits,
-        [..., hi - lo]. forward: f, nothing; backward: one all-reduce of x's gradient.
-
-        Padding columns are computed, as hardware likes the width, and cut off.
-        """
-        check_width(self, x, self.weight.shape[1])
-        return F.linear(f(x, self.axis.at("head")), self.weight)[..., : self.hi - self.lo]
+        [..., hi - lo]. forward: f, nothing; backward: one all-reduce of x's gradient. Padding
+        columns are computed, as hardware likes the width, and cut off."""
+        return self.product(f(x, self.axis.at("head")))[..., : self.hi - self.lo]

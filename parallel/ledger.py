@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from base.errors import first_line
+
 
 class CollectiveError(RuntimeError):
     """A collective failed: a rank is gone or late, or sent another message."""
@@ -20,10 +22,6 @@ class Entry:
     block: str  # attention | mlp | embedding | head | loss | sampling | optimizer | data_parallel
     direction: str  # forward | backward | step
     op: str  # all_reduce | all_gather | reduce_scatter | broadcast
-
-    def where(self) -> str:
-        layer = "" if self.layer is None else f"layer {self.layer}"
-        return ", ".join(filter(None, (layer, self.block, self.direction)))
 
 
 @dataclass(slots=True)
@@ -77,14 +75,14 @@ def call_text(number: int, call: Call, with_bytes: bool = False) -> str:
     entry, nbytes, doing = call
     size = f"{nbytes} B" if nbytes < 1e3 else f"{nbytes / 1e3:.1f} kB"
     size = size if nbytes < 1e5 else f"{nbytes / 1e6:.1f} MB"
-    details = (doing, entry.where(), size if with_bytes and nbytes else "")
+    layer = "" if entry.layer is None else f"layer {entry.layer}"
+    details = doing, layer, entry.block, entry.direction, size if with_bytes and nbytes else ""
     return f"{entry.op} #{number} ({', '.join(filter(None, details))})"
 
 
 @dataclass(eq=False, slots=True)
 class Track:
-    """How far this rank has come along one axis. Collectives write it; world/watch.py reads it, in
-    another thread.
+    """How far this rank has come along one axis. world/watch.py reads it in another thread.
 
     ranks: of the world, which the axis joins. number: of the last call, counted from 1; the same on
     all ranks if all is well. waiting: that call has not returned. begun: asynchronous calls under
@@ -112,7 +110,7 @@ class Track:
 
     def named(self, error: RuntimeError) -> CollectiveError:
         call = call_text(self.number, self.call) if self.call else "a collective"
-        return CollectiveError(f"{call}: {str(error).strip().splitlines()[0]}")
+        return CollectiveError(f"{call}: {first_line(error)}")
 
     def leave_open(self, number: int, call: Call | None, has_ended: Callable[[], bool]) -> None:
         """Show a call that has returned to the watchdog until has_ended()."""
@@ -135,8 +133,7 @@ class Track:
 
 @dataclass
 class GraphCall:
-    """A call in a CUDA graph. again: makes it once more, on the same message. seconds: that it
-    takes, 0 until measured."""
+    """A call in a CUDA graph. again: makes it once more. seconds: 0 until measured."""
 
     tally: Tally
     track: Track
@@ -155,12 +152,10 @@ class Recording:
 
 @dataclass
 class Ledger:
-    """One rank's account and tracks. Collectives alone write to it.
-
-    on: False stops the account, to measure what it costs; tracks go on. doing: what the run does,
-    for messages about a call. latest: the track of the last call. replayed: the part of all lines
-    that CUDA graphs have replayed. recorded: where calls go within `recording`.
-    """
+    """One rank's account and tracks. Collectives alone write to it. on: False stops the account, to
+    measure what it costs; tracks go on. doing: what the run does, for messages about a call.
+    latest: the track of the last call. replayed: the part of all lines that CUDA graphs have
+    replayed. recorded: where calls go within `recording`."""
 
     tallies: Account = field(default_factory=dict)
     forward_passes: int = 0
@@ -173,16 +168,12 @@ class Ledger:
     is_recomputing: bool = False
     _pending: list[tuple[Tally, Callable[[], float]]] = field(default_factory=list)
 
-    def tally(self, entry: Entry) -> Tally:
-        return self.tallies.setdefault(entry, Tally())
-
     def track(self, name: str, ranks: tuple[int, ...]) -> Track:
         """The track of an axis that joins these ranks of the world."""
-        for track in self.tracks:
-            if (track.name, track.ranks) == (name, ranks):
-                return track
-        self.tracks.append(Track(name, ranks))
-        return self.tracks[-1]
+        found = next((t for t in self.tracks if (t.name, t.ranks) == (name, ranks)), None)
+        if found is None:
+            self.tracks.append(found := Track(name, ranks))
+        return found
 
     def calling(self, track: Track, entry: Entry, nbytes: int) -> Track:
         """`with ledger.calling(...):` around a call, for the watchdog and for naming its error."""
@@ -217,9 +208,6 @@ class Ledger:
     def recomputing(self) -> AbstractContextManager[None]:
         """Within, forward calls are accounted to the backward pass, to which they belong."""
         return self._set(is_recomputing=True)
-
-    def direction(self, direction: str) -> str:
-        return "backward" if self.is_recomputing and direction == "forward" else direction
 
     @contextmanager
     def recording(self) -> Iterator[Recording]:

@@ -2,8 +2,8 @@
 
 In training the head's product and the loss are one function, which takes the rows in chunks and
 computes loss and gradient of each at once: the logits of one chunk exist at a time, computed once.
-Without a compiler a chunk is overwritten step by step. With one, `statistics` and `gradient`, around
-their one all-gather, read it once each.
+Without a compiler a chunk is overwritten step by step. With one, `statistics` and `gradient` read
+it once each.
 """
 
 import functools
@@ -18,8 +18,7 @@ from parallel.regions import WHOLE, Region, product_dtype
 
 # Logits of a chunk, on one rank: 32 MiB on a CPU, 512 MiB on a GPU, in float32. Smaller chunks take
 # less memory, but read and write the table's gradient more often and send more messages. On a CPU
-# 256 rows of a GPT-2 split in two multiply as fast as more do. A GPU multiplies faster than it
-# reads, and wants more rows (estimated, not measured: that traffic is then a tenth of the time).
+# 256 rows of a GPT-2 split in two multiply as fast as more do. A GPU wants more (estimated).
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 
 
@@ -31,10 +30,8 @@ def chunk_rows(rows: int, width: int, kind: str) -> int:
 
 def statistics(logits: Tensor, targets: Tensor, lo: int, hi: int) -> Tensor:
     """[3, n] float32 or wider, of n rows of this rank's logits: the largest, the target's (0 on
-    other ranks), the sum of exponentials relative to the largest.
-
-    logits: [n, width]; columns beyond hi - lo are padding. targets: [n], negative ones are ignored.
-    """
+    other ranks), the sum of exponentials relative to the largest. logits: [n, width]; columns
+    beyond hi - lo are padding. targets: [n], negative ones are ignored."""
     z = logits[:, : hi - lo].to(torch.promote_types(logits.dtype, torch.float32))
     here = (targets >= lo) & (targets < hi)
     index = (targets - lo).masked_fill(~here, 0).unsqueeze(-1)
@@ -53,15 +50,13 @@ def combined(numbers: Tensor, targets: Tensor, axis: Axis) -> tuple[Tensor, Tens
     return nll.masked_fill(targets < 0, 0.0), highest, total
 
 
-def gradient(
-    logits: Tensor, targets: Tensor, lo: int, hi: int, highest: Tensor, total: Tensor
-) -> Tensor:
+def gradient(logits: Tensor, targets: Tensor, lo: int, hi: int, highest: Tensor,
+             total: Tensor) -> Tensor:
     """The gradient of the summed loss [n, width] with respect to the logits, in their dtype."""
-    counts = (targets >= 0).unsqueeze(-1)
     column = torch.arange(logits.shape[1], device=logits.device)
     p = (logits.to(highest.dtype) - highest.unsqueeze(-1)).exp() / total.unsqueeze(-1)
     dz = p - (column == (targets - lo).unsqueeze(-1)).to(p.dtype)
-    return torch.where(counts & (column < hi - lo), dz, 0.0).to(logits.dtype)
+    return torch.where((targets >= 0).unsqueeze(-1) & (column < hi - lo), dz, 0.0).to(logits.dtype)
 
 
 @functools.cache
@@ -69,9 +64,8 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function)
 
 
-def _in_place(
-    z: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis, learn: bool
-) -> tuple[Tensor, Tensor | None]:
+def _in_place(z: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis,
+              learn: bool) -> tuple[Tensor, Tensor | None]:
     """(nll, the gradient or None) of a chunk z [n, width], which is overwritten."""
     z[:, hi - lo :] = float("-inf")  # adds 0 to every sum
     here = (targets >= lo) & (targets < hi)
@@ -92,10 +86,8 @@ class _HeadLoss(torch.autograd.Function):
     computed in the forward pass, where the logits are; backward scales it."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis,
-        region: Region, learn: bool, fused: bool,
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis,
+                region: Region, learn: bool, fused: bool) -> Tensor:
         kind, dtype = x.device.type, product_dtype(x)
         wide = torch.promote_types(dtype, torch.float32)
         x = region.gather(x, axis.at("head"), "forward")
@@ -109,8 +101,8 @@ class _HeadLoss(torch.autograd.Function):
             logits = torch.empty(rows, len(w), dtype=dtype, device=x.device)  # for all chunks
             for start in range(0, len(x), rows):
                 part = slice(start, start + rows)
-                mine = x[part].to(dtype)
-                z, given = torch.mm(mine, w.t(), out=logits[: len(mine)]), (targets[part], lo, hi)
+                mine, given = x[part].to(dtype), (targets[part], lo, hi)
+                z = torch.mm(mine, w.t(), out=logits[: len(mine)])
                 if fused:
                     numbers = compiled(statistics)(z, *given)
                     nll, *both = combined(numbers, given[0], axis.at("loss"))
@@ -138,20 +130,17 @@ class _HeadLoss(torch.autograd.Function):
         return summed and summed(), dw, *[None] * 7
 
 
-def vocab_parallel_head_loss(
-    x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis,
-    region: Region = WHOLE, fused: bool = False,
-) -> Tensor:  # fmt: skip
+def vocab_parallel_head_loss(x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int,
+                             axis: Axis, region: Region = WHOLE, fused: bool = False) -> Tensor:
     """The summed negative log-likelihood of targets under logits x W^T: a float32 scalar (float64
     for float64), the same on all ranks.
 
-    x: [N, C], the same on all ranks; or with split tokens [B, t, C], this rank's.
-    weight: [rows, C], this rank's rows of the tied table: vocabulary ids [lo, hi), then padding,
-    which takes no part and gets no gradient. As many rows on every rank.
-    targets: [N] or [B, T] int64, the same on all ranks, in [0, vocab_size); negative: ignored.
-    Products are made in autocast's dtype; the loss and the table's gradient add up in float32. With
-    gradients off none is computed. The backward pass can run once. fused: by torch.compile. Raises
-    ValueError if the shapes do not fit.
+    x: [N, C], the same on all ranks; or with split tokens [B, t, C], this rank's. weight: [rows,
+    C], this rank's rows of the tied table: ids [lo, hi), then padding, which takes no part and gets
+    no gradient; as many rows on every rank. targets: [N] or [B, T] int64, the same on all ranks,
+    below vocab_size; negative: ignored. fused: by torch.compile. Products are made in autocast's
+    dtype; the loss and the table's gradient add up in float32. The backward pass can run once.
+    Raises ValueError if the shapes do not fit.
     """
     fits = region is not WHOLE or targets.shape == x.shape[:-1]
     if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or not fits:
@@ -167,9 +156,8 @@ def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, lo: int, axis:
     """The negative log-likelihood of each target, [N] float32 without gradient, the same on all
     ranks; 0 where the target is negative. One all-gather of [3, N]. logits are not written to.
 
-    logits: [N, width], this rank's columns; column j is vocabulary id lo + j.
-    targets: [N] int64, the same on all ranks, below vocab_size.
-    Raises ValueError if the shapes do not fit.
+    logits: [N, width], this rank's columns; column j is vocabulary id lo + j. targets: [N] int64,
+    the same on all ranks, below vocab_size. Raises ValueError if the shapes do not fit.
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         shapes = f"{list(logits.shape)} and {list(targets.shape)}"
@@ -178,36 +166,18 @@ def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, lo: int, axis:
     return _in_place(z, targets, lo, lo + logits.shape[1], axis.at("loss"), False)[0]
 
 
-class _Divergence(torch.autograd.Function):
-    """forward: one all-gather of [4, N] and one all-reduce of [N]; backward: none."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, teacher: Tensor, axis: Axis) -> Tensor:
-        z, t = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, teacher))
-        peaks = [x.amax(dim=-1) for x in (z, t)]
-        pairs = zip((z, t), peaks, strict=True)
-        sums = [(x - peak.unsqueeze(-1)).exp().sum(dim=-1) for x, peak in pairs]
-        everyone = all_gather(torch.stack([*peaks, *sums]), axis, "forward")  # [size, 4, N]
-        highest = everyone[:, :2].amax(dim=0)
-        scaled = (everyone[:, :2] - highest).exp() * everyone[:, 2:]
-        normal = highest + scaled.sum(dim=0).log()  # [2, N]
-        log_p, log_q = z - normal[0].unsqueeze(-1), t - normal[1].unsqueeze(-1)
-        q = log_q.exp()
-        ctx.save_for_backward((log_p.exp() - q).to(logits.dtype))
-        return all_reduce((q * (log_q - log_p)).sum(dim=-1), axis, "forward")
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (difference,) = ctx.saved_tensors
-        return difference * grad.unsqueeze(-1), None, None
-
-
 def vocab_parallel_divergence(logits: Tensor, teacher: Tensor, axis: Axis) -> Tensor:
     """The Kullback-Leibler divergence of each row, KL(teacher || model) in nats, [N]; the same on
-    all ranks.
-
-    logits, teacher: [N, width], this rank's columns of both, without padding. The gradient goes to
-    the logits.
-    """
-    divergence: Tensor = _Divergence.apply(logits, teacher, axis.at("loss"))
-    return divergence
+    all ranks. One all-gather of [2, N] and one all-reduce of [N]; backward: none. logits, which get
+    the gradient, and teacher: [N, width], this rank's columns, without padding."""
+    axis = axis.at("loss")
+    with torch.no_grad():
+        both = torch.stack([logits, teacher])
+        both = both.to(torch.promote_types(both.dtype, torch.float32))
+        normal = all_gather(both.logsumexp(dim=-1), axis, "forward").logsumexp(dim=0)  # [2, N]
+        log_p, log_q = both - normal.unsqueeze(-1)
+        q = log_q.exp()
+        slope = (log_p.exp() - q).to(logits.dtype)  # of the divergence
+        divergence = all_reduce((q * (log_q - log_p)).sum(dim=-1), axis, "forward")
+    line = torch.linalg.vecdot(slope, logits)
+    return divergence + (line - line.detach())  # which adds a gradient and nothing else

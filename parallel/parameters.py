@@ -1,28 +1,24 @@
 """A rank's parts of a model's parameters: taken from full tensors, stored, and read back.
 
 Over tp a parameter is split by its Rule, and may be padded. Over dp FSDP2 may shard that part once
-more, as a DTensor. We recognise one by its `to_local` method: importing the class would double the
-start-up, and most runs have none.
+more, as a DTensor. Its `to_local` method shows it: importing the class would double the start-up.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from checkpoints.tensor_file import runs_of
 from parallel.collectives import Axis, all_gather
 from plan.partition import Rule, Span
 
 
 def take(full: Tensor, rule: Rule, rank: int) -> Tensor:
     """The part of a full tensor that a tp rank owns."""
-    if rule.dim is None:
-        return full
-    runs = [full.narrow(rule.dim, lo, hi - lo) for lo, hi in rule.runs[rank]]
-    return torch.cat(runs, dim=rule.dim)
+    return runs_of(full, rule.dim, rule.runs_of(rank))
 
 
 def local_part(tensor: Any) -> tuple[Tensor, Span]:
@@ -37,10 +33,8 @@ def local_part(tensor: Any) -> tuple[Tensor, Span]:
 
 @dataclass(frozen=True)
 class Parts:
-    """What one tp rank owns of each parameter, and of optimizer state of a parameter's shape.
-
-    rules: by name. dp: the axis over which the parts are sharded once more, if they are.
-    """
+    """What one tp rank owns of each parameter, and of optimizer state of a parameter's shape. dp:
+    the axis over which the parts are sharded once more, if they are."""
 
     rules: Mapping[str, Rule]
     rank: int
@@ -72,14 +66,3 @@ class Parts:
         message = local.new_zeros(-(-tensor.shape[0] // self.dp.size), *tensor.shape[1:])
         message[: hi - lo] = local
         return all_gather(message, self.dp.at("data_parallel"), "step").flatten(0, 1)[:rows]
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """The dtype of torch.empty and its like within."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

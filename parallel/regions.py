@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.collectives import Axis, all_reduce, all_reduce_later, gather_tokens, reduce_scatter
-from parallel.dropout import own_dropout
+from parallel.operators import own_dropout
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,8 @@ class _FLinear(torch.autograd.Function):
     """f and the product after it. Backward sums x's gradient while the weight's is computed."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, region: Region
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis,
+                region: Region) -> Tensor:
         dtype = product_dtype(x)
         own, w, b = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         full = region.gather(own, axis, "forward")
@@ -161,9 +160,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def f_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis, region: Region = WHOLE
-) -> Tensor:
+def f_linear(x: Tensor, weight: Tensor, bias: Tensor | None, axis: Axis,
+             region: Region = WHOLE) -> Tensor:
     """F.linear(f(x), weight, bias)"""
     if _learns(axis) or isinstance(region, SplitTokens):  # which gathers in autocast's dtype
         return _FLinear.apply(x, weight, bias, axis, region)

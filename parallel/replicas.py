@@ -31,27 +31,22 @@ def checksum(x: Tensor) -> Tensor:
 @torch.no_grad()
 def check_alike(tensors: Mapping[str, Tensor], axis: Axis, ranks: str, step: int) -> None:
     """DriftError, on all ranks of the axis, for the first tensor that differs between them. Every
-    rank calls it with the same names: one all-gather of 8 bytes a tensor.
-
-    ranks: their name in the message: "tp ranks".
-    """
+    rank calls it with the same names: one all-gather of 8 bytes a tensor. ranks: "tp ranks"."""
     if axis.size == 1 or not tensors:
         return
     mine = torch.stack([checksum(tensor) for tensor in tensors.values()])
     sums = all_gather(mine, axis, "step").cpu()  # [ranks, tensors]
-    differs = sums != sums[0]
-    if not differs.any():
+    different = (sums != sums[0]).T.nonzero().tolist()
+    if not different:
         return
-    i = int(differs.any(dim=0).nonzero()[0])
-    other = int(differs[:, i].nonzero()[0])
+    i, other = different[0]
     name, tensor = list(tensors.items())[i]
     values = all_gather(tensor, axis, "step")
     if not values.is_floating_point():
         first, second = (f"{int(sums[rank, i]) % 2**32:08x}" for rank in (0, other))
-        raise DriftError(
-            f"{name} mismatch at step {step} between {ranks} 0 ({first}) and {other} ({second}). "
-            f"Ranks of a tp group must see the same data."
-        )
+        between = f"between {ranks} 0 ({first}) and {other} ({second})"
+        advice = "Ranks of a tp group must see the same data"
+        raise DriftError(f"{name} mismatch at step {step} {between}. {advice}.")
     most = (values[other].double() - values[0].double()).abs().max().item()
     where = f"differs between {ranks} 0 and {other} (max {most:.0e}) at step {step}"
     raise DriftError(f"replicated parameter {name} {where}.")

@@ -9,10 +9,8 @@
      out = slot[0] + slot[1] + ...           in rank order on every rank: the same bits everywhere
 
    In a gather every rank writes only its part of each piece, and reads all parts. In a sum it may
-   want only its part.
-
-   A slot is written again for piece n + 2. A rank that does so has seen every progress[r] >= n + 2,
-   which r stores only after it has read piece n: two slots are enough, without a second wait.
+   want only its part. A slot is written again for piece n + 2, by a rank that has seen every
+   progress[r] >= n + 2, which r stores only after it has read piece n: two slots are enough.
 
    No call blocks for longer than `patience`: it then returns the rank that is late, and continues
    when called again, so that the caller can handle signals and dead peers. A rank with another
@@ -34,8 +32,7 @@ typedef struct {
     char *base;                    /* the shared memory, zero when the group begins */
     int64_t rank, size, slot_bytes;
     uint64_t piece;                /* pieces finished since the group began */
-    int64_t at;                    /* elements of the current message finished */
-    int64_t posted;                /* whether the current piece lies in my slot */
+    int64_t at, posted; /* elements of the message finished; whether the piece lies in my slot */
 } group;
 
 typedef struct {
@@ -79,8 +76,7 @@ static int64_t wait_for_all(const group *g, double patience) {
             if (waited > SLEEP_AFTER) nanosleep(&nap, NULL);
             else sched_yield();
             if (start == 0) start = now();
-            waited = now() - start;
-            if (waited > patience) return r;
+            if ((waited = now() - start) > patience) return r;
         }
     }
     return DONE;

@@ -1,7 +1,6 @@
 """The transport for ranks on one CPU host: collectives through shared memory, in microseconds.
 
 parallel/shm.c does the work. If it cannot be compiled, the ranks agree to do without, and say why.
-
 The memory has no name: it is a file descriptor of rank 0, which the others open through /proc. It
 ends with the last process that holds it, however that ends, and /dev/shm does not limit it.
 """
@@ -10,7 +9,6 @@ import ctypes
 import mmap
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +24,7 @@ LINE = 64  # bytes of a rank's header
 SLOT_BYTES = 1 << 20  # two a rank; smaller ones cost more waits, larger ones leave the cache
 PATIENCE_S = 0.1  # a waiting rank then checks that its peers live, and lets Python see a signal
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-_BYTES = 2
+_TYPES, _BYTES = {torch.float32: 0, torch.bfloat16: 1}, 2
 _OPS = {"sum": 0, "max": 1}
 _GATHER, _GATHER_TOKENS, _BROADCAST = 2, 3, 4  # a broadcast from rank r is _BROADCAST + r
 _DONE, _DIFFERENT = -1, -2
@@ -71,55 +68,41 @@ class ShmTransport:
 
     float32 and bfloat16 are added here; `other` adds other dtypes. A call raises a RuntimeError
     that names the rank if a peer has ended, does not come within `timeout` seconds, or sends
-    another message.
+    another message. rank, size: in the group.
     """
 
     name = "shm"
 
-    def __init__(
-        self, call: Any, memory: mmap.mmap, rank: int, pids: list[int], other: Transport,
-        timeout: float,
-    ):  # fmt: skip
-        self.rank, self.size, self.pids = rank, len(pids), pids
-        self.other, self.timeout, self._call = other, timeout, call
-        self._memory = memory  # keeps it mapped
-        base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        self._group = _Group(base, rank, self.size, SLOT_BYTES, 0, 0, 0)
-        self._at = ctypes.addressof(self._group)
-
-    @classmethod
-    def open(
-        cls, rank: int, size: int, exchange: Exchange, other: Transport, timeout: float
-    ) -> "ShmTransport":
-        """The transport of a group, whose ranks all call this. Raises Unavailable on all of them if
-        one has no shared memory.
-
-        rank, size: in the group. timeout: seconds to wait for a rank.
-        """
+    def __init__(self, rank: int, size: int, exchange: Exchange, other: Transport,
+                 timeout: float) -> None:
+        """Every rank of the group calls this. Raises Unavailable on all of them if one has no
+        shared memory."""
+        self.rank, self.size, self.other, self.timeout = rank, size, other, timeout
         nbytes = size * (LINE + 2 * SLOT_BYTES)
-        move = on_all(exchange, lambda: load(SOURCE)).nanotp_move
-        move.restype = ctypes.c_int64
+        self._call = on_all(exchange, lambda: load(SOURCE)).nanotp_move
+        self._call.restype = ctypes.c_int64
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        move.argtypes = [*[pointer] * 3, *[number] * 3, pointer, ctypes.c_double]
+        self._call.argtypes = [*[pointer] * 3, *[number] * 3, pointer, ctypes.c_double]
         descriptor = on_all(exchange, lambda: _create(nbytes) if rank == 0 else None)
         try:
             places = exchange((os.getpid(), descriptor))
             pid, theirs = places[0]
-            memory = on_all(exchange, lambda: _attach(pid, theirs, nbytes))
+            self._memory = on_all(exchange, lambda: _attach(pid, theirs, nbytes))  # keeps it mapped
         finally:
             if rank == 0:
                 os.close(descriptor)  # all have mapped it, or nobody will
-        return cls(move, memory, rank, [pid for pid, _ in places], other, timeout)
+        self.pids = [pid for pid, _ in places]
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._group = _Group(base, rank, size, SLOT_BYTES, 0, 0, 0)
+        self._at = ctypes.addressof(self._group)
 
-    def _move(
-        self, x: Tensor, out: Tensor, n: int, kind: int, op: int, edges: list[int] | None = None
-    ) -> Tensor:
+    def _move(self, x: Tensor, out: Tensor, n: int, kind: int, op: int,
+              edges: list[int] | None = None) -> Tensor:
         """x must be contiguous and not `out`. See nanotp_move in parallel/shm.c."""
         ends = None if edges is None else (ctypes.c_int64 * len(edges))(*edges)
         call = self._at, x.data_ptr(), out.data_ptr(), n, kind, op, ends, PATIENCE_S
-        late = self._call(*call)
         waited = 0.0  # counted here: this process and all others may be stopped for a while
-        while late != _DONE:
+        while (late := self._call(*call)) != _DONE:
             if late <= _DIFFERENT:
                 whose = f"rank {_DIFFERENT - late} of the group brought another message"
                 raise RuntimeError(f"{whose} than rank {self.rank}")
@@ -128,7 +111,6 @@ class ShmTransport:
                 raise RuntimeError(f"{rank} has ended (process {pid})")
             if (waited := waited + PATIENCE_S) > self.timeout:
                 raise RuntimeError(f"{rank} did not come within {self.timeout:g} s")
-            late = self._call(*call)
         return out
 
     def _edges(self, tokens: int, width: int) -> list[int]:
@@ -136,8 +118,7 @@ class ShmTransport:
         return [lo * width for lo, _ in spans(tokens, self.size)] + [tokens * width]
 
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
-        kind = _TYPES.get(x.dtype)
-        if kind is None:
+        if (kind := _TYPES.get(x.dtype)) is None:
             return self.other.all_reduce(x, op)
         x = x.detach().contiguous()
         return self._move(x, torch.empty_like(x), x.numel(), kind, _OPS[op])
@@ -154,8 +135,7 @@ class ShmTransport:
         return self._move(x, torch.empty_like(x), x.nbytes, _BYTES, _BROADCAST + source, edges)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        kind = _TYPES.get(x.dtype)
-        if kind is None:
+        if (kind := _TYPES.get(x.dtype)) is None:
             return self.other.reduce_scatter(x)
         x = x.detach().contiguous()
         B, T, C = x.shape
@@ -165,7 +145,6 @@ class ShmTransport:
 
     def gather_tokens(self, x: Tensor, tokens: int) -> Tensor:
         x = x.detach().contiguous()
-        B, _, C = x.shape
-        out = x.new_empty(B, tokens, C)
-        edges = self._edges(tokens, C * x.element_size())
+        out = x.new_empty(x.shape[0], tokens, x.shape[2])
+        edges = self._edges(tokens, x.shape[2] * x.element_size())
         return self._move(x, out, out.nbytes, _BYTES, _GATHER_TOKENS, edges)

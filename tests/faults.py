@@ -153,7 +153,7 @@ def rank(place: Path, phase: str, name: str, argv: list[str]) -> None:
         doing = axis.ledger.doing
         here = {
             "forward": doing == "step 6" and direction == "forward",
-            "backward": doing == "step 6" and axis.ledger.direction(direction) == "backward",
+            "backward": doing == "step 6" and axis.line(op, direction)[0].direction == "backward",
             "evaluation": doing == "step 4, evaluation",
             "sampling": calls == 600,
             "save": False,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from base.errors import UserError
 from bench.contestants import Contestant
-from inference.decoders import CudaGraphs, Decoder, GraphDecoder, TorchDecoder, decoder_for
+from inference.decoders import CudaGraphs, GraphDecoder, TorchDecoder, decoder_for
 from inference.generation import generate
 from inference.sampling import Sampling
 from model import GPTConfig
@@ -34,7 +34,7 @@ def decode(step: Step, name: str = "gpt2") -> None:
     read, copied = sum(w.nbytes for w in weights), peaks.bandwidth(step.world, weights)
     prompt = [(7 * i * i + 3) % (config.vocab_size - 1) for i in range(16 if step.tiny else 128)]
 
-    def whole(what: str, decoder: Decoder, tokens: int, temperature: float = 0.0) -> None:
+    def whole(what: str, decoder: TorchDecoder, tokens: int, temperature: float = 0.0) -> None:
         sampling = Sampling(config.vocab_size, temperature=temperature, max_new_tokens=tokens)
         with step.attempt(what):
             for _ in range(2):

@@ -175,7 +175,7 @@ def test_more_rows_than_it_is_made_for_go_to_torch(monkeypatch: pytest.MonkeyPat
     model = split(reference(ODD), alone())
     decoder = NativeDecoder(model)
     seen: list[int] = []
-    monkeypatch.setattr(decoder.torch, "logits", lambda tokens, cache: seen.append(len(tokens)))
+    monkeypatch.setattr(TorchDecoder, "logits", lambda self, tokens, cache: seen.append(len(tokens)))
     for rows in (MOST_TOKENS, MOST_TOKENS + 1):
         decoder.logits([[1]] * rows, model.new_cache(rows))
     assert seen == [MOST_TOKENS + 1]

@@ -122,8 +122,8 @@ def stopped(run: Run, asked: int) -> Stopped:
 
 
 def iterate(run: Run, lr: float, ask: Callable[[], tuple[int, ...]] = tuple) -> tuple[Any, ...]:
-    """One AdamW step. Returns (mean loss, norm of the full gradient, the largest answers of any rank
-    to `ask`), equal on all ranks. The host waits for the device once, at the end."""
+    """One AdamW step. Returns (mean loss, norm of the full gradient, the largest answers of any
+    rank to `ask`), equal on all ranks. The host waits for the device once, at the end."""
     options, world, iter_num = run.options, run.world, run.progress.iter_num
     every = options.check_replicas
     check = every > 0 and iter_num % every == 0 and iter_num > run.first.iter_num

@@ -129,7 +129,7 @@ def make_axis(
     transport: Transport = plain
     exchange = partial(_gathered, size=size, group=group)
     if comm == "shm":
-        transport = ShmTransport.open(rank, size, exchange, plain, timeout)
+        transport = ShmTransport(rank, size, exchange, plain, timeout)
     elif comm == "nccl" and name == "tp":
         try:
             transport = SymmetricTransport.open(rank, exchange, plain)
