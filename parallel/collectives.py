@@ -25,8 +25,10 @@ T = TypeVar("T")
 
 class Transport(Protocol):
     """Carries messages between the ranks of one group. Results are new tensors, equal bit for bit
-    on all ranks. reduce_scatter has the bits of an all-reduce. A transport that can sum while its
-    caller computes also has `all_reduce_later`, see GroupTransport."""
+    on all ranks. `source` is a rank of the group. reduce_scatter returns this rank's tokens of the
+    sum of x [B, T, C], as `spans` splits T, with the bits of an all-reduce; gather_tokens takes
+    such tokens and returns all. A transport that can sum while its caller computes also has
+    `all_reduce_later`, see GroupTransport."""
 
     @property
     def name(self) -> str: ...
