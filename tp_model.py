@@ -155,7 +155,9 @@ class Transformer(nn.Module):
         rows = *split.vocabulary(tp.rank), split.local_vocab
         here = tp.at("embedding")
         self.wte = VocabParallelEmbedding(config.vocab_size, config.n_embd, *rows, here)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        # of an empty tensor: drawing numbers on the meta device imports torch's compiler
+        positions = torch.empty(config.block_size, config.n_embd)
+        self.wpe = nn.Embedding.from_pretrained(positions, freeze=False)
         self.h = nn.ModuleList(Block(config, split, tp, i) for i in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, config.bias)
 

@@ -1,6 +1,7 @@
 """Tokens that are chosen on the device, with the host one step behind: the same text as by the host, from steps that are
 captured once, and one wait a token. What is captured and replayed runs on the CPU here, see test_decoding.Reruns."""
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -178,3 +179,16 @@ def test_the_host_waits_once_a_token_and_one_step_late(monkeypatch: pytest.Monke
     steps = BASE.max_new_tokens - 1
     assert rows[-1].new == BASE.max_new_tokens and order.count("wait") == order.count("launch") == steps
     assert order == ["launch", *["launch", "wait"] * (steps - 1), "wait"]
+
+
+def _without_the_compiler(world: World, is_ahead: bool) -> int:
+    for name in [name for name in sys.modules if name.startswith("torch._dynamo")]:
+        del sys.modules[name]
+    sys.modules["torch._dynamo"] = None  # type: ignore[assignment]
+    return len(written(world, is_ahead, WAYS["drawn"], 0))
+
+
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_a_text_needs_no_compiler(is_ahead: bool) -> None:
+    """Importing it takes seconds, before the first token."""
+    assert run_ranks(2, _without_the_compiler, is_ahead) == [len(PROMPTS)] * 2
