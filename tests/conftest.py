@@ -13,6 +13,8 @@ import torch.distributed.run
 sys.path.insert(0, str(Path(__file__).parent.parent))
 # looking for GPUs must not begin to use them: ranks are forked
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported; see test_kernels.py
 torch.set_num_threads(1)
 
 from warm import Warm  # noqa: E402
