@@ -6,9 +6,10 @@ Shapes: B batch, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -18,8 +19,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The sizes of a model. `activation` is not nanoGPT's: OpenAI's weights were trained with the
-    tanh approximation of GELU (gelu_tanh), nanoGPT trains with the exact one (gelu)."""
+    """The sizes of a model. `activation` and all below it are not nanoGPT's. OpenAI's weights were
+    trained with the tanh approximation of GELU (gelu_tanh), nanoGPT trains with the exact one
+    (gelu). VARIANTS are fields of Hugging Face's config.json; n_inner 0 stands for 4 C."""
 
     block_size: int = 1024
     vocab_size: int = 50304
@@ -29,6 +31,33 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True
     activation: str = "gelu"
+    n_inner: int = 0
+    layer_norm_epsilon: float = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    tie_word_embeddings: bool = True
+
+    @property
+    def n_hidden(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return self.n_inner or 4 * self.n_embd
+
+    def as_json(self) -> dict[str, Any]:
+        """Every field, of VARIANTS those that are not GPT-2's own."""
+        plain = {name: getattr(GPTConfig, name) for name in VARIANTS}
+        return {name: value for name, value in vars(self).items() if plain.get(name) != value}
+
+    def attention_factor(self, layer: int) -> float:
+        """What a layer multiplies q k / sqrt(D) by before the softmax."""
+        factor = 1 / (layer + 1) if self.scale_attn_by_inverse_layer_idx else 1.0
+        return factor if self.scale_attn_weights else factor * (self.n_embd // self.n_head) ** 0.5
+
+
+VARIANTS = ("n_inner", "layer_norm_epsilon", "scale_attn_weights",
+            "scale_attn_by_inverse_layer_idx", "tie_word_embeddings")  # fmt: skip
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu,
+    "silu": F.silu}  # fmt: skip
 
 
 def initial_tensor(name: str, shape: tuple[int, ...], n_layer: int, seed: int) -> Tensor:
@@ -125,19 +154,16 @@ class KVCache:
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the last dimension whose bias is optional. eps is GPT-2's 1e-5."""
+    """LayerNorm over the last dimension whose bias is optional."""
 
-    def __init__(self, n_embd: int, bias: bool):
+    def __init__(self, n_embd: int, bias: bool, epsilon: float = 1e-5):
         super().__init__()
+        self.epsilon = epsilon
         self.weight = nn.Parameter(torch.ones(n_embd))
         self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
-
-
-def gelu(x: Tensor, activation: str) -> Tensor:
-    return F.gelu(x, approximate={"gelu": "none", "gelu_tanh": "tanh"}[activation])
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, past: Past | None, dropout: float) -> Tensor:
@@ -149,17 +175,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, past: Past | None, dropout: float) -
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout = config.n_head, config.dropout
+        self.factor = config.attention_factor(layer)
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         B, T, C = x.shape
         H = self.n_head
         qkv = self.c_attn(x).view(B, T, 3 * H, C // H).transpose(1, 2)
         q, kv = qkv.split([H, 2 * H], dim=1)
+        q = q if self.factor == 1 else q * self.factor
         k, v = kv.chunk(2, dim=1) if past is None else past.update(kv)
         y = self.c_proj(attend(q, k, v, past, self.dropout if self.training else 0.0))
         return F.dropout(y, self.dropout, self.training)
@@ -168,21 +196,22 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.activation, self.dropout = config.activation, config.dropout
+        self.c_fc = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
+        self.activation, self.dropout = ACTIVATIONS[config.activation], config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.c_proj(gelu(self.c_fc(x), self.activation))
+        y = self.c_proj(self.activation(self.c_fc(x)))
         return F.dropout(y, self.dropout, self.training)
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, config.bias)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        norm = config.n_embd, config.bias, config.layer_norm_epsilon
+        self.ln_1 = LayerNorm(*norm)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = LayerNorm(*norm)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
@@ -197,8 +226,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = LayerNorm(config.n_embd, config.bias)
+        self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd, config.bias, config.layer_norm_epsilon)
 
 
 class GPT(nn.Module):
@@ -210,7 +239,8 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # one table, two uses
+        if config.tie_word_embeddings:  # one table, two uses
+            self.transformer.wte.weight = self.lm_head.weight
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(initial_tensor(name, tuple(parameter.shape), config.n_layer, seed))

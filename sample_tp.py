@@ -31,7 +31,7 @@ def main(world: World, options: SampleOptions) -> None:
         report.check_place(options.out, "out")
     source = open_for_inference(options, (world.rank, world.size))
     world.agree("weights", identity(source))
-    tokenizer = tokenizer_of(source, options.tokenizer)
+    tokenizer = tokenizer_of(source, options.tokenizer, options.data_dir)
     # rank 0 reads the prompt files: other hosts may not have them
     texts: list[str] = world.gather(read_prompts(options.start) if world.is_main else None)[0]
     prompts = encode(texts, tokenizer)

@@ -8,7 +8,6 @@
 
 import math
 import sys
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -42,6 +41,8 @@ def merge(options: MergeOptions) -> None:
     if form == "nanogpt" and shards.config.activation != "gelu":
         exact = "GELU; nanoGPT computes the exact one."
         print(f"note: these weights use the tanh approximation of {exact}")
+    if form == "nanogpt" and (shards.tokenizer or {}).get("kind") == "hf":
+        print("note: nanoGPT reads no Hugging Face tokenizer: its text will be GPT-2's tokens.")
 
 
 def verify(options: VerifyOptions) -> None:
@@ -64,7 +65,7 @@ def inspect(options: InspectOptions) -> None:
     tensors, config, made = manifest.tensors, manifest.model, manifest.sync
     tp, dtype = manifest.tp, manifest.dtype
     print(f"{options.shards}: {manifest.source or 'unnamed source'}, tp {tp}, {dtype}")
-    sizes = ", ".join(f"{key} {value}" for key, value in asdict(config).items())
+    sizes = ", ".join(f"{key} {value}" for key, value in config.as_json().items())
     print(f"model: {sizes}; {Partition.of(config, 1).count():,} parameters")
     if made is not None:
         points = Schedule.parse(made.schedule, config.n_layer).points

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from base.errors import UserError
 from checkpoints.tensor_file import Read
-from model import GPTConfig, KVCache, LayerNorm, Past, attend, gelu, initial_tensor
+from model import ACTIVATIONS, GPTConfig, KVCache, LayerNorm, Past, attend, initial_tensor
 from parallel.collectives import Axis, all_gather
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from parallel.loss import vocab_parallel_head_loss
@@ -49,7 +49,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = ColumnParallelLinear(config.n_embd, 3 * width, config.bias, self.axis)
         sizes = config.n_embd, width, config.n_embd
         self.c_proj = RowParallelLinear(*sizes, config.bias, self.axis)
-        self.dropout = config.dropout
+        self.dropout, self.factor = config.dropout, config.attention_factor(layer)
 
     def forward(self, x: Tensor, past: Past | None = None, region: Region = WHOLE) -> Tensor:
         """x [B, T, C] -> [B, T, C], or with split tokens [B, t, C] -> [B, t, C]."""
@@ -66,6 +66,7 @@ class CausalSelfAttention(nn.Module):
         h = self.local_n_head
         qkv = qkv.view(B, T, 3 * h, self.head_dim).transpose(1, 2)  # [B, 3 * h, T, D]
         q, kv = qkv.split([h, 2 * h], dim=1)
+        q = q if self.factor == 1 else q * self.factor
         k, v = kv.chunk(2, dim=1) if past is None else past.update(kv)
         if self.training and self.dropout > 0:
             return attend_with_own_dropout(q, k, v, self.dropout, self.axis)
@@ -80,17 +81,17 @@ class MLP(nn.Module):
         self.c_fc = ColumnParallelLinear(config.n_embd, hi - lo, config.bias, self.axis)
         sizes = split.n_hidden, hi - lo, config.n_embd
         self.c_proj = RowParallelLinear(*sizes, config.bias, self.axis)
-        self.activation, self.dropout = config.activation, config.dropout
+        self.activation, self.dropout = ACTIVATIONS[config.activation], config.dropout
 
     def forward(self, x: Tensor, region: Region = WHOLE) -> Tensor:
         # [B, T, C] -> [B, T, m] -> all-reduce -> [B, T, C], or with split tokens
         # [B, t, C] -> all-gather -> [B, T, m] -> reduce-scatter -> [B, t, C]
-        y = self.c_proj(gelu(self.c_fc(x, region), self.activation), region)
+        y = self.c_proj(self.activation(self.c_fc(x, region)), region)
         return region.dropout(y, self.dropout if self.training else 0.0, self.axis)
 
     def partial(self, x: Tensor) -> Tensor:
         """This rank's addend of the output, without c_proj's bias. No collective."""
-        return self.c_proj.partial(gelu(self.c_fc.local(x), self.activation))
+        return self.c_proj.partial(self.activation(self.c_fc.local(x)))
 
 
 class Stream(NamedTuple):
@@ -109,9 +110,10 @@ class Block(nn.Module):
                  syncs: tuple[bool, bool] = (True, True)):
         super().__init__()
         self.syncs = syncs  # after the attention, after the MLP
-        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        norm = config.n_embd, config.bias, config.layer_norm_epsilon
+        self.ln_1 = LayerNorm(*norm)
         self.attn = CausalSelfAttention(config, split, tp, layer)
-        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.ln_2 = LayerNorm(*norm)
         self.mlp = MLP(config, split, tp, layer)
 
     def forward(self, s: Stream, past: Past | None = None) -> Stream:
@@ -149,17 +151,20 @@ def after(s: Stream, norm: LayerNorm, body: Any, sync: bool, *past: Past | None)
     return Stream(s.x, WHOLE, here + (y + bias), partial, biases)
 
 
+def embedding(config: GPTConfig, split: Partition, tp: Axis) -> VocabParallelEmbedding:
+    sizes = config.vocab_size, config.n_embd, *split.vocabulary(tp.rank), split.local_vocab
+    return VocabParallelEmbedding(*sizes, tp.at("embedding"))
+
+
 class Transformer(nn.Module):
     def __init__(self, config: GPTConfig, split: Partition, tp: Axis):
         super().__init__()
-        rows = *split.vocabulary(tp.rank), split.local_vocab
-        here = tp.at("embedding")
-        self.wte = VocabParallelEmbedding(config.vocab_size, config.n_embd, *rows, here)
+        self.wte = embedding(config, split, tp)
         # of an empty tensor: drawing numbers on the meta device imports torch's compiler
         positions = torch.empty(config.block_size, config.n_embd)
         self.wpe = nn.Embedding.from_pretrained(positions, freeze=False)
         self.h = nn.ModuleList(Block(config, split, tp, i) for i in range(config.n_layer))
-        self.ln_f = LayerNorm(config.n_embd, config.bias)
+        self.ln_f = LayerNorm(config.n_embd, config.bias, config.layer_norm_epsilon)
 
 
 class TensorParallelGPT(nn.Module):
@@ -185,6 +190,8 @@ class TensorParallelGPT(nn.Module):
         self.sequence_parallel = sequence_parallel and tp.size > 1
         with torch.device("meta"):
             self.transformer = Transformer(config, split, tp).to(dtype)
+            if not config.tie_word_embeddings:
+                self.lm_head = embedding(config, split, tp).to(dtype)
         self.set_schedule(schedule or Schedule.plain(config.n_layer))
         if self.sequence_parallel and not self.schedule.is_plain:
             both = f"--sequence_parallel=True together with --sync={schedule}"
@@ -200,7 +207,7 @@ class TensorParallelGPT(nn.Module):
         return take(full, rule, self.tp.rank)
 
     def load(self, read: Read) -> None:
-        """Fill every parameter from `read`. The tied head is the embedding table itself."""
+        """Fill every parameter from `read`."""
         for name, parameter in self.named_parameters():
             self.parts.store(name, parameter, read(name, self.split.rules[name]))
 
@@ -217,6 +224,11 @@ class TensorParallelGPT(nn.Module):
         torch._dynamo.config.optimize_ddp = False  # it cuts blocks where DDP's buckets end
         for block in self.blocks:
             block.compile(options={"coordinate_descent_tuning": tuned})
+
+    @property
+    def head(self) -> VocabParallelEmbedding:
+        """Whose rows the logits are products with: the embedding table, if it is tied."""
+        return self.transformer.wte if self.config.tie_word_embeddings else self.lm_head
 
     @property
     def blocks(self) -> Any:
@@ -274,7 +286,7 @@ class TensorParallelGPT(nn.Module):
 
     def local_logits(self, x: Tensor) -> Tensor:
         """Hidden states x [..., C] -> this rank's columns of the logits, [..., hi - lo]."""
-        return self.transformer.wte.logits(x)
+        return self.head.logits(x)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None,
                 cache: KVCache | None = None) -> tuple[Tensor | None, Tensor | None]:
@@ -282,7 +294,7 @@ class TensorParallelGPT(nn.Module):
         are never gathered, and not even a rank's own exist all at once."""
         if targets is None:
             return self.gather_logits(self.local_logits(self.hidden(idx, cache)[:, -1:])), None
-        s, T, table = self._final(idx, None), idx.shape[1], self.transformer.wte.weight
+        s, T, table = self._final(idx, None), idx.shape[1], self.head.weight
         if self.sequence_parallel and s.region is WHOLE and torch.is_grad_enabled():
             which = f"{T} tokens cannot be split over {self.tp.size} ranks"
             raise ValueError(f"{which} to learn from them")

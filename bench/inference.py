@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from parallel.quantized import read_weights
 from plan.cost import ring_bytes
 from plan.partition import Partition
 from plan.schedule import Schedule
-from text.tokenizer import Tokenizer
+from text.tokenizer import GPT2Tokenizer, Tokenizer
 from tp_model import TensorParallelGPT
 from world import peaks
 from world.mesh import World
@@ -65,7 +65,7 @@ class Subject:
         return Sampling(self.model.config.vocab_size, temperature=0, max_new_tokens=self.n)
 
     def describe(self) -> dict[str, Any]:
-        model = asdict(self.model.config) | {"parameters": self.model.split.count()}
+        model = self.model.config.as_json() | {"parameters": self.model.split.count()}
         return {"model": model, "sync": str(self.model.schedule)}
 
     def measure(self, decoder: TorchDecoder, guess: bool = True) -> dict[str, Any]:
@@ -107,7 +107,8 @@ def subject(world: World, options: BenchModelOptions, n: int,
         world.barrier()
         source = open_source(weights, (world.rank, world.size))
         size, vocab_size = source.config.block_size, source.config.vocab_size
-        tokenizer = tokenizer_of(source)
+        words = "gpt2" if vocab_size == GPT2Tokenizer.n_vocab else "ids"  # of random weights
+        tokenizer = tokenizer_of(source, "" if options.init_from else words)
         prompt = [(7 * i * i + 3) % (vocab_size - 1) for i in range(options.prompt_tokens)]
         if text:
             (prompt,) = encode(read_prompts([text]), tokenizer)

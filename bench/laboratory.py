@@ -128,8 +128,8 @@ def block(world: World, options: opt.BenchBlockOptions) -> None:
     if mistake == "qkv" and options.part == "mlp":
         raise UserError("--mistake=qkv: an MLP has no heads. Use --part=attention or --part=layer.")
     config = GPTConfig(T, options.vocab_size, 1, options.n_head, options.n_embd)
+    width = options.intermediate or config.n_hidden
     for tp in sizes:
-        width = strategies.Split.sized(config, tp, options.intermediate).n_hidden
         if tp > T:
             raise UserError(f"block_size={T} is shorter than tp={tp}: "
                             "some ranks would have no token.")

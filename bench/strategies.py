@@ -13,7 +13,7 @@ Shapes: B batch, T tokens, t of them this rank's, C = n_embd, M columns, m of th
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import model
-from model import GPTConfig, attend, gelu
+from model import GPTConfig, attend
 from parallel.collectives import Axis, all_gather, all_reduce
 from parallel.ledger import Account, total
 from parallel.parameters import take
@@ -46,24 +46,10 @@ INSIDE = {"layer": "", "attention": "attn", "mlp": "mlp"}  # a part's name in a 
 Counts = dict[tuple[str, str], tuple[int, int]]  # (direction, op) -> (calls, bytes) in the ledger
 
 
-@dataclass(frozen=True)
-class Split(Partition):
-    """A Partition whose MLP may have any width."""
-
-    intermediate: int = 0  # 0 = 4 * n_embd
-
-    @property
-    def n_hidden(self) -> int:
-        return self.intermediate or 4 * self.n_embd
-
-    @classmethod
-    def sized(cls, config: GPTConfig, tp: int, intermediate: int) -> "Split":
-        return cls(**asdict(Partition.of(config, tp)), intermediate=intermediate)
-
-    def widths(self, kind: str) -> list[int]:
-        """The columns of each rank's column-parallel layer."""
-        unit, runs = (3 * self.head_dim, self.heads) if kind == "attention" else (1, self.columns)
-        return [unit * (hi - lo) for lo, hi in map(runs, range(self.tp))]
+def widths_of(split: Partition, kind: str) -> list[int]:
+    """The columns of each rank's column-parallel layer."""
+    unit, runs = (3 * split.head_dim, split.heads) if kind == "attention" else (1, split.columns)
+    return [unit * (hi - lo) for lo, hi in map(runs, range(split.tp))]
 
 
 @dataclass(frozen=True)
@@ -72,7 +58,6 @@ class Case:
 
     part: str
     config: GPTConfig  # block_size is T
-    intermediate: int
     weights: dict[str, Tensor]
     x: Tensor
     dy: Tensor
@@ -81,19 +66,20 @@ class Case:
     def draw(cls, part: str, config: GPTConfig, batch: int, intermediate: int = 0,
              dtype: torch.dtype = torch.float32, seed: int = 1, device: str = "cpu") -> "Case":
         """Random numbers, the same on all ranks; on the device "meta" only shapes."""
+        config = replace(config, n_inner=intermediate)
         generator = torch.Generator().manual_seed(seed) if device == "cpu" else None
         weights = {}
-        for name, shape in of_part(part, Split.sized(config, 1, intermediate).shapes()).items():
+        for name, shape in of_part(part, Partition.of(config, 1).shapes()).items():
             drawn = torch.randn(shape, generator=generator, device=device)
             drawn = drawn * (0.1 if len(shape) == 1 else shape[-1] ** -0.5)
             is_gain = "ln_" in name and name.endswith("weight")
             weights[name] = (drawn + is_gain).to(dtype)
         shape = (2, batch, config.block_size, config.n_embd)
         x, dy = torch.randn(shape, generator=generator, device=device).to(dtype)
-        return cls(part, config, intermediate, weights, x, dy)
+        return cls(part, config, weights, x, dy)
 
-    def split(self, tp: int) -> Split:
-        return Split.sized(self.config, tp, self.intermediate)
+    def split(self, tp: int) -> Partition:
+        return Partition.of(self.config, tp)
 
     def rules(self, tp: int) -> dict[str, Rule]:
         return of_part(self.part, self.split(tp).rules)
@@ -119,12 +105,10 @@ def of_part(part: str, table: dict[str, Any]) -> dict[str, Any]:
 # --- the right answers ----------------------------------------------------------------------------
 
 
-def answers(case: Case, split: Split | None = None) -> dict[str, Tensor]:
+def answers(case: Case, split: Partition | None = None) -> dict[str, Tensor]:
     """Output, input gradient and every weight's gradient in double precision, by model.py; with
     `split`, of spd."""
-    C, H, bias = case.config.n_embd, case.split(1).n_hidden, case.config.bias
     whole = model.Block(case.config)
-    whole.mlp.c_fc, whole.mlp.c_proj = nn.Linear(C, H, bias), nn.Linear(H, C, bias)
     part: nn.Module = whole.double().get_submodule(INSIDE[case.part])
     part.load_state_dict(case.weights)
     x = case.x.double().requires_grad_()
@@ -134,7 +118,7 @@ def answers(case: Case, split: Split | None = None) -> dict[str, Tensor]:
     return found | {name: p.grad for name, p in part.named_parameters()}
 
 
-def dropped_sync(whole: model.Block, split: Split, x: Tensor) -> Tensor:
+def dropped_sync(whole: model.Block, split: Partition, x: Tensor) -> Tensor:
     """A layer without the sync point after its attention, computed rank after rank. Each rank's MLP
     reads x, the attention's bias and its own heads' output; all ranks' outputs are added."""
     rules = of_part("layer", split.rules)
@@ -167,7 +151,7 @@ def formula(case: Case, strategy: str, tp: int) -> Counts:
     step = Step(split, points, "train", B, T, sequence_parallel=sequence, logit_rows=B * T)
     kinds = KINDS if case.part == "layer" else (case.part,)
     calls = [(m.direction, m.op, m.nbytes // FLOAT) for m in step.messages() if m.block in kinds]
-    for widths in map(split.widths, kinds):
+    for widths in (widths_of(split, kind) for kind in kinds):
         if strategy == "sequence+kept":
             calls.remove(("backward", "all_gather", B * T * C))
         elif strategy == "naive":  # the gather's message is one rank's, padded to the widest
@@ -216,7 +200,7 @@ class _GatherColumns(torch.autograd.Function):
         return parts[ctx.axis.rank], None, None
 
 
-def changed(body: Any, x: Tensor, how: str, split: Split) -> Tensor:
+def changed(body: Any, x: Tensor, how: str, split: Partition) -> Tensor:
     """A sub-block of x [B, T, C] as in tp_model.py but for what is naive or a mistake (not qkv)."""
     attention = isinstance(body, CausalSelfAttention)
     column, row = body.c_attn if attention else body.c_fc, body.c_proj
@@ -226,20 +210,20 @@ def changed(body: Any, x: Tensor, how: str, split: Split) -> Tensor:
     elif attention:
         y = body.heads(y, None)
     else:
-        y = gelu(y, body.activation)
+        y = body.activation(y)
     if how == "bias":
         return g(F.linear(y, row.weight, row.bias), column.axis)
     return F.linear(y, row.weight, row.bias) if how == "no_g" else row(y)
 
 
-def in_full(body: Any, y: Tensor, split: Split) -> Tensor:
+def in_full(body: Any, y: Tensor, split: Partition) -> Tensor:
     """Attention or GELU of all columns on every rank. The row-parallel layer then reads this rank's
     columns only, so the gather is useless: Megatron has none."""
     axis = body.c_proj.axis
     if isinstance(body, MLP):
         lo, hi = split.columns(axis.rank)
-        return gelu(_GatherColumns.apply(y, axis, split.widths("mlp")), body.activation)[..., lo:hi]
-    widths = split.widths("attention")
+        return body.activation(_GatherColumns.apply(y, axis, widths_of(split, "mlp")))[..., lo:hi]
+    widths = widths_of(split, "attention")
     parts = _GatherColumns.apply(y, axis, widths).split(widths, dim=-1)  # of each rank [q | k | v]
     parts = [part.unflatten(-1, (3, -1, split.head_dim)) for part in parts]
     q, k, v = torch.cat(parts, dim=-2).transpose(1, 3).unbind(2)

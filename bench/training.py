@@ -4,7 +4,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def train(world: World, options: BenchTrainOptions) -> None:
                     "mfu": count * needed / seconds / arithmetic}
 
         once()
-        config = asdict(run.model.config)
+        config = run.model.config.as_json()
         rounds = bench.against(once, {
             "config": config, "dataset": str(place / "random"), "compile": options.compile,
             "batch_size": options.batch_size, "steps": count})

@@ -6,6 +6,7 @@ memory or all time. So the archive is read here, by zipfile and base/pickles.py.
 
 import io
 import pickle
+import re
 import struct
 import sys
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from zipfile import BadZipFile, ZipFile
 import torch
 from torch import Tensor, UntypedStorage
 
-from base.errors import shown
-from base.pickles import Operations, PlainUnpickler, Refused
+from base.errors import UserError, printable, shown
+from base.files import beginning, fetched
+from base.pickles import Foreign, Operations, PlainUnpickler, Refused
 
 MAX_PICKLE = 1 << 20  # bytes: that of gpt2-xl with its optimizer's state has 200 KB
 STORAGES = {
@@ -25,6 +27,40 @@ STORAGES = {
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool}  # fmt: skip
+
+
+# how a file begins that torch.save did not write, as a regular expression, and what it is
+BEGINNINGS = {
+    rb"(?s:.{8}){":
+        "a safetensors file: --init_from takes the directory that has it and config.json",
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.":
+        "torch's format from before version 1.6: load it with torch, save it again",
+    b"\x80": "a pickle that torch.save did not write: save a dict of tensors with torch.save",
+    b"GGUF": "a GGUF file, which is not read: --init_from takes the weights that it was made from",
+    b"\x1f\x8b": "packed by gzip: unpack it first",
+    b"\x89HDF": "an HDF5 file, as TensorFlow saves weights: save them with torch",
+    b"<": "a web page: its address was that of a page about the file, not that of the file",
+}  # fmt: skip
+WITHOUT = ("Where it was made, save what is needed alone: "
+           "torch.save({key: checkpoint[key] for key in ('model', 'model_args')}, 'ckpt.pt').")
+
+
+def read_pt(path: Path, verify: tuple[int, int] | None = None) -> Any:
+    """`read_archive` with one line of UserError for whatever is wrong with the file."""
+    try:
+        return read_archive(fetched(path), verify)
+    except UserError:
+        raise
+    except Refused as error:
+        reads = "only tensors, numbers, strings and lists and dicts of them are read"
+        how = f" {WITHOUT}" if isinstance(error, Foreign) else ""
+        fault = f"is refused: {error}; {reads} from a {path.name}.{how}"
+        raise UserError(f"{path} {fault}") from None
+    except Exception as error:  # zipfile and torch raise a dozen kinds for a broken file
+        fault = f"{type(error).__name__}: {printable((str(error).splitlines() or [''])[0], 80)}"
+        head = beginning(path)
+        fault = next((what for how, what in BEGINNINGS.items() if re.match(how, head)), fault)
+        raise UserError(f"{path} is not a readable {path.name} ({fault}).") from None
 
 
 def read_archive(path: Path, verify: tuple[int, int] | None = None) -> Any:

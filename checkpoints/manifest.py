@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -11,7 +11,7 @@ import torch
 
 from base.errors import UserError, in_file, printable, shown
 from base.files import read_json
-from model import GPTConfig
+from model import ACTIVATIONS, VARIANTS, GPTConfig
 from plan.partition import Rule
 from plan.schedule import Schedule
 
@@ -67,7 +67,7 @@ class Manifest:
         made = self.sync
         sync = made and {"sync": made.schedule, "sync_tp": made.tp, "evidence": made.evidence}
         return {
-            "format_version": FORMAT_VERSION, "model": asdict(self.model), "tp": self.tp,
+            "format_version": FORMAT_VERSION, "model": self.model.as_json(), "tp": self.tp,
             "dtype": self.dtype, "source": self.source, **(sync or {}),
             "files": [dict(zip(("name", "bytes", "sha256"), f, strict=True)) for f in self.files],
             "tensors": {name: entry.as_json() for name, entry in self.tensors.items()},
@@ -146,6 +146,7 @@ def config_from(raw: Any, label: Callable[[str], str]) -> GPTConfig:
     range; label: what the file calls a field."""
     _need(isinstance(raw, dict), "the model's sizes are not an object.")
     found = {}
+    raw = {name: getattr(GPTConfig, name) for name in VARIANTS} | raw
     for name, kind in get_type_hints(GPTConfig).items():
         _need(name in raw, f"{label(name)} is missing.")
         value, what = raw[name], f"{label(name)}={shown(raw[name])} is"
@@ -153,9 +154,10 @@ def config_from(raw: Any, label: Callable[[str], str]) -> GPTConfig:
             value = float(value)
         _need(type(value) is kind, f"{what} not of type {kind.__name__}.")
         # a table of more layers would take long to make
-        low, high = (0, 1) if kind is float else (1, 10_000 if name == "n_layer" else 2**31)
+        low = int(kind is int and name != "n_inner")
+        high = 1 if kind is float else 10_000 if name == "n_layer" else 2**31
         _need(kind not in (int, float) or low <= value < high, f"{what} out of range.")
-        _need(kind is not str or value in ("gelu", "gelu_tanh"), f"{what} not known.")
+        _need(kind is not str or value in ACTIVATIONS, f"{what} not known.")
         found[name] = value
     config = GPTConfig(**found)
     fits = config.n_embd % config.n_head == 0

@@ -1,37 +1,30 @@
 """Weights as nanoGPT saves them: ckpt.pt."""
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from base.errors import UserError, in_file, printable
-from base.files import beginning, fetched
-from base.pickles import Foreign, Refused
-from checkpoints.archives import read_archive
+from base.errors import UserError, in_file
+from checkpoints.archives import read_pt
 from checkpoints.manifest import config_from
 from checkpoints.tensor_file import runs_of
-from checkpoints.tensors import Source, by_plain_name, check_weights, tokenizer_for
+from checkpoints.tensors import CARRIED, MOMENTS, Source, by_plain_name, check_weights
 from plan.partition import Partition, Span
 
-# how a file begins that torch.save did not write, as a regular expression, and what it is
-BEGINNINGS = {
-    rb"(?s:.{8}){":
-        "a safetensors file: --init_from takes the directory that has it and config.json",
-    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.":
-        "torch's format from before version 1.6: load it with torch, save it again",
-    b"\x80": "a pickle that torch.save did not write: save a dict of tensors with torch.save",
-    b"GGUF": "a GGUF file, which is not read: --init_from takes the weights that it was made from",
-    b"\x1f\x8b": "packed by gzip: unpack it first",
-    b"\x89HDF": "an HDF5 file, as TensorFlow saves weights: save them with torch",
-    b"<": "a web page: its address was that of a page about the file, not that of the file",
-}  # fmt: skip
-WITHOUT = ("Where it was made, save what is needed alone: "
-           "torch.save({key: checkpoint[key] for key in ('model', 'model_args')}, 'ckpt.pt').")
 BARE = ("It holds tensors alone, such as transformers' pytorch_model.bin does: name a directory "
         "that save_pretrained(...) wrote, or save {'model': ..., 'model_args': {...}}.")
+
+
+def parameter_orders(shapes: Mapping[str, Sequence[int]]) -> list[tuple[list[str], list[str]]]:
+    """The names of nanoGPT's two groups, those that decay first: as it is, and as it was before
+    June 2023, when the tables did not decay and names were sorted."""
+    matrices = [name for name, shape in shapes.items() if len(shape) == 2]
+    vectors = [name for name in shapes if name not in matrices]
+    tables = [name for name in matrices if name.endswith(("wte.weight", "wpe.weight"))]
+    products = sorted({*matrices} - {*tables})
+    return [(matrices, vectors), (products, sorted([*tables, *vectors]))]
 
 
 class NanoGPTCheckpoint(Source):
@@ -40,7 +33,7 @@ class NanoGPTCheckpoint(Source):
 
     def __init__(self, path: Path, verify: tuple[int, int] | None = None):
         self.path, self.description, self.files = path, str(path), [path]
-        raw = self._load(verify)
+        self.raw = raw = self._load(verify)
         state = by_plain_name(((str(k), value) for k, value in raw["model"].items()), str(path))
         settings = raw["config"] if isinstance(raw.get("config"), dict) else {}
         # nanoGPT has no `activation`, always the exact GELU: `merge` writes it into `config`, where
@@ -62,23 +55,13 @@ class NanoGPTCheckpoint(Source):
         name = settings.get("dataset")
         plain = isinstance(name, str) and name.replace("_", "").replace("-", "").isalnum()
         self.dataset = name if plain else None
-        self.tokenizer = tokenizer_for(self.config.vocab_size, settings)
+        # nanoGPT's own rule: GPT-2's tokens, in a table of 50257 or 50304 rows, unless the dataset
+        # has a vocabulary
+        usual = {"kind": "gpt2"} if self.config.vocab_size in (50257, 50304) else None
+        self.tokenizer = settings.get(CARRIED, usual)
 
     def _load(self, verify: tuple[int, int] | None) -> dict[str, Any]:
-        try:
-            raw = read_archive(fetched(self.path), verify)
-        except UserError:
-            raise
-        except Refused as error:
-            reads = "only tensors, numbers, strings and lists and dicts of them are read"
-            how = f" {WITHOUT}" if isinstance(error, Foreign) else ""
-            fault = f"is refused: {error}; {reads} from a ckpt.pt.{how}"
-            raise UserError(f"{self.path} {fault}") from None
-        except Exception as error:  # zipfile and torch raise a dozen kinds for a broken file
-            fault = f"{type(error).__name__}: {printable((str(error).splitlines() or [''])[0], 80)}"
-            head = beginning(self.path)
-            fault = next((what for how, what in BEGINNINGS.items() if re.match(how, head)), fault)
-            raise UserError(f"{self.path} is not a readable ckpt.pt ({fault}).") from None
+        raw = read_pt(self.path, verify)
         parts = raw if isinstance(raw, dict) else {}
         if all(isinstance(parts.get(key), dict) for key in ("model", "model_args")):
             return parts
@@ -87,6 +70,32 @@ class NanoGPTCheckpoint(Source):
         values = state.values() if isinstance(state, dict) else ()
         bare = "model" not in parts and any(isinstance(value, Tensor) for value in values)
         raise UserError(f"{self.path} {lacks}{' ' + BARE if bare else ''}")
+
+    def optimizer_steps(self) -> int:
+        """AdamW's steps so far. Makes its moments readable, as `exp_avg.NAME`. nanoGPT numbers the
+        parameters group by group: those that decay, then the others. UserError if there is no such
+        state, or it is of other parameters."""
+        shapes = Partition.of(self.config, 1).shapes()
+        orders = parameter_orders(shapes)
+        try:
+            stored = self.raw["optimizer"]
+            sizes = [len(group["params"]) for group in stored["param_groups"]]
+            order = next(order for order in orders if list(map(len, order)) == sizes)
+            names, steps = [name for group in order for name in group], set()
+            for i, name in enumerate(names):
+                state = stored["state"][i]
+                steps.add(int(state["step"]))
+                for moment in MOMENTS:
+                    tensor = state[moment]
+                    if tuple(tensor.shape) != shapes[name] or not tensor.is_floating_point():
+                        raise ValueError
+                    self.tensors[f"{moment}.{name}"] = tensor
+            (found,) = steps
+        except (LookupError, TypeError, ValueError, AttributeError, StopIteration, RuntimeError):
+            fault = "has no AdamW state of this model's parameters"
+            new = f"--init_from={self.path} with another --out_dir starts from its weights"
+            raise UserError(f"{self.path} {fault}: {new}.") from None
+        return found
 
     def read(self, name: str, dim: int | None, runs: Iterable[Span]) -> Tensor:
         return runs_of(self.tensors[name], dim, runs)

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from base.errors import UserError, shown
 from base.files import inside, own_file, read_small
-from checkpoints.huggingface import HUB_SIZES, OWNER, HuggingFaceDirectory, from_hub, hub_name
+
+from checkpoints.huggingface import (  # isort: skip
+    HUB_SIZES, OWNER, HuggingFaceDirectory, from_hub, hub_name, is_repository,
+)
 from checkpoints.manifest import MANIFEST
 from checkpoints.nanogpt import NanoGPTCheckpoint
 from checkpoints.shards import ShardDirectory, ShardSource
@@ -24,11 +27,14 @@ from model import GPTConfig
 from plan.partition import Rule
 from plan.schedule import Schedule
 from text.dataset import Dataset, is_prepared
+from text.hf_tokenizer import HFTokenizer, tokenizer_files
 
 from text.tokenizer import (  # isort: skip
     TOKENIZER_FILE, GPT2Tokenizer, IdsTokenizer, Tokenizer, read_tokenizer, tokenizer_from_json,
 )
 
+TOKENIZERS = ("--tokenizer=DIR names a directory with its tokenizer.json, vocab.json and "
+              "merges.txt, or meta.pkl; --tokenizer=gpt2 is GPT-2's.")
 LATEST = "latest"  # the file of a training directory that names its newest whole checkpoint
 
 
@@ -36,11 +42,11 @@ LATEST = "latest"  # the file of a training directory that names its newest whol
 
 
 def open_source(spec: str, verify: tuple[int, int] | None = None, option: str = "init_from",
-                also: tuple[str, ...] = ()) -> Source:  # fmt: skip
+                also: tuple[str, ...] = (), drop_heads: bool = False) -> Source:  # fmt: skip
     """The source that an `--init_from` names. verify=(rank, size): check this rank's share of the
     bytes. For the UserError, option: the one that names it, also: what else that may name."""
     if name := hub_name(spec):
-        return HuggingFaceDirectory(from_hub(name), description=name)
+        return HuggingFaceDirectory(from_hub(name), name)
     path = Path(spec)
     if path.is_file():
         return NanoGPTCheckpoint(path, verify)
@@ -49,13 +55,15 @@ def open_source(spec: str, verify: tuple[int, int] | None = None, option: str = 
     if os.path.lexists(path / MANIFEST):
         return ShardSource(path, verify)
     if os.path.lexists(path / "config.json"):
-        return HuggingFaceDirectory(path)
+        return HuggingFaceDirectory(path, drop_heads=drop_heads)
     if os.path.lexists(path / "ckpt.pt"):
         return NanoGPTCheckpoint(own_file(path / "ckpt.pt"), verify)
     if path.is_dir():
         kinds = f"config.json (Hugging Face), ckpt.pt (nanoGPT) or {LATEST} (training)"
         fault = f"is a directory without weights: no {MANIFEST} (shards), {kinds}"
         raise UserError(f"--{option}={spec} {fault}.")
+    if is_repository(spec) and not Path(spec).parent.is_dir() and not spec.startswith(OWNER):
+        return HuggingFaceDirectory(from_hub(spec), spec, drop_heads)
     names = [*HUB_SIZES, *also]
     near = difflib.get_close_matches(spec, [*names, *(OWNER + name for name in HUB_SIZES)], n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
@@ -147,22 +155,26 @@ def tokenizer_of(source: Source, choice: str = "", data_dir: str = "data") -> To
     elif source.tokenizer is not None:
         tokenizer = tokenizer_from_json(source.tokenizer, source.description)
     else:
-        how = "text is token ids. --tokenizer=DIR names its directory."
-        note = f"{_missed(source, data_dir)}: {how}" if source.dataset else ""
+        note = f"{source.description} has no tokenizer: text is token ids. {TOKENIZERS}"
+        if source.dataset:
+            how = "text is token ids. --tokenizer=DIR names its directory."
+            note = f"{_missed(source, data_dir)}: {how}"
         tokenizer = IdsTokenizer(source.config.vocab_size, note)
     check_belongs(tokenizer, source)
     return tokenizer
 
 
 def _chosen_tokenizer(choice: str) -> Tokenizer:
-    """That of a directory, or gpt2. Hugging Face's directories have another tokenizer.json."""
+    """That of a directory, ours, Hugging Face's, OpenAI's or nanoGPT's, or gpt2."""
     path = Path(choice)
     if choice == "gpt2":
         return GPT2Tokenizer()
-    if (path / "vocab.json").is_file() or (path / "encoder.json").is_file():
-        return GPT2Tokenizer(path)
     if (path / TOKENIZER_FILE).is_file():
         return read_tokenizer(path / TOKENIZER_FILE)
+    if files := tokenizer_files(path):
+        return HFTokenizer(files, choice)
+    if (path / "vocab.json").is_file() or (path / "encoder.json").is_file():
+        return GPT2Tokenizer(path)
     if (path / "meta.pkl").is_file():
         return Dataset(path).tokenizer
     needs = f"nor a directory with {TOKENIZER_FILE}, meta.pkl or encoder.json"
@@ -191,7 +203,7 @@ def common_tokenizer(source: Source, dataset: Dataset, data_dir: str) -> tuple[T
         taken = f"its tokens are taken to be those of {dataset.directory}."
         notice = f"{_missed(source, data_dir)}: {taken}" if theirs.note else ""
         return (ours if ours.n_vocab <= source.config.vocab_size else theirs), notice
-    if ours.kind != "ids" and theirs.to_json() != ours.to_json():
+    if ours.kind != "ids" and not theirs.reads(ours):
         another = f"the dataset's tokenizer is another ({ours.kind}, {ours.n_vocab} tokens)"
         fault = f"was trained on {theirs.kind} tokens, {another}"
         raise UserError(f"{source.description} {fault}. Prepare the dataset with the model's.")

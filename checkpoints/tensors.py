@@ -14,10 +14,11 @@ from base.errors import UserError, printable
 from checkpoints.manifest import DTYPES, Sync
 from model import GPTConfig
 from plan.partition import Partition, Span
-from text.tokenizer import GPT2Tokenizer
 
 T = TypeVar("T")
 CARRIED = "nanotp_tokenizer"  # tokenizer.json's content, among the settings of a merged checkpoint
+# of a training checkpoint: its state, the directory of its optimizer's, and what that holds
+STATE, OPTIMIZER, MOMENTS = "training.json", "optimizer", ("exp_avg", "exp_avg_sq")
 HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"
 # added by torch.compile, DDP, FSDP and activation checkpointing to the names of what they wrap
 WRAPPERS = r"\b(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -76,7 +77,8 @@ def check_weights(found: Mapping[str, tuple[Sequence[int] | None, Any]], config:
     another model. Causal masks may be there as well. read: gives a whole tensor. files: of each,
     for the message about its shape."""
     shapes = Partition.of(config, 1).shapes()
-    if HEAD in found:
+    tied = HEAD in found and HEAD not in shapes
+    if tied:
         shapes[HEAD] = shapes[TABLE]
     for name, shape in shapes.items():
         here = found.get(name, (None, None))[0]
@@ -92,7 +94,7 @@ def check_weights(found: Mapping[str, tuple[Sequence[int] | None, Any]], config:
         if found[name][1] not in DTYPES.values():
             fault = f"is {found[name][1]}; {', '.join(DTYPES)} are read"
             raise UserError(f"{where}: tensor {name} {fault}.")
-    if HEAD in found:  # here head and table are one
+    if tied:  # then head and table are one
         head, table = read(HEAD), read(TABLE)
         same = head.dtype == table.dtype and torch.equal(head, table)
         if head.data_ptr() != table.data_ptr() and not same:
@@ -106,8 +108,3 @@ def _is_mask(name: str, shape: Sequence[int] | None, config: GPTConfig) -> bool:
     if layer is None or shape is None or int(layer[1]) >= config.n_layer:
         return False
     return len(shape) in (0, 4) and set(shape[:2]) <= {1}
-
-
-def tokenizer_for(vocab_size: int, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a merged checkpoint says of its tokenizer, else GPT-2's for a vocabulary as large."""
-    return settings.get(CARRIED, {"kind": "gpt2"} if vocab_size >= GPT2Tokenizer.n_vocab else None)

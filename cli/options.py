@@ -86,6 +86,8 @@ class SampleOptions(InferenceOptions):
     top_k: int = option(200, "sample among the k likeliest tokens, 0 = all", low=0)
     top_p: float = option(1.0, "sample among the likeliest of this probability", above=0, high=1)
     stop: str = option("", "end a sample where this text appears")
+    data_dir: str = option("data", "where a nanoGPT checkpoint's dataset has its characters")
+    stop_token: str = option("", "end a sample with this token: eos, the tokenizer's own, or an id")
     stream: bool = option(True, "print the text as it is generated")
     out: str = option("", "keep the samples in this file, one JSON object a line")
     overflow: str = option("slide", "at block_size tokens: keep the last ones, end, or refuse",
@@ -337,6 +339,8 @@ class SplitOptions(OutOptions):
     tp: int = option(2, "tensor-parallel size: the number of shards", low=1)
     dtype: str = option("auto", "precision of the shards; auto keeps the source's", DTYPES)
     tokenizer: str = option("", TOKENIZER)
+    data_dir: str = option("data", "where a nanoGPT checkpoint's dataset has its characters")
+    drop_heads: bool = option(False, "leave out the heads of a model that classifies")
 
 
 class ShardsOptions(EntryOptions):

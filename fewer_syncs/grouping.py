@@ -27,7 +27,7 @@ from checkpoints.sources import Source
 from checkpoints.tensor_file import runs_of
 from cli.options import GroupOptions
 from fewer_syncs.inputs import about, open_inputs
-from model import GPT, attend, gelu
+from model import GPT, attend
 from plan.partition import Partition, Span, length
 from report import report
 from text.tokenizer import TOKENIZER_FILE
@@ -114,7 +114,7 @@ def damages(model: GPT, idx: Tensor) -> Iterator[Tensor]:
     for block in blocks:
         heads = block.attn.c_attn(block.ln_1(x)).unflatten(-1, (3 * H, -1)).transpose(1, 2)
         q, k, v = heads.split(H, dim=1)
-        y = attend(q, k, v, None, 0.0).unflatten(-1, (H, -1))  # [B, T, H, D]
+        y = attend(q * block.attn.factor, k, v, None, 0.0).unflatten(-1, (H, -1))  # [B, T, H, D]
         weight = block.attn.c_proj.weight.unflatten(-1, (H, -1))  # [C, H, D]
         outputs = torch.einsum("bthd,chd->bthc", y, weight).flatten(0, 1)  # P_h, [B T, H, C]
         x = x + block.attn(block.ln_1(x))
@@ -128,11 +128,11 @@ def _damage(block: Any, x: Tensor, outputs: Tensor) -> Tensor:
     G = torch.zeros(mlp.c_fc.weight.shape[0], H, H, dtype=torch.float64)
     norm = mlp.c_proj.weight.norm(dim=0)  # |v_j|
     for h, p in zip(x.split(TOKENS), outputs.split(TOKENS), strict=True):
-        sigma = (h.var(dim=-1, unbiased=False) + 1e-5).sqrt()[:, None, None]
+        sigma = (h.var(dim=-1, unbiased=False) + block.ln_2.epsilon).sqrt()[:, None, None]
         unit = (h - h.mean(dim=-1, keepdim=True)).unsqueeze(1) / sigma  # [n, 1, C]
         moved = p - p.mean(dim=-1, keepdim=True) - unit * (unit * p).mean(dim=-1, keepdim=True)
         seen = block.ln_2.weight * moved / sigma  # J P_h, [n, H, C]
-        slope = torch.func.grad(lambda z: gelu(z, mlp.activation).sum())(mlp.c_fc(block.ln_2(h)))
+        slope = torch.func.grad(lambda z: mlp.activation(z).sum())(mlp.c_fc(block.ln_2(h)))
         c = F.linear(seen, mlp.c_fc.weight) * (slope * norm).unsqueeze(1)  # [n, H, n_hidden]
         G += torch.einsum("nhm,nkm->mhk", c, c).double()
     return G / len(x)

@@ -2,7 +2,6 @@
 
 import math
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -65,4 +64,4 @@ def perplexity(model: TensorParallelGPT, tokens: Tensor, batch_size: int) -> flo
 def about(what: str, world: World, source: Source, tokens: Tensor) -> dict[str, Any]:
     """The head of a report."""
     return {"entry": "drop_syncs", "what": what, "source": source.description,
-            **report.where(world), "tokens": len(tokens), "model": asdict(source.config)}
+            **report.where(world), "tokens": len(tokens), "model": source.config.as_json()}

@@ -20,7 +20,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { GELU, GELU_TANH };
+enum { GELU, GELU_TANH, RELU, SILU }; /* as model.ACTIVATIONS has them */
 
 typedef struct {
     const void *weight; /* [outputs, inputs] */
@@ -30,13 +30,17 @@ typedef struct {
 
 typedef struct { const float *weight, *bias; } norm; /* [C]; bias may be NULL */
 
-typedef struct { norm ln_1; linear c_attn, c_proj; norm ln_2; linear c_fc, c_proj_mlp; } block;
+typedef struct {
+    norm ln_1; linear c_attn, c_proj; norm ln_2; linear c_fc, c_proj_mlp;
+    float scale; /* of queries times keys */
+} block;
 
 typedef struct {
     int64_t C, h, D, rows, T, size, activation; /* size: tokens that fit a row of the cache */
     float *x, *here, *partial; /* [rows, C]; partial: the sum of own outputs since a sync point */
     float *work;               /* the larger of rows x (C + 4hD) + size and rows x (C + m) */
     const int64_t *lengths;    /* [rows] tokens in the cache before this one */
+    float epsilon;             /* of every LayerNorm */
 } state;
 
 /* --- products: the order of a sum's additions is fixed here and does not depend on the number of
@@ -206,12 +210,16 @@ static inline float error_function(float x) {
     return copysignf(1.0f - p * exponential(-z * z), x);
 }
 
-static void gelu(float *y, int64_t n, int64_t activation) {
+static void activate(float *y, int64_t n, int64_t activation) {
     if (activation == GELU_TANH)
         for (int64_t i = 0; i < n; i++) { /* x/2 (1 + tanh u) = x (1 - 1 / (e^2u + 1)) */
             const float u = 0.7978845608f * (y[i] + 0.044715f * y[i] * y[i] * y[i]);
             y[i] = y[i] - y[i] / (exponential(2.0f * u) + 1.0f);
         }
+    else if (activation == RELU)
+        for (int64_t i = 0; i < n; i++) y[i] = y[i] < 0 ? 0 : y[i];
+    else if (activation == SILU)
+        for (int64_t i = 0; i < n; i++) y[i] = y[i] / (1.0f + exponential(-y[i]));
     else
         for (int64_t i = 0; i < n; i++)
             y[i] = 0.5f * y[i] * (1.0f + error_function(y[i] * 0.7071067812f));
@@ -233,7 +241,7 @@ static void normalize(const state *s, const float *stream, const norm *n, float 
         float *z = y + r * C;
         const float mean = sum_of(x, C) / (float)C;
         for (int64_t c = 0; c < C; c++) z[c] = x[c] - mean;
-        const float scale = 1.0f / sqrtf(dot(z, z, C) / (float)C + 1e-5f);
+        const float scale = 1.0f / sqrtf(dot(z, z, C) / (float)C + s->epsilon);
         for (int64_t c = 0; c < C; c++)
             z[c] = z[c] * scale * n->weight[c] + (n->bias ? n->bias[c] : 0);
     }
@@ -241,8 +249,7 @@ static void normalize(const state *s, const float *stream, const norm *n, float 
 
 /* one head: its query q [D] over its first n keys and values [n, D] -> y [D] */
 static void attend(const float *q, const float *k, const float *v, int64_t n, int64_t D,
-                   float *score, float *y) {
-    const float scale = 1.0f / sqrtf((float)D);
+                   float scale, float *score, float *y) {
     float most = -INFINITY;
     for (int64_t t = 0; t < n; t++) {
         score[t] = scale * dot(q, k + t * D, D);
@@ -284,7 +291,8 @@ void nanotp_attention(const state *s, const block *b, const float *arrived, cons
             float *keys = kv + (r / s->T * 2 * h + i) * head, *values = keys + h * head;
             memcpy(keys + s->lengths[r] * D, q + width, (size_t)D * 4);
             memcpy(values + s->lengths[r] * D, q + 2 * width, (size_t)D * 4);
-            attend(q, keys, values, s->lengths[r] + 1, D, score, y + r * width + i * D);
+            attend(q, keys, values, s->lengths[r] + 1, D, b->scale, score,
+                   y + r * width + i * D);
         }
     apply(&b->c_proj, y, out, s->rows);
 }
@@ -294,7 +302,7 @@ void nanotp_mlp(const state *s, const block *b, const float *arrived, const floa
     float *normed = s->work, *hidden = normed + s->rows * s->C;
     normalize(s, arrive(s, arrived, bias), &b->ln_2, normed);
     apply(&b->c_fc, normed, hidden, s->rows);
-    gelu(hidden, s->rows * b->c_fc.outputs, s->activation);
+    activate(hidden, s->rows * b->c_fc.outputs, s->activation);
     apply(&b->c_proj_mlp, hidden, out, s->rows);
 }
 

@@ -36,6 +36,9 @@ def unusable(model: TensorParallelGPT) -> str:
         return f"they run on a GPU, not on {model.device.type}"
     if quantization(model):
         return "they read no 8-bit matrices"
+    c = model.config
+    if "gelu" not in c.activation or c.layer_norm_epsilon != 1e-5 or c.attention_factor(1) != 1:
+        return "they know GELU, layer_norm_epsilon=1e-05 and attention scaled by 1 / sqrt(D) alone"
     return "" if model.schedule.is_plain else f"they skip no sync point, and sync={model.schedule}"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from base.native import load
 from inference.decoders import TorchDecoder
-from model import KVCache, LayerNorm
+from model import ACTIVATIONS, KVCache, LayerNorm
 from parallel.collectives import Axis, all_reduce
 from tp_model import TensorParallelGPT
 
@@ -43,11 +43,13 @@ class _Norm(ctypes.Structure):
 
 class _Block(ctypes.Structure):
     _fields_ = [("ln_1", _Norm), ("c_attn", _Linear), ("c_proj", _Linear),
-                ("ln_2", _Norm), ("c_fc", _Linear), ("c_proj_mlp", _Linear)]
+                ("ln_2", _Norm), ("c_fc", _Linear), ("c_proj_mlp", _Linear),
+                ("scale", ctypes.c_float)]
 
 
 class _State(ctypes.Structure):
-    _fields_ = _fields("C h D rows T size activation x* here* partial* work* lengths*")
+    _fields_ = [*_fields("C h D rows T size activation x* here* partial* work* lengths*"),
+                ("epsilon", ctypes.c_float)]
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -79,10 +81,11 @@ class _Buffers:
         self.ids: Any = (ctypes.c_int64 * n)()
         self.lengths: Any = (ctypes.c_int64 * n)()
         self.work = torch.empty(n * (C + max(4 * h * D, m)) + size)
-        activation = ("gelu", "gelu_tanh").index(model.config.activation)
+        activation = list(ACTIVATIONS).index(model.config.activation)
         places = map(_address, (self.x, self.here, self.partial, self.work))
         lengths = ctypes.addressof(self.lengths)
-        self.state = _State(C, h, D, n, T, size, activation, *places, lengths)
+        epsilon = model.config.layer_norm_epsilon
+        self.state = _State(C, h, D, n, T, size, activation, *places, lengths, epsilon)
 
 
 class _After(NamedTuple):
@@ -112,10 +115,11 @@ class NativeDecoder(TorchDecoder):
             attn, mlp = block.attn, block.mlp
             # a row-parallel layer's bias is added once, to the sum
             made = _Block(_norm(block.ln_1), _linear(attn.c_attn), _linear(attn.c_proj, False),
-                          _norm(block.ln_2), _linear(mlp.c_fc), _linear(mlp.c_proj, False))
+                          _norm(block.ln_2), _linear(mlp.c_fc), _linear(mlp.c_proj, False),
+                          attn.factor / attn.head_dim**0.5)
             self._blocks.append((made, ctypes.addressof(made), next(after), next(after)))
-        self._ln_f, table = _norm(transformer.ln_f), transformer.wte
-        self._head_table = _linear(table, False)
+        self._ln_f, table, head = _norm(transformer.ln_f), transformer.wte, model.head
+        self._head_table = _linear(head, False)
         self._head_table.outputs = model.vocab_hi - model.vocab_lo  # without the padding
         wpe = _address(transformer.wpe.weight)
         self._embedding = table.axis, table.weight.data_ptr(), table.lo, table.hi, wpe

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import IO, Any
 
-from base.errors import ReaderGone
+from base.errors import ReaderGone, UserError
 from base.files import growing, naming
 from cli.options import SampleOptions
 from inference.sampling import Row
-from text.tokenizer import StreamDecoder, Tokenizer
+from text.tokenizer import Tokenizer
 
 
 class RowText:
@@ -17,7 +17,7 @@ class RowText:
     ends before what may become the stop text."""
 
     def __init__(self, tokenizer: Tokenizer, stop: str):
-        self.decoder, self.stop, self.text, self.final = StreamDecoder(tokenizer), stop, "", 0
+        self.decoder, self.stop, self.text, self.final = tokenizer.stream(), stop, "", 0
 
     def push(self, token: int) -> bool:
         """Decode the row's next token. True if it completes the stop text."""
@@ -40,6 +40,20 @@ class RowText:
         return self.text
 
 
+def stop_token(tokenizer: Tokenizer, choice: str) -> int:
+    """The id that --stop_token names, -1 if none. UserError unless it is one of the tokenizer's."""
+    token_id = tokenizer.eot if choice == "eos" else -1
+    if choice.isascii() and choice.isdigit() and int(choice) < tokenizer.n_vocab:
+        token_id = int(choice)
+    elif choice not in ("", "eos"):
+        most = tokenizer.n_vocab
+        raise UserError(f"--stop_token={choice} is neither eos nor an id below {most}.")
+    if token_id is None:
+        fault = "the tokenizer has no token that ends a text"
+        raise UserError(f"--stop_token=eos: {fault}. Give an id.")
+    return token_id
+
+
 class Output:
     """Prints the rows in order and appends each to `file`; for rank 0. A complete row waits until
     all before it are complete. With --stream the first incomplete row is printed as it is written.
@@ -51,12 +65,14 @@ class Output:
         n = len(prompts) * options.num_samples
         self.texts = [RowText(tokenizer, options.stop) for _ in range(n)]
         self.complete: dict[int, Row] = {}  # rows that wait
+        self.stop_token = stop_token(tokenizer, options.stop_token)
         # the number of the row that is printed now, characters of it that are
         self.current, self.printed, self.closed = 0, 0, False
 
     def stops(self, row: Row, token: int) -> bool:
         """Whether the row ends with its next token; see Generation."""
-        return self.texts[row.number].push(token) or self.closed
+        ended = token == self.stop_token or self.texts[row.number].push(token)
+        return ended or self.closed
 
     def show(self, row: Row) -> None:
         """Print what there is to print now that the row has got tokens."""

@@ -112,7 +112,7 @@ class VocabParallelEmbedding(Sharded):
         return g(rows, self.axis, region)
 
     def logits(self, x: Tensor) -> Tensor:
-        """The tied head: x [..., dim], the same on all ranks -> this rank's columns of the logits,
+        """As the head: x [..., dim], the same on all ranks -> this rank's columns of the logits,
         [..., hi - lo]. forward: f, nothing; backward: one all-reduce of x's gradient. Padding
         columns are computed, as hardware likes the width, and cut off."""
         return self.product(f(x, self.axis.at("head")))[..., : self.hi - self.lo]

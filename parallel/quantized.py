@@ -60,7 +60,9 @@ def quantize(model: nn.Module, gather: Exchange) -> None:
     parameters. Every rank calls it. gather: called once, to agree on the scales of row-parallel
     layers. Tokens are looked up in the float table: exact, and no slower than in 8 bits."""
     model.requires_grad_(False)
-    layers = [module for module in model.modules() if isinstance(module, Sharded)]
+    layers = [layer for layer in model.modules() if isinstance(layer, Sharded)]
+    tables = [layer for layer in layers if isinstance(layer, VocabParallelEmbedding)]
+    layers = [layer for layer in layers if layer not in tables[:-1]]  # the last is the head
     row_parallel = [layer for layer in layers if isinstance(layer, RowParallelLinear)]
     everyone = gather([layer.weight.abs().amax(1).float().cpu() for layer in row_parallel])
     parts = zip(row_parallel, *everyone, strict=True)
@@ -69,7 +71,7 @@ def quantize(model: nn.Module, gather: Exchange) -> None:
         weight = layer.weight
         agreed = largest[layer] if layer in largest else weight.abs().amax(1)
         layer.int8 = Int8Weight(weight, agreed.to(weight.device))
-        if not isinstance(layer, VocabParallelEmbedding):
+        if layer not in tables[:1]:
             del layer.weight
 
 
@@ -79,10 +81,11 @@ def quantization(model: nn.Module) -> str:
 
 
 def read_weights(model: Any) -> list[Tensor]:
-    """This rank's weights that a decode step reads: not the position table, nor, with an int8 head,
-    the float one."""
-    wte = model.transformer.wte
-    skipped = [model.transformer.wpe.weight] + [wte.weight] * (wte.int8 is not None)
+    """This rank's weights that a decode step reads: neither table of which it looks up a row, but
+    for the head's."""
+    wte, head = model.transformer.wte, model.head
+    is_read = wte is head and head.int8 is None
+    skipped = [model.transformer.wpe.weight] + [wte.weight] * (not is_read)
     found = [p.detach() for p in model.parameters() if all(p is not other for other in skipped)]
     return found + list(model.buffers())
 

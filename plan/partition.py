@@ -74,6 +74,8 @@ class Partition:
     block_size: int
     bias: bool
     tp: int
+    n_inner: int = 0
+    tie_word_embeddings: bool = True
 
     @classmethod
     def of(cls, config: Any, tp: int) -> "Partition":
@@ -105,7 +107,7 @@ class Partition:
     @property
     def n_hidden(self) -> int:
         """Width of the MLP's hidden layer."""
-        return 4 * self.n_embd
+        return self.n_inner or 4 * self.n_embd
 
     def heads(self, rank: int) -> Span:
         return spans(self.n_head, self.tp)[rank]
@@ -133,7 +135,7 @@ class Partition:
     @cached_property
     def table(self) -> dict[str, tuple[Shape, Rule]]:
         """Full shape and split rule of every parameter, in nanoGPT's names and order, without
-        `lm_head.weight`, which is `transformer.wte.weight`."""
+        `lm_head.weight` where it is `transformer.wte.weight`."""
         C, H, ranks, whole = self.n_embd, self.n_hidden, range(self.tp), Rule()
         channels, units = list(map(self.channels, ranks)), [(self.columns(rank),) for rank in ranks]
         vocabulary = tuple((self.vocabulary(rank),) for rank in ranks)
@@ -157,6 +159,8 @@ class Partition:
             **{f"transformer.h.{i}.{n}": block[n] for i in range(self.n_layer) for n in block},
             "transformer.ln_f.weight": ((C,), whole), "transformer.ln_f.bias": ((C,), whole),
         }
+        if not self.tie_word_embeddings:
+            table["lm_head.weight"] = table["transformer.wte.weight"]
         return {name: row for name, row in table.items() if self.bias or not name.endswith(".bias")}
 
     def shapes(self) -> dict[str, Shape]:

@@ -100,7 +100,7 @@ def layer(split: Partition, schedule: Schedule, sequence: bool = False) -> Layer
              for lo, hi in map(split.heads, ranks)]
     units = [f"{hi - lo} units" for lo, hi in map(split.columns, ranks)]
     work = {"attention": (("c_attn", "column"), ("attention", "middle"), ("c_proj", "row")),
-            "mlp": (("c_fc", "column"), ("gelu", "middle"), ("c_proj", "row"))}
+            "mlp": (("c_fc", "column"), ("activation", "middle"), ("c_proj", "row"))}
     halves = {}
     for kind, norm, shares in zip(KINDS, ("ln_1", "ln_2"), (heads, units), strict=True):
         places: list[Place] = [Sharded(work[kind], tuple(shares))]

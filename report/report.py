@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def where(world: World) -> dict[str, Any]:
 
 def model_of(config: GPTConfig, split: Partition) -> dict[str, Any]:
     """Of a report: the model's sizes, and the parameters of each rank."""
-    return {**asdict(config), "parameters": split.count(),
+    return {**config.as_json(), "parameters": split.count(),
             "parameters_per_rank": list(map(split.count, range(split.tp)))}
 
 

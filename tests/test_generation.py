@@ -585,7 +585,7 @@ def test_a_piece_is_never_half_a_character() -> None:
     assert finals[0] == "" and cut == BPE.decode(tokens[:1]) == "\ufffd"
 
 
-class Bytes:
+class Bytes(Tokenizer):
     """A tokenizer whose tokens are any bytes."""
 
     kind, eot, n_vocab = "bytes", None, 3

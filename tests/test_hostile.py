@@ -440,7 +440,7 @@ def at_once(raw: dict[str, Any]) -> None:
 
 def large(raw: dict[str, Any]) -> None:
     config = GPTConfig(n_layer=9000, n_head=1, n_embd=2**16, vocab_size=2**20, block_size=2**20)
-    raw["model_args"] = {key: value for key, value in vars(config).items() if key != "activation"}
+    raw["model_args"] = {key: value for key, value in config.as_json().items() if key != "activation"}
     raw["model_args"]["n_layer"] = 3
     at_once(raw)
     raw["model"] = {name: torch.zeros(1).expand(shape) for name, shape in

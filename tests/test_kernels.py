@@ -29,7 +29,7 @@ from inference.ahead import FixedCache
 from inference.decoders import GraphDecoder, TorchDecoder, decoder_for
 from inference.generation import Generation
 from inference.sampling import Sampling
-from model import GPTConfig, LayerNorm, gelu
+from model import ACTIVATIONS, GPTConfig, LayerNorm
 from parallel.quantized import quantize
 from plan.partition import Partition
 from plan.schedule import Schedule
@@ -74,7 +74,7 @@ def check_product(kernels: Any, device: str, C: int, outputs: int, rows: int, dt
         near(total, x.double() if more is None else x.double() + more.double(), dtype)
         right = total.double() if norm is None else norm.double()(total.double())
         right = F.linear(right, weight.double(), None if bias is None else bias.double())
-    near(found, gelu(right, activation) if activation else right, dtype)
+    near(found, ACTIVATIONS[activation](right) if activation else right, dtype)
 
 
 def check_products(kernels: Any, device: str) -> None:

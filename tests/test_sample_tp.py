@@ -39,6 +39,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.nn.init.normal_(p, 0, 0.05 if "bias" in name else 1.0 if "ln_" in name or "wpe" in name else 0.3)
     directory = tmp_path_factory.mktemp("weights")
     model.save_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"nanotp_tokenizer": {"kind": "gpt2"}}))
     return directory
 
 

@@ -21,13 +21,14 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from base.errors import UserError
-from checkpoints.convert import hf_config
+from checkpoints.convert import write_hf
 from checkpoints.shards import ShardSource
 from checkpoints.sources import open_source
 from checkpoints.tensor_file import TensorFile
 from model import GPT, GPTConfig
 from plan.partition import Partition
 from shard_checkpoint import main
+from text.tokenizer import GPT2Tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -154,8 +155,12 @@ def test_the_activation_survives_nanogpts_format(tmp_path: Path, capsys: Any) ->
 
 
 def test_gpt2s_end_of_text_is_named(tmp_path: Path) -> None:
-    assert hf_config(GPTConfig(vocab_size=50257), "float32")["eos_token_id"] == 50256
-    assert hf_config(GPTConfig(vocab_size=65), "float32")["eos_token_id"] is None
+    config, made = GPTConfig(16, 50257, 1, 1, 4), tmp_path / "made"
+    made.mkdir()
+    write_hf(config, torch.float32, GPT(config).get_parameter, made, GPT2Tokenizer())
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((made / name).read_text())["eos_token_id"] == 50256
+
 
 
 # --- what the commands say ------------------------------------------------------------------------------------------

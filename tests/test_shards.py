@@ -159,7 +159,7 @@ def test_manifest_comes_back(tmp_path: Path) -> None:
     raw = json.loads((tmp_path / "d" / "shards.json").read_text())
     assert raw == json.loads(json.dumps(manifest.as_json()))
     assert (raw["format_version"], raw["tp"], raw["dtype"], raw["source"]) == (1, 3, "float32", "random")
-    assert raw["model"] == vars(CONFIG)
+    assert raw["model"] == CONFIG.as_json()
     assert raw["tensors"]["transformer.wte.weight"] == {
         "shape": [131, 20],
         "split": {"dim": 0, "ranges": [[[0, 44]], [[44, 88]], [[88, 131]]]},
@@ -550,7 +550,7 @@ MANIFESTS: dict[str, tuple[Damage, str]] = {
     "dropout NaN": (put("model", "dropout", float("nan")), "not valid JSON (NaN is no number)"),
     "dropout infinite": (put("model", "dropout", float("inf")), "not valid JSON (Infinity is no number)"),
     "dropout long": (put("model", "dropout", 10**4000), "is not of type float"),
-    "activation": (put("model", "activation", "relu"), "model.activation='relu' is not known"),
+    "activation": (put("model", "activation", "tanh"), "model.activation='tanh' is not known"),
     "another vocabulary": (put("model", "vocab_size", 132), f"tensor {WTE} has shape [131, 20], the model needs [132, 20]"),
     "another block size": (put("model", "block_size", 17), "wpe.weight has shape [16, 20], the model needs [17, 20]"),
     "files of another tp": (put("files", 0, "name", "rank-00-of-03.safetensors"), "expected 'rank-00-of-02.safetensors'"),

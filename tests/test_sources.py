@@ -19,9 +19,19 @@ import pytest
 import torch
 from ranks import PYTHON
 from safetensors.torch import load_file, save_file, save_model
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers import (
+    GPT2Config,
+    GPT2DoubleHeadsModel,
+    GPT2ForQuestionAnswering,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
+)  # isort: skip  # fmt: skip
 
+import shard_checkpoint
 from base.errors import UserError
+from checkpoints import archives
 from checkpoints import nanogpt as nanogpt_module
 from checkpoints.huggingface import HUB_SIZES as HUB
 from checkpoints.huggingface import HuggingFaceDirectory
@@ -32,7 +42,6 @@ from checkpoints.tensor_file import TensorFile
 from cli.options import SampleOptions
 from model import GPT, GPTConfig
 from plan.partition import Partition
-from shard_checkpoint import main
 
 ROOT = Path(__file__).parent.parent
 CONFIG = GPTConfig(n_layer=2, n_head=5, n_embd=20, vocab_size=131, block_size=16)
@@ -125,7 +134,7 @@ def test_mixed_precision_keeps_every_bit(tmp_path: Path) -> None:
     model.transformer.ln_f.float().weight.data.add_(1e-6)
     model.save_pretrained(tmp_path)
     assert open_source(str(tmp_path)).dtype == torch.float32
-    assert main(["split", f"--init_from={tmp_path}", "--tp=2", f"--out={tmp_path / 'shards'}"]) == 0
+    assert shard_checkpoint.main(["split", f"--init_from={tmp_path}", "--tp=2", f"--out={tmp_path / 'shards'}"]) == 0
     shards = open_source(str(tmp_path / "shards"))
     assert all(torch.equal(shards.read(name, None, ()), full.float()) for name, full in state_of(model).items())
 
@@ -153,27 +162,81 @@ def test_a_head_that_is_stored_is_the_table(tmp_path: Path) -> None:
     assert refused(tmp_path) == f"{tmp_path}: {message}"
 
 
-def test_gpt2s_vocabulary_means_gpt2s_tokenizer(tmp_path: Path) -> None:
-    gpt2(n_head=1, n_layer=1, vocab_size=50257).save_pretrained(tmp_path)
+def test_gpt2s_sizes_mean_gpt2s_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(HUB, "gpt2", (1, 1, 4))
+    gpt2(n_head=1, n_layer=1, n_embd=4, n_positions=1024, vocab_size=50257).save_pretrained(tmp_path)
     source = open_source(str(tmp_path))
     assert source.tokenizer == {"kind": "gpt2"} and tokenizer_of(source).kind == "gpt2"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("files", [1, 3])
+def test_what_torch_save_wrote(tmp_path: Path, files: int, dtype: torch.dtype) -> None:
+    """pytorch_model.bin, of which transformers writes no more: in one file, or several and an index."""
+    model = gpt2(dtype=dtype)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state, weight_map = model.state_dict(), dict[str, str]()
+    for i in range(files):
+        name = "pytorch_model.bin" if files == 1 else f"pytorch_model-{i}.bin"
+        torch.save({key: state[key] for key in list(state)[i::files]}, tmp_path / name)
+        weight_map |= dict.fromkeys(list(state)[i::files], name)
+    if files > 1:
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    source = open_source(str(tmp_path))
+    assert source.dtype == dtype
+    check_source(source, state_of(model))
+
+
+def test_a_bin_that_is_none(tmp_path: Path) -> None:
+    gpt2().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(b"<html>")
+    said = "a web page: its address was that of a page about the file, not that of the file"
+    assert refused(tmp_path) == f"{path} is not a readable pytorch_model.bin ({said})."
+    torch.save([torch.ones(3)], path)
+    assert refused(tmp_path) == f"{path} holds no tensors by name."
+    torch.save({"a": torch.ones(3), "b": 5}, path)
+    assert "is missing: config.json says" in refused(tmp_path)
+
+
+HEADS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "score.weight": (GPT2ForSequenceClassification, {"num_labels": 3, "pad_token_id": 0}),
+    "classifier.weight": (GPT2ForTokenClassification, {"num_labels": 3}),
+    "qa_outputs.weight": (GPT2ForQuestionAnswering, {}),
+    "multiple_choice_head.summary.weight": (GPT2DoubleHeadsModel, {"num_labels": 1}),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_heads_of_models_that_classify(head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cls, more = HEADS[head]
+    model = gpt2(cls=cls, **more)
+    model.save_pretrained(tmp_path / "hf")
+    said = refused(tmp_path / "hf")
+    kind = head.partition(".")[0]
+    assert said.startswith(f"{tmp_path / 'hf'}: tensor {kind}") and said.endswith(
+        "is a head that nanoTP does not compute: shard_checkpoint.py split --drop_heads=True writes shards without it.")
+    words = [f"--init_from={tmp_path / 'hf'}", f"--out={tmp_path / 'shards'}", "--tp=2"]
+    assert shard_checkpoint.main(["split", *words]) == 2
+    assert shard_checkpoint.main(["split", *words, "--drop_heads=True"]) == 0
+    expected = {key: value for key, value in state_of(model).items() if not key.startswith(("transformer." + kind, kind))}
+    check_source(ShardSource(tmp_path / "shards"), expected)
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "another model": ({"model_type": "llama"}, "model_type is 'llama', nanoTP reads gpt2."),
     "no type": ({"model_type": None}, "model_type is None, nanoTP reads gpt2."),
-    "n_inner": ({"n_inner": 79}, "n_inner=79 is not 4 x n_embd=20, the only MLP width supported."),
-    "layer scale": (
-        {"scale_attn_by_inverse_layer_idx": True},
-        "scale_attn_by_inverse_layer_idx=True, only False is supported.",
-    ),
-    "no scale": ({"scale_attn_weights": False}, "scale_attn_weights=False, only True is supported."),
-    "cross attention": ({"add_cross_attention": True}, "add_cross_attention=True, only False is supported."),
-    "untied": ({"tie_word_embeddings": False}, "tie_word_embeddings=False, only True is supported."),
-    "epsilon": ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06, only 1e-05 is supported."),
-    "relu": (
-        {"activation_function": "relu"},
-        "activation_function='relu' is not one of gelu_new, gelu_pytorch_tanh, gelu.",
+    "n_inner": ({"n_inner": 79}, "tensor transformer.h.0.mlp.c_fc.weight has shape [80, 20], config.json says [79, 20]."),
+    "n_inner negative": ({"n_inner": -1}, "n_inner=-1 is out of range."),
+    "layer scale": ({"scale_attn_by_inverse_layer_idx": 1}, "scale_attn_by_inverse_layer_idx=1 is not of type bool."),
+    "cross attention": ({"add_cross_attention": True}, "add_cross_attention=true: nanoTP reads decoders without an encoder."),
+    "untied": ({"tie_word_embeddings": False}, "tensor lm_head.weight is missing: config.json says [131, 20]."),
+    "epsilon": ({"layer_norm_epsilon": 1}, "layer_norm_epsilon=1 is out of range."),
+    "tanh": (
+        {"activation_function": "tanh"},
+        "activation_function='tanh' is not one of gelu_new, gelu_pytorch_tanh, gelu, relu, silu, swish.",
     ),
     "activation a list": ({"activation_function": ["gelu"]}, "activation_function=['gelu'] is not one of"),
     "heads do not divide": ({"n_head": 3}, "n_embd=20 does not divide into n_head=3 heads."),
@@ -214,7 +277,7 @@ def test_damaged_directories(saved: Path, tmp_path: Path) -> None:
     assert f"{weights} is not a readable safetensors file" in refused(path)
     weights.unlink()
     assert refused(path) == f"{path} has config.json but no model.safetensors."
-    (path / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    (path / "tf_model.h5").write_bytes(b"")
     assert refused(path).endswith("but no model.safetensors. Save the model again with save_pretrained(...).")
     for names, message in [
         ([], f"{index} has no weight_map."),
@@ -263,7 +326,8 @@ def test_a_hub_name_comes_from_the_cache(saved: Path, tmp_path: Path, monkeypatc
     lay_out(tmp_path, "openai-community/gpt2", saved)
     lay_out(tmp_path, "gpt2-xl", saved)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    for name in ("gpt2", "gpt2-xl", "openai-community/gpt2", "openai-community/gpt2-xl"):
+    lay_out(tmp_path, "some-body/gpt2.nl", saved)
+    for name in ("gpt2", "gpt2-xl", "openai-community/gpt2", "openai-community/gpt2-xl", "some-body/gpt2.nl"):
         source = open_source(name)
         assert source.description == name.removeprefix("openai-community/") and source.config.n_head == 5
         check_source(source, state_of(gpt2()))
@@ -338,7 +402,7 @@ def nanogpt(config: GPTConfig = CONFIG, prefix: str = "", **changes: Any) -> dic
     state = {name: torch.randn(shape) for name, shape in Partition.of(config, 1).shapes().items()}
     state["lm_head.weight"] = state["transformer.wte.weight"]
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.randn(3))], lr=1e-3)
-    args = {key: value for key, value in vars(config).items() if key != "activation"}
+    args = {key: value for key, value in config.as_json().items() if key != "activation"}
     return {
         "model": {prefix + name: tensor for name, tensor in state.items()},
         "optimizer": optimizer.state_dict(),
@@ -400,7 +464,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path) -> None:
             assert b"touch" in file.read()
         reads = "only tensors, numbers, strings and lists and dicts of them are read from a ckpt.pt"
         names = f"{path} is refused: it names {os.system.__module__}.system; {reads}."
-        assert refused(path) == f"{names} {nanogpt_module.WITHOUT}"
+        assert refused(path) == f"{names} {archives.WITHOUT}"
         torch.save(raw, path, _use_new_zipfile_serialization=False)
         assert refused(path).startswith(f"{path} ")
         path.write_bytes(pickle.dumps(raw))
@@ -427,7 +491,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "layers without end": (set_arg("n_layer", 10**12), "model_args.n_layer=1000000000000 is out of range"),
     "dropout a tensor": (set_arg("dropout", torch.zeros(3)), "is not of type float"),
     "dropout NaN": (set_arg("dropout", float("nan")), "model_args.dropout=nan is out of range"),
-    "activation": (set_arg("activation", "relu"), "model_args.activation='relu' is not known"),
+    "activation": (set_arg("activation", "tanh"), "model_args.activation='tanh' is not known"),
     "a layer more": (set_arg("n_layer", 3), "tensor transformer.h.2.ln_1.weight is missing"),
     "another width": (set_arg("n_embd", 40), "tensor transformer.wte.weight has shape [131, 20], model_args say [131, 40]"),
     "tensor missing": (lambda raw: raw["model"].pop(LN), f"tensor {LN} is missing"),
@@ -458,7 +522,6 @@ MORE: dict[str, tuple[str, tuple[int, ...]]] = {
     "a layer more": ("transformer.h.2.ln_1.weight", (20,)),
     "a mask of a layer more": ("transformer.h.2.attn.bias", (1, 1, 16, 16)),
     "a bias under a mask's name": ("transformer.h.0.attn.bias", (20,)),
-    "a head for another task": ("score.weight", (2, 20)),
 }
 
 
@@ -533,7 +596,7 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\ns
                                   "shards/shards.json", "shards/tokenizer.json"])  # fmt: skip
 def test_a_pointer_of_git_lfs(saved: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(saved, tmp_path / "hf")
-    assert main(["split", f"--init_from={saved}", "--tp=2", f"--out={tmp_path / 'shards'}"]) == 0
+    assert shard_checkpoint.main(["split", f"--init_from={saved}", "--tp=2", f"--out={tmp_path / 'shards'}"]) == 0
     (tmp_path / name).write_text(POINTER)
     place = (tmp_path / name).parent
     with pytest.raises(UserError) as error:
@@ -576,9 +639,9 @@ def test_more_than_data_beside_the_weights(tmp_path: Path, more: Any) -> None:
     """The message says how to do without, and what it says works."""
     torch.save(nanogpt(more=more), tmp_path / "ckpt.pt")
     said = refused(tmp_path)
-    assert said.endswith(nanogpt_module.WITHOUT)
+    assert said.endswith(archives.WITHOUT)
     checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=False)
-    lines = nanogpt_module.WITHOUT.partition("alone: ")[2].rstrip(".").replace("'ckpt.pt'", repr(str(tmp_path / "ckpt.pt")))
+    lines = archives.WITHOUT.partition("alone: ")[2].rstrip(".").replace("'ckpt.pt'", repr(str(tmp_path / "ckpt.pt")))
     exec(lines, {"torch": torch, "checkpoint": checkpoint})
     assert open_source(str(tmp_path)).config == CONFIG
 
@@ -630,9 +693,9 @@ def test_where_a_tokenizer_is_found(saved: Path, tmp_path: Path) -> None:
     assert missed.kind == "ids" and missed.note == f"{note}--tokenizer=DIR names its directory."
     with pytest.raises(UserError, match=r"token ids such as 5 17 3, not 'Once'\. .*ckpt.pt was trained on the dataset poems"):
         missed.encode("Once upon a time")
-    (poems / "vocab.json").write_text("{}")  # beside it Hugging Face has a tokenizer.json, which is another format
-    (poems / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE"}}')
-    assert tokenizer_of(source, str(poems)).kind == "gpt2"
+    (poems / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE"}}')  # Hugging Face's, damaged
+    with pytest.raises(UserError, match="cannot be read as a tokenizer"):
+        tokenizer_of(source, str(poems))
     with pytest.raises(UserError, match="is neither gpt2, ids, nor a directory with tokenizer.json, meta.pkl or encoder.json"):
         tokenizer_of(source, str(tmp_path))
 
@@ -642,7 +705,8 @@ def test_where_a_tokenizer_is_found(saved: Path, tmp_path: Path) -> None:
 
 def test_a_training_directory_is_its_latest_checkpoint(saved: Path, tmp_path: Path) -> None:
     for step, tp in ((100, 1), (200, 3)):
-        assert main(["split", f"--init_from={saved}", f"--tp={tp}", f"--out={tmp_path / f'step-{step:06d}'}"]) == 0
+        out = tmp_path / f"step-{step:06d}"
+        assert shard_checkpoint.main(["split", f"--init_from={saved}", f"--tp={tp}", f"--out={out}"]) == 0
     for latest, tp in (("step-000200\n", 3), ("step-000100", 1)):
         (tmp_path / "latest").write_text(latest)
         source = open_source(str(tmp_path), verify=(0, 1))

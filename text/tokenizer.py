@@ -1,9 +1,11 @@
 """Text to token ids and back: GPT-2's byte-pair encoding, or one id a character.
 
-tokenizer.json stores one: {"kind": "gpt2"}, {"kind": "char", "chars": [...]} or, if the ids'
-meaning is unknown, {"kind": "ids", "n_vocab": n}. Nothing here uses the network."""
+tokenizer.json stores one: {"kind": "gpt2"}, {"kind": "char", "chars": [...]} {"kind":
+"hf", "files": {name: text, ...}} (hf_tokenizer.py) or, if the ids' meaning is unknown, {"kind":
+"ids", "n_vocab": n}. Nothing here uses the network."""
 
 import codecs
+import functools
 import hashlib
 import importlib.util
 import json
@@ -56,8 +58,21 @@ class Tokenizer:
         """The text's UTF-8 bytes; a token may hold part of a character."""
         raise NotImplementedError
 
+    def stream(self) -> "StreamDecoder":
+        return StreamDecoder(self)
+
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind}
+
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each token, for comparison; {} if ids are all that is known."""
+        return {}
+
+    def reads(self, other: "Tokenizer") -> bool:
+        """Whether the other's ids mean the same here."""
+        theirs = other.vocabulary()
+        known = bool(theirs) and theirs.items() <= self.vocabulary().items()
+        return known or self.to_json() == other.to_json()
 
     def _checked(self, ids: Iterable[int]) -> list[int]:
         checked = [int(i) for i in ids]  # plain ints, whatever array they came from
@@ -83,9 +98,21 @@ class GPT2Tokenizer(Tokenizer):
     def _encoding(self) -> Any:
         import tiktoken
 
-        ranks = _mergeable_ranks(_find_encoder_json(self._directory))
+        special = {END_OF_TEXT: self.eot}
         return tiktoken.Encoding("gpt2", explicit_n_vocab=self.n_vocab, pat_str=GPT2_PIECES,
-                                 mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.eot})
+                                 mergeable_ranks=self._ranks, special_tokens=special)
+
+    @cached_property
+    def _ranks(self) -> dict[bytes, int]:
+        return _mergeable_ranks(_find_encoder_json(self._directory))
+
+    def vocabulary(self) -> dict[str, int]:
+        return {as_characters(t): rank for t, rank in self._ranks.items()} | {END_OF_TEXT: self.eot}
+
+    def merges(self) -> list[tuple[str, str]]:
+        """vocab.bpe: the pairs that are merged, in order."""
+        pairs = (_two_parts(token, self._ranks) for token in self._ranks if len(token) > 1)
+        return [(as_characters(left), as_characters(right)) for left, right in pairs]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt: "<|endoftext|>" in it is token 50256, as in nanoGPT's sample.py."""
@@ -145,6 +172,9 @@ class CharTokenizer(Tokenizer):
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return "".join(self.chars[i] for i in self._checked(ids)).encode()
 
+    def vocabulary(self) -> dict[str, int]:
+        return self._id_of
+
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "chars": self.chars}
 
@@ -191,12 +221,16 @@ class StreamDecoder:
 
 def tokenizer_from_json(obj: object, where: str) -> Tokenizer:
     """The tokenizer of tokenizer.json's content. Raises UserError naming `where` if it is wrong."""
+    from text.hf_tokenizer import HFTokenizer  # which imports this file
+
     fields = obj if isinstance(obj, dict) else {}
-    kind, n_vocab, chars = map(fields.get, ("kind", "n_vocab", "chars"))
+    kind, n_vocab, chars, files = map(fields.get, ("kind", "n_vocab", "chars", "files"))
     if kind == "gpt2":
         return GPT2Tokenizer()
     if kind == "ids" and type(n_vocab) is int and 0 < n_vocab < 2**31:
         return IdsTokenizer(n_vocab)
+    if kind == "hf" and isinstance(files, dict):
+        return HFTokenizer(files, where, fields.get("config"))
     with in_file(where):
         if kind == "char" and isinstance(chars, list):
             return CharTokenizer(chars)
@@ -205,7 +239,13 @@ def tokenizer_from_json(obj: object, where: str) -> Tokenizer:
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
-    return tokenizer_from_json(read_json(Path(path)), str(path))
+    """Of a tokenizer.json, ours or Hugging Face's."""
+    from text.hf_tokenizer import HFTokenizer, tokenizer_files
+
+    found = read_json(Path(path))
+    if isinstance(found, dict) and "model" in found and "kind" not in found:
+        return HFTokenizer(tokenizer_files(Path(path).parent), str(path))
+    return tokenizer_from_json(found, str(path))
 
 
 def write_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:
@@ -251,11 +291,31 @@ def _encoder_json_places(directory: str | Path | None) -> Iterator[Path]:
 def _mergeable_ranks(encoder_json: bytes) -> dict[bytes, int]:
     """{token's bytes: rank} for tiktoken. GPT-2 numbered its tokens in the order of their merges,
     so an id is its merge's rank, and the list of merges (vocab.bpe) is not needed."""
-    # encoder.json's character for each byte: its own if visible, else the next from U+0100 up
+    byte_of, vocabulary = bytes_of_characters(), json.loads(encoder_json)
+    del vocabulary[END_OF_TEXT]  # special, not merged from anything
+    return {bytes(byte_of[char] for char in token): rank for token, rank in vocabulary.items()}
+
+
+@functools.cache
+def bytes_of_characters() -> dict[str, int]:
+    """The byte of each character of a byte-level vocabulary: a byte is its own character if that is
+    visible, else the next from U+0100 up."""
     visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     hidden = [byte for byte in range(256) if byte not in visible]
     shown_as = [*map(chr, visible), *(chr(256 + i) for i in range(len(hidden)))]
-    byte_of = dict(zip(shown_as, visible + hidden, strict=True))
-    vocabulary = json.loads(encoder_json)
-    del vocabulary[END_OF_TEXT]  # special, not merged from anything
-    return {bytes(byte_of[char] for char in token): rank for token, rank in vocabulary.items()}
+    return dict(zip(shown_as, visible + hidden, strict=True))
+
+
+def as_characters(token: bytes) -> str:
+    char_of = {byte: char for char, byte in bytes_of_characters().items()}
+    return "".join(char_of[byte] for byte in token)
+
+
+def _two_parts(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens that are merged to this one last."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]

@@ -11,6 +11,7 @@ Every rank writes what it owns. The directory gets its name when all have finish
 import collections
 import contextlib
 import itertools
+import math
 import os
 import shutil
 import threading
@@ -26,11 +27,13 @@ import torch
 from torch import Tensor
 
 from base.errors import UserError
-from base.files import inside, publish, read_json, sync_directory, write_json
+from base.files import inside, own_file, publish, read_json, sync_directory, write_json
 from checkpoints.manifest import MANIFEST, Manifest, Sync, TensorEntry, read_manifest, shard_name
+from checkpoints.nanogpt import NanoGPTCheckpoint
 from checkpoints.shards import ShardDirectory
 from checkpoints.sources import latest_checkpoint, reader
 from checkpoints.tensor_file import TensorFile
+from checkpoints.tensors import MOMENTS, OPTIMIZER, STATE, Source
 from cli.options import as_dict
 from plan.partition import Partition
 from text.tokenizer import TOKENIZER_FILE
@@ -41,8 +44,6 @@ from world.mesh import World
 if TYPE_CHECKING:
     from train.setup import Run
 
-STATE, OPTIMIZER = "training.json", "optimizer"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 PREFIXES = tuple(f"{moment}." for moment in MOMENTS)  # of the names in an optimizer's file
 # directory of a file: a file has all parameters once for each prefix
 Layout = dict[str, tuple[str, ...]]
@@ -258,8 +259,7 @@ def _instead(out_dir: Path) -> str:
     if (out_dir / STATE).is_file():
         parent = out_dir.resolve().parent
         return f"It is one itself: --out_dir={parent} goes on from the newest there."
-    kinds = {"ckpt.pt": "nanoGPT's ckpt.pt", MANIFEST: "shards"}
-    for name, kind in (kinds | {"config.json": "a Hugging Face model"}).items():
+    for name, kind in {MANIFEST: "shards", "config.json": "a Hugging Face model"}.items():
         if (out_dir / name).is_file():
             new = f"--init_from={out_dir} with another --out_dir starts from its weights"
             return f"It has {kind}, without an optimizer's state that is read: {new}."
@@ -267,7 +267,10 @@ def _instead(out_dir: Path) -> str:
 
 
 def read_state(out_dir: Path) -> tuple[Path, Progress, dict[str, Any]]:
-    """(path, progress, options) of the newest checkpoint. UserError if there is none."""
+    """(path, progress, options) of the newest checkpoint, or of nanoGPT's ckpt.pt where there is no
+    other. UserError if there is none."""
+    if not has_checkpoints(out_dir) and (out_dir / "ckpt.pt").is_file():
+        return nanogpt_state(own_file(out_dir / "ckpt.pt"))
     if not has_checkpoints(out_dir):
         raise UserError(f"{out_dir} has no checkpoint to resume. {_instead(out_dir)}")
     for entry in out_dir.iterdir():  # the run will write to these: none may lead elsewhere
@@ -290,6 +293,36 @@ def read_state(out_dir: Path) -> tuple[Path, Progress, dict[str, Any]]:
     return path, progress, options
 
 
+def nanogpt_state(path: Path) -> tuple[Path, Progress, dict[str, Any]]:
+    """The same of a ckpt.pt."""
+    source = NanoGPTCheckpoint(path)
+    raw: dict[str, Any] = source.raw
+    steps = source.optimizer_steps()
+    best: Any
+    at, best, options = raw.get("iter_num"), raw.get("best_val_loss"), raw.get("config")
+    try:
+        best = float(best)  # a tensor, where nanoGPT has saved one
+    except (TypeError, ValueError, RuntimeError):
+        best = math.nan
+    if type(at) is not int or at < 0 or math.isnan(best):
+        raise UserError(f"{path} does not say its iteration and its best loss.")
+    return path, Progress(at, best, 0, steps), options if isinstance(options, dict) else {}
+
+
+def moments_of(path: Path, world: World) -> Source | ShardDirectory:
+    """AdamW's moments in a checkpoint, checked, as exp_avg.NAME and exp_avg_sq.NAME."""
+    if path.is_file():
+        source = NanoGPTCheckpoint(path)
+        source.optimizer_steps()
+        return source
+    stored = ShardDirectory(inside(path / OPTIMIZER))
+    shapes = Partition.of(read_manifest(path).model, 1).shapes()
+    stored.check_tensors({p + name: shapes[name] for p in PREFIXES for name in shapes})
+    for i in range(world.rank, stored.manifest.tp, world.size):
+        stored.check_bytes(i)
+    return stored
+
+
 def load_optimizer(
     model: TensorParallelGPT, optimizer: torch.optim.Optimizer, path: Path, optimizer_steps: int,
     world: World,
@@ -297,11 +330,7 @@ def load_optimizer(
     """Load AdamW's moments, at this run's tp and block_size, from a checkpoint of any other."""
     if optimizer_steps == 0:
         return
-    stored = ShardDirectory(inside(path / OPTIMIZER))
-    shapes = Partition.of(read_manifest(path).model, 1).shapes()
-    stored.check_tensors({p + name: shapes[name] for p in PREFIXES for name in shapes})
-    for i in range(world.rank, stored.manifest.tp, world.size):
-        stored.check_bytes(i)
+    stored = moments_of(path, world)
     names, made = {p: name for name, p in model.named_parameters()}, optimizer.state_dict()
     read = reader(stored, model.tp.rank, model.config.block_size)
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):

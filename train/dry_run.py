@@ -5,7 +5,7 @@
 
 import contextlib
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def show(options: TrainOptions) -> int:
     if launch.rank == 0:
         print("\n".join(table(options, found, own, limit)), flush=True)
         if options.report:
-            shape = {**asdict(model.config), "parameters": own.split.count()}
+            shape = {**model.config.as_json(), "parameters": own.split.count()}
             about = {"entry": "train_tp", "dry_run": True, "ranks": ranks, "model": shape}
             report.write(options.report, {**about, "layouts": found})
     return int(0 < limit < found[0]["peak"])

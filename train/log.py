@@ -15,6 +15,12 @@ from parallel.ledger import Account, total
 from train.checkpoint import Saved
 from train.directory import METRICS
 from train.setup import Run
+from world import peaks
+
+# the names that nanoGPT gives to figures in wandb
+NANOGPTS = {"iter": "iter", "train_loss": "train/loss", "val_loss": "val/loss", "lr": "lr"}
+
+A100 = 312e12  # operations a second, of which nanoGPT's mfu is the share in percent
 
 
 class Log:
@@ -30,6 +36,7 @@ class Log:
             # None: unless standard error is a terminal
             disable=None if trains and self.options.progress else True,
         )  # fmt: skip
+        self.operations = 0.0  # a second, in the last iteration
         self.losses: dict[str, float] = {}  # of an evaluation, for the next line
         self.path = run.out_dir / METRICS if trains else None
 
@@ -54,6 +61,8 @@ class Log:
             return
         run, seconds, ways = self.run, self.run.seconds[-1], ("forward", "backward")
         rate, fraction = run.tokens_per_iter / seconds, total(account).seconds / seconds
+        size = run.model.config.block_size
+        self.operations = rate * peaks.operations(run.model.split, size, backward=True)
         passes = run.model.config.n_layer * run.rows.micro_steps  # of one layer
         layers = {entry: tally for entry, tally in account.items() if entry.layer is not None}
         calls = {way: total(layers, direction=way, op="all_reduce").calls for way in ways}
@@ -89,7 +98,9 @@ class Log:
                 self.path = None
                 self.warn(error)
         if self.wandb is not None:
-            self.wandb.log(line, step=line.pop("iter"))
+            nanogpts = {NANOGPTS[key]: line[key] for key in NANOGPTS.keys() & line.keys()}
+            nanogpts["mfu"] = 100 * self.operations / A100
+            self.wandb.log(line | nanogpts, step=line.pop("iter"))
 
     def close(self) -> None:
         if self.losses:
