@@ -27,6 +27,7 @@ from base.errors import UserError
 from checkpoints.tensor_file import Read
 from model import ACTIVATIONS, GPTConfig, KVCache, LayerNorm, Past, attend, initial_tensor
 from parallel.collectives import Axis, all_gather
+from parallel.flight import Flight, contribution, masked
 from parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from parallel.loss import vocab_parallel_head_loss
 from parallel.operators import attend_with_own_dropout
@@ -103,6 +104,7 @@ class Stream(NamedTuple):
     here: Tensor | None = None  # [B, T, C], x + partial + biases; None at a sync point
     partial: Tensor | None = None  # [B, T, C], the sum of this rank's own outputs
     biases: Tensor | None = None  # [C] or [B, T, C], added once, at the next sync point
+    flight: Flight | None = None  # under a delay it holds all, and x is that of the embeddings
 
 
 class Block(nn.Module):
@@ -130,13 +132,14 @@ def after(s: Stream, norm: LayerNorm, body: Any, sync: bool, *past: Past | None)
     """The stream after a sub-block, `body`. In a run of several without sync points in between
     every contribution reaches the stream once and exactly. Only the input of the sub-blocks before
     the next sync point is approximate, as the others' contributions have not arrived."""
+    if s.flight is not None:
+        y = s.flight.run(norm, body, s.flight.enter(body.axis), *past)
+        s.flight.leave(*masked(body, y, body.c_proj.bias), body.axis)
+        return s
     if s.here is None and sync:
         return Stream(s.x + body(norm(s.x), *past, region=s.region), s.region)
     here = f(s.x, body.axis) if s.here is None else s.here
-    y, bias = body.partial(norm(here), *past), body.c_proj.bias  # [B, T, C], without the bias
-    if body.training and body.dropout > 0:  # one mask on all ranks: the dropped parts add up
-        mask = F.dropout(torch.ones_like(y), body.dropout)
-        y, bias = y * mask, None if bias is None else bias * mask
+    y, bias = masked(body, contribution(norm, body, here, *past), body.c_proj.bias)
     partial = y if s.partial is None else s.partial + y
     if sync:
         update = g(partial, body.axis)  # all-reduce
@@ -183,6 +186,7 @@ class TensorParallelGPT(nn.Module):
                  sequence_parallel: bool = False, sharding: "Sharding | None" = None):
         super().__init__()
         self.config, self.tp, self.sharding, self.compiled = config, tp, sharding, False
+        self.contribution: Any = contribution
         self.activation_checkpointing = activation_checkpointing
         self.split = split = Partition.of(config, tp.size)
         self.parts = Parts(split.rules, tp.rank, sharding.dp if sharding else None)
@@ -196,6 +200,8 @@ class TensorParallelGPT(nn.Module):
         if self.sequence_parallel and not self.schedule.is_plain:
             both = f"--sequence_parallel=True together with --sync={schedule}"
             raise UserError(f"{both}: use one of them.")
+        if sharding and self.schedule.delay:
+            raise UserError(f"--dp_shard=True together with --sync={schedule}: use one of them.")
         if sharding:
             sharding.apply(self, self.transformer.h)
         self.to_empty(device=device)  # memory for this rank's part: nothing is ever there in full
@@ -222,8 +228,10 @@ class TensorParallelGPT(nn.Module):
         kernels that read one row's weights faster."""
         self.compiled = True
         torch._dynamo.config.optimize_ddp = False  # it cuts blocks where DDP's buckets end
-        for block in self.blocks:
-            block.compile(options={"coordinate_descent_tuning": tuned})
+        options: Any = {"coordinate_descent_tuning": tuned}
+        self.contribution = torch.compile(contribution, options=options)
+        for block in self.blocks if not self.schedule.delay else ():
+            block.compile(options=options)
 
     @property
     def head(self) -> VocabParallelEmbedding:
@@ -259,6 +267,8 @@ class TensorParallelGPT(nn.Module):
     def _final(self, idx: Tensor, cache: KVCache | None) -> Stream:
         """The stream after the last layer and its LayerNorm."""
         s = self.embed(idx, cache)
+        if self.schedule.delay:
+            return Stream(self.transformer.ln_f(self._fly(s.x, cache)))
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # forward calls of the second pass are accounted to the backward pass
@@ -267,6 +277,16 @@ class TensorParallelGPT(nn.Module):
             else:
                 s = block(s, cache.past(i) if cache else None)
         return Stream(self.transformer.ln_f(s.x), s.region)
+
+    def _fly(self, x: Tensor, cache: KVCache | None) -> Tensor:
+        """The stream after the last layer under a delay. x: of the embeddings."""
+        run: Any = self.contribution
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            run = partial(checkpoint, run, use_reentrant=False)
+        s = Stream(x, flight=(flight := Flight(x, self.schedule, run)))
+        for i, block in enumerate(self.blocks):
+            block(s, cache.past(i) if cache else None)
+        return flight.land()
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """The final hidden state [B, T, C], equal on all ranks, of tokens idx [B, T]; with a cache,

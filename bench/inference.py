@@ -26,7 +26,7 @@ from inference.speculation import Speculation
 from model import GPTConfig, initial_tensor
 from parallel.ledger import Ledger, total
 from parallel.quantized import read_weights
-from plan.cost import ring_bytes
+from plan.link import ring_bytes
 from plan.partition import Partition
 from plan.schedule import Schedule
 from text.tokenizer import GPT2Tokenizer, Tokenizer
@@ -196,7 +196,7 @@ def same_tokens(rounds: list[Round]) -> list[str]:
 
 
 def ranks(world: World) -> str:
-    return f"{world.size} ranks of {torch.get_num_threads()} threads: {world.comm}"
+    return f"{world.size} ranks of {torch.get_num_threads()} threads: {world.over}"
 
 
 def sent(rounds: list[Round], world: World) -> str:

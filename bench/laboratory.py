@@ -22,7 +22,7 @@ from cli import options as opt
 from model import GPTConfig
 from parallel.collectives import Axis, all_reduce
 from parallel.ledger import total
-from plan.cost import ring_bytes
+from plan.link import ring_bytes
 from plan.memory import Training
 from plan.partition import Partition
 from plan.schedule import Schedule
@@ -148,7 +148,7 @@ def block(world: World, options: opt.BenchBlockOptions) -> None:
     about = {"n_embd": config.n_embd, "n_head": config.n_head, "intermediate": width,
              "batch_size": batch, "block_size": T}
     said = [f"{case.part}: {', '.join(f'{key}={value}' for key, value in about.items())}; "
-            f"{str(dtype)[6:]}, {torch.get_num_threads()} threads a rank, {world.comm}"]
+            f"{str(dtype)[6:]}, {torch.get_num_threads()} threads a rank, {world.over}"]
     said += strategy_table(rows) + [verdict(row) for row in rows if row["strategy"] in MISTAKES]
     said += [f"{mistake}: {MISTAKES[mistake]}"] if mistake else []
     bench.finish("block", {"part": options.part, **about, "lines": rows}, said)
@@ -162,7 +162,8 @@ def allreduce(world: World, options: opt.BenchAllreduceOptions) -> None:
     sizes, axes = numbers(options.sizes, "sizes", "numbers of bytes"), {}
     for comm in ("nccl",) if world.device.type == "cuda" else ("shm", "gloo"):
         try:
-            axes[comm] = make_axis("tp", world.groups.get("tp"), comm, world.ledger)
+            axes[comm] = make_axis("tp", world.groups.get("tp"), comm, world.ledger,
+                                   link=world.link)
         except Unavailable as error:
             print(f"{comm}: {error}", file=sys.stderr)
     heads = [head for comm in axes for head in (f"{comm} median", "min", "bus GB/s")]
@@ -175,7 +176,7 @@ def allreduce(world: World, options: opt.BenchAllreduceOptions) -> None:
             bus = ring_bytes(nbytes, world.size) / times["median"] / 1e3
             rows[-1] += [f"{times['median']:,.1f}", f"{times['min']:,.1f}", f"{bus:.2f}"]
     head = (f"all-reduce over {world.size} ranks of {torch.get_num_threads()} threads, float32; "
-            "microseconds of a call")
+            f"microseconds of a call{f'; {world.over}' * bool(world.link)}")
     bench.finish("allreduce", {"sizes": found}, [head, *table(rows, 0)])
 
 

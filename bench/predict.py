@@ -15,7 +15,8 @@ from checkpoints.huggingface import GPT2_TOKENS, HUB_SIZES
 from cli.options import BenchPredictOptions as Options
 from model import GPTConfig
 from parallel.loss import chunk_rows
-from plan.cost import MODES, Hardware, Link, Step
+from plan.cost import MODES, Hardware, Step
+from plan.link import ETHERNET, NVLINK3, NVLINK4, PCIE, PCIE_HOST, ROCE, Link
 from plan.partition import Partition
 from plan.schedule import Schedule
 from world.mesh import World
@@ -23,9 +24,6 @@ from world.mesh import World
 # docs/predictions.md names the measurements that these numbers are from.
 MEMORY, PEAK = 0.83, 0.6  # reached of the rated bandwidth by a decode step, of the peak by products
 OVERHEAD = 26e-6  # of a sub-block's kernels in a CUDA graph
-NVLINK4, NVLINK3 = Link(4e-6, 1 / 365e9, one_shot=True), Link(4e-6, 1 / 243e9, one_shot=True)
-PCIE, PCIE_HOST = Link(5e-6, 1 / 19e9), Link(7e-6, 1 / 10e9)
-ROCE, ETHERNET = Link(15e-6, 1 / 12e9), Link(40e-6, 1 / 5e9)
 RATED = {  # GB/s, TFLOP/s (bfloat16, dense) and GB of NVIDIA's data sheets
     "h100-nvlink": (3350, 989, 80, NVLINK4), "a100-nvlink": (2039, 312, 80, NVLINK3),
     "a100-pcie": (1935, 312, 80, PCIE), "rtx4090-pcie": (1008, 165, 24, PCIE_HOST),
@@ -39,7 +37,7 @@ CUSTOM = "custom"
 SHAPES = HUB_SIZES | {
     "7b-like": (32, 32, 4096), "13b-like": (40, 40, 5120), "65b-like": (80, 64, 8192),
     "175b-like": (96, 96, 12288)}
-FEWER = ("mlp", "every:2")  # fewer sync points: another function, approximately the same
+FEWER = ("mlp", "every:2", "delay:1")  # of another function, approximately the same
 
 Way = dict[str, Any]  # a layout: tp, strategy (all, sequence or one of FEWER), its step and figures
 
@@ -80,7 +78,8 @@ def step_of(config: GPTConfig, tp: int, strategy: str, mode: str, options: Optio
 def ways(config: GPTConfig, sizes: Iterable[int], hardware: Hardware, mode: str,
          options: Options) -> list[Way]:
     """All layouts in which the model can be split, fitting or not. UserError if there is none."""
-    found, fault, fewer = [], None, FEWER[: 1 + (config.n_layer > 1)]
+    found, fault = [], None
+    fewer = [name for name in FEWER if config.n_layer > 1 or name != "every:2"]
     for tp in sizes:
         for name in ("all", *["sequence"] * (mode != "decode"), *fewer) if tp > 1 else ("all",):
             try:

@@ -27,7 +27,8 @@ from parallel.collectives import Axis, all_gather, all_reduce
 from parallel.ledger import Account, total
 from parallel.parameters import take
 from parallel.regions import WHOLE, Region, SplitTokens, f, g
-from plan.cost import Step, ring_bytes
+from plan.cost import Step
+from plan.link import ring_bytes
 from plan.memory import FLOAT
 from plan.partition import Partition, Rule, spans
 from plan.schedule import KINDS, Schedule

@@ -84,7 +84,7 @@ def train(world: World, options: BenchTrainOptions) -> None:
     lines += [
         f"training of {options.batch_size} x {options.block_size} tokens a step: dp "
         f"{world.dp.size} x tp {world.tp.size}, {torch.get_num_threads()} threads a rank, "
-        f"{world.comm}",
+        f"{world.over}",
         collectives(rounds, "a step", " a step"),
         f"products: {shown(mfu, '.1%')} of {rates} GFLOP/s (MFU)"]
     bench.finish("train", {

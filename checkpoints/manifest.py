@@ -132,7 +132,7 @@ def _ranks(name: str, tp: Any) -> int:
 
 def _sync(raw: dict[str, Any], n_layer: int) -> Sync:
     schedule, evidence = raw["sync"], raw.get("evidence", {})
-    known = isinstance(schedule, str) and re.fullmatch("[a-z0-9:, ]{1,100000}", schedule)
+    known = isinstance(schedule, str) and re.fullmatch("[a-z0-9:+, ]{1,100000}", schedule)
     _need(known, f"sync={shown(schedule)} is not a schedule.")
     flat = isinstance(evidence, dict) and _is_shallow(evidence)
     _need(flat, "`evidence` is not an object, or nested too deep.")

@@ -25,7 +25,7 @@ PATHS = {"start": "^(?:FILE|PROMPTS):", "prompt": "^FILE:"} | dict.fromkeys(
      "shards", "text", "tokenizer"), "^")  # fmt: skip
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SOURCES = "hub name, HF directory, ckpt.pt, shard or training directory"
-SYNC = "sync points: all, mlp, every:K or a list (0a,0m,1m); default: as the weights say"
+SYNC = "sync points: all, mlp, every:K, 0a,0m,1m or delay:D+0a; default: as the weights say"
 TOKENIZER = "directory with tokenizer.json or meta.pkl, gpt2 or ids; default: the checkpoint's"
 
 # --- each class's docstring is the description that --help shows ----------------------------------
@@ -48,6 +48,7 @@ class RunOptions(EntryOptions):
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = option("auto", "precision of the computation", DTYPES)
     comm: str = option("auto", "transport of the collectives", ("auto", "nccl", "gloo", "shm"))
+    link: str = option("", "emulate a slower link over shm: alpha_us:200,GBps:1, or its name")
     compile: bool = option(False, "run the model through torch.compile")
     seed: int = option(1337, "seed of all random choices", low=0, high=2**63 - 1)
     threads: int = option(0, "CPU threads a rank, 0 = cores divided by ranks", low=0, high=1024)
@@ -191,17 +192,19 @@ class GroupOptions(DropOptions, OutOptions):
     sync points are dropped."""
 
     ranks: int = option(2, "tensor-parallel size the groups are for", low=2)
+    sync: str = option("mlp", "schedule the groups are for", ("mlp", "delay:1"))
     tokens: int = option(8192, "tokens of the training split that choose the groups", low=1)
 
 
 class ScanOptions(DropOptions):
     """Measure the perplexity under many schedules, and find the one with the fewest sync points
-    within a budget."""
+    within a budget. The sync points in between are dropped, or delayed with --delay."""
 
     scan: str = option("", "keep what was measured in this file, and go on from it")
     budget: str = option("", "allowed increase of the perplexity, such as 1%")
     search: str = option("greedy", "drop the cheapest that is left, or in a first scan's order",
                          ("greedy", "order"))
+    delay: int = option(0, "delay sums by so many sub-blocks, as --sync=delay:D; 0 = drop", low=0)
     schedules: str = option("mlp;every:2", "more schedules to measure, with semicolons between")
     decode_tokens: int = option(0, "time this many new tokens, too; 0 = no", low=0)
 
@@ -209,7 +212,7 @@ class ScanOptions(DropOptions):
 class RepairOptions(DropOptions, OutOptions):
     """Train weights for fewer sync points on the outputs of the original, and write shards."""
 
-    sync: str = option("", "the schedule: mlp, every:K or a list such as 0a,0m,1m", required=True)
+    sync: str = option("", "the schedule: mlp, every:K, 0a,0m,1m or delay:D+0a", required=True)
     steps: int = option(300, "steps for each run between two sync points, 0 = none", low=0)
     learning_rate: float = option(1e-3, "highest learning rate of those", above=0)
     whole_steps: int = option(0, "steps end to end after that, 0 = none", low=0)

@@ -9,12 +9,16 @@ G_j[h, k] over all h, k outside S. Every way to deal the heads to the ranks is t
 sample if there are too many), each with neurons dealt for little damage. The dense model stays the
 same but for the order of sums. (After Sync-Point Drop, arXiv 2502.20727, which deals heads by their
 attention maps, and 2609.13846, which deals neurons by first-order damage.)
+
+Under delay:1 a rank's heads also miss the other ranks' neurons of the layer below. The damage to a
+head is then the mean square of what its output changes by. From the first layer to the last, heads
+and neurons of least damage together are chosen.
 """
 
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +43,15 @@ TOKENS = 256  # processed at a time
 Groups = dict[int, tuple[list[int], list[int]]]  # layer -> (heads, neurons), rank after rank
 
 
+class Choice(NamedTuple):
+    """Of a layer: heads and neurons, rank after rank; their damage, and that of their own order."""
+
+    heads: list[int]
+    neurons: list[int]
+    damage: float
+    as_it_is: float
+
+
 def group_heads(world: World, options: GroupOptions) -> None:
     """The command. One process holds the whole model."""
     if world.size > 1:
@@ -57,8 +70,8 @@ def group_heads(world: World, options: GroupOptions) -> None:
     groups: Groups = {}
     layers: list[dict[str, Any]] = []
     print(f"{'layer':>5} {'damage as it is':>16} {'grouped':>10}   heads of each rank")
-    for layer, G in enumerate(damages(model, ids.view(rows, -1))):
-        heads, neurons, damage, before = group(G, split)
+    chosen = choices(model, ids.view(rows, -1), split, options.sync != "mlp")
+    for layer, (heads, neurons, damage, before) in enumerate(chosen):
         groups[layer] = heads, neurons
         parts = (heads[slice(*split.heads(rank))] for rank in range(split.tp))
         shares = " | ".join(",".join(map(str, part)) for part in parts)
@@ -106,24 +119,52 @@ def permuted(full: Tensor, name: str, heads: list[int], neurons: list[int],
 
 
 @torch.no_grad()
-def damages(model: GPT, idx: Tensor) -> Iterator[Tensor]:
-    """G [n_hidden, n_head, n_head] of each layer, float64, over the tokens idx [B, T]."""
+def choices(model: GPT, idx: Tensor, split: Partition, delayed: bool) -> Iterator[Choice]:
+    """Of each layer, chosen with the tokens idx [B, T]. delayed: for delay:1, else for mlp."""
     blocks: Any = model.transformer.h
-    H = model.config.n_head
     x = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(idx.shape[1]))
+    unseen: list[list[Tensor]] = []  # by each rank's heads, [B, T, C]: grouped, and as it is
     for block in blocks:
-        heads = block.attn.c_attn(block.ln_1(x)).unflatten(-1, (3 * H, -1)).transpose(1, 2)
-        q, k, v = heads.split(H, dim=1)
-        y = attend(q * block.attn.factor, k, v, None, 0.0).unflatten(-1, (H, -1))  # [B, T, H, D]
-        weight = block.attn.c_proj.weight.unflatten(-1, (H, -1))  # [C, H, D]
-        outputs = torch.einsum("bthd,chd->bthc", y, weight).flatten(0, 1)  # P_h, [B T, H, C]
+        costs = [head_damage(block, x, missing) for missing in unseen]
+        outputs = head_outputs(block, x).flatten(0, 1)
         x = x + block.attn(block.ln_1(x))
-        yield _damage(block, x.flatten(0, 1), outputs)
+        found = group(neuron_damage(block, x.flatten(0, 1), outputs), split, *costs)
+        yield found
+        if delayed:
+            hidden = block.mlp.activation(block.mlp.c_fc(block.ln_2(x)))
+            unseen = [others(block, hidden, split, neurons)
+                      for neurons in (found.neurons, list(range(hidden.shape[-1])))]
         x = x + block.mlp(block.ln_2(x))
 
 
-def _damage(block: Any, x: Tensor, outputs: Tensor) -> Tensor:
-    """G of one layer. x [n, C]: the input of ln_2; outputs [n, H, C]: the heads' terms of it."""
+def head_outputs(block: Any, x: Tensor) -> Tensor:
+    """P_h [B, T, H, C] of x [B, T, C], the input of the sub-block."""
+    H = block.attn.n_head
+    heads = block.attn.c_attn(block.ln_1(x)).unflatten(-1, (3 * H, -1)).transpose(1, 2)
+    q, k, v = heads.split(H, dim=1)
+    y = attend(q * block.attn.factor, k, v, None, 0.0).unflatten(-1, (H, -1))  # [B, T, H, D]
+    weight = block.attn.c_proj.weight.unflatten(-1, (H, -1))  # [C, H, D]
+    return torch.einsum("bthd,chd->bthc", y, weight)
+
+
+def others(block: Any, hidden: Tensor, split: Partition, neurons: list[int]) -> list[Tensor]:
+    """For each rank the output [B, T, C] of the others' neurons. neurons: rank after rank."""
+    weight = block.mlp.c_proj.weight
+    shares = [neurons[slice(*split.columns(rank))] for rank in range(split.tp)]
+    outputs = [F.linear(hidden[..., share], weight[:, share]) for share in shares]
+    return [sum(outputs) - own for own in outputs]
+
+
+def head_damage(block: Any, x: Tensor, unseen: list[Tensor]) -> Tensor:
+    """[tp, H], float64: the mean square of the change of each head's output on each rank."""
+    whole = head_outputs(block, x)
+    change = [(head_outputs(block, x - missing) - whole).square().sum(dim=-1) for missing in unseen]
+    return torch.stack(change).double().mean(dim=(1, 2))
+
+
+def neuron_damage(block: Any, x: Tensor, outputs: Tensor) -> Tensor:
+    """G [n_hidden, H, H] of one layer, float64. x [n, C]: the input of ln_2; outputs [n, H, C]: the
+    heads' terms of it."""
     H, mlp = outputs.shape[1], block.mlp
     G = torch.zeros(mlp.c_fc.weight.shape[0], H, H, dtype=torch.float64)
     norm = mlp.c_proj.weight.norm(dim=0)  # |v_j|
@@ -138,20 +179,45 @@ def _damage(block: Any, x: Tensor, outputs: Tensor) -> Tensor:
     return G / len(x)
 
 
-def group(G: Tensor, split: Partition) -> tuple[list[int], list[int], float, float]:
-    """(heads, neurons, their damage, the damage of the order as it is), least damage found."""
+def group(G: Tensor, split: Partition, cost: Tensor | None = None,
+          before: Tensor | None = None) -> Choice:
+    """The groups of least damage found. cost, before: head_damage with the neurons of the layer
+    below grouped, and as they are; None: the heads miss nothing."""
     ranks = range(split.tp)
-    columns = [length(split.columns(rank)) for rank in ranks]
+    columns, own = ([length(part(rank)) for rank in ranks] for part in (split.columns, split.heads))
 
-    def dealt(shares: list[tuple[int, ...]]) -> tuple[float, list[int], list[int]]:
+    def dealt(shares: list[tuple[int, ...]]) -> Choice:
         neurons, damage = deal(torch.stack([_missed(G, share) for share in shares]), columns)
-        return damage, [head for share in shares for head in share], neurons
+        damage += 0.0 if cost is None else _total(cost, shares)
+        return Choice([head for share in shares for head in share], neurons, damage, 0.0)
 
-    every = partitions(split.n_head, [length(split.heads(rank)) for rank in ranks])
-    damage, heads, neurons = min(map(dealt, every), key=lambda found: found[0])
-    before = sum(float(_missed(G, range(*split.heads(r)))[slice(*split.columns(r))].sum())
-                 for r in ranks)
-    return heads, neurons, damage, before
+    every = partitions(split.n_head, own)
+    if cost is not None:
+        every = (_placed(shares, cost, own) for shares in every)
+    found = min(map(dealt, every), key=lambda choice: choice.damage)
+    as_it_is = [tuple(range(*split.heads(rank))) for rank in ranks]
+    damage = 0.0 if before is None else _total(before, as_it_is)
+    damage += sum(float(_missed(G, share)[slice(*split.columns(rank))].sum())
+                  for rank, share in enumerate(as_it_is))
+    return found._replace(as_it_is=damage)
+
+
+def _total(cost: Tensor, shares: list[tuple[int, ...]]) -> float:
+    return sum(float(cost[rank, list(share)].sum()) for rank, share in enumerate(shares))
+
+
+def _placed(shares: list[tuple[int, ...]], cost: Tensor, sizes: list[int]) -> list[tuple[int, ...]]:
+    """The shares on the ranks where they cost least; on many ranks as they are exchanged in
+    pairs."""
+    placed, gained = list(shares), True
+    while gained:
+        gained = False
+        for a, b in itertools.combinations(range(len(placed)), 2):
+            swapped = list(placed)
+            swapped[a], swapped[b] = placed[b], placed[a]
+            if sizes[a] == sizes[b] and _total(cost, swapped) < _total(cost, placed) - 1e-12:
+                placed, gained = swapped, True
+    return placed
 
 
 def _missed(G: Tensor, share: Iterable[int]) -> Tensor:

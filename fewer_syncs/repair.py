@@ -69,8 +69,11 @@ def repair(world: World, options: RepairOptions) -> None:
     schedule = Schedule.parse(options.sync, source.config.n_layer)
     if schedule.is_plain:
         raise UserError("--sync=all drops no sync point: there is nothing to repair.")
+    if schedule.delay and not options.whole_steps:
+        raise UserError(f"--sync={schedule} is repaired end to end, as no stretch lies between two "
+                        "sync points: add --whole_steps=300.")
     job = Repair(world, options, source, dataset, schedule)
-    if options.steps:
+    if options.steps and not schedule.delay:
         job.stretch_by_stretch()
     if options.whole_steps:
         job.end_to_end()
@@ -150,7 +153,8 @@ class Repair:
 
     def control(self, after: float) -> None:
         """The teacher's perplexity after as many steps on the text. after: the student's."""
-        steps, model = max(self.options.steps, self.options.whole_steps), self.teacher
+        steps = max(self.options.steps * (not self.schedule.delay), self.options.whole_steps)
+        model = self.teacher
         learn(model, self.whole(steps), "control", lambda x, y: model(x, y)[1])
         self.evidence["control"] = made = self.perplexity(model)
         self.print(f"control: the dense model after {steps} more steps on the text: {made:.4f} "

@@ -54,7 +54,8 @@ def scan(world: World, options: ScanOptions) -> None:
     n_layer = source.config.n_layer
     check_length(options.decode_tokens, source.config.block_size)
     words = filter(None, map(str.strip, options.schedules.split(";")))
-    named = [Schedule.parse(word, n_layer) for word in words]
+    named, delay = [Schedule.parse(word, n_layer) for word in words], options.delay
+    Schedule.parse(f"delay:{delay}", n_layer)  # or there are too few sub-blocks
     if world.is_main:
         report.check_place(options.scan, "scan")
     model = build(world, source, options, Schedule.plain(n_layer))
@@ -62,8 +63,8 @@ def scan(world: World, options: ScanOptions) -> None:
     weights = world.gather(f"{source.description} {mark:.9g}")[0]
     tokens = validation_tokens(dataset, options)
     known = Perplexities(world, model, tokens, options.scan, options.batch_size, weights)
-    plain, single = known.measured(Schedule.plain(n_layer)), sensitivities(known, n_layer)
-    steps = list(curve(known, n_layer, options.search == "greedy", budget))
+    plain, single = known.measured(Schedule.plain(n_layer)), sensitivities(known, delay)
+    steps = list(curve(known, delay, options.search == "greedy", budget))
     others = [known.measured(schedule) for schedule in named]
     known.bar.close()
     rows = [plain, *steps, *others]
@@ -75,12 +76,14 @@ def scan(world: World, options: ScanOptions) -> None:
     print(f"{source.description}, tp {world.tp.size}, {len(tokens):,} tokens: perplexity "
           f"{plain.perplexity:.4f}")
     losses = ", ".join(f"{name} {row.loss:+.2%}" for name, row in single.items())
-    print(f"one sync point dropped: {losses}\n{table(rows, times)}")
+    what = f"delayed by {delay}" if delay else "dropped"
+    print(f"one sync point {what}: {losses}\n{table(rows, times)}")
     if chosen:
         print(f"within {options.budget}: --sync={chosen.schedule} ({chosen.schedule.points} sync "
               f"points, {chosen.loss:+.3%})")
     report.write(options.report, about("scan", world, source, tokens) | {
-        "plain": plain.as_json(times), "curve": [row.as_json(times) for row in steps],
+        "delay": delay, "plain": plain.as_json(times),
+        "curve": [row.as_json(times) for row in steps],
         "single": {name: row.as_json({}) for name, row in single.items()},
         "others": [row.as_json(times) for row in others],
         "chosen": chosen and chosen.as_json(times)})
@@ -147,26 +150,28 @@ class Perplexities:
         return Measured(schedule, found, found / plain - 1)
 
 
-def sensitivities(known: Perplexities, n_layer: int) -> dict[str, Measured]:
-    """Each sync point but the last dropped alone, by the sub-block's name, least loss first."""
-    found = {}
+def sensitivities(known: Perplexities, delay: int) -> dict[str, Measured]:
+    """Each sync point but the last dropped or delayed alone, by the sub-block's name, least loss
+    first. delay: 0 drops."""
+    found, n_layer = {}, known.model.config.n_layer
     for i, (sub_block,) in enumerate(Schedule.plain(n_layer).stretches()[:-1]):
         kept = (j for j in range(2 * n_layer) if j != i)
-        found[short_name(sub_block)] = known.measured(Schedule.after(kept, n_layer))
+        found[short_name(sub_block)] = known.measured(Schedule.after(kept, n_layer, delay))
     return dict(sorted(found.items(), key=lambda pair: pair[1].loss))
 
 
-def curve(known: Perplexities, n_layer: int, greedy: bool, limit: float) -> Iterator[Measured]:
+def curve(known: Perplexities, delay: int, greedy: bool, limit: float) -> Iterator[Measured]:
     """Schedules with ever fewer sync points, down to one, or to the first that loses over `limit`.
 
     greedy: drop next what costs least of all that are left: about 2 n_layer^2 measurements.
     Else drop in the order of sensitivities: about 4 n_layer.
     """
+    n_layer = known.model.config.n_layer
     points = set(range(2 * n_layer))
-    order = [] if greedy else list(sensitivities(known, n_layer).values())
+    order = [] if greedy else list(sensitivities(known, delay).values())
     while len(points) > 1:
         drop = sorted(points)[:-1] if greedy else [order.pop(0).schedule.syncs.index(False)]
-        found = [known.measured(Schedule.after(points - {i}, n_layer)) for i in drop]
+        found = [known.measured(Schedule.after(points - {i}, n_layer, delay)) for i in drop]
         best = min(found, key=lambda row: row.loss)
         points = {i for i, sync in enumerate(best.schedule.syncs) if sync}
         yield best

@@ -306,6 +306,19 @@ void nanotp_mlp(const state *s, const block *b, const float *arrived, const floa
     apply(&b->c_proj_mlp, hidden, out, s->rows);
 }
 
+/* Under a delay: what arrived joins x, and the next sub-block reads x with this rank's n outputs
+   whose sums are under way. */
+void nanotp_join(const state *s, const float *arrived, const float *bias,
+                 const float *const *own, int64_t n) {
+    for (int64_t r = 0; r < s->rows; r++)
+        for (int64_t c = 0; c < s->C; c++) {
+            const int64_t i = r * s->C + c;
+            s->x[i] += (arrived ? arrived[i] : 0) + (bias ? bias[c] : 0);
+            s->here[i] = s->x[i];
+            for (int64_t k = 0; k < n; k++) s->here[i] += own[k][i];
+        }
+}
+
 /* After a sub-block without a sync point, the first since the last one or not: out stays here. */
 void nanotp_keep(const state *s, const float *out, const float *bias, int64_t first) {
     for (int64_t r = 0; r < s->rows; r++)

@@ -13,6 +13,7 @@ from base.native import load
 from inference.decoders import TorchDecoder
 from model import ACTIVATIONS, KVCache, LayerNorm
 from parallel.collectives import Axis, all_reduce
+from parallel.flight import Away
 from tp_model import TensorParallelGPT
 
 MOST_TOKENS = 16  # for more, a blocked matrix product is faster than a pass over the weights
@@ -22,6 +23,7 @@ FUNCTIONS = {  # of decode.c, with their parameters: see _fields
     "attention": "state* block* arrived* bias* kv* out*",
     "mlp": "state* block* arrived* bias* out*",
     "keep": "state* out* bias* first",
+    "join": "state* arrived* bias* own* count",
     "add_kept": "state* out*",
     "head": "state* ln_f* table* arrived* bias* logits*",
 }
@@ -85,13 +87,16 @@ class _Buffers:
         places = map(_address, (self.x, self.here, self.partial, self.work))
         lengths = ctypes.addressof(self.lengths)
         epsilon = model.config.layer_norm_epsilon
+        self.away = Away(model.schedule)
         self.state = _State(C, h, D, n, T, size, activation, *places, lengths, epsilon)
 
 
 class _After(NamedTuple):
     """What follows a sub-block. first: it is the first since the last sync point. bias: an address;
-    at a sync point of the sum of all biases since the last one, else of this sub-block's own."""
+    at a sync point of the sum of all biases since the last one, else of this sub-block's own, as
+    always under a delay."""
 
+    n: int
     axis: Axis
     sync: bool
     first: bool
@@ -133,9 +138,10 @@ class NativeDecoder(TorchDecoder):
                 c_proj = (block.attn if kind == "attention" else block.mlp).c_proj
                 own = None if c_proj.bias is None else c_proj.bias.detach()
                 total = own if total is None or own is None else total + own
-                sync = i == len(run) - 1
-                self._biases.append(total if sync else own)
-                yield _After(c_proj.axis, sync, i == 0, _address(self._biases[-1]))
+                sync, n = i == len(run) - 1, len(self._biases)
+                summed = sync and not self.model.schedule.delay
+                self._biases.append(total if summed else own)
+                yield _After(n, c_proj.axis, sync, i == 0, _address(self._biases[-1]))
 
     def logits(self, tokens: list[list[int]], cache: KVCache) -> Tensor:
         T = len(tokens[0])
@@ -150,6 +156,7 @@ class NativeDecoder(TorchDecoder):
         model.tp.ledger.forward_passes += 1
         state, out = ctypes.addressof(b.state), b.out.data_ptr()
         axis, *table = self._embedding
+        b.away = Away(model.schedule)
         call["embed"](state, *table, ctypes.addressof(b.ids), out)
         b.arrived = all_reduce(b.out, axis, "forward")
         arrived: tuple[int | None, int | None] = b.arrived.data_ptr(), None
@@ -165,6 +172,9 @@ class NativeDecoder(TorchDecoder):
     def _arrived(self, after: _After, b: _Buffers) -> tuple[int | None, int | None]:
         """The addresses of the ranks' sum and of its bias, or NULLs between sync points."""
         state, out = ctypes.addressof(b.state), b.out.data_ptr()
+        if self.model.schedule.delay:
+            self._join(after, b)
+            return None, None
         if not after.sync:
             self._call["keep"](state, out, after.bias, after.first)
             return None, None
@@ -172,3 +182,14 @@ class NativeDecoder(TorchDecoder):
             self._call["add_kept"](state, out)
         b.arrived = all_reduce(b.out, after.axis, "forward")
         return b.arrived.data_ptr(), after.bias
+
+    def _join(self, after: _After, b: _Buffers) -> None:
+        """Go on under a delay: what is due joins, what is under way is read as well."""
+        join, state, bias = self._call["join"], ctypes.addressof(b.state), after.bias
+        b.away.start(after.n, b.out.clone(), after.axis)
+        totals: list[Tensor | None] = [*b.away.due(after.n + 1)]
+        *earlier, last = totals or [None]
+        for total in earlier:
+            join(state, _address(total), None, None, 0)
+        places = (ctypes.c_void_p * len(b.away.own))(*map(_address, b.away.own.values()))
+        join(state, _address(last), bias, ctypes.addressof(places), len(places))

@@ -25,10 +25,11 @@ def notices(world: World, source: Source, model: TensorParallelGPT, decoder: Tor
         lines.append(f"the checkpoint is tp={written}, {here}.")
     if not schedule.is_plain:
         points = f"{schedule.points} of {2 * source.config.n_layer} sub-blocks (--sync={schedule})"
-        lines.append(f"ranks synchronise after {points}; --sync=all is exact.")
+        what = "wait for each other" if schedule.delay else "synchronise"
+        lines.append(f"ranks {what} after {points}; --sync=all is exact.")
     if tp > 1 and world.device.type == "cuda":
         size = nbytes(model.split.count() * next(model.parameters()).element_size())
-        syncs = f"tp={tp} makes {schedule.points + 1} all-reduces a token"
+        syncs = f"tp={tp} makes {schedule.sums + 1} all-reduces a token"
         lines.append(f"{source.description} ({size}): {syncs}.")
     if decoder.why:
         lines.append(f"each token is computed by torch, which is slower: {decoder.why}.")

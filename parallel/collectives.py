@@ -143,8 +143,10 @@ class Axis:
         return found
 
     def account(self, op: str, direction: str, message: Tensor, call: Callable[[], T],
-                nbytes: int = -1) -> T:
+                nbytes: int = -1, begun: Any = None, again: Any = None) -> T:
         """Make one call that moves `message`, and account it. nbytes: message's own unless given.
+        begun: `_clock` when the message started, if that was earlier; `call` then waits for it, and
+        `again` sends one like it.
         Raises CollectiveError, which names the call, for a RuntimeError in it.
 
         A decode step makes two calls a layer, of some microseconds: this must stay short, and does
@@ -163,9 +165,9 @@ class Axis:
             return result
         seconds = _elapsed(start, message)
         if ledger.recorded is not None and track.call is not None:
-            ledger.recorded.calls.append(GraphCall(tally, track, track.call, call))
+            ledger.recorded.calls.append(GraphCall(tally, track, track.call, again or call))
             return result
-        ledger.record(tally, size, seconds)
+        ledger.record(tally, size, seconds, _elapsed(begun, message) if begun else 0.0)
         if track.queued is not None and isinstance(seconds, _GpuTime):
             track.leave_open(track.number, track.call, seconds.end.query)
         return result
@@ -292,9 +294,11 @@ def _start_all_reduce(x: Tensor, axis: Axis, direction: str) -> Callable[[], Ten
     # the call is counted, and has a number, when it is waited for
     track, entry = axis.track, axis.line("all_reduce", direction)[0]
     track.call, track.waiting = (entry, x.nbytes, axis.ledger.doing), True
+    begun = _clock(x) if axis.ledger.on else None
     with track:
         finish = start(x)
-    return lambda: axis.account("all_reduce", direction, x, finish)
+    return lambda: axis.account("all_reduce", direction, x, finish, begun=begun,
+                                again=lambda: start(torch.empty_like(x))())
 
 
 # --- messages of PyTorch's own data parallelism ---------------------------------------------------

@@ -4,7 +4,7 @@ pass), and a track of each axis for the watchdog and for error messages. No torc
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from base.errors import first_line
@@ -26,22 +26,27 @@ class Entry:
 
 @dataclass(slots=True)
 class Tally:
-    """bytes: of the messages that this rank handed in, not of the wire. seconds: in the calls."""
+    """bytes: of the messages that this rank handed in, not of the wire. seconds: in the calls.
+    in_flight: from the start of sums that were waited for later to the end of the wait."""
 
     calls: int = 0
     bytes: int = 0
     seconds: float = 0.0
+    in_flight: float = 0.0
 
     def add(self, other: "Tally", sign: int = 1) -> None:
         self.calls += sign * other.calls
         self.bytes += sign * other.bytes
         self.seconds += sign * other.seconds
+        self.in_flight += sign * other.in_flight
 
     def as_json(self) -> dict[str, float]:
-        return {"calls": self.calls, "bytes": self.bytes, "seconds": round(self.seconds, 9)}
+        found = {"calls": self.calls, "bytes": self.bytes, "seconds": round(self.seconds, 9)}
+        return found | ({"in_flight": round(self.in_flight, 9)} if self.in_flight else {})
 
 
 Account = dict[Entry, Tally]
+Clocked = float | Callable[[], float]
 
 
 def total(account: Account, **match: Any) -> Tally:
@@ -166,7 +171,7 @@ class Ledger:
     replayed: Tally = field(default_factory=Tally)
     recorded: Recording | None = None
     is_recomputing: bool = False
-    _pending: list[tuple[Tally, Callable[[], float]]] = field(default_factory=list)
+    _pending: list[tuple[Tally, str, Callable[[], float]]] = field(default_factory=list)
 
     def track(self, name: str, ranks: tuple[int, ...]) -> Track:
         """The track of an axis that joins these ranks of the world."""
@@ -183,14 +188,16 @@ class Ledger:
         track.waiting = True
         return track
 
-    def record(self, tally: Tally, nbytes: int, seconds: float | Callable[[], float]) -> None:
+    def record(self, tally: Tally, nbytes: int, seconds: Clocked, in_flight: Clocked = 0.0,
+               ) -> None:
         """Account one call. A GPU's seconds are a function, asked when the GPU is idle."""
         tally.calls += 1
         tally.bytes += nbytes
-        if callable(seconds):
-            self._pending.append((tally, seconds))
-        else:
-            tally.seconds += seconds
+        for name, clocked in (("seconds", seconds), ("in_flight", in_flight)):
+            if callable(clocked):
+                self._pending.append((tally, name, clocked))
+            else:
+                setattr(tally, name, getattr(tally, name) + clocked)
 
     @contextmanager
     def _set(self, **values: Any) -> Iterator[None]:
@@ -235,13 +242,13 @@ class Ledger:
 
     def settle(self) -> None:
         """Read the clocks that were left for later. On a GPU call it after a synchronize."""
-        for tally, seconds in self._pending:
-            tally.seconds += seconds()
+        for tally, name, seconds in self._pending:
+            setattr(tally, name, getattr(tally, name) + seconds())
         self._pending.clear()
 
     def snapshot(self) -> Account:
         self.settle()
-        return {e: Tally(t.calls, t.bytes, t.seconds) for e, t in self.tallies.items()}
+        return {entry: replace(tally) for entry, tally in self.tallies.items()}
 
     def since(self, before: Account) -> Account:
         """What was added to the account after `before = snapshot()`."""

@@ -14,7 +14,10 @@
 
    No call blocks for longer than `patience`: it then returns the rank that is late, and continues
    when called again, so that the caller can handle signals and dead peers. A rank with another
-   message than the others is found before anything is read. */
+   message than the others is found before anything is read.
+
+   A sum that is waited for later has a group of its own, whose `slots` hold a message each: message
+   n lies in slot n % slots from its post until every rank's `nanotp_finish` has read it. */
 
 #include <sched.h>
 #include <stdatomic.h>
@@ -22,7 +25,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { LINE = 64, SPINS = 200, BLOCK = 2048 };
+enum { LINE = 128, SLOTS = 8, SPINS = 200, BLOCK = 2048 };
 static const double SLEEP_AFTER = 1e-3; /* seconds of waiting, then the core is left to others */
 enum { FLOAT32, BFLOAT16, BYTES };      /* type of an element */
 enum { SUM, MAX, GATHER };              /* operations; larger ones gather, too */
@@ -30,20 +33,22 @@ enum { DONE = -1, DIFFERENT = -2 };     /* DIFFERENT - r: rank r sent another me
 
 typedef struct {
     char *base;                    /* the shared memory, zero when the group begins */
-    int64_t rank, size, slot_bytes;
-    uint64_t piece;                /* pieces finished since the group began */
-    int64_t at, posted; /* elements of the message finished; whether the piece lies in my slot */
+    int64_t rank, size, slots, slot_bytes;
+    uint64_t piece;                /* pieces, or later sums, finished since the group began */
+    int64_t at, posted; /* elements of the message finished; pieces in my slots that are not */
 } group;
 
 typedef struct {
     _Atomic uint64_t progress;     /* pieces posted since the group began */
-    uint64_t kind[2]; /* of the messages in slots 0 and 1: length, operation, type */
+    _Atomic uint64_t read;         /* later sums finished */
+    uint64_t kind[SLOTS];          /* of the messages in the slots: length, operation, type */
 } header;
 
 static header *of(const group *g, int64_t rank) { return (header *)(g->base + rank * LINE); }
 
-static char *slot(const group *g, int64_t rank) {
-    return g->base + g->size * LINE + (2 * rank + (int64_t)(g->piece & 1)) * g->slot_bytes;
+static char *slot(const group *g, int64_t rank, uint64_t piece) {
+    const int64_t number = g->slots * rank + (int64_t)(piece % (uint64_t)g->slots);
+    return g->base + g->size * LINE + number * g->slot_bytes;
 }
 
 static double now(void) {
@@ -60,15 +65,16 @@ static void pause_cpu(void) {
 #endif
 }
 
-/* Spin for some microseconds; then yield the core between looks, as ranks may outnumber cores; in
+/* Until every rank has posted, or read, n pieces. Returns DONE or a rank that is late.
+   Spin for some microseconds; then yield the core between looks, as ranks may outnumber cores; in
    the end sleep, as a waiting loop slows the other thread of its core. */
-static int64_t wait_for_all(const group *g, double patience) {
+static int64_t wait_for_all(const group *g, int reads, uint64_t n, double patience) {
     const struct timespec nap = {0, 20000};
     double start = 0, waited = 0;
     for (int64_t r = 0; r < g->size; r++) {
-        const _Atomic uint64_t *progress = &of(g, r)->progress;
+        const _Atomic uint64_t *progress = reads ? &of(g, r)->read : &of(g, r)->progress;
         for (int64_t looks = 0;; looks++) {
-            if (atomic_load_explicit(progress, memory_order_acquire) > g->piece) break;
+            if (atomic_load_explicit(progress, memory_order_acquire) >= n) break;
             if (looks < SPINS) {
                 pause_cpu();
                 continue;
@@ -107,12 +113,12 @@ static void reduce(const group *g, void *out, int64_t first, int64_t n, int64_t 
         float *acc = type == FLOAT32 ? (float *)out + lo : sum;
         for (int64_t r = 0; r < g->size; r++) {
             if (type == FLOAT32) {
-                const float *x = (const float *)slot(g, r) + first + lo;
+                const float *x = (const float *)slot(g, r, g->piece) + first + lo;
                 if (r == 0) memcpy(acc, x, (size_t)len * 4);
                 else if (op == SUM) for (int64_t i = 0; i < len; i++) acc[i] += x[i];
                 else for (int64_t i = 0; i < len; i++) acc[i] = larger(acc[i], x[i]);
             } else {
-                const uint16_t *x = (const uint16_t *)slot(g, r) + first + lo;
+                const uint16_t *x = (const uint16_t *)slot(g, r, g->piece) + first + lo;
                 if (r == 0) for (int64_t i = 0; i < len; i++) acc[i] = widen(x[i]);
                 else if (op == SUM) for (int64_t i = 0; i < len; i++) acc[i] += widen(x[i]);
                 else for (int64_t i = 0; i < len; i++) acc[i] = larger(acc[i], widen(x[i]));
@@ -160,27 +166,57 @@ int64_t nanotp_move(group *g, const char *in, char *out, int64_t n, int64_t type
         if (!g->posted) {
             const int64_t *parts = op >= GATHER ? edges : NULL;
             for (int64_t lo = at; next_run(g, parts, g->rank, lo, end, &own); lo = own.hi)
-                memcpy(slot(g, g->rank) + (own.lo - at) * width, in + own.packed * width,
+                memcpy(slot(g, g->rank, g->piece) + (own.lo - at) * width, in + own.packed * width,
                        (size_t)((own.hi - own.lo) * width));
-            mine->kind[g->piece & 1] = kind;
+            mine->kind[g->piece % 2] = kind;
             atomic_store_explicit(&mine->progress, g->piece + 1, memory_order_release);
             g->posted = 1;
         }
-        int64_t late = wait_for_all(g, patience);
+        int64_t late = wait_for_all(g, 0, g->piece + 1, patience);
         if (late != DONE) return late;
         for (int64_t r = 0; r < g->size; r++)
-            if (of(g, r)->kind[g->piece & 1] != kind) return DIFFERENT - r;
+            if (of(g, r)->kind[g->piece % 2] != kind) return DIFFERENT - r;
         if (op < GATHER)
             for (int64_t lo = at; next_run(g, edges, g->rank, lo, end, &own); lo = own.hi)
                 reduce(g, out + own.packed * width, own.lo - at, own.hi - own.lo, type, op);
         else for (int64_t r = 0; r < g->size; r++)
             for (int64_t lo = at; next_run(g, edges, r, lo, end, &own); lo = own.hi)
-                memcpy(out + own.lo * width, slot(g, r) + (own.lo - at) * width,
+                memcpy(out + own.lo * width, slot(g, r, g->piece) + (own.lo - at) * width,
                        (size_t)((own.hi - own.lo) * width));
         g->piece++;
         g->posted = 0;
         g->at = end;
     }
     g->at = 0;
+    return DONE;
+}
+
+/* Begin to sum n elements, which fit a slot. At most `slots` sums may be under way. Returns as
+   nanotp_move does. */
+int64_t nanotp_post(group *g, const char *in, int64_t n, int64_t type, double patience) {
+    const uint64_t number = g->piece + (uint64_t)g->posted, slots = (uint64_t)g->slots;
+    header *mine = of(g, g->rank);
+    if (number >= slots) { /* the message before in this slot */
+        const int64_t late = wait_for_all(g, 1, number - slots + 1, patience);
+        if (late != DONE) return late;
+    }
+    memcpy(slot(g, g->rank, number), in, (size_t)(n * (type == FLOAT32 ? 4 : 2)));
+    mine->kind[number % slots] = (uint64_t)n << 16 | (uint64_t)type;
+    atomic_store_explicit(&mine->progress, number + 1, memory_order_release);
+    g->posted++;
+    return DONE;
+}
+
+/* Wait for the oldest sum under way: out [n]. */
+int64_t nanotp_finish(group *g, char *out, int64_t n, int64_t type, double patience) {
+    const int64_t late = wait_for_all(g, 0, g->piece + 1, patience);
+    if (late != DONE) return late;
+    for (int64_t r = 0; r < g->size; r++)
+        if (of(g, r)->kind[g->piece % (uint64_t)g->slots] != ((uint64_t)n << 16 | (uint64_t)type))
+            return DIFFERENT - r;
+    reduce(g, out, 0, n, type, SUM);
+    g->piece++;
+    g->posted--;
+    atomic_store_explicit(&of(g, g->rank)->read, g->piece, memory_order_release);
     return DONE;
 }

@@ -8,7 +8,10 @@ ends with the last process that holds it, however that ends, and /dev/shm does n
 import ctypes
 import mmap
 import os
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +23,10 @@ from parallel.collectives import Transport
 from plan.partition import spans
 
 SOURCE = Path(__file__).with_name("shm.c")
-LINE = 64  # bytes of a rank's header
-SLOT_BYTES = 1 << 20  # two a rank; smaller ones cost more waits, larger ones leave the cache
+LINE = 128  # bytes of a rank's header
+SLOT_BYTES = 1 << 20  # smaller ones cost more waits, larger ones leave the cache
+SLOTS = 2  # of a rank
+LATE_SLOTS, LATE_BYTES = 8, 1 << 19  # for sums that are waited for later
 PATIENCE_S = 0.1  # a waiting rank then checks that its peers live, and lets Python see a signal
 
 _TYPES, _BYTES = {torch.float32: 0, torch.bfloat16: 1}, 2
@@ -34,7 +39,8 @@ class _Group(ctypes.Structure):
     """`group` in parallel/shm.c."""
 
     _fields_ = [("base", ctypes.c_void_p)] + [
-        (name, ctypes.c_int64) for name in ("rank", "size", "slot_bytes", "piece", "at", "posted")
+        (name, ctypes.c_int64)
+        for name in ("rank", "size", "slots", "slot_bytes", "piece", "at", "posted")
     ]
 
 
@@ -63,6 +69,19 @@ def _attach(pid: int, descriptor: int, nbytes: int) -> mmap.mmap:
         raise Unavailable(f"the shared memory of rank 0 cannot be opened ({error})") from None
 
 
+def share(rank: int, nbytes: int, exchange: Exchange) -> tuple[mmap.mmap, list[int]]:
+    """Memory that all ranks of a group have mapped, and their processes; each of them calls this.
+    Raises Unavailable on all if one has none."""
+    descriptor = on_all(exchange, lambda: _create(nbytes) if rank == 0 else None)
+    try:
+        places = exchange((os.getpid(), descriptor))
+        pid, theirs = places[0]
+        return on_all(exchange, lambda: _attach(pid, theirs, nbytes)), [pid for pid, _ in places]
+    finally:
+        if rank == 0:
+            os.close(descriptor)  # all have mapped it, or nobody will
+
+
 class ShmTransport:
     """Collectives of one host's ranks through shared memory, of tensors on the CPU.
 
@@ -78,31 +97,34 @@ class ShmTransport:
         """Every rank of the group calls this. Raises Unavailable on all of them if one has no
         shared memory."""
         self.rank, self.size, self.other, self.timeout = rank, size, other, timeout
-        nbytes = size * (LINE + 2 * SLOT_BYTES)
-        self._call = on_all(exchange, lambda: load(SOURCE)).nanotp_move
-        self._call.restype = ctypes.c_int64
+        half = size * (LINE + SLOTS * SLOT_BYTES)
+        nbytes = half + size * (LINE + LATE_SLOTS * LATE_BYTES)
+        library = on_all(exchange, lambda: load(SOURCE))
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._call.argtypes = [*[pointer] * 3, *[number] * 3, pointer, ctypes.c_double]
-        descriptor = on_all(exchange, lambda: _create(nbytes) if rank == 0 else None)
-        try:
-            places = exchange((os.getpid(), descriptor))
-            pid, theirs = places[0]
-            self._memory = on_all(exchange, lambda: _attach(pid, theirs, nbytes))  # keeps it mapped
-        finally:
-            if rank == 0:
-                os.close(descriptor)  # all have mapped it, or nobody will
-        self.pids = [pid for pid, _ in places]
+        for name, parameters in {"move": [*[pointer] * 3, *[number] * 3, pointer],
+                                 "post": [pointer, pointer, number, number],
+                                 "finish": [pointer, pointer, number, number]}.items():
+            function = getattr(library, f"nanotp_{name}")
+            function.restype, function.argtypes = number, [*parameters, ctypes.c_double]
+        self._library = library
+        self._memory, self.pids = share(rank, nbytes, exchange)  # mapped while it is kept
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._group = _Group(base, rank, size, SLOT_BYTES, 0, 0, 0)
-        self._at = ctypes.addressof(self._group)
+        self._groups = (_Group(base, rank, size, SLOTS, SLOT_BYTES, 0, 0, 0),
+                        _Group(base + half, rank, size, LATE_SLOTS, LATE_BYTES, 0, 0, 0))
+        self._at, self._late_at = map(ctypes.addressof, self._groups)
+        self._late = deque[Callable[[], None]]()  # finish the sums under way, oldest first
 
     def _move(self, x: Tensor, out: Tensor, n: int, kind: int, op: int,
               edges: list[int] | None = None) -> Tensor:
         """x must be contiguous and not `out`. See nanotp_move in parallel/shm.c."""
         ends = None if edges is None else (ctypes.c_int64 * len(edges))(*edges)
-        call = self._at, x.data_ptr(), out.data_ptr(), n, kind, op, ends, PATIENCE_S
+        self._until_done(self._library.nanotp_move, self._at, x.data_ptr(), out.data_ptr(), n, kind,
+                         op, ends)
+        return out
+
+    def _until_done(self, function: Any, *call: Any) -> None:
         waited = 0.0  # counted here: this process and all others may be stopped for a while
-        while (late := self._call(*call)) != _DONE:
+        while (late := function(*call, PATIENCE_S)) != _DONE:
             if late <= _DIFFERENT:
                 whose = f"rank {_DIFFERENT - late} of the group brought another message"
                 raise RuntimeError(f"{whose} than rank {self.rank}")
@@ -111,7 +133,6 @@ class ShmTransport:
                 raise RuntimeError(f"{rank} has ended (process {pid})")
             if (waited := waited + PATIENCE_S) > self.timeout:
                 raise RuntimeError(f"{rank} did not come within {self.timeout:g} s")
-        return out
 
     def _edges(self, tokens: int, width: int) -> list[int]:
         """Where each rank's tokens of `width` elements begin, and where the last one's end."""
@@ -122,6 +143,30 @@ class ShmTransport:
             return self.other.all_reduce(x, op)
         x = x.detach().contiguous()
         return self._move(x, torch.empty_like(x), x.numel(), kind, _OPS[op])
+
+    def all_reduce_later(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin the sum of x; the returned function waits for it. A message of more than
+        LATE_BYTES, or of another dtype, is summed when it is waited for."""
+        kind, x = _TYPES.get(x.dtype), x.contiguous()
+        if kind is None or x.nbytes > LATE_BYTES:
+            return lambda: self.all_reduce(x, "sum")
+        if len(self._late) == LATE_SLOTS:
+            self._late.popleft()()
+        call = self._late_at, x.data_ptr(), x.numel(), kind
+        self._until_done(self._library.nanotp_post, *call)
+        out = torch.empty_like(x)
+
+        def finish() -> None:
+            self._until_done(self._library.nanotp_finish, call[0], out.data_ptr(), *call[2:])
+
+        self._late.append(finish)
+
+        def wait() -> Tensor:
+            while finish in self._late:
+                self._late.popleft()()
+            return out
+
+        return wait
 
     def all_gather(self, x: Tensor) -> Tensor:
         x = x.detach().contiguous()

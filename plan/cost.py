@@ -14,6 +14,7 @@ from math import prod
 from operator import add
 from typing import NamedTuple
 
+from plan.link import Link
 from plan.memory import FLOAT, ID, Training
 from plan.messages import exchanges, partial_gradients
 from plan.partition import Partition, length
@@ -25,35 +26,6 @@ MODES = ("decode", "prefill", "train")
 # gradients, cleared and added (20).
 OPTIMIZER, TIED = 10 * FLOAT, 5 * FLOAT
 PASSES = 6  # of the loss over a chunk of logits
-
-
-def ring_bytes(nbytes: float, size: int) -> float:
-    """Bytes that each of `size` ranks sends in a ring all-reduce of nbytes."""
-    return 2 * (size - 1) / size * nbytes
-
-
-@dataclass(frozen=True)
-class Link:  # between ranks
-    alpha: float  # seconds of an empty message
-    beta: float  # seconds a byte
-    one_shot: bool = False  # a rank can read all others' memory at once
-
-    def seconds(self, op: str, nbytes: float, size: int) -> float:
-        """A collective of nbytes (the whole message) over `size` ranks, by its fastest algorithm.
-
-        all_reduce: a ring, 2 (N - 1) rounds of m / N; a tree, 2 log2 N rounds of m; or one shot, 2
-        rounds, in which a rank reads the m bytes of N - 1 others. all_gather and reduce_scatter are
-        half a ring, broadcast is half a tree.
-        """
-        if size == 1:
-            return 0.0
-        ring = (size - 1) * self.alpha + ring_bytes(nbytes, size) / 2 * self.beta
-        tree = (size - 1).bit_length() * (self.alpha + nbytes * self.beta)
-        ways = {"all_reduce": [2 * ring, 2 * tree], "broadcast": [tree]}.get(op, [ring])
-        if self.one_shot:
-            others = (size - 1) * (nbytes if op == "all_reduce" else nbytes / size)
-            ways.append(2 * self.alpha + (nbytes if op == "broadcast" else others) * self.beta)
-        return min(ways)
 
 
 @dataclass(frozen=True)
@@ -167,9 +139,31 @@ class Step:
             nbytes = OPTIMIZER * self.numbers + TIED * head
             found += Seconds(weights=nbytes / hardware.memory)
         link, tp = hardware.link, self.split.tp
-        communication = sum(link.seconds(m.op, m.nbytes * m.parts, tp) for m in self.messages())
+        messages = [m for m in self.messages() if not (self.schedule.delay and m.block in KINDS)]
+        communication = sum(link.seconds(m.op, m.nbytes * m.parts, tp) for m in messages)
+        if self.schedule.delay and tp > 1:
+            communication += self.waits(hardware)
         overhead = len(self.entries) * hardware.overhead * self.passes
         return found + Seconds(communication=communication, overhead=overhead)
+
+    def waits(self, hardware: Hardware) -> float:
+        """Under a delay: seconds in which the ranks wait for sums, which the link sends one after
+        the other while the ranks compute. A backward pass takes as long as two forward ones."""
+        n, layers, arrivals = self.rows * self.tokens, self.entries[:-1], self.schedule.arrivals()
+        tp = self.split.tp
+        other = self.elementwise(hardware).total / len(layers) + self.passes * hardware.overhead
+        attention = self.attention(hardware).total
+        times = [self.product(entries, n, hardware).total + other + attention * (i % 2 == 0)
+                 for i, entries in enumerate(layers)]
+        nbytes = {m.direction: m.nbytes for m in self.messages() if m.block in KINDS}
+        once = [t / self.passes for t in times]
+        waited = _waits(once, arrivals, nbytes["forward"], hardware.link, tp)
+        if self.trains:  # G(n) of parallel/flight.py is wanted by the last m that arrives before n
+            last, late = len(layers) - 1, dict(zip(arrivals, range(len(layers)), strict=True))
+            wanted = [last - late.get(last - i, -1) for i in range(len(layers))]
+            times = [2 / 3 * t for t in reversed(times)]
+            waited += _waits(times, wanted, nbytes["backward"], hardware.link, tp)
+        return waited
 
     def messages(self) -> Iterator[Message]:
         """Every collective of the step on the tp axis, in no particular order."""
@@ -208,3 +202,19 @@ class Step:
         if self.int8:  # look-ups read the table in full width
             return self.numbers + self.entries[-1] * self.width + cache
         return self.numbers * self.width + cache
+
+
+def _waits(times: list[float], wanted: list[int], nbytes: int, link: Link, tp: int) -> float:
+    """Seconds of waiting in a pass. times: of its sub-blocks. wanted: before which one the sum that
+    starts after each must have arrived."""
+    sending = replace(link, alpha=0.0).seconds("all_reduce", nbytes, tp)
+    seconds = link.seconds("all_reduce", nbytes, tp)
+    clock = free = waited = 0.0  # free: when the link has sent the last sum
+    arrived: list[float] = []
+    for i, time in enumerate([*times, 0.0]):
+        due = [arrived[m] for m in range(i) if wanted[m] == i]
+        wait = max([clock, *due]) - clock
+        waited, clock = waited + wait, clock + wait + time
+        free = max(free, clock) + sending
+        arrived.append(free - sending + seconds)
+    return waited

@@ -27,14 +27,15 @@ def exchanges(schedule: Schedule, sequence: bool) -> Iterator[tuple[str, Exchang
     """(block, exchange) of a pass: "embedding", the sub-blocks ("attention", "mlp") and "head".
 
     Each message is the whole stream, B x T x n_embd numbers. A stretch of the schedule has one f,
-    where it starts, and one g, where it ends. sequence: the stream is split over the sequence.
+    where it starts, and one g, where it ends; under a delay every sub-block has both. sequence: the
+    stream is split over the sequence.
     """
     f, g = SEQUENCE if sequence else MEGATRON
     yield "embedding", g
     for _, kind, start, sync in schedule.walk():
-        if start:
+        if start or schedule.delay:
             yield kind, f
-        if sync:
+        if sync or schedule.delay:
             yield kind, g
     yield "head", Exchange(f.forward, f.backward[:1])  # the head's input is kept
 
@@ -44,15 +45,15 @@ def partial_gradients(split: Partition, schedule: Schedule, sequence: bool) -> l
 
     With the stream split over the sequence these are all of them: a rank sees its own tokens only.
     Else they are the LayerNorms in a stretch of several sub-blocks, and the biases (of c_proj) that
-    are added before its end.
+    are added before its end. Under a delay these are all of a layer's.
     """
     if sequence:
         return [name for name, rule in split.rules.items() if rule.dim is None]
     found = []
     for layer, kind, start, sync in schedule.walk():
         norm, body = MODULES[kind]
-        if not (start and sync):
+        if schedule.delay or not (start and sync):
             found += [f"{layer}.{norm}.weight", f"{layer}.{norm}.bias"]
-        if not sync:
+        if schedule.delay or not sync:
             found.append(f"{layer}.{body}.c_proj.bias")
     return [f"transformer.h.{name}" for name in found if split.bias or name.endswith("weight")]

@@ -48,7 +48,8 @@ class Message:
     """A place where ranks communicate.
 
     forward, backward: the collectives of that pass. times: in how many of the model's `layers`
-    layers; the schedule may drop some. sync: the stream is equal on all ranks after it.
+    layers; the schedule may drop some. sync: the stream is equal on all ranks after it. later: when
+    it is waited for under a delay.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Message:
     times: int
     layers: int
     sync: bool = False
+    later: str = ""
 
     @property
     def passes(self) -> dict[str, tuple[str, ...]]:
@@ -70,7 +72,8 @@ class Message:
         lines = [f"{name}: {', '.join(ops)}" for name, ops in self.passes.items()]
         if self.times == 0:
             return [f"left out ({lines[0]})"]
-        return lines + [f"in {self.times} of {self.layers} layers"] * (self.times < self.layers)
+        lines += [f"in {self.times} of {self.layers} layers"] * (self.times < self.layers)
+        return lines + [self.later] * bool(self.later)
 
 
 Place = Shared | Sharded | Message
@@ -93,6 +96,8 @@ def layer(split: Partition, schedule: Schedule, sequence: bool = False) -> Layer
     sequence = sequence and not alone
     start, end = SEQUENCE if sequence else MEGATRON
     times = Counter(exchanges(schedule, sequence))
+    late = Counter(kind for _, kind, _, sync in schedule.walk() if schedule.delay and not sync)
+    gap = f"{plural(schedule.delay, 'sub-block')} later"
     names = ("gather", "scatter") if sequence else ("f", "g")
     tokens, owner = (f"T/{split.tp}", "own tokens") if sequence else ("T", "on every rank")
     stream = Shared("x", f"[B, {tokens}, {split.n_embd}], {owner}", stream=True)
@@ -106,11 +111,15 @@ def layer(split: Partition, schedule: Schedule, sequence: bool = False) -> Layer
         places: list[Place] = [Sharded(work[kind], tuple(shares))]
         if not alone:
             first = Message(names[0], *start, times[kind, start], n)
-            places = [first, *places, Message(names[1], *end, times[kind, end], n, sync=True)]
-        whole = alone or times[kind, end]
+            later = f"waited for {gap} in {late[kind]} of {n} layers" if late[kind] else ""
+            last = Message(names[1], *end, times[kind, end], n, late[kind] < n, later)
+            places = [first, *places, last]
+        whole = alone or times[kind, end] and late[kind] < n
         added = Shared("+ bias + x", "" if whole else "each rank its own version of x")
         halves[kind] = (stream, Shared(norm), *places, added)
     points = "nothing is communicated" if alone else f"{schedule.points} of {2 * n} sync points"
+    if late and not alone:
+        points += f", the other sums are waited for {gap}"
     title = (f"a layer of {n} on {plural(split.tp, 'rank')}: {split.n_head} heads, {split.n_embd} "
              f"wide{', split over the sequence' * sequence}; {points}")
     return Layer(split, schedule, sequence, title, halves)
@@ -149,7 +158,8 @@ def _strip(layer: Layer) -> list[str]:
     marks = "".join("•" if sync else "○" for sync in layer.schedule.syncs)
     cells = [f"{i:>3} {marks[2 * i : 2 * i + 2]}" for i in range(layer.split.n_layer)]
     rows = ["".join(cells[i : i + 12]) for i in range(0, len(cells), 12)]
-    return ["sync points after attention and MLP, layer by layer (• is there, ○ left out)", *rows]
+    other = "delayed" if layer.schedule.delay else "left out"
+    return [f"sync points after attention and MLP, layer by layer (• is there, ○ {other})", *rows]
 
 
 def _row(picture: str, note: str = "") -> str:

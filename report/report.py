@@ -46,7 +46,7 @@ def peak_bytes(device: torch.device) -> int:
 
 def where(world: World) -> dict[str, Any]:
     """Of every run's report: who computed."""
-    return {"world_size": world.size, "tp": world.tp.size, "dp": world.dp.size, "comm": world.comm,
+    return {"world_size": world.size, "tp": world.tp.size, "dp": world.dp.size, "comm": world.over,
             "device": world.device.type}
 
 
@@ -125,6 +125,12 @@ def account_table(report: dict[str, Any]) -> str:
     table = [form.format(**line) for line in ({head: head for head in lines[0]}, *lines)]
     table.append(f"{account['total']['fraction_of_time']:.1%} of the time was spent in collectives "
                  "(rank 0's clock)")
+    late = [tally for tally in entries(report).values() if tally.in_flight]
+    if late:
+        calls, flown, waited = (sum(getattr(tally, name) for tally in late)
+                                for name in ("calls", "in_flight", "seconds"))
+        table.append(f"{calls:,} sums were in flight while the ranks computed, for {flown:.3f} s; "
+                     f"the ranks waited for {waited:.3f} s of that")
     if graphs := account.get("in_graphs"):
         table.append(f"{graphs['calls']:,} of the calls were in CUDA graphs, where no clock runs: "
                      f"their {graphs['seconds']:.3f} s are those of the same messages alone, timed "

@@ -12,7 +12,7 @@ from typing import Any
 from xml.etree.ElementTree import Element
 
 from base.errors import UserError
-from base.numbers import nbytes, number, plural, seconds, share
+from base.numbers import nbytes, plural, seconds, share
 from model import GPTConfig
 from parallel.ledger import Account, Entry, Tally, total
 from plan.partition import Partition
@@ -30,7 +30,7 @@ COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5")
 FEW, MANY = range(1, 1001), range(1, 10**9)
 MODEL = {"n_layer": FEW, "n_head": FEW, "n_embd": MANY, "vocab_size": MANY, "block_size": MANY,
          "bias": bool}
-TALLY = {"calls": int, "bytes": int, "seconds": float}
+TALLY = {"calls": int, "bytes": int, "seconds": float, "in_flight?": float}
 PASSES = {str: {str: TALLY}}
 ACCOUNT = {"layers": [{"layer": int, "attention": PASSES, "mlp": PASSES}], "other": {str: PASSES},
            "total": {**TALLY, "fraction_of_time": float}, "forward_passes?": int}
@@ -83,7 +83,8 @@ def entries(report: Report) -> Account:
     account = report.get("comm_account") or {"layers": [], "other": {}}
     blocks = [(layer["layer"], kind, layer[kind]) for layer in account["layers"] for kind in KINDS]
     blocks += [(None, block, passes) for block, passes in account["other"].items()]
-    return {Entry(number, block, direction, op): Tally(t["calls"], t["bytes"], t["seconds"])
+    return {Entry(number, block, direction, op):
+            Tally(t["calls"], t["bytes"], t["seconds"], t.get("in_flight", 0.0))
             for number, block, passes in blocks
             for direction, ops in passes.items() for op, t in ops.items()}
 
@@ -167,7 +168,9 @@ def diagram(report: Report) -> Content:
     pairs = [E("span", marks[i : i + 2], E("small", str(i // 2))) for i in range(0, len(marks), 2)]
     return [*drawn, note("Sync points, layer by layer: after attention and after the MLP. ",
                          f"{sum(syncs)} of {len(syncs)}",
-                         "." if all(syncs) else ", the others are left out."),
+                         "." if all(syncs) else
+                         ", the other sums are waited for later." if layer.schedule.delay else
+                         ", the others are left out."),
             E("div", pairs, class_="strip")]
 
 
@@ -223,8 +226,8 @@ def samples(report: Report) -> Content:
 
 
 def messages(row: Report) -> float:
-    """All-reduces a token: as counted, else a schedule's sync points and the embedding's."""
-    return float(row.get("all_reduces_per_token") or row["points"] + 1)
+    """All-reduces a token that are waited for at once: a schedule's, and the embedding's."""
+    return float(row["points"] + 1)
 
 
 def scan(report: Report) -> Content:
@@ -244,19 +247,19 @@ def scan(report: Report) -> Content:
             series.append(Series(name, points, colour, joined))
         return chart(series, axis, "perplexity", log=(False, True))
 
-    cells = [{"sync points": str(row["points"]), "all-reduces a token": number(messages(row)),
+    cells = [{"sync points": str(row["points"]),
               "perplexity": f"{row['perplexity']:.4f}", "lost": f"{row['loss']:+.2%}",
               "ms a token": plain(row.get("ms_per_token")), "--sync=": row["sync"]}
              for row in {row["sync"]: row for row in [*fewer, *others, *chosen]}.values()]
     alone = {name: {"length": max(0.0, row["loss"]), "lost": f"{row['loss']:+.2%}"}
              for name, row in report["single"].items()}
-    single = note("Perplexity lost where one sync point alone goes (a: after the layer's ",
+    single = note("Perplexity lost without one sync point (a: after the layer's ",
                   "attention, m: after its MLP).")
-    charts = [drawn(messages, "all-reduces a token"),
+    charts = [drawn(messages, "all-reduces a token that are waited for at once"),
               drawn(lambda row: at(row, "ms_per_token.median") or math.nan, "ms a token, measured"),
               E("figure", single, listing(alone, {"length": "c3"}, {"lost": "lost"}))]
     return [note(f"Perplexity of {report['tokens']:,} tokens on {report['tp']} ranks. Fewer ",
-                 "all-reduces a token are to the left; the embedding's is counted."),
+                 "waits are to the left; the embedding's is counted."),
             E("div", charts, class_="charts"), table(cells)]
 
 

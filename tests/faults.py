@@ -147,7 +147,7 @@ def rank(place: Path, phase: str, name: str, argv: list[str]) -> None:
 
     account, close, replay, calls = Axis.account, TensorFile.close, Ledger.replay, 0
 
-    def watched(axis: Axis, op: str, direction: str, *rest: Any) -> Any:
+    def watched(axis: Axis, op: str, direction: str, *rest: Any, **more: Any) -> Any:
         nonlocal calls
         calls += 1
         doing = axis.ledger.doing
@@ -161,7 +161,7 @@ def rank(place: Path, phase: str, name: str, argv: list[str]) -> None:
         }
         if here[phase]:
             fall()
-        return account(axis, op, direction, *rest)
+        return account(axis, op, direction, *rest, **more)
 
     def replayed(ledger: Ledger, *what: Any) -> None:
         nonlocal calls

@@ -30,12 +30,14 @@ from inference.generation import Generation, generate
 from inference.sampling import Sampling
 from parallel.collectives import Axis, all_reduce
 from parallel.loss import chunk_rows
-from plan.cost import Hardware, Link, Seconds, Step
+from plan.cost import Hardware, Seconds, Step
+from plan.link import Link
 from plan.schedule import Schedule
 from world.entry import run
 from world.mesh import World, make_axis
 
-ALONE = "one rank"
+ALONE, EMULATED = "one rank", "emulated link"
+LINK = Link(250e-6, 1 / 0.1e9)
 GOAL = 0.2  # how far a prediction may be from the measurement
 SIZES = (64, 3072, 16384, 131072, 1 << 20)  # bytes of the all-reduces that a link is fitted to
 DECODED, REPEATED = 24, 3  # steps of a measurement: tokens, prompts or iterations
@@ -44,7 +46,7 @@ DECODED, REPEATED = 24, 3  # steps of a measurement: tokens, prompts or iteratio
 @dataclass(frozen=True)
 class Job:
     """A step to measure. sizes: n_layer, n_embd, n_head, vocabulary (training has GPT-2's). comm: a
-    transport, or ALONE. rows x tokens: of a prompt or an iteration. past: tokens of the prompt."""
+    transport, EMULATED (shm with LINK) or ALONE. rows x tokens: of a prompt or an iteration. past: tokens of the prompt."""
 
     mode: str
     sizes: tuple[int, int, int, int]
@@ -84,6 +86,10 @@ CHECKED = (
     Job("prefill", SMALL, tokens=512), Job("train", (4, 512, 8, 50304), rows=2, tokens=128),
     Job("train", (4, 512, 8, 50304), ALONE, rows=2, tokens=128),
     Job("train", (6, 768, 12, 50304), sync="mlp", rows=2, tokens=128),
+    *(Job("decode", GPT2, EMULATED, sync) for sync in ("all", "mlp", "delay:1", "delay:2")),
+    *(Job("prefill", SMALL, EMULATED, sync, tokens=256) for sync in ("all", "mlp", "delay:1")),
+    *(Job("train", (6, 768, 12, 50304), EMULATED, sync, rows=2, tokens=128)
+      for sync in ("all", "mlp", "delay:1")),
 )  # fmt: skip
 
 
@@ -107,7 +113,9 @@ class Runner:
     def __init__(self, world: World, stack: ExitStack):
         self.world, self.stack, self.models = world, stack, dict[Any, Any]()
         gloo = make_axis("tp", world.groups.get("tp"), "gloo", world.ledger)
-        self.worlds = {"shm": world, "gloo": replace(world, comm="gloo", tp=gloo)}
+        slow = make_axis("tp", world.groups.get("tp"), "shm", world.ledger, link=LINK)
+        self.worlds = {"shm": world, "gloo": replace(world, comm="gloo", tp=gloo),
+                       EMULATED: replace(world, tp=slow, link=LINK)}
         if world.is_main:
             axes = Axis("tp", ledger=world.ledger), Axis("dp", ledger=world.ledger)
             self.worlds[ALONE] = World(0, 1, world.device, "none", *axes, world.ledger)
@@ -263,6 +271,7 @@ def one_round(runner: Runner, fitted: dict[str, list[Any]], checked: list[Any]) 
 
     axes = {comm: runner.worlds[comm].tp for comm in ("shm", "gloo")}
     links = {comm: fit_link(world, axis, comm == "shm") for comm, axis in axes.items()}
+    links[EMULATED] = LINK
     decoding = [job.mode == "decode" for job in CHECKED]
     took = [fit()]
     measured = {i: measure(checked[i]) for i in range(len(CHECKED)) if decoding[i]}

@@ -45,7 +45,7 @@ LAYOUTS = [(dp, tp) for dp in range(1, 5) for tp in range(1, 5) if 1 < dp * tp <
 STOP_LIMIT = 5.0  # --comm_timeout: how long a stopped rank is waited for
 GRACE = 10.0  # how long ranks may take to be gone after that, or after a kill
 # large enough that a save takes a moment: 3.2 M parameters, 38 MB
-SHAPE = ["n_layer=4", "n_head=4", "n_embd=256", "block_size=16", "batch_size=2", "gradient_accumulation_steps=6", "bias=True"]
+SHAPE = ["n_layer=4", "n_head=4", "n_embd=160", "block_size=16", "batch_size=2", "gradient_accumulation_steps=6", "bias=True"]
 HABITS = ["dataset=letters", "eval_interval=1000000", "save_interval=4", "keep_last=3", "learning_rate=1e-4", "min_lr=1e-4",
           "warmup_iters=0", "device=cpu", "threads=1", f"comm_timeout={STOP_LIMIT:g}"]  # fmt: skip
 

@@ -19,7 +19,7 @@ from bench.contestants import Contestant
 from bench.rounds import Bench, compare
 from cli.grammar import parse, parse_command
 from cli.options import BenchDecodeOptions
-from plan.cost import ring_bytes
+from plan.link import ring_bytes
 from world.mesh import World
 
 TINY = ["--device=cpu", "--n_layer=2", "--n_head=3", "--n_embd=24", "--repeats=2"]

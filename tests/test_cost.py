@@ -21,7 +21,8 @@ from inference.sampling import Sampling
 from model import GPTConfig
 from parallel.ledger import Account
 from parallel.loss import chunk_rows
-from plan.cost import OPTIMIZER, TIED, Hardware, Link, Seconds, Step, ring_bytes
+from plan.cost import OPTIMIZER, TIED, Hardware, Seconds, Step
+from plan.link import Link, ring_bytes
 from plan.partition import Partition
 from plan.schedule import Schedule
 from tp_model import TensorParallelGPT

@@ -13,6 +13,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from test_decoding import reference
+from test_delay import delayed
 from test_sample_tp import alone
 from test_schedule import equations
 from torch import Tensor
@@ -23,7 +24,16 @@ from checkpoints.convert import write_hf
 from checkpoints.manifest import read_manifest
 from checkpoints.shards import ShardDirectory
 from cli.grammar import parse
-from fewer_syncs.grouping import Regrouped, damages, deal, group, partitions
+from fewer_syncs.grouping import (
+    Regrouped,
+    choices,
+    deal,
+    head_damage,
+    head_outputs,
+    neuron_damage,
+    others,
+    partitions,
+)  # fmt: skip
 from fewer_syncs.repair import Lessons, repair_stretch, repair_whole
 from fewer_syncs.scan import Measured, parse_budget, within
 from model import GPT, GPTConfig
@@ -88,10 +98,12 @@ class Source:
         )
 
 
-def regrouped(model: GPT, tp: int, idx: Tensor) -> tuple[GPT, list[tuple[float, float]]]:
+def regrouped(
+    model: GPT, tp: int, idx: Tensor, late: bool
+) -> tuple[GPT, list[tuple[float, float]]]:
     groups, found = {}, []
-    for layer, G in enumerate(damages(model, idx)):
-        heads, neurons, damage, before = group(G, Partition.of(model.config, tp))
+    chosen = choices(model, idx, Partition.of(model.config, tp), late)
+    for layer, (heads, neurons, damage, before) in enumerate(chosen):
         groups[layer] = heads, neurons
         found.append((damage, before))
     source = Regrouped(Source(model), groups)  # type: ignore[arg-type]
@@ -106,16 +118,45 @@ def test_a_grouped_model_is_the_same_and_misses_less() -> None:
     model = reference(CONFIG).double()
     idx = torch.randint(13, (8, 12), generator=torch.Generator().manual_seed(0))
     exact = equations(model, idx, 2, Schedule.plain(3))
-    for tp in (2, 3):
-        made, found = regrouped(reference(CONFIG), tp, idx)
+    for tp, name in ((2, "mlp"), (3, "mlp"), (2, "delay:1"), (3, "delay:1")):
+        made, found = regrouped(reference(CONFIG), tp, idx, name != "mlp")
         assert all(damage < 0.95 * before for damage, before in found)
         torch.testing.assert_close(made(idx, idx)[0].double(), exact, rtol=1e-4, atol=1e-4)
-        schedule = Schedule.parse("mlp", 3)
-        errors = [
-            (equations(m.double(), idx, tp, schedule) - exact).square().mean().item()
+        schedule = Schedule.parse(name, 3)
+        under = [
+            delayed(m.double(), schedule, tp, idx)
+            if schedule.delay
+            else equations(m.double(), idx, tp, schedule)
             for m in (model, made)
         ]
+        errors = [(logits - exact).square().mean().item() for logits in under]
         assert errors[1] < errors[0]
+
+
+def test_damage_to_heads_is_what_they_change_by() -> None:
+    """Against the second layer's attention where one rank's neurons below give nothing."""
+    model = reference(CONFIG).double()
+    first, second = list[Any](model.transformer.h)[:2]
+    split = Partition.of(CONFIG, 2)
+    idx = torch.randint(13, (4, 12), generator=torch.Generator().manual_seed(0))
+    x = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(12))
+    x = x + first.attn(first.ln_1(x))
+    hidden = first.mlp.activation(first.mlp.c_fc(first.ln_2(x)))
+    after = x + first.mlp(first.ln_2(x))
+    told = head_damage(second, after, others(first, hidden, split, list(range(hidden.shape[-1]))))
+    outputs = head_outputs(second, after)
+    whole = second.attn(second.ln_1(after))
+    bias = 0 if second.attn.c_proj.bias is None else second.attn.c_proj.bias
+    torch.testing.assert_close(outputs.sum(2) + bias, whole)
+    for rank in (0, 1):
+        lo, hi = split.columns(1 - rank)  # tp 2: what the rank misses
+        with torch.no_grad():
+            weight = first.mlp.c_proj.weight.clone()
+            first.mlp.c_proj.weight[:, lo:hi] = 0
+            less = head_outputs(second, x + first.mlp(first.ln_2(x)))
+            first.mlp.c_proj.weight.copy_(weight)
+        seen = (less - outputs).square().sum(-1).mean((0, 1))
+        torch.testing.assert_close(told[rank], seen)
 
 
 def test_damage_is_what_it_says() -> None:
@@ -126,9 +167,9 @@ def test_damage_is_what_it_says() -> None:
     with torch.no_grad():
         block.attn.c_proj.weight.mul_(1e-4)
     idx = torch.randint(13, (4, 12), generator=torch.Generator().manual_seed(0))
-    G = next(damages(model, idx))
     x = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(12))
     whole = x + block.attn(block.ln_1(x))
+    G = neuron_damage(block, whole.flatten(0, 1), head_outputs(block, x).flatten(0, 1))
     width, C = CONFIG.n_embd // CONFIG.n_head, CONFIG.n_embd
     full = block.attn.c_proj.weight.clone()
     hidden = torch.nn.functional.gelu(block.mlp.c_fc(block.ln_2(whole)))
@@ -224,6 +265,23 @@ def test_the_scan_measures_the_equations_and_goes_on(home: Path, tmp_path: Path)
     assert again["others"][0]["perplexity"] == 77.0 and again["others"][1] == made["others"][1]
     with pytest.raises(AssertionError, match="is of other weights, another text or another tp"):
         run_ranks(3, _scan, home, words)
+
+
+def test_a_scan_of_delays(home: Path, tmp_path: Path) -> None:
+    """Every sum is there, and all but the named ones arrive one sub-block later."""
+    path = tmp_path / "r.json"
+    words = [f"--report={path}", "--max_tokens=25", "--search=order", "--schedules=", "--delay=1"]
+    said = run_ranks(2, _scan, home, words)[0]
+    assert "one sync point delayed by 1: " in said
+    made = json.loads(path.read_text())
+    assert made["curve"][-1]["sync"] == "delay:1" and len(made["curve"]) == 5
+    model = reference(CONFIG).double()
+    ids = torch.from_numpy(np.fromfile(home / "letters" / "val.bin", "<u2")[:25].astype("int64"))
+    for row in [*made["single"].values(), *made["curve"]]:
+        assert row["sync"].startswith("delay:1")
+        logits = delayed(model, Schedule.parse(row["sync"], 3), 2, ids[:-1].view(2, 12))
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[1:]).exp().item()
+        assert row["perplexity"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_budget(home: Path, tmp_path: Path) -> None:
@@ -350,11 +408,14 @@ def _repair(world: World, home: Path, words: list[str]) -> str:
     return run(world, "repair", home, *words)
 
 
-def test_repair_writes_shards_that_carry_the_schedule(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sync, stretches", [("mlp", 3), ("delay:1+0a", 0)])
+def test_repair_writes_shards_that_carry_the_schedule(
+    home: Path, tmp_path: Path, sync: str, stretches: int
+) -> None:
     path, out = tmp_path / "r.json", tmp_path / "out"
     words = [
         f"--out={out}",
-        "--sync=mlp",
+        f"--sync={sync}",
         "--steps=10",
         "--whole_steps=10",
         f"--report={path}",
@@ -363,18 +424,19 @@ def test_repair_writes_shards_that_carry_the_schedule(home: Path, tmp_path: Path
     said = run_ranks(2, _repair, home, words)[0]
     evidence = json.loads(path.read_text())["evidence"]
     manifest = read_manifest(out)
-    assert manifest.sync is not None and (manifest.sync.schedule, manifest.sync.tp) == ("mlp", 2)
+    assert manifest.sync is not None and (manifest.sync.schedule, manifest.sync.tp) == (sync, 2)
     assert manifest.sync.evidence == {
         key: value for key, value in evidence.items() if key != "control"
     }
     assert (
         evidence["after"] == evidence["whole"]["perplexity"] != evidence["before"]
-        and len(evidence["runs"]) == 3
+        and len(evidence["runs"]) == stretches
     )
     assert "control: the dense model after 10 more steps" in said
     for extra, message in (
         ([], "exists. Choose another place"),
         (["--sync=all", "--force"], "drops no sync point"),
+        (["--sync=delay:1", "--whole_steps=0", "--force"], "add --whole_steps=300"),
     ):
         with pytest.raises(AssertionError, match=message):
             run_ranks(2, _repair, home, [*words, *extra])

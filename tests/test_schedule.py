@@ -1,6 +1,7 @@
 """Schedules of sync points: their grammar, and the ranks' arithmetic against the equations."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def test_what_a_schedule_is_called_makes_it_again(drawn: tuple[int, set[int]]) -
     "text, message",
     [
         ("4m", "there is no sub-block 4m, the model has 4 layers (0 to 3)."),
-        ("0a,,1m", "'' is no sub-block. Use all, mlp, every:K, or a list such as 0a,0m,1m"),
+        ("0a,,1m", "'' is no sub-block. Use all, mlp, every:K, delay:D, or a list such as 0a,0m,1m"),
         ("every", "'every' is no sub-block"),
         ("every:0", "K is 1 to 4"),
         ("every:5", "K is 1 to 4"),
@@ -280,9 +281,9 @@ def test_all_is_megatron() -> None:
     assert all(run_ranks(3, _plain))
 
 
-def _masks(world: World) -> tuple[Tensor, float]:
+def _masks(world: World, sync: str) -> tuple[Tensor, float]:
     config = replace(CONFIG, dropout=0.3)
-    model = sharded(world, config, "every:2", torch.float32, checkpointing=True)
+    model = sharded(world, config, sync, torch.float32, checkpointing=True)
     idx, targets = data(config)
     torch.manual_seed(3)
     _, loss = model(idx, targets)
@@ -292,8 +293,9 @@ def _masks(world: World) -> tuple[Tensor, float]:
     return torch.tensor(gradients.grad_norm(model).item()), loss.item()
 
 
-def test_dropout_leaves_ranks_in_agreement() -> None:
-    (norm, loss), *others = run_ranks(3, _masks)
+@pytest.mark.parametrize("sync", ["every:2", "delay:1", "delay:2+0a"])
+def test_dropout_leaves_ranks_in_agreement(sync: str) -> None:
+    (norm, loss), *others = run_ranks(3, _masks, sync)
     for other_norm, other_loss in others:
         assert other_loss == loss and other_norm.item() == pytest.approx(norm.item(), rel=1e-5)
 
@@ -386,22 +388,27 @@ def test_a_schedule_for_another_tp_is_refused(tmp_path: Path) -> None:
         assert _sampled(tp, tmp_path / "made", "--sync=all")[0]
 
 
-def test_training_under_a_schedule(letters: Path, tmp_path: Path) -> None:  # noqa: F811
-    whole = trained(letters, tmp_path / "whole", 2, 2, sync="mlp")
+@pytest.mark.parametrize("sync, calls", [("mlp", 1.0), ("delay:1+0a", 2.0)])
+def test_training_under_a_schedule(
+    letters: Path, tmp_path: Path, sync: str, calls: float  # noqa: F811
+) -> None:
+    whole = trained(letters, tmp_path / "whole", 2, 2, sync=sync)
     assert whole[-1, 0] < 0.9 * whole[0, 0]  # it learns
-    assert curve(tmp_path / "whole")[3]["all_reduce_per_layer"] == {"forward": 1.0, "backward": 1.0}
-    assert read_manifest(tmp_path / "whole" / "step-000020").sync == Sync("mlp", 2)
-    trained(letters, tmp_path / "half", 2, 2, sync="mlp", max_iters=10)
+    seen = curve(tmp_path / "whole")[3]["all_reduce_per_layer"]
+    assert seen == {"forward": calls, "backward": calls}
+    assert read_manifest(tmp_path / "whole" / "step-000020").sync == Sync(sync, 2)
+    trained(letters, tmp_path / "half", 2, 2, sync=sync, max_iters=10)
     resumed = trained(letters, tmp_path / "half", 2, 2, init_from="resume")
     np.testing.assert_array_equal(resumed, whole)
     with pytest.raises(
-        AssertionError, match="was made for --sync=mlp on tp=2 ranks, and this run has tp=1"
+        AssertionError, match=re.escape(f"was made for --sync={sync}") + " on tp=2 ranks, and this run has tp=1"
     ):
         trained(letters, tmp_path / "half", 1, 1, init_from="resume")
 
 
+@pytest.mark.parametrize("sync", ["mlp", "delay:1"])
 def test_data_parallel_replicas_agree_under_a_schedule(
-    letters: Path, tmp_path: Path  # noqa: F811
+    letters: Path, tmp_path: Path, sync: str  # noqa: F811
 ) -> None:
-    one, two = (trained(letters, tmp_path / str(size), size, 2, sync="mlp") for size in (2, 4))
+    one, two = (trained(letters, tmp_path / str(size), size, 2, sync=sync) for size in (2, 4))
     np.testing.assert_allclose(one, two, rtol=1e-4)

@@ -380,10 +380,9 @@ def _eager_norm(world: World, config: GPTConfig) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [CONFIG, DROPPED], ids=["plain", "dropout"])
-def test_compiled_blocks_give_the_same_numbers_and_account(config: GPTConfig) -> None:
-    norm, calls = run_ranks(2, _compiled, config)[0]
-    assert norm == pytest.approx(run_ranks(2, _eager_norm, config)[0], rel=1e-5)
+def test_compiled_blocks_give_the_same_numbers_and_account() -> None:
+    norm, calls = run_ranks(2, _compiled, DROPPED)[0]
+    assert norm == pytest.approx(run_ranks(2, _eager_norm, DROPPED)[0], rel=1e-5)
     assert calls == {"all_gather": 6, "reduce_scatter": 4}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from base.errors import Unavailable
 from parallel import shm
-from parallel.collectives import all_reduce
+from parallel.collectives import all_reduce, all_reduce_later
 from parallel.shm import SLOT_BYTES, ShmTransport
 from world.devices import pick_comm
 from world.launch import Launch
@@ -65,6 +65,40 @@ def test_sums_and_maxima(size: int, dtype: torch.dtype) -> None:
         assert torch.equal(largest.double(), brought.amax(0))
         for other in ranks[1:]:
             assert torch.equal(other[i][0], total) and torch.equal(other[i][1], largest)
+
+
+def _later(world: World, under_way: int) -> bool:
+    """Sums that are begun, then waited for in another order, beside others that are not: each is the one at once."""
+    transport, right, begun = carrier(world), [], []
+    for i in range(60):
+        shape = (1 + i * 37 % 5000,) if i % 7 else (shm.LATE_BYTES // 4 + i % 2,)
+        mine = message(world.rank + 10 * i, shape, (torch.float32, torch.bfloat16)[i % 2])
+        right.append(transport.all_reduce(mine, "sum"))
+        begun.append((i, transport.all_reduce_later(mine)))
+        if len(begun) == under_way:
+            j, wait = begun.pop(i * 5 % under_way)
+            assert torch.equal(wait(), right[j])
+    return all(torch.equal(wait(), right[j]) for j, wait in begun)
+
+
+@pytest.mark.parametrize("size, under_way", [(2, 1), (2, 3), (3, shm.LATE_SLOTS + 3)])
+def test_sums_that_are_waited_for_later(size: int, under_way: int) -> None:
+    assert all(run_ranks(size, _later, under_way))
+
+
+def _hidden(world: World) -> bool:
+    """Rank 1 begins a sum after it has heard that rank 0 did."""
+    transport, mine = carrier(world), torch.ones(100)
+    if world.rank == 1:
+        world.barrier()
+    wait = transport.all_reduce_later(mine)
+    if world.rank == 0:
+        world.barrier()
+    return torch.equal(wait(), 2 * mine)
+
+
+def test_whoever_begins_a_sum_waits_for_nobody() -> None:
+    assert all(run_ranks(2, _hidden))
 
 
 def _specials(world: World) -> list[Tensor]:
@@ -174,7 +208,13 @@ def _operations(rank: int, transport: ShmTransport) -> None:
         transport.broadcast(torch.zeros(4, dtype=torch.int8), 0)
 
 
-@pytest.mark.parametrize("body", [_lengths, _types, _operations])
+def _late_lengths(rank: int, transport: ShmTransport) -> None:
+    wait = transport.all_reduce_later(torch.ones(5 + rank))
+    transport.all_reduce(torch.ones(3), "sum")
+    wait()
+
+
+@pytest.mark.parametrize("body", [_lengths, _types, _operations, _late_lengths])
 def test_ranks_that_bring_different_messages_are_told(body: Any) -> None:
     first, second = run_ranks(2, _said, body)
     assert first == "rank 1 of the group brought another message than rank 0"
@@ -197,6 +237,22 @@ def _killed(world: World, options: Any) -> None:
     if world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     all_reduce(torch.zeros(4), axis.at("mlp", 3), "forward")
+
+
+def _killed_later(world: World, options: Any) -> None:
+    waits = [all_reduce_later(torch.zeros(4), world.tp.at("mlp", 3), "forward") for _ in range(2)]
+    world.barrier()
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    waits += [all_reduce_later(torch.zeros(4), world.tp.at("mlp", 4), "forward")]
+    for wait in reversed(waits):
+        wait()
+
+
+def test_a_peer_killed_with_sums_under_way_is_named(tmp_path: Path) -> None:
+    said = spoken(launch(2, _killed_later, tmp_path, ["--device=cpu", "--comm=shm"]))
+    assert "rank 0 lost contact with its peers (rank 1 is gone) in all_reduce #1 (layer 4, mlp, forward)" in said
+    assert said.count("\n") == 1
 
 
 def test_a_peer_killed_inside_a_run_is_named(tmp_path: Path) -> None:
@@ -254,7 +310,7 @@ def _closed(pid: int, descriptor: int, nbytes: int) -> None:
     [
         ("no compiler", "/nowhere/cc could not be run ([Errno 2] No such file or directory: '/nowhere/cc')"),
         ("a compiler that fails on rank 1", "rank 1: false failed: no message"),
-        ("no memory", "4 MB of shared memory cannot be had (No space left on device)"),
+        ("no memory", "13 MB of shared memory cannot be had (No space left on device)"),
         ("nothing to open", "rank 1: the shared memory of rank 0 cannot be opened (Permission denied)"),
     ],
 )

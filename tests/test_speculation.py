@@ -107,6 +107,7 @@ WAYS = {
     "int8": (SHORTER, "int8", 8),
     "int8, drawn": (replace(DRAWN, max_new_tokens=14), "int8", 8),
     "once a layer": (SHORTER, "mlp", 8),
+    "delayed": (SHORTER, "delay:1", 8),
     "the sequence split": (SHORTER, "sequence", 6),
     "once in two layers, drawn": (replace(DRAWN, max_new_tokens=14), "every:2", 8),
 }

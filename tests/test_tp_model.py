@@ -225,31 +225,3 @@ def test_every_split_starts_from_the_same_weights() -> None:
             assert torch.equal(tensor, take(reference[name], rules[name], rank).detach())
     std = reference["transformer.h.0.mlp.c_proj.weight"].std().item()
     assert std == pytest.approx(0.02 / 2, rel=0.1)  # 0.02 / sqrt(2 n_layer)
-
-
-def _compiled(world: World) -> tuple[float, dict[str, int]]:
-    idx, targets = data(SMALL)
-    model = TensorParallelGPT(SMALL, world.tp)
-    model.compile_blocks()
-    for _ in range(2):
-        before = world.ledger.snapshot()
-        model.zero_grad()
-        _, loss = model(idx, targets)
-        assert loss is not None
-        loss.backward()
-    norm = gradients.grad_norm(model).item()
-    return norm, {f"{e.layer} {e.block} {e.direction}": t.calls for e, t in world.ledger.since(before).items()}
-
-
-@pytest.mark.slow
-def test_compiled_blocks_give_the_same_numbers_and_account() -> None:
-    idx, targets = data(SMALL)
-    reference = TensorParallelGPT(SMALL, alone())
-    _, loss = reference(idx, targets)
-    assert loss is not None
-    loss.backward()
-    norm, calls = run_ranks(2, _compiled)[0]
-    assert norm == pytest.approx(gradients.grad_norm(reference).item(), rel=1e-5)
-    layers = {f"{i} {block} {way}": 1 for i in (0, 1) for block in ("attention", "mlp") for way in ("forward", "backward")}
-    rest = {"embedding forward": 1, "head backward": 1, "loss forward": 1, "optimizer step": 1}
-    assert calls == layers | {f"None {name}": n for name, n in rest.items()}

@@ -93,7 +93,7 @@ class Run:
         return (
             f"number of parameters: {self.model.get_num_params() / 1e6:.2f}M "
             f"({c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide)\n"
-            f"world {w.size} = dp {w.dp.size} x tp {w.tp.size}, {w.comm}, {w.device.type}, "
+            f"world {w.size} = dp {w.dp.size} x tp {w.tp.size}, {w.over}, {w.device.type}, "
             f"{dtype_name(self.dtype)}; {self.tokens_per_iter:,} tokens/iter = {rows.micro_rows} "
             f"seq x {c.block_size} x {rows.micro_steps} accum x {w.dp.size} dp"
             f"{', sharded' * bool(self.model.sharding)}{points}"

@@ -11,6 +11,7 @@ import torch
 
 from base.errors import UserError, print_error
 from checkpoints.manifest import DTYPES
+from plan.link import Link
 from world.launch import Launch
 
 
@@ -90,11 +91,12 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def pick_comm(
-    comm: str, device: torch.device, launch: Launch, tp: int, shared: bool = False
+    comm: str, device: torch.device, launch: Launch, tp: int, shared: bool = False,
+    link: Link | None = None,
 ) -> str:
     """The transport of the tp axis. UserError if the one asked for cannot work here. auto: nccl if
     every rank has its own GPU; shm between CPU ranks if no tp group spans hosts; else gloo.
-    shared: two ranks have the same GPU."""
+    shared: two ranks have the same GPU. link: to be emulated, which shm can."""
     kind, whole = device.type, launch.local_size % tp == 0  # whole: a host holds whole tp groups
     if comm == "auto":
         comm = "shm" if kind == "cpu" and whole else "gloo"
@@ -114,7 +116,13 @@ def pick_comm(
         raise UserError(f"--comm={comm}{fault}")
     if comm == "shm" and tp == 1:
         comm = "gloo"  # shm is for the tp axis only
-    return comm if launch.size > 1 else "none"
+    comm = comm if launch.size > 1 else "none"
+    if link is not None and comm != "shm":
+        what = {"nccl": "this run has a real link, nccl", "gloo": "this run has a real link, gloo"}
+        why = what.get(comm, "this run is one rank, which sends nothing")
+        raise UserError(f"--link emulates a link over shared memory, between the CPU ranks of a tp "
+                        f"group on one host: {why}.")
+    return comm
 
 
 def set_threads(threads: int, device: torch.device, launch: Launch) -> None:

@@ -13,9 +13,11 @@ import torch.distributed as dist
 
 from base.errors import Unavailable, UserError, print_error
 from parallel.collectives import Axis, GroupTransport, Transport
+from parallel.emulated_link import EmulatedLink
 from parallel.ledger import Entry, Ledger, Track
 from parallel.shm import ShmTransport
 from parallel.symmetric import SymmetricTransport
+from plan.link import Link
 from world.devices import check_compiler, gpu_name, pick_comm, pick_device, set_threads, share_gpus
 from world.launch import Launch, call_roll, check_statements, open_store, warn_of_hosts
 from world.peers import Peer
@@ -42,11 +44,17 @@ class World:
     launch: Launch = Launch(0, 1, 0, 1)
     track: Track = field(default_factory=Track)
     watch: Watch | None = None
+    link: Link | None = None  # that is emulated on the tp axis
 
     @property
     def is_main(self) -> bool:
         """The one rank that prints and writes. It joins every collective like the others."""
         return self.rank == 0
+
+    @property
+    def over(self) -> str:
+        """The transport of the tp axis, for people."""
+        return f"{self.comm}, link emulated ({self.link})" if self.link else self.comm
 
     @property
     def orphaned(self) -> bool:
@@ -117,11 +125,12 @@ def make_groups(dp: int, tp: int, timeout: float) -> dict[str, dist.ProcessGroup
 
 
 def make_axis(
-    name: str, group: dist.ProcessGroup | None, comm: str, ledger: Ledger, timeout: float = 120.0
+    name: str, group: dist.ProcessGroup | None, comm: str, ledger: Ledger, timeout: float = 120.0,
+    link: Link | None = None,
 ) -> Axis:
     """An axis over nccl, gloo or shm. group: None for an axis of one rank. timeout: seconds that
-    shm waits for a rank. Unavailable, on all ranks, if shm cannot be used. With nccl, small sums
-    along tp use symmetric memory where it is available."""
+    shm waits for a rank. link: that shm emulates. Unavailable, on all ranks, if shm cannot be used.
+    With nccl, small sums along tp use symmetric memory where it is available."""
     if group is None:
         return Axis(name, ledger=ledger)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
@@ -129,7 +138,9 @@ def make_axis(
     transport: Transport = plain
     exchange = partial(_gathered, size=size, group=group)
     if comm == "shm":
-        transport = ShmTransport(rank, size, exchange, plain, timeout)
+        transport = shm = ShmTransport(rank, size, exchange, plain, timeout)
+        if link is not None:
+            transport = EmulatedLink(shm, link, exchange)
     elif comm == "nccl" and name == "tp":
         try:
             transport = SymmetricTransport.open(rank, exchange, plain)
@@ -146,7 +157,7 @@ def first_ranks(world: World, size: int, timeout: float) -> Axis | None:
     group = dist.new_group(list(range(size)), timedelta(seconds=timeout))
     if world.rank >= size:
         return None
-    return make_axis("tp", group, world.comm, world.ledger, timeout)
+    return make_axis("tp", group, world.comm, world.ledger, timeout, world.link)
 
 
 @contextmanager
@@ -157,7 +168,8 @@ def start(options: Any, tp: int, prog: str, shared: dict[str, Any]) -> Iterator[
     launch, ledger = Launch.from_environment(), Ledger()
     shape = sizes(launch.size, tp, prog)
     device = pick_device(options.device, launch)
-    comm = pick_comm(options.comm, device, launch, shape[1])
+    link = Link.parse(options.link) if options.link else None
+    comm = pick_comm(options.comm, device, launch, shape[1], link=link)
     set_threads(options.threads, device, launch)
     if options.compile:
         check_compiler(device)
@@ -172,7 +184,7 @@ def start(options: Any, tp: int, prog: str, shared: dict[str, Any]) -> Iterator[
     attempt, statements = call_roll(store, launch.rank, launch.size, mine, options.start_timeout)
     check_statements(statements)
     same_gpu = share_gpus(statements, options.oversubscribe)
-    comm = pick_comm(options.comm, device, launch, shape[1], same_gpu)
+    comm = pick_comm(options.comm, device, launch, shape[1], same_gpu, link)
     peers = tuple(Peer(stated["host"], stated["pid"], stated["space"]) for stated in statements)
     if launch.rank == 0:
         warn_of_hosts(peers, shape[1], prog)
@@ -180,7 +192,7 @@ def start(options: Any, tp: int, prog: str, shared: dict[str, Any]) -> Iterator[
     watch = Watch(store, holds, launch, peers, ledger, options.start_timeout, prog)
     watch.start()
     try:
-        world = _connect(store, watch, shape, device, comm, options)
+        world = _connect(store, watch, shape, device, comm, link, options)
     except BaseException:
         watch.stop()  # this rank's own fault, which world/entry.py reports
         raise
@@ -190,7 +202,8 @@ def start(options: Any, tp: int, prog: str, shared: dict[str, Any]) -> Iterator[
 
 
 def _connect(
-    store: Any, watch: Watch, shape: tuple[int, int], device: torch.device, comm: str, options: Any
+    store: Any, watch: Watch, shape: tuple[int, int], device: torch.device, comm: str,
+    link: Link | None, options: Any,
 ) -> World:
     """The world after the roll call. shape: (dp, tp)."""
     seconds, ledger, launch = options.comm_timeout + LATER_S, watch.ledger, watch.launch
@@ -204,10 +217,11 @@ def _connect(
     groups = make_groups(*shape, seconds)
     dp_axis = make_axis("dp", groups.get("dp"), "gloo" if comm == "shm" else comm, ledger)
     try:
-        tp_axis = make_axis("tp", groups.get("tp"), comm, ledger, seconds)
+        tp_axis = make_axis("tp", groups.get("tp"), comm, ledger, seconds, link)
     except Unavailable as error:
-        if options.comm == "shm":
-            raise UserError(f"--comm=shm: {error}. Use --comm=gloo.") from None
+        if options.comm == "shm" or link is not None:
+            without = " without --link" * (link is not None)
+            raise UserError(f"--comm=shm: {error}. Use --comm=gloo{without}.") from None
         comm = "gloo"
         tp_axis = make_axis("tp", groups.get("tp"), comm, ledger)
         if tp_axis.rank == 0:
@@ -215,7 +229,7 @@ def _connect(
             print_error(f"{watch.prog}: {slower}: {error}")
     world = World(
         launch.rank, launch.size, device, comm, tp_axis, dp_axis, ledger, groups, watch.peers,
-        launch, ledger.track("world", tuple(range(launch.size))), watch,
+        launch, ledger.track("world", tuple(range(launch.size))), watch, link,
     )  # fmt: skip
     _test(world)
     for track in ledger.tracks:
