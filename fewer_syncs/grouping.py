@@ -12,7 +12,10 @@ attention maps, and 2609.13846, which deals neurons by first-order damage.)
 
 Under delay:1 a rank's heads also miss the other ranks' neurons of the layer below. The damage to a
 head is then the mean square of what its output changes by. From the first layer to the last, heads
-and neurons of least damage together are chosen.
+and neurons of least damage together are chosen. Neurons that are dealt for their own heads' sake
+add up to outputs that differ between ranks, so the next layer's heads miss more. Pairs of them are
+exchanged until their damage and that of the next heads, which grows with the mean square of what
+they miss, are least together.
 """
 
 import itertools
@@ -124,17 +127,22 @@ def choices(model: GPT, idx: Tensor, split: Partition, delayed: bool) -> Iterato
     blocks: Any = model.transformer.h
     x = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(idx.shape[1]))
     unseen: list[list[Tensor]] = []  # by each rank's heads, [B, T, C]: grouped, and as it is
-    for block in blocks:
+    for layer, block in enumerate(blocks):
         costs = [head_damage(block, x, missing) for missing in unseen]
         outputs = head_outputs(block, x).flatten(0, 1)
         x = x + block.attn(block.ln_1(x))
-        found = group(neuron_damage(block, x.flatten(0, 1), outputs), split, *costs)
-        yield found
-        if delayed:
-            hidden = block.mlp.activation(block.mlp.c_fc(block.ln_2(x)))
+        G = neuron_damage(block, x.flatten(0, 1), outputs)
+        found = group(G, split, *costs)
+        hidden = block.mlp.activation(block.mlp.c_fc(block.ln_2(x)))
+        x = x + block.mlp(block.ln_2(x))
+        if delayed and layer + 1 < len(blocks):
+            missing = others(block, hidden, split, found.neurons)
+            square = sum(part.square().sum(dim=-1).mean() for part in missing)
+            weight = head_damage(blocks[layer + 1], x, missing).sum() / square
+            found = balanced(found, G, weight * inner_products(block, hidden), split)
             unseen = [others(block, hidden, split, neurons)
                       for neurons in (found.neurons, list(range(hidden.shape[-1])))]
-        x = x + block.mlp(block.ln_2(x))
+        yield found
 
 
 def head_outputs(block: Any, x: Tensor) -> Tensor:
@@ -153,6 +161,12 @@ def others(block: Any, hidden: Tensor, split: Partition, neurons: list[int]) -> 
     shares = [neurons[slice(*split.columns(rank))] for rank in range(split.tp)]
     outputs = [F.linear(hidden[..., share], weight[:, share]) for share in shares]
     return [sum(outputs) - own for own in outputs]
+
+
+def inner_products(block: Any, hidden: Tensor) -> Tensor:
+    """[n_hidden, n_hidden], float64: the mean inner products of the neurons' outputs."""
+    acts, weight = hidden.flatten(0, 1).double(), block.mlp.c_proj.weight.double()
+    return (acts.T @ acts / len(acts)) * (weight.T @ weight)
 
 
 def head_damage(block: Any, x: Tensor, unseen: list[Tensor]) -> Tensor:
@@ -200,6 +214,22 @@ def group(G: Tensor, split: Partition, cost: Tensor | None = None,
     damage += sum(float(_missed(G, share)[slice(*split.columns(rank))].sum())
                   for rank, share in enumerate(as_it_is))
     return found._replace(as_it_is=damage)
+
+
+def balanced(found: Choice, G: Tensor, M: Tensor, split: Partition) -> Choice:
+    """The neurons after exchanges. M: `inner_products`, in units of damage; what all ranks miss has
+    as mean square that of their own outputs, and a constant."""
+    shares = [found.heads[slice(*split.heads(rank))] for rank in range(split.tp)]
+    cost = torch.stack([_missed(G, share) for share in shares])
+    owner = torch.empty(len(M), dtype=torch.int64)
+    for rank in range(split.tp):
+        owner[found.neurons[slice(*split.columns(rank))]] = rank
+    before = cost.gather(0, owner.unsqueeze(0)).sum()
+    pulls = M, torch.stack([M[owner == rank].sum(dim=0) for rank in range(split.tp)])
+    while _exchange(cost, owner, pulls):
+        pass
+    change = float(cost.gather(0, owner.unsqueeze(0)).sum() - before)
+    return found._replace(neurons=owner.argsort(stable=True).tolist(), damage=found.damage + change)
 
 
 def _total(cost: Tensor, shares: list[tuple[int, ...]]) -> float:
@@ -270,13 +300,24 @@ def deal(cost: Tensor, columns: list[int]) -> tuple[list[int], float]:
     return owner.argsort(stable=True).tolist(), total
 
 
-def _exchange(cost: Tensor, owner: Tensor) -> bool:
-    """Of each two ranks exchange the pair of neurons that gains most. False if none gains."""
+def _exchange(cost: Tensor, owner: Tensor, pulls: tuple[Tensor, Tensor] | None = None) -> bool:
+    """Of each two ranks exchange the pair of neurons that gains most; False if none gains. pulls:
+    (M [n, n], its sums [tp, n] over each rank's neurons), if these also cost the sum of M over all
+    pairs of them."""
     gained = False
     for a, b in itertools.combinations(range(len(cost)), 2):
         in_a, in_b = ((owner == rank).nonzero().squeeze(1) for rank in (a, b))
-        gain_a, gain_b = (cost[a] - cost[b])[in_a], (cost[b] - cost[a])[in_b]
-        if float(gain_a.max() + gain_b.max()) > 1e-12 * float(cost.abs().max()):
-            owner[in_a[gain_a.argmax()]], owner[in_b[gain_b.argmax()]] = b, a
-            gained = True
+        to_b, to_a = cost[b] - cost[a], cost[a] - cost[b]  # what it costs to move a neuron
+        if pulls is not None:
+            M, sums = pulls
+            nearer, own = 2 * (sums[b] - sums[a]), 2 * M.diagonal()
+            to_b, to_a = to_b + nearer + own, to_a - nearer + own
+        j = in_a[to_b[in_a].argmin()]
+        change = to_b[j] + to_a[in_b] - (4 * pulls[0][j, in_b] if pulls else 0)
+        if float(change.min()) < -1e-12 * float(cost.abs().max()):
+            k, gained = in_b[change.argmin()], True
+            owner[j], owner[k] = b, a
+            if pulls is not None:
+                sums[a] += M[k] - M[j]
+                sums[b] += M[j] - M[k]
     return gained

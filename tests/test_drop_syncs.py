@@ -26,8 +26,10 @@ from checkpoints.shards import ShardDirectory
 from cli.grammar import parse
 from fewer_syncs.grouping import (
     Regrouped,
+    balanced,
     choices,
     deal,
+    group,
     head_damage,
     head_outputs,
     neuron_damage,
@@ -204,6 +206,34 @@ def test_partitions_and_dealing_are_the_best_there_are() -> None:
             for p in itertools.permutations(range(n))
         )
         assert total <= 1.05 * best if tp > 2 else total == pytest.approx(best)
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+def test_balanced_neurons_are_nearly_the_best_there_are(tp: int) -> None:
+    """Of all ways to deal six neurons, whose outputs add up: most of them start far from it."""
+    stream = torch.Generator().manual_seed(2)
+    split, better = Partition.of(GPTConfig(8, 13, 1, 6, 12, n_inner=6), tp), 0
+    for _ in range(20):
+        outputs = torch.randn(6, 4, generator=stream, dtype=torch.float64)
+        G = torch.rand(6, 6, 6, generator=stream, dtype=torch.float64)
+        G, M = G @ G.mT, outputs @ outputs.T
+        share = [list(range(*split.heads(rank))) for rank in range(tp)]
+
+        def damage(order: Any, G: Tensor = G, outputs: Tensor = outputs, share: Any = share) -> float:
+            parts = [list(order)[slice(*split.columns(rank))] for rank in range(tp)]
+            others = [sorted({*range(6)} - {*own}) for own in share]
+            missed = [G[part][:, o][:, :, o].sum() for part, o in zip(parts, others, strict=True)]
+            return float(sum(missed) + sum(outputs[part].sum(0).square().sum() for part in parts))
+
+        start = group(G, split)
+        made = balanced(start, G, M, split)
+        share = [made.heads[slice(*split.heads(rank))] for rank in range(tp)]
+        before, after = (damage(found.neurons, share=share) for found in (start, made))
+        best = min(damage(order, share=share) for order in itertools.permutations(range(6)))
+        assert sorted(made.neurons) == list(range(6)) and best <= after + 1e-9
+        assert after <= before + 1e-9 and after <= 1.15 * best
+        better += after < 0.99 * before
+    assert better > 5
 
 
 def test_group_writes_shards_of_the_same_model(home: Path, tmp_path: Path) -> None:
