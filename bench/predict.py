@@ -37,7 +37,7 @@ CUSTOM = "custom"
 SHAPES = HUB_SIZES | {
     "7b-like": (32, 32, 4096), "13b-like": (40, 40, 5120), "65b-like": (80, 64, 8192),
     "175b-like": (96, 96, 12288)}
-FEWER = ("mlp", "every:2", "delay:1")  # of another function, approximately the same
+FEWER = ("mlp", "every:2", "delay:1")  # another function, approximately the same
 
 Way = dict[str, Any]  # a layout: tp, strategy (all, sequence or one of FEWER), its step and figures
 

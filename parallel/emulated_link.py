@@ -23,7 +23,7 @@ SPIN_S = 1e-4  # a sleep ends about this late
 
 
 class EmulatedLink:
-    """Carries messages as `inner` does, later. Every rank of the group makes one at a time."""
+    """Carries messages as `inner` does, but later. All ranks of the group create it together."""
 
     name = "shm"
 

@@ -101,7 +101,7 @@ def _all(world: World, names: list[str], config: GPTConfig, more: dict[str, Any]
     return [differences(world, config, Schedule.parse(name, config.n_layer), **more) for name in names]
 
 
-@pytest.mark.parametrize("tp", [2, 3, 4])
+@pytest.mark.parametrize("tp", [1, 2, 3, 4])
 @pytest.mark.parametrize("how", ["bias", "no bias", "recomputed"])
 def test_logits_and_every_gradient_are_the_equations(tp: int, how: str) -> None:
     more = {"activation_checkpointing": True} if how == "recomputed" else {}
@@ -204,6 +204,13 @@ def test_the_account_has_every_sum_and_its_seconds_in_flight() -> None:
             assert tally.bytes == 2 * 11 * CONFIG.n_embd * 8
             late = entry.layer is not None
             assert late == (tally.in_flight > 0) and tally.in_flight >= 0.99 * tally.seconds * late
+
+
+def test_one_rank_is_the_dense_model() -> None:
+    idx, model = data(CONFIG)[0], full_model(CONFIG)
+    for name in SCHEDULES:
+        found = delayed(model, Schedule.parse(name, CONFIG.n_layer), 1, idx)
+        assert (found - model(idx, idx)[0]).abs().max() < 1e-9 * found.abs().max()
 
 
 def test_names() -> None:
