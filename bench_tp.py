@@ -6,7 +6,7 @@ by round, with the programs that a user would pick instead.
     python bench_tp.py predict --hardware=all
 """
 
-from bench.inference import decode, prefill
+from bench.inference import decode, prefill, texts
 from bench.laboratory import allreduce, block, diagram, page
 from bench.predict import predict
 from bench.training import save, train
@@ -15,6 +15,7 @@ from world.entry import Main, run_commands
 
 COMMANDS: dict[str, tuple[type[options.RunOptions], Main]] = {
     "decode": (options.BenchDecodeOptions, decode), "train": (options.BenchTrainOptions, train),
+    "texts": (options.BenchTextsOptions, texts),
     "prefill": (options.BenchPrefillOptions, prefill), "save": (options.BenchSaveOptions, save),
     "allreduce": (options.BenchAllreduceOptions, allreduce),
     "block": (options.BenchBlockOptions, block), "diagram": (options.BenchDiagramOptions, diagram),

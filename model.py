@@ -115,14 +115,14 @@ class KVCache:
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.kv)
 
-    def check(self, T: int) -> None:
-        """ValueError if T more tokens have no room."""
-        if (n := max(self.lengths)) + T > self.size:
+    def check(self, n: int, T: int) -> None:
+        """ValueError if T tokens after n others have no room."""
+        if n + T > self.size:
             raise ValueError(f"{n} tokens are in the cache, {T} more do not fit its {self.size}")
 
     def begin(self, T: int) -> Tensor:
         """Prepare for T more tokens in every row. Returns their positions, [1 or B, T] int64."""
-        self.check(T)
+        self.check(max(self.lengths), T)
         device, start, stop = self.kv[0].device, min(self.lengths), max(self.lengths) + T
         rows = mask = None
         if start + T == stop:
@@ -146,11 +146,14 @@ class KVCache:
         """The rows now have this many tokens. Padding beyond them is overwritten later."""
         self.lengths = list(lengths)
 
-    def rows(self, index: list[int]) -> "KVCache":
-        """A cache of these rows, in this order; a row may occur several times."""
-        picks = torch.tensor(index, device=self.kv[0].device)
-        kv = [layer.index_select(0, picks) for layer in self.kv]
-        return KVCache(kv, [self.lengths[i] for i in index])
+    def part(self, lo: int, hi: int) -> "KVCache":
+        """The rows [lo, hi), in the same memory."""
+        return KVCache([layer[lo:hi] for layer in self.kv], self.lengths[lo:hi])
+
+    def copy(self, row: int, source: int, tokens: int) -> None:
+        """Copy the first tokens of one row to another."""
+        for layer in self.kv:
+            layer[row, :, :tokens] = layer[source, :, :tokens]
 
 
 class LayerNorm(nn.Module):

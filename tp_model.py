@@ -185,7 +185,8 @@ class TensorParallelGPT(nn.Module):
                  activation_checkpointing: bool = False, schedule: Schedule | None = None,
                  sequence_parallel: bool = False, sharding: "Sharding | None" = None):
         super().__init__()
-        self.config, self.tp, self.sharding, self.compiled = config, tp, sharding, False
+        self.config, self.tp, self.sharding = config, tp, sharding
+        self.dtype, self.compiled = dtype, False  # dtype: of the weights
         self.contribution: Any = contribution
         self.activation_checkpointing = activation_checkpointing
         self.split = split = Partition.of(config, tp.size)

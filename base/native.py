@@ -24,12 +24,13 @@ FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 COMPILE_S = 20.0  # a compiler that takes longer hangs
 
 
-def load(source: Path) -> ctypes.CDLL:
+def load(source: Path, *included: Path) -> ctypes.CDLL:
     """The C file as a library for this processor. Unavailable without a working compiler."""
     found = filter(None, map(shutil.which, ("cc", "gcc", "clang")))
     if not (compiler := os.environ.get("CC") or next(found, None)):
         raise Unavailable("there is no C compiler (cc, gcc or clang)")
-    made_of = source.read_bytes() + "\0".join([_processor(), compiler, *FLAGS]).encode()
+    texts = b"".join(path.read_bytes() for path in (source, *included))
+    made_of = texts + "\0".join([_processor(), compiler, *FLAGS]).encode()
     stem = f"{source.stem}-{hashlib.sha256(made_of).hexdigest()[:16]}"
     cache = _users_cache()
     try:

@@ -1,9 +1,7 @@
 """A contestant: a program that a user would pick instead, in a process of its own.
 
-It loads once, then answers each line on standard input with the seconds that a round took. Between
-rounds it waits for the next line and uses no core.
-
-    python -m bench.contestants '{"kind": "hf", ...}'
+The first line on standard input is the job, {"kind": "hf", ...}. It loads once, then answers each
+further line with the seconds that a round took. Between rounds it waits and uses no core.
 """
 
 import json
@@ -13,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,11 @@ class Contestant:
 
     def __init__(self, job: dict[str, Any]):
         self.kind = job["kind"]
-        command = [sys.executable, "-m", "bench.contestants", json.dumps(job)]
+        command = [sys.executable, "-m", "bench.contestants"]
         self._errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
         self._child: Any = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+        print(json.dumps(job), file=self._child.stdin, flush=True)
         self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -57,9 +57,9 @@ Round = Callable[[], dict[str, Any]]
 
 
 def decoding(job: dict[str, Any], generate: Callable[[int], list[int]]) -> Round:
-    """Seconds of a decode step: the time of N new tokens less that of one, so that the prompt does
-    not count. If N is 1, seconds to the first token."""
-    n = job["new_tokens"]
+    """Seconds of a decoded token: the time of N new ones a text less that of one, so that prompts
+    do not count. If N is 1, seconds to the first token."""
+    n, texts = job["new_tokens"], len(job["prompts"])
 
     def once() -> dict[str, Any]:
         seconds = 0.0
@@ -67,29 +67,59 @@ def decoding(job: dict[str, Any], generate: Callable[[int], list[int]]) -> Round
             started = time.perf_counter()
             tokens = generate(count)
             seconds = time.perf_counter() - started - seconds
-        return {"seconds": seconds / max(1, n - 1), "tokens": tokens}
+        return {"seconds": seconds / max(1, n - 1) / texts, "tokens": tokens}
 
     generate(2)
     return once
 
 
+def writing(job: dict[str, Any], write: Callable[[list[int]], list[list[int]]]) -> Round:
+    """Seconds a token of texts that end after as many new ones as job["lengths"] says. write: the
+    new tokens of the texts with these numbers."""
+    every = list(range(len(job["lengths"])))
+
+    def once() -> dict[str, Any]:
+        started, made = time.perf_counter(), write(every)
+        seconds = (time.perf_counter() - started) / sum(job["lengths"])
+        return {"seconds": seconds, "tokens": [token for text in made for token in text]}
+
+    write(every[:1])
+    return once
+
+
 def hf(job: dict[str, Any]) -> Round:
     import torch
-    from transformers import GPT2LMHeadModel
+    from transformers import GPT2LMHeadModel, StoppingCriteriaList
 
     torch.set_num_threads(job["threads"])
     torch.backends.cuda.enable_cudnn_sdp(False)  # it is slow if every token has a new length
     model: Any = GPT2LMHeadModel.from_pretrained(job["weights"])
     model = model.to(job["device"], getattr(torch, job["dtype"])).eval()
-    idx = torch.tensor([job["prompt"]], device=job["device"])
-    fixed = {"attention_mask": torch.ones_like(idx), "do_sample": False, "pad_token_id": 0}
 
     @torch.inference_mode()
-    def generate(n: int) -> list[int]:
-        out = model.generate(idx, max_new_tokens=n, min_new_tokens=n, **fixed)
-        return out[0, idx.shape[1] :].tolist()
+    def run(prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
+        T = max(map(len, prompts))
+        idx, n = torch.tensor([[0] * (T - len(p)) + p for p in prompts]), torch.tensor(lengths)
+        mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts])
+        ends = lambda ids, scores, **_: ids.shape[1] - T >= n.to(ids.device)  # noqa: E731
+        out = model.generate(
+            idx.to(job["device"]), attention_mask=mask.to(job["device"]), do_sample=False,
+            pad_token_id=0, max_new_tokens=max(lengths), min_new_tokens=max(lengths),
+            stopping_criteria=StoppingCriteriaList([ends]))
+        return [row[T : T + length].tolist() for row, length in zip(out, lengths, strict=True)]
 
-    return decoding(job, generate)
+    def write(texts: list[int]) -> list[list[int]]:
+        """In groups that end after alike many tokens."""
+        made, size = dict[int, list[int]](), job["batch_size"]
+        order = sorted(texts, key=job["lengths"].__getitem__)
+        for group in (order[at : at + size] for at in range(0, len(order), size)):
+            found = run(*([job[key][i] for i in group] for key in ("prompts", "lengths")))
+            made.update(zip(group, found, strict=True))
+        return [made[i] for i in texts]
+
+    if "lengths" in job:
+        return writing(job, write)
+    return decoding(job, lambda n: sum(run(job["prompts"], [n] * len(job["prompts"])), []))
 
 
 def ctranslate2(job: dict[str, Any]) -> Round:
@@ -106,12 +136,74 @@ def ctranslate2(job: dict[str, Any]) -> Round:
                           device_index=int(index or 0), compute_type=compute)
     # a list of words, which the converter made of the tokenizer beside the weights
     words = json.loads((place / "vocabulary.json").read_text())
-    prompt = [words[token] for token in job["prompt"]]
+    prompts = [[words[token] for token in prompt] for prompt in job["prompts"]]
 
     def generate(n: int) -> list[int]:
-        (made,) = model.generate_batch([prompt], max_length=n, min_length=n, sampling_topk=1,
-                                       include_prompt_in_result=False)
-        return list(made.sequences_ids[0])
+        made = model.generate_batch(prompts, max_length=n, min_length=n, sampling_topk=1,
+                                    include_prompt_in_result=False)
+        return [token for text in made for token in text.sequences_ids[0]]
+
+    def write(texts: list[int]) -> list[list[int]]:
+        got = [0] * len(texts)
+
+        def ends(step: Any) -> bool:
+            got[step.batch_id] += 1
+            return got[step.batch_id] == job["lengths"][texts[step.batch_id]]
+
+        made = model.generate_batch(
+            [prompts[i] for i in texts], max_batch_size=job["batch_size"], batch_type="examples",
+            max_length=max(job["lengths"]), min_length=max(job["lengths"]), sampling_topk=1,
+            include_prompt_in_result=False, callback=ends)
+        return [list(text.sequences_ids[0]) for text in made]
+
+    return writing(job, write) if "lengths" in job else decoding(job, generate)
+
+
+def llama_cpp(job: dict[str, Any]) -> Round:
+    """In float16, or in q8_0 for int8; one text."""
+    import gguf
+    from gguf.quants import quantize
+    from llama_cpp import Llama
+
+    from checkpoints.sources import open_source, reader
+    from parallel.collectives import Axis
+    from tp_model import TensorParallelGPT
+
+    source, path = open_source(job["weights"]), Path(job["scratch"]) / "model.gguf"
+    config = source.config
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_block_count(config.n_layer)
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(config.n_hidden)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
+    writer.add_token_merges(["t 0"])
+    kind = gguf.GGMLQuantizationType[{"": "F16", "int8": "Q8_0"}[job["quantize"]]]
+    names = {"transformer.wte": "token_embd", "transformer.wpe": "position_embd",
+             "transformer.ln_f": "output_norm", "transformer.h.": "blk.", "ln_1": "attn_norm",
+             "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm",
+             "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
+    for name, tensor in TensorParallelGPT(config, Axis("tp"), reader(source, 0)).named_parameters():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        matrix = tensor.dim() == 2 and "position" not in name
+        data = tensor.detach().numpy()[: config.vocab_size if "token" in name else None]
+        writer.add_tensor(name, quantize(data, kind) if matrix else data,
+                          raw_dtype=kind if matrix else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = Llama(str(path), n_ctx=config.block_size, n_threads=job["threads"],
+                  n_threads_batch=job["threads"], verbose=False)
+    (prompt,) = job["prompts"]
+
+    def generate(n: int) -> list[int]:
+        return list(islice(model.generate(prompt, temp=0.0, repeat_penalty=1.0), n))
 
     return decoding(job, generate)
 
@@ -136,7 +228,7 @@ def one_rank(job: dict[str, Any]) -> Round:
         quantize(model, lambda mine: [mine])
     if job["compile"]:
         model.compile_blocks()
-    ours = Subject(model, tokenizer_of(source), job["prompt"], job["new_tokens"], Ledger())
+    ours = Subject(model, tokenizer_of(source), job["prompts"], job["new_tokens"], Ledger())
     once = partial(ours.measure, decoder_for(model))
     once()
     return once
@@ -180,8 +272,9 @@ def reference(job: dict[str, Any]) -> Round:
 
 
 def main() -> None:
-    job = json.loads(sys.argv[1])
-    once = {f.__name__: f for f in (hf, ctranslate2, one_rank, reference)}[job["kind"]](job)
+    job = json.loads(sys.stdin.readline())
+    known = {f.__name__: f for f in (hf, ctranslate2, llama_cpp, one_rank, reference)}
+    once = known[job["kind"]](job)
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
         print(json.dumps(once()), flush=True)

@@ -1,10 +1,11 @@
 """Generation, measured: the decode step, and the reading of a prompt."""
 
+import random
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,13 @@ from base.files import write_json
 from bench.rounds import Bench, Round, collectives, column, compare, shown, spread
 from checkpoints.convert import write_hf
 from checkpoints.sources import open_source, tokenizer_of
-from cli.options import BenchDecodeOptions, BenchModelOptions, BenchPrefillOptions, SampleOptions
+from cli.options import (
+    BenchDecodeOptions,
+    BenchModelOptions,
+    BenchPrefillOptions,
+    BenchTextsOptions,
+    SampleOptions,
+)
 from inference.decoders import TorchDecoder, decoder_for
 from inference.generation import Generation
 from inference.load import load, load_draft
@@ -51,18 +58,19 @@ def write_random(directory: Path, options: BenchModelOptions) -> None:
 
 @dataclass
 class Subject:
-    """A model that generates n tokens after a prompt. draft: guesses ahead, if any."""
+    """A model that generates n tokens after each prompt. draft: guesses ahead, if any."""
 
     model: TensorParallelGPT
     tokenizer: Tokenizer
-    prompt: list[int]
+    prompts: list[list[int]]
     n: int
     ledger: Ledger
     draft: Speculation | None = None
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(self.model.config.vocab_size, temperature=0, max_new_tokens=self.n)
+        return Sampling(self.model.config.vocab_size, temperature=0, max_new_tokens=self.n,
+                        batch_size=len(self.prompts))
 
     def describe(self) -> dict[str, Any]:
         model = self.model.config.as_json() | {"parameters": self.model.split.count()}
@@ -73,16 +81,17 @@ class Subject:
         guess: with the draft."""
         draft, captured = self.draft if guess else None, decoder.capture_s
         before, started = self.ledger.snapshot(), time.perf_counter()
-        made = Generation(self.model, [self.prompt], self.sampling, decoder, draft)
+        made = Generation(self.model, self.prompts, self.sampling, decoder, draft)
         for i, _ in enumerate(made):
-            if i == 0 and self.n > 1:  # the first token is there
+            if i == 0 and self.n > 1:  # the first tokens are there
                 before = self.ledger.snapshot()
         seconds, n = time.perf_counter() - started, 1
         if self.n > 1:
             n = made.timing.decode_tokens
             seconds = made.timing.decode_s - (decoder.capture_s - captured)
         account = total(self.ledger.since(before))
-        return {"seconds": seconds / n, "tokens": made.rows[0].tokens[-self.n :],
+        tokens = [token for row in made.rows for token in row.tokens[-self.n :]]
+        return {"seconds": seconds / n, "tokens": tokens,
                 "steps": made.timing.decode_steps / n, "share": account.seconds / seconds,
                 "bytes": account.bytes / n, "calls": account.calls / n}
 
@@ -97,7 +106,7 @@ class Subject:
 
 @contextmanager
 def subject(world: World, options: BenchModelOptions, n: int,
-            text: str = "") -> Iterator[tuple[Subject, dict[str, Any]]]:
+            text: str = "", rows: int = 1) -> Iterator[tuple[Subject, dict[str, Any]]]:
     """The model on these ranks, and the job of a contestant that does the same with its weights.
     text: the prompt, or FILE:path; default: random tokens. UserError if they do not fit."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -109,27 +118,32 @@ def subject(world: World, options: BenchModelOptions, n: int,
         size, vocab_size = source.config.block_size, source.config.vocab_size
         words = "gpt2" if vocab_size == GPT2Tokenizer.n_vocab else "ids"  # of random weights
         tokenizer = tokenizer_of(source, "" if options.init_from else words)
-        prompt = [(7 * i * i + 3) % (vocab_size - 1) for i in range(options.prompt_tokens)]
+        prompts = [[(7 * i * i + 3 + row) % (vocab_size - 1) for i in range(options.prompt_tokens)]
+                   for row in range(rows)]
         if text:
-            (prompt,) = encode(read_prompts([text]), tokenizer)
-            check_prompts([prompt], vocab_size, size, Sampling(vocab_size))
-        if len(prompt) + n > size:
-            raise UserError(f"a prompt of {len(prompt)} tokens and {n} new ones do not fit "
+            prompts = encode(read_prompts([text]), tokenizer) * rows
+            check_prompts(prompts, vocab_size, size, Sampling(vocab_size))
+        if len(prompts[0]) + n > size:
+            raise UserError(f"a prompt of {len(prompts[0])} tokens and {n} new ones do not fit "
                             f"block_size={size}.")
-        job = {"weights": weights, "scratch": scratch, "prompt": prompt, "new_tokens": n,
+        job = {"weights": weights, "scratch": scratch, "prompts": prompts, "new_tokens": n,
                "quantize": options.quantize, "compile": options.compile}
-        yield Subject(load(world, source, options), tokenizer, prompt, n, world.ledger), job
+        yield Subject(load(world, source, options), tokenizer, prompts, n, world.ledger), job
 
 
 def decode(world: World, options: BenchDecodeOptions) -> None:
-    bench = Bench(world, options, ("hf", "ctranslate2", "one_rank", "all_syncs", "no_draft"))
-    with subject(world, options, options.new_tokens, options.prompt) as (ours, job):
+    bench = Bench(world, options, ("hf", "ctranslate2", "llama_cpp", "one_rank", "all_syncs",
+                                  "no_draft"))
+    if "llama_cpp" in bench.names and options.batch_size > 1:
+        raise UserError("--against=llama_cpp writes one text. Use --batch_size=1.")
+    n, rows = options.new_tokens, options.batch_size
+    with subject(world, options, n, options.prompt, rows) as (ours, job):
         names = ("dtype", "compile", "quantize", "draft", "draft_tokens")
         guess = SampleOptions(**{name: getattr(options, name) for name in names})
         ours.draft = load_draft(world, guess, ours.tokenizer, ours.sampling)
         decoder, weights = decoder_for(ours.model), read_weights(ours.model)
         read = sum(world.gather(sum(weight.nbytes for weight in weights)))
-        dtype, length = next(ours.model.parameters()).dtype, len(ours.prompt) + ours.n / 2
+        dtype, length = next(ours.model.parameters()).dtype, len(ours.prompts[0]) + ours.n / 2
         needed = peaks.operations(ours.model.split, length, backward=False)
 
         def once() -> dict[str, Any]:
@@ -142,7 +156,7 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
         ours.measure(decoder)
         own = {"all_syncs": ours.all_syncs, "no_draft": lambda: ours.measure(decoder, guess=False)}
         rounds = bench.against(once, job, **own)
-    head = (f"decode of {ours.n} tokens after {len(ours.prompt)}, batch 1, on {ranks(world)}, "
+    head = (f"decode of {n} tokens after {len(ours.prompts[0])}, batch {rows}, on {ranks(world)}, "
             f"{decoder.name} step{', int8' if options.quantize else ''}; sync points: ")
     figures, lines = decode_report(world, ours, rounds, options)
     figures |= {"decoder": decoder.name, "weight_bytes_read": read, "capture_s": decoder.capture_s}
@@ -185,6 +199,34 @@ def prefill(world: World, options: BenchPrefillOptions) -> None:
               f"{collectives(rounds, 'the time', '')}, {sent(rounds, world)}"]
     figures = {"parties": parties, "share_in_collectives": spread(column(rounds, "share"))}
     bench.finish("prefill", ours.describe() | figures, lines + same_tokens(rounds))
+
+
+def texts(world: World, options: BenchTextsOptions) -> None:
+    """Prompts of 8 tokens and more, 16 new tokens and more of each, some ending sooner than others:
+    the time until the last one has ended."""
+    bench, longest = Bench(world, options, ("hf", "ctranslate2")), options.new_tokens
+    with subject(world, options, longest, rows=options.texts) as (ours, job):
+        draw = random.Random(options.seed).randint
+        ours.prompts = [prompt[: draw(8, len(prompt))] for prompt in ours.prompts]
+        lengths = [draw(16, longest) for _ in ours.prompts]
+        sampling = replace(ours.sampling, batch_size=options.batch_size)
+        decoder, n = decoder_for(ours.model), sum(lengths)
+
+        def once() -> dict[str, Any]:
+            started = time.perf_counter()
+            made = Generation(ours.model, ours.prompts, sampling, decoder,
+                              stops=lambda row, _: row.new + 1 == lengths[row.number])
+            for _ in made:
+                pass
+            found = [token for row in made.rows for token in row.tokens[row.prompt_tokens :]]
+            return {"seconds": (time.perf_counter() - started) / n, "tokens": found}
+
+        job |= {"prompts": ours.prompts, "lengths": lengths, "batch_size": options.batch_size}
+        rounds = bench.against(once, job)
+    parties, lines = compare(rounds, "tokens/s", 1.0)
+    lines.insert(0, f"{options.texts} texts of {n:,} new tokens in all after prompts of 8 to "
+                 f"{options.prompt_tokens}, {options.batch_size} at a time, on {ranks(world)}")
+    bench.finish("texts", ours.describe() | {"parties": parties}, lines + same_tokens(rounds))
 
 
 def same_tokens(rounds: list[Round]) -> list[str]:

@@ -247,13 +247,25 @@ class BenchModelOptions(BenchOptions):
 
 
 class BenchDecodeOptions(BenchModelOptions):
-    """Decode greedily after a prompt; --against=hf,ctranslate2,one_rank,all_syncs,no_draft (the
-    last three: nanoTP on one thread; with the schedule all; without the draft)."""
+    """Decode greedily after a prompt; --against=hf,ctranslate2,llama_cpp,one_rank,all_syncs,
+    no_draft (the last three: nanoTP on one thread; with the schedule all; without the draft)."""
 
     new_tokens: int = option(128, "tokens generated in a round", low=2)
+    batch_size: int = option(1, "texts at a time, each after a prompt of its own", low=1)
     prompt: str = option("", "text to decode after, or FILE:path; default: random tokens")
     draft: str = option("", "guess ahead, as in sample_tp.py")
     draft_tokens: int = option(5, "tokens guessed ahead at most", low=1)
+
+
+class BenchTextsOptions(BenchModelOptions):
+    """Write many texts of different lengths, as many at a time as --batch_size says, also in
+    contestants; --against=hf,ctranslate2."""
+
+    texts: int = option(200, "prompts", low=1)
+    prompt_tokens: int = option(200, "tokens of the longest prompt, at least 8", low=8)
+    new_tokens: int = option(200, "new tokens of the longest text, at least 16", low=16)
+    batch_size: int = option(64, "texts at a time", low=1)
+    comm_timeout: float = option(1500.0, "seconds that ranks wait for a contestant", above=0)
 
 
 class BenchPrefillOptions(BenchModelOptions):

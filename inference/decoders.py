@@ -1,42 +1,36 @@
-"""The decode step: local logits of the newest tokens of rows that are in a KV cache.
+"""A pass: local logits after the newest tokens of rows that are in a KV cache.
 
-`TorchDecoder` runs the model. `GraphDecoder` repeats one run of it as a CUDA graph, which saves the
-host some hundred kernel launches a token. `NativeDecoder` (native_decoder.py) runs it in C on one
-CPU core. The collectives are the same with each.
+`TorchDecoder` runs the model. `GraphDecoder` (cuda_graphs.py) repeats one run of it as a CUDA
+graph. `NativeDecoder` (native_decoder.py) runs it in C on one CPU core. The collectives are the
+same with each.
 """
-
-import time
-from collections.abc import Callable
-from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from base.errors import Unavailable, UserError
-from inference.ahead import Ahead, ChoosingStep, FixedCache, Hidden
-from inference.sampling import Sampling
+from inference.ahead import Hidden
+from inference.packed import suits
 from model import KVCache
-from parallel.ledger import Recording
 from tp_model import TensorParallelGPT
 
 
 def decoder_for(model: TensorParallelGPT, kernels: bool = False) -> "TorchDecoder":
     """The fastest decoder for this model, device and transport. kernels: one with those of
     kernels.py, or a UserError."""
-    from inference.native_decoder import NativeDecoder  # which imports this file
+    from inference.cuda_graphs import GraphDecoder  # which import this file
+    from inference.native_decoder import NativeDecoder
 
-    weight, transport = model.transformer.wpe.weight, model.tp.transport
+    device, transport = model.device, model.tp.transport
     hidden = _with_kernels(model) if kernels else TensorParallelGPT.hidden
-    if weight.device.type == "cuda":
+    if device.type == "cuda":
         # cuDNN's kernel is the fastest, but planned anew for each cache length: 0.5 s a token
         torch.backends.cuda.enable_cudnn_sdp(False)
         if transport is not None and transport.name == "gloo":
             why = "over gloo messages go through the host, so a step cannot be a CUDA graph"
             return TorchDecoder(model, why)
         return GraphDecoder(model, hidden=hidden)
-    native = weight.device.type == "cpu" and weight.dtype == torch.float32 and not model.compiled
-    if not native or torch.get_num_threads() != 1:
+    if not suits(model) or model.sequence_parallel:  # which splits the prompts' tokens
         return TorchDecoder(model)
     try:
         return NativeDecoder(model)
@@ -69,149 +63,39 @@ class TorchDecoder:
     def __init__(self, model: TensorParallelGPT, why: str = ""):
         self.model, self.why = model, why
 
-    def adopt(self, cache: KVCache) -> KVCache:
-        """The cache, where this decoder can read it. Call it before the first step."""
-        return cache
+    def new_cache(self, rows: int, size: int) -> KVCache:
+        """An empty cache of this many rows of `size` tokens, for this decoder."""
+        return self.model.new_cache(rows, size)
 
-    def logits(self, tokens: list[list[int]], cache: KVCache) -> Tensor:
-        """Local logits [rows, T, v] after each of the T newest tokens of every row, which follow
-        the cache; the caller advances it. The next call may overwrite the result. ValueError if the
-        cache has no room."""
-        idx = torch.tensor(tokens, device=self.model.device)
-        return self.model.local_logits(self.model.hidden(idx, cache))
+    def logits(self, new: list[list[int]], cache: KVCache,
+               counts: list[int] | None = None) -> Tensor:
+        """Local logits [sum of counts, v] after the last counts[i] new tokens of each row: after
+        all unless given. new[i] follows row i of the cache; rows of which the cache has nothing
+        come last. The caller advances the cache. The next call may overwrite the result.
+        ValueError if the cache has no room."""
+        n, lengths = len(new), cache.lengths
+        begun = sum(length > 0 for length in lengths)
+        counts = counts or [len(tokens) for tokens in new]
+        parts = [run(_padded(new[lo:hi]), cache.part(lo, hi), _places(new[lo:hi], counts[lo:hi]))
+                 for run, lo, hi in ((self._go_on, 0, begun), (self._read, begun, n)) if lo < hi]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _read(self, new: list[list[int]], cache: KVCache, places: list[tuple[int, int]]) -> Tensor:
+        """Local logits [places, v] at (row, column) of `new` [rows, T]."""
+        device = self.model.device
+        hidden = self.model.hidden(torch.tensor(new, device=device), cache)  # [rows, T, C]
+        return self.model.local_logits(hidden[torch.tensor(places, device=device).unbind(1)])
 
-# Launches a graph, and returns a function that tells whether the GPU has finished it
-Replay = Callable[[], Callable[[], bool]]
-
-
-class CudaGraphs:
-    """Captures CUDA graphs on the current device, all on one stream: each costs cuBLAS memory."""
-
-    @cached_property
-    def _stream(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream()
-
-    def __call__(self, step: Callable[[], Any]) -> tuple[Replay, Any]:
-        """A replay of `step`, and the result of `step`, which every replay overwrites."""
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            step()  # a first run compiles and sets libraries up, which cannot be captured
-        current.wait_stream(self._stream)
-        # thread_local: nccl's watchdog thread may query its events meanwhile
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            out = step()
-
-        def replay() -> Callable[[], bool]:
-            graph.replay()
-            end = torch.cuda.Event()
-            end.record()
-            return end.query
-
-        return replay, out
-
-    def seconds(self, replay: Replay) -> float:
-        """The GPU's time for one replay."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000.0
+    _go_on = _read  # after earlier tokens
 
 
-class FixedStep:
-    """A decode step without arguments, which can be captured: `fill` writes the tokens and lengths
-    into fixed device memory. Its collectives and forward pass are collected in `recording`."""
-
-    recording: Recording
-
-    def __init__(self, model: TensorParallelGPT, cache: KVCache, T: int, hidden: Hidden):
-        shape, self.hidden = (1 + T, len(cache.lengths)), hidden
-        self.model, self.inputs = model, torch.empty(shape, dtype=torch.int64, device=model.device)
-        self.cache = FixedCache(cache, self.inputs[0])
-
-    def fill(self, tokens: list[list[int]], lengths: list[int]) -> None:
-        # one copy from the host
-        self.inputs.copy_(torch.tensor([lengths, *zip(*tokens, strict=True)]))
-
-    def __call__(self) -> Tensor:
-        with self.model.tp.ledger.recording() as self.recording:
-            x = self.hidden(self.model, self.inputs[1:].T, self.cache)
-            return self.model.local_logits(x)
+def _padded(new: list[list[int]]) -> list[list[int]]:
+    """Padding on the right is not attended to, and is overwritten in the cache later."""
+    longest = max(map(len, new))
+    return [tokens + [0] * (longest - len(tokens)) for tokens in new]
 
 
-class GraphDecoder(TorchDecoder):
-    """Captures each step once, and replays it for every token of every prompt.
-
-    Captured steps read keys and values at fixed places: `adopt` copies a cache there. The places
-    are kept, one set for each size (a power of two), and fewer rows take the first of them. The
-    graphs end with the decoder: nccl would wait for them at exit. The account counts replays, not
-    captures. No clock can run within a graph: a call's seconds are those of a graph of the same
-    messages alone, timed once. Ranks capture and replay in the same order. capture: for tests
-    without a GPU. hidden: TensorParallelGPT's own unless given.
-    """
-
-    why = ""
-
-    def __init__(
-        self, model: TensorParallelGPT, capture: CudaGraphs | None = None,
-        hidden: Hidden = TensorParallelGPT.hidden,
-    ):  # fmt: skip
-        self.model, self.hidden = model, hidden
-        self.name = "cuda graph" + ", Triton kernels" * (hidden is not TensorParallelGPT.hidden)
-        self.capture, self.capture_s = capture or CudaGraphs(), 0.0
-        self._places: dict[int, KVCache] = {}  # by size
-        self._steps: dict[Any, tuple[Any, Replay, Tensor]] = {}
-
-    def adopt(self, cache: KVCache) -> KVCache:
-        n, block_size = len(cache.lengths), self.model.config.block_size
-        size = min(block_size, max(128, 1 << (cache.size - 1).bit_length()))
-        places = self._places.get(size)
-        if places is None or len(places.lengths) < n:
-            self._steps = {key: step for key, step in self._steps.items() if key[1] != size}
-            places = self._places[size] = self.model.new_cache(n, size)
-        longest, taken = max(cache.lengths), KVCache([kv[:n] for kv in places.kv], cache.lengths)
-        for place, kv in zip(taken.kv, cache.kv, strict=True):
-            place[:, :, :longest].copy_(kv[:, :, :longest])
-        return taken
-
-    def logits(self, tokens: list[list[int]], cache: KVCache) -> Tensor:
-        T = len(tokens[0])
-        cache.check(T)
-        key = cache.kv[0].data_ptr(), cache.size, len(tokens), T
-        if key not in self._steps:
-            step = FixedStep(self.model, cache, T, self.hidden)
-            step.fill(tokens, cache.lengths)  # a capture's runs write the cache as the replay will
-            self._steps[key] = (step, *self._captured(step))
-        step, replay, out = self._steps[key]
-        step.fill(tokens, cache.lengths)
-        self.model.tp.ledger.replay(step.recording, replay())
-        return out
-
-    def ahead(self, newest: list[int], cache: KVCache, sampling: Sampling) -> Ahead:
-        """newest: the newest token of each row, which is not in the cache."""
-        key = cache.kv[0].data_ptr(), cache.size, len(newest), sampling
-        state = torch.tensor([newest, cache.lengths])
-        if key not in self._steps:
-            step = ChoosingStep(self.model, cache, sampling, self.hidden)
-            step.state.copy_(state)
-            self._steps[key] = (step, *self._captured(step))
-        step, replay, out = self._steps[key]
-        step.state.copy_(state)
-        return Ahead(step, replay, out)
-
-    def _captured(self, step: Any) -> tuple[Replay, Tensor]:
-        began = time.perf_counter()
-        replay, out = self.capture(step)
-        for nbytes in sorted({call.call[1] for call in step.recording.calls}):
-            alike = [call for call in step.recording.calls if call.call[1] == nbytes]
-            messages, _ = self.capture(lambda: [call.again() for call in alike])  # noqa: B023
-            messages()  # ranks that finished this one begin the timed one together
-            seconds = self.capture.seconds(messages) / len(alike)
-            for call in alike:
-                call.seconds = seconds
-                del call.again  # it holds the memory of its message
-        self.capture_s += time.perf_counter() - began
-        return replay, out
+def _places(new: list[list[int]], counts: list[int]) -> list[tuple[int, int]]:
+    """(row, column) of the last counts[i] of each row's tokens."""
+    each = enumerate(zip(map(len, new), counts, strict=True))
+    return [(i, at) for i, (end, count) in each for at in range(end - count, end)]

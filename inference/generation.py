@@ -1,9 +1,10 @@
-"""Generation: prefill, decode steps, and tokens that are the same on all ranks.
+"""Generation: passes that read prompts and newest tokens, the same tokens on all ranks.
 
-A row is one sequence: a prompt is continued in num_samples rows. Every rank runs the same passes
-and collectives; rank 0 of the tp axis chooses the tokens and broadcasts them. A step of a row whose
-newest token is t, with guesses g and h of a draft (speculative decoding: Leviathan, Kalman, Matias,
-arXiv 2211.17192):
+A row is one sequence: a prompt is continued in num_samples rows. Up to batch_size rows are written
+at a time, each in a row of the KV cache; where one ends the next begins at once (continuous
+batching: Yu et al., Orca, OSDI 2022). Every rank runs the same passes and collectives; rank 0 of
+the tp axis chooses the tokens and broadcasts them. A step of a row whose newest token is t, with
+guesses g and h of a draft (speculative decoding: Leviathan, Kalman, Matias, arXiv 2211.17192):
 
     one pass reads    t  g  h       (t is the only one that is in the text already)
     rank 0 draws      a  b  c       after each of them
@@ -15,6 +16,7 @@ So a guess never changes the text, only the number of passes.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -24,10 +26,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from base.errors import UserError
-from inference.decoders import GraphDecoder, TorchDecoder, decoder_for
+from inference.cuda_graphs import GraphDecoder
+from inference.decoders import TorchDecoder, decoder_for
 from inference.sampling import Row, Sampling, candidates, choose
 from inference.speculation import Speculation
-from model import KVCache
 from parallel.collectives import all_gather, broadcast
 from tp_model import TensorParallelGPT
 
@@ -39,14 +41,15 @@ NOT_FINITE = (
 
 @dataclass
 class Timing:
-    """Sums over the groups of rows. A decode step adds a token or more to every unfinished row."""
+    """Sums over steps, each of one pass. A step that reads a prompt counts as prefill, with all
+    that it does beside; a decode step adds a token or more to every row."""
 
     prefill_s: float = 0.0
-    time_to_first_token_s: float = 0.0  # of the first group
+    time_to_first_token_s: float = 0.0
     decode_s: float = 0.0
-    decode_tokens: int = 0  # without each row's first
+    decode_tokens: int = 0
     decode_steps: int = 0
-    kv_cache_bytes: int = 0  # of the largest cache
+    kv_cache_bytes: int = 0
     slid: bool = False
 
 
@@ -65,67 +68,122 @@ class Generation:
         self.decoder, self.size = decoder or decoder_for(model), model.config.block_size
         each = ((i, j) for i in range(len(prompts)) for j in range(sampling.num_samples))
         self.rows = [Row(n, i, j, [*prompts[i]], len(prompts[i])) for n, (i, j) in enumerate(each)]
-        self.timing = Timing()
+        self.timing, self._waiting = Timing(), deque(self.rows)
+        self.most = min(sampling.batch_size, len(self.rows))  # rows written at a time
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[Row]:
-        for first in range(0, len(self.rows), self.sampling.batch_size):
-            yield from self._write(self.rows[first : first + self.sampling.batch_size])
-
-    def _write(self, rows: list[Row]) -> Iterator[Row]:
-        """Write one group of rows to their ends."""
-        timing, size = self.timing, self.size
+        timing = self.timing
+        longest = max(row.prompt_tokens for row in self.rows) + self.sampling.max_new_tokens
+        # a row that slides is read anew in each step, so block_size is enough
+        self.cache = self.decoder.new_cache(self.most, min(self.size, longest))
+        timing.kv_cache_bytes = self.cache.nbytes
         if self.draft is not None:
-            self.draft.begin()
-        started = self._clock()
-        logits, cache = self._prefill(rows)
-        prefilled = self._clock()
-        self._extend(rows, [[] for _ in rows], logits)
-        first_token = time.perf_counter()
-        yield from rows
-        # A row leaves the cache when it ends or outgrows block_size: then its tokens have new
-        # positions in every step, and its whole window is computed each time, as nanoGPT does.
-        cached = rows if cache is not None else []
-        cache = cache and self.decoder.adopt(cache)
-        while active := [row for row in rows if not row.ended]:
-            stay = [i for i, row in enumerate(cached) if not row.ended and len(row.tokens) <= size]
-            if cache is not None and len(stay) < len(cached):
-                cached = [cached[i] for i in stay]
-                cache = self.decoder.adopt(cache.rows(stay)) if stay else None
+            self.draft.begin(self.most, longest)
+        rows, began = list[Row](), time.perf_counter()
+        while rows := self._seat(rows):
+            started = time.perf_counter()
             # a draft has to see a step's tokens before it can guess the next ones
-            goes_ahead = self.draft is None and len(active) == len(cached)
-            if goes_ahead and cache is not None and isinstance(self.decoder, GraphDecoder):
-                yield from self._ahead(self.decoder, cached, cache)
+            goes_ahead = self.draft is None and all(self.cache.lengths)
+            if goes_ahead and isinstance(self.decoder, GraphDecoder):
+                yield from self._ahead(self.decoder, rows)
+                timing.decode_s += time.perf_counter() - started
                 continue
-            timing.slid = timing.slid or any(len(row.tokens) > size for row in active)
-            others = [row for row in active if cache is None or len(row.tokens) > size]
-            active = cached + others
-            guesses = self._guesses(cached, others, cache)
-            counts = self._extend(active, guesses, self._step(cached, others, guesses, cache))
-            timing.decode_tokens += sum(counts)
-            timing.decode_steps += 1
-            if self.draft is not None:
-                for row, guess, count in zip(active, guesses, counts, strict=True):
-                    self.draft.learn(row, len(guess), min(count - 1, len(guess)))
-            yield from active
-        timing.prefill_s += prefilled - started
-        timing.time_to_first_token_s = timing.time_to_first_token_s or first_token - started
-        timing.decode_s += time.perf_counter() - first_token
+            reads = any(not row.new for row in rows)
+            counts = self._step(rows)
+            timing.time_to_first_token_s = (timing.time_to_first_token_s
+                                            or time.perf_counter() - began)
+            yield from rows
+            seconds = time.perf_counter() - started
+            if reads:
+                timing.prefill_s += seconds
+            else:
+                timing.decode_s += seconds
+                timing.decode_tokens += sum(counts)
+                timing.decode_steps += 1
 
-    def _ahead(self, decoder: GraphDecoder, rows: list[Row], cache: KVCache) -> Iterator[Row]:
-        """Decode with the host one step behind, until all rows have ended or one has no room.
+    def _seat(self, rows: list[Row]) -> list[Row]:
+        """The rows of the next step, each in the row of the cache with its number in the list:
+        first those that the cache knows, then those that are read whole, then those whose prompt
+        one of these reads for them. rows: of the last step."""
+        cache, kept, whole, led = self.cache, list[Row](), list[Row](), list[Row]()
+        for i, row in enumerate(rows):
+            if row.ended:
+                continue
+            if not self.sampling.kv_cache or len(row.tokens) > self.size:
+                whole.append(row)
+                continue
+            if i > len(kept):
+                cache.copy(len(kept), i, len(row.tokens) - 1)
+            kept.append(row)
+        self.timing.slid |= any(len(row.tokens) > self.size for row in whole)
+        for row in list(self._waiting) if len(kept) + len(whole) < self.most else ():
+            prompts = [other.prompt for other in kept]
+            if row.prompt_tokens > 1 and row.prompt in prompts:
+                cache.copy(len(kept), prompts.index(row.prompt), row.prompt_tokens - 1)
+                kept.append(row)
+            else:
+                (led if _leader(row, whole) is not None else whole).append(row)
+            self._waiting.remove(row)
+            if len(kept) + len(whole) + len(led) == self.most:
+                break
+        cache.advance([len(row.tokens) - 1 for row in kept] + [0] * len(whole))
+        return kept + whole + led
+
+    def _step(self, rows: list[Row]) -> list[int]:
+        """One pass, and the rows' next tokens. Returns how many each got."""
+        n, guesses = len(self.cache.lengths), self._guesses(rows)
+        new = [(row.tokens + guess)[length or -self.size :]
+               for row, guess, length in zip(rows, guesses, self.cache.lengths, strict=False)]
+        counts = [1 + len(guess) for guess in guesses[:n]]
+        logits = self.decoder.logits(new, self.cache, counts)
+        places = list(range(len(logits)))
+        for i, row in enumerate(rows[n:], n):
+            leader = _leader(row, rows[:n]) or 0
+            places.append(sum(counts[:leader]))
+            self.cache.copy(i, leader, min(row.prompt_tokens, self.size))
+        if len(rows) > n:
+            logits = logits[torch.tensor(places, device=logits.device)]
+        counts = self._extend(rows, guesses, logits)
+        for row, guess, count in zip(rows, guesses, counts, strict=True):
+            if self.draft is not None and row.new > count:
+                self.draft.learn(row, len(guess), min(count - 1, len(guess)))
+        return counts
+
+    def _guesses(self, rows: list[Row]) -> list[list[int]]:
+        """The draft's guesses for each row that is begun. With the token after them they fit
+        max_new_tokens, the context, and the cache, where each row takes as much room as the one
+        with most guesses."""
+        guesses: dict[int, list[int]] = {}
+        if self.draft is not None and (begun := [row for row in rows if row.new]):
+            full = self.size - 1 if self.sampling.overflow == "stop" else self.size
+            known = zip(rows, self.cache.lengths, strict=False)
+            spare = self.cache.size - max([len(row.tokens) for row, n in known if n], default=0)
+            most = self.sampling.max_new_tokens - 1
+            room = [min(most - row.new, full - len(row.tokens), spare) for row in begun]
+            found = self.draft.propose(begun, [max(0, n) for n in room])
+            guesses = {row.number: guess for row, guess in zip(begun, found, strict=True)}
+        return [guesses.get(row.number, []) for row in rows]
+
+    def _ahead(self, decoder: GraphDecoder, rows: list[Row]) -> Iterator[Row]:
+        """Decode with the host one step behind, until all rows have ended, or one if others wait,
+        or one has no room.
 
         Only rank 0 knows at once that a row has ended. The others hear it with a later step, and
         drop what the row has got since. Ranks launch the same steps, so all of them go by that.
         """
-        axis, new, size = self.model.tp.at("sampling"), rows[0].new, self.size
+        axis, new, size = self.model.tp.at("sampling"), [row.new for row in rows], self.size
         full = size if self.sampling.overflow == "stop" else size + 1
-        most = min(self.sampling.max_new_tokens - new, full - max(len(row.tokens) for row in rows))
+        most = min(self.sampling.max_new_tokens - max(new),
+                   full - max(len(row.tokens) for row in rows))
+        cache = self.cache.part(0, len(rows))
         steps = decoder.ahead([row.tokens[-1] for row in rows], cache, self.sampling)
         counts, heard, collected = [0] * len(rows), [0] * len(rows), 0
-        while collected < steps.launched or steps.launched < most and not all(heard):
-            if steps.launched < most and not all(heard):
-                steps.launch([(row.sample, new + steps.launched) for row in rows], counts)
+        enough = any if self._waiting else all
+        while collected < steps.launched or steps.launched < most and not enough(heard):
+            if steps.launched < most and not enough(heard):
+                places = zip(rows, new, strict=True)
+                steps.launch([(row.sample, n + steps.launched) for row, n in places], counts)
                 if steps.launched - collected < min(2, most):
                     continue
             chosen, collected = steps.collect(), collected + 1
@@ -146,74 +204,7 @@ class Generation:
             if count:
                 del row.tokens[row.prompt_tokens + count :]
                 row.ended = True
-        self.timing.decode_tokens += sum(row.new - new for row in rows)
-        cache.advance([len(row.tokens) - 1 for row in rows])
-
-    def _clock(self) -> float:
-        """The time, after the device has finished its work."""
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return time.perf_counter()
-
-    def _prefill(self, rows: list[Row]) -> tuple[Tensor, KVCache | None]:
-        """Local logits [rows, v] after the prompts, and the rows' cache: one pass that reads every
-        prompt once, however many rows continue it."""
-        windows = list({row.prompt: row.tokens[-self.size :] for row in rows}.values())
-        index = [row.prompt - rows[0].prompt for row in rows]
-        lengths = [len(window) for window in windows]
-        # a row that slides leaves the cache, so block_size is enough
-        most = min(self.size, max(lengths) + self.sampling.max_new_tokens)
-        cache = self.model.new_cache(len(windows), most) if self.sampling.kv_cache else None
-        logits = self._logits(windows, [1] * len(windows), cache)
-        if cache is not None:
-            cache.advance(lengths)
-            cache = cache.rows(index) if len(index) > len(windows) else cache
-            self.timing.kv_cache_bytes = max(self.timing.kv_cache_bytes, cache.nbytes)
-        return logits[torch.tensor(index, device=logits.device)], cache
-
-    def _logits(self, windows: list[list[int]], counts: list[int], cache: KVCache | None) -> Tensor:
-        """Local logits [n, v] after the last counts[i] tokens of each window, in one pass. Padding
-        on the right is not attended to, and is overwritten in the cache later."""
-        longest, device = max(map(len, windows)), self.model.device
-        padded = [window + [0] * (longest - len(window)) for window in windows]
-        hidden = self.model.hidden(torch.tensor(padded, device=device), cache)  # [n, longest, C]
-        ends = zip(map(len, windows), counts, strict=True)
-        places = [(i, at) for i, (end, count) in enumerate(ends) for at in range(end - count, end)]
-        return self.model.local_logits(hidden[torch.tensor(places, device=device).unbind(1)])
-
-    def _guesses(self, cached: list[Row], others: list[Row],
-                 cache: KVCache | None) -> list[list[int]]:
-        """The draft's guesses for each row. With the token after them they fit max_new_tokens, the
-        context, and the cache, where each row takes as much room as the one with most guesses."""
-        rows = cached + others
-        if self.draft is None:
-            return [[] for _ in rows]
-        full = self.size - 1 if self.sampling.overflow == "stop" else self.size
-        spare = cache.size - max(len(row.tokens) for row in cached) if cache is not None else full
-        most = self.sampling.max_new_tokens - 1
-        room = [min(most - row.new, full - len(row.tokens), spare) for row in rows]
-        return self.draft.propose(rows, [max(0, n) for n in room])
-
-    def _step(self, cached: list[Row], others: list[Row], guesses: list[list[int]],
-              cache: KVCache | None) -> Tensor:
-        """Local logits [positions, v] after each row's newest token and after each of its guesses:
-        one pass for the rows in the cache, one for the others."""
-        parts, n = [], len(cached)
-        if cache is not None:
-            cache.advance([len(row.tokens) - 1 for row in cached])  # wrong guesses are overwritten
-            new = [[row.tokens[-1], *guess] for row, guess in zip(cached, guesses[:n], strict=True)]
-            T = max(map(len, new))
-            padded = [tokens + [0] * (T - len(tokens)) for tokens in new]
-            logits = self.decoder.logits(padded, cache).flatten(0, 1)  # [n * T, v]
-            used = [i * T + j for i, tokens in enumerate(new) for j in range(len(tokens))]
-            if len(used) < len(logits):
-                logits = logits[torch.tensor(used, device=logits.device)]
-            parts.append(logits)
-        if others:
-            pairs = list(zip(others, guesses[n:], strict=True))
-            windows = [(row.tokens + guess)[-self.size :] for row, guess in pairs]
-            parts.append(self._logits(windows, [1 + len(guess) for _, guess in pairs], None))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        self.timing.decode_tokens += sum(row.new for row in rows) - sum(new)
 
     def _extend(self, rows: list[Row], guesses: list[list[int]], logits: Tensor) -> list[int]:
         """Give each row its next tokens and end the complete ones. Returns how many each got."""
@@ -268,6 +259,12 @@ class Generation:
                 if ends or j == len(guess) or token != guess[j] or not alike[guess_at + j]:
                     break
             at, guess_at = at + 1 + len(guess), guess_at + len(guess)
+
+
+def _leader(row: Row, rows: list[Row]) -> int | None:
+    """The place of a row that reads the prompt of `row`, which is new, in the same pass."""
+    return next((i for i, other in enumerate(rows) if other.prompt == row.prompt and not other.new),
+                None)
 
 
 def generate(model: TensorParallelGPT, prompts: list[list[int]], sampling: Sampling,

@@ -1,13 +1,15 @@
 """The model for inference, quantized and compiled as the options say, and its draft."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 
-from base.errors import UserError
+from base.errors import Unavailable, UserError
 from base.processes import Exchange
 from checkpoints.sources import Source, identity, open_source, reader, schedule_of, tokenizer_of
 from cli.options import SampleOptions
+from inference.packed import pack, suits
 from inference.sampling import Sampling
 from inference.speculation import Guesser, Ngrams, SmallModel, Speculation
 from parallel.collectives import Axis
@@ -34,6 +36,9 @@ def _prepared(model: TensorParallelGPT, options: Any, gather: Exchange) -> Tenso
         quantize(model, gather)
     if options.compile:
         model.compile_blocks(tuned=model.device.type == "cuda")
+    if suits(model):
+        with suppress(Unavailable):  # the decoder says why
+            pack(model)
     return model
 
 

@@ -1,94 +1,84 @@
-"""The decode step of one CPU thread and at most MOST_TOKENS tokens, in C (decode.c): what lies
-between two collectives, on the rank's float32 or int8 weights in place. They are called here."""
+"""A pass of one CPU thread in C (decode.c): what lies between two collectives, on the rank's packed
+weights. The collectives are called here."""
 
 import ctypes
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from base.native import load
 from inference.decoders import TorchDecoder
+from inference.packed import Linear, address, fields, pack
 from model import ACTIVATIONS, KVCache, LayerNorm
 from parallel.collectives import Axis, all_reduce
 from parallel.flight import Away
 from tp_model import TensorParallelGPT
 
-MOST_TOKENS = 16  # for more, a blocked matrix product is faster than a pass over the weights
-SOURCE = Path(__file__).with_name("decode.c")
-FUNCTIONS = {  # of decode.c, with their parameters: see _fields
-    "embed": "state* table* lo hi wpe* ids* out*",
-    "attention": "state* block* arrived* bias* kv* out*",
+FUNCTIONS = {  # of decode.c, with their parameters: see `fields`
+    "begin": "state* wpe*",
+    "rows": "table* ids* count lo out*",
+    "attention": "state* block* arrived* bias* cache* out*",
     "mlp": "state* block* arrived* bias* out*",
     "keep": "state* out* bias* first",
     "join": "state* arrived* bias* own* count",
     "add_kept": "state* out*",
-    "head": "state* ln_f* table* arrived* bias* logits*",
+    "head": "state* ln_f* table* arrived* bias* wanted* count logits*",
 }
 
 
-def _fields(names: str) -> list[tuple[str, Any]]:
-    """The names and types of a structure's or function's fields: * marks a pointer, else int64."""
-    return [(name.rstrip("*"), ctypes.c_void_p if name.endswith("*") else ctypes.c_int64)
-            for name in names.split()]
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = _fields("weight* factor* bias* outputs inputs")
-
-
 class _Norm(ctypes.Structure):
-    _fields_ = _fields("weight* bias*")
+    _fields_ = fields("weight* bias*")
 
 
 class _Block(ctypes.Structure):
-    _fields_ = [("ln_1", _Norm), ("c_attn", _Linear), ("c_proj", _Linear),
-                ("ln_2", _Norm), ("c_fc", _Linear), ("c_proj_mlp", _Linear),
+    _fields_ = [("ln_1", _Norm), ("c_attn", Linear), ("c_proj", Linear),
+                ("ln_2", _Norm), ("c_fc", Linear), ("c_proj_mlp", Linear),
                 ("scale", ctypes.c_float)]
 
 
 class _State(ctypes.Structure):
-    _fields_ = [*_fields("C h D rows T size activation x* here* partial* work* lengths*"),
+    _fields_ = [*fields("C h D rows size x* here* partial* work* positions* slots*"),
                 ("epsilon", ctypes.c_float)]
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    """NULL for None. The caller keeps the tensor, which is contiguous, while C uses the address."""
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _linear(layer: Any, with_bias: bool = True) -> _Linear:
-    """Of a sharded layer, quantized or not, or of the embedding table as the head."""
-    bias = _address(layer.bias) if with_bias else None
-    if (int8 := layer.int8) is not None:
-        return _Linear(_address(int8.q), _address(int8.scale), bias, *int8.q.shape)
-    return _Linear(_address(layer.weight), None, bias, *layer.weight.shape)
-
-
 def _norm(layer: LayerNorm) -> _Norm:
-    return _Norm(_address(layer.weight), _address(layer.bias))
+    return _Norm(address(layer.weight), address(layer.bias))
+
+
+class NativeCache(KVCache):
+    """Keys and values as decode.c has them. layers: [rows, numbers] each, of which a row has the
+    heads' values [h, size, D], then their keys in panels [h, panels, D, panel]."""
+
+    def __init__(self, layers: list[Tensor], size: int, h: int, D: int, panel: int):
+        self.kv, self.size, self.lengths, at = layers, size, [0] * len(layers[0]), h * size * D
+        self._values = [layer[:, :at].unflatten(1, (h, size, D)) for layer in layers]
+        self._keys = [layer[:, at:].unflatten(1, (h, -1, D * panel)) for layer in layers]
+        self._panel = panel
+
+    def copy(self, row: int, source: int, tokens: int) -> None:
+        for parts, n in (self._values, tokens), (self._keys, -(-tokens // self._panel)):
+            for part in parts:
+                part[row, :, :n] = part[source, :, :n]
 
 
 class _Buffers:
-    """The memory of a step of n tokens, T for each row of a cache of `size`."""
+    """The memory of a pass over n tokens that wants the logits of some of them."""
 
-    def __init__(self, model: TensorParallelGPT, n: int, T: int, size: int):
+    def __init__(self, model: TensorParallelGPT, n: int, wanted: int, size: int, library: Any):
         C, D, rank = model.config.n_embd, model.split.head_dim, model.tp.rank
         h, m = (hi - lo for lo, hi in (model.split.heads(rank), model.split.columns(rank)))
+        self.key = n, wanted, size
         self.x, self.here, self.partial, self.out = torch.empty(4, n, C)
         self.arrived = self.out  # keeps an all-reduce's result while C reads it
-        self.logits = torch.empty(n, model.vocab_hi - model.vocab_lo)
-        self.ids: Any = (ctypes.c_int64 * n)()
-        self.lengths: Any = (ctypes.c_int64 * n)()
-        self.work = torch.empty(n * (C + max(4 * h * D, m)) + size)
-        activation = list(ACTIVATIONS).index(model.config.activation)
-        places = map(_address, (self.x, self.here, self.partial, self.work))
-        lengths = ctypes.addressof(self.lengths)
-        epsilon = model.config.layer_norm_epsilon
-        self.away = Away(model.schedule)
-        self.state = _State(C, h, D, n, T, size, activation, *places, lengths, epsilon)
+        self.logits = torch.empty(wanted, model.vocab_hi - model.vocab_lo)
+        self.ids, self.positions, self.slots = torch.empty(3, n, dtype=torch.int64)
+        self.wanted = torch.empty(wanted, dtype=torch.int64)
+        self.work = torch.empty(library.nanotp_work(*map(ctypes.c_int64, (C, h * D, m, n, size))))
+        places = map(address, (self.x, self.here, self.partial, self.work, self.positions,
+                               self.slots))
+        self.state = _State(C, h, D, n, size, *places, model.config.layer_norm_epsilon)
+        self.away: Away | None = None  # under a delay
 
 
 class _After(NamedTuple):
@@ -108,26 +98,26 @@ class NativeDecoder(TorchDecoder):
 
     def __init__(self, model: TensorParallelGPT):
         super().__init__(model)
-        library, self._call = load(SOURCE), dict[str, Any]()
+        self._library, self._call = pack(model), dict[str, Any]()
         for name, parameters in FUNCTIONS.items():
-            function = self._call[name] = getattr(library, f"nanotp_{name}")
-            function.argtypes = [kind for _, kind in _fields(parameters)]
+            function = self._call[name] = getattr(self._library, f"nanotp_{name}")
+            function.argtypes = [kind for _, kind in fields(parameters)]
             function.restype = None
+        self._library.nanotp_work.restype = self._library.nanotp_slot.restype = ctypes.c_int64
         transformer: Any = model.transformer
         self._blocks, self._biases = [], list[Tensor | None]()  # C has the biases' addresses
         after = iter(self._after_sub_blocks())
+        activation = 1 + list(ACTIVATIONS).index(model.config.activation)
         for block in transformer.h:
             attn, mlp = block.attn, block.mlp
             # a row-parallel layer's bias is added once, to the sum
-            made = _Block(_norm(block.ln_1), _linear(attn.c_attn), _linear(attn.c_proj, False),
-                          _norm(block.ln_2), _linear(mlp.c_fc), _linear(mlp.c_proj, False),
-                          attn.factor / attn.head_dim**0.5)
+            made = _Block(_norm(block.ln_1), attn.c_attn.stored.linear(attn.c_attn.bias),
+                          attn.c_proj.stored.linear(), _norm(block.ln_2),
+                          mlp.c_fc.stored.linear(mlp.c_fc.bias, activation),
+                          mlp.c_proj.stored.linear(), attn.factor / attn.head_dim**0.5)
             self._blocks.append((made, ctypes.addressof(made), next(after), next(after)))
-        self._ln_f, table, head = _norm(transformer.ln_f), transformer.wte, model.head
-        self._head_table = _linear(head, False)
-        self._head_table.outputs = model.vocab_hi - model.vocab_lo  # without the padding
-        wpe = _address(transformer.wpe.weight)
-        self._embedding = table.axis, table.weight.data_ptr(), table.lo, table.hi, wpe
+        self._ln_f, self._head = _norm(transformer.ln_f), model.head.stored.linear()
+        self._table, self._wpe = transformer.wte.table.linear(), address(transformer.wpe.weight)
         self._buffers: _Buffers | None = None
 
     def _after_sub_blocks(self) -> Iterator[_After]:
@@ -141,39 +131,59 @@ class NativeDecoder(TorchDecoder):
                 sync, n = i == len(run) - 1, len(self._biases)
                 summed = sync and not self.model.schedule.delay
                 self._biases.append(total if summed else own)
-                yield _After(n, c_proj.axis, sync, i == 0, _address(self._biases[-1]))
+                yield _After(n, c_proj.axis, sync, i == 0, address(self._biases[-1]))
 
-    def logits(self, tokens: list[list[int]], cache: KVCache) -> Tensor:
-        T = len(tokens[0])
-        if (n := len(tokens) * T) > MOST_TOKENS:
-            return super().logits(tokens, cache)
-        cache.check(T)
-        model, call, b = self.model, self._call, self._buffers
-        if b is None or (b.state.rows, b.state.T, b.state.size) != (n, T, cache.size):
-            b = self._buffers = _Buffers(model, n, T, cache.size)
-        b.ids[:] = [token for row in tokens for token in row]
-        b.lengths[:] = [length + t for length in cache.lengths for t in range(T)]
+    def new_cache(self, rows: int, size: int) -> KVCache:
+        (lo, hi), D = self.model.split.heads(self.model.tp.rank), self.model.split.head_dim
+        numbers = self._library.nanotp_slot(*map(ctypes.c_int64, (hi - lo, D, size)))
+        layers = [torch.empty(rows, numbers) for _ in self._blocks]
+        return NativeCache(layers, size, hi - lo, D, self._library.nanotp_panel())
+
+    def logits(self, new: list[list[int]], cache: KVCache,
+               counts: list[int] | None = None) -> Tensor:
+        model, call, n = self.model, self._call, sum(map(len, new))
+        wanted = n if counts is None else sum(counts)
+        b = self._buffers
+        if b is None or b.key != (n, wanted, cache.size):
+            b = self._buffers = _Buffers(model, n, wanted, cache.size, self._library)
+        self._fill(b, new, cache, counts)
         model.tp.ledger.forward_passes += 1
         state, out = ctypes.addressof(b.state), b.out.data_ptr()
-        axis, *table = self._embedding
-        b.away = Away(model.schedule)
-        call["embed"](state, *table, ctypes.addressof(b.ids), out)
+        b.away = Away(model.schedule) if model.schedule.delay else None
+        table, axis = ctypes.addressof(self._table), model.transformer.wte.axis
+        call["rows"](table, b.ids.data_ptr(), n, model.vocab_lo, out)
         b.arrived = all_reduce(b.out, axis, "forward")
+        call["begin"](state, self._wpe)
         arrived: tuple[int | None, int | None] = b.arrived.data_ptr(), None
         for (_, block, attention, mlp), kv in zip(self._blocks, cache.kv, strict=True):
             call["attention"](state, block, *arrived, kv.data_ptr(), out)
             arrived = self._arrived(attention, b)
             call["mlp"](state, block, *arrived, out)
             arrived = self._arrived(mlp, b)
-        ln_f, head = ctypes.addressof(self._ln_f), ctypes.addressof(self._head_table)
-        call["head"](state, ln_f, head, *arrived, b.logits.data_ptr())
-        return b.logits.view(len(tokens), T, -1)
+        ln_f, head = ctypes.addressof(self._ln_f), ctypes.addressof(self._head)
+        call["head"](state, ln_f, head, *arrived, b.wanted.data_ptr(), wanted, b.logits.data_ptr())
+        return b.logits
+
+    def _fill(self, b: _Buffers, new: list[list[int]], cache: KVCache,
+              counts: list[int] | None) -> None:
+        """Where each token of a pass belongs, and which ones' logits it returns."""
+        ids, positions, slots, wanted = list[int](), list[int](), list[int](), list[int]()
+        for i, (tokens, length) in enumerate(zip(new, cache.lengths, strict=True)):
+            cache.check(length, len(tokens))
+            ids += tokens
+            positions += range(length, length + len(tokens))
+            slots += [i] * len(tokens)
+            count = len(tokens) if counts is None else counts[i]
+            wanted += range(len(ids) - count, len(ids))
+        for place, numbers in ((b.ids, ids), (b.positions, positions), (b.slots, slots),
+                               (b.wanted, wanted)):
+            place.copy_(torch.tensor(numbers))
 
     def _arrived(self, after: _After, b: _Buffers) -> tuple[int | None, int | None]:
         """The addresses of the ranks' sum and of its bias, or NULLs between sync points."""
         state, out = ctypes.addressof(b.state), b.out.data_ptr()
-        if self.model.schedule.delay:
-            self._join(after, b)
+        if b.away is not None:
+            self._join(after, b.away, b)
             return None, None
         if not after.sync:
             self._call["keep"](state, out, after.bias, after.first)
@@ -183,13 +193,13 @@ class NativeDecoder(TorchDecoder):
         b.arrived = all_reduce(b.out, after.axis, "forward")
         return b.arrived.data_ptr(), after.bias
 
-    def _join(self, after: _After, b: _Buffers) -> None:
+    def _join(self, after: _After, away: Away, b: _Buffers) -> None:
         """Go on under a delay: what is due joins, what is under way is read as well."""
         join, state, bias = self._call["join"], ctypes.addressof(b.state), after.bias
-        b.away.start(after.n, b.out.clone(), after.axis)
-        totals: list[Tensor | None] = [*b.away.due(after.n + 1)]
+        away.start(after.n, b.out.clone(), after.axis)
+        totals: list[Tensor | None] = [*away.due(after.n + 1)]
         *earlier, last = totals or [None]
         for total in earlier:
-            join(state, _address(total), None, None, 0)
-        places = (ctypes.c_void_p * len(b.away.own))(*map(_address, b.away.own.values()))
-        join(state, _address(last), bias, ctypes.addressof(places), len(places))
+            join(state, address(total), None, None, 0)
+        places = (ctypes.c_void_p * len(away.own))(*map(address, away.own.values()))
+        join(state, address(last), bias, ctypes.addressof(places), len(places))

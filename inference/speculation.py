@@ -17,12 +17,10 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from inference.decoders import decoder_for
 from inference.sampling import Row, Sampling, candidates, choose
-from model import KVCache
 from tp_model import TensorParallelGPT
 
 LONGEST_PAUSE = 8
@@ -57,16 +55,16 @@ class Ngrams:
 
     def __init__(self, longest: int = 5, shortest: int = 2):
         self.sizes = range(longest, shortest - 1, -1)
-        self.begin()
+        self.begin(0, 0)
 
-    def begin(self) -> None:
-        """A new group of rows begins."""
+    def begin(self, rows: int, longest: int) -> None:
+        """New rows begin, at most so many at a time, of at most `longest` tokens."""
         # for each row: the index after the last occurrence of each run, and the tokens indexed
         self.after: dict[int, dict[tuple[int, ...], int]] = defaultdict(dict)
         self.indexed: dict[int, int] = defaultdict(int)
 
     def guess(self, rows: list[Row], room: list[int]) -> list[list[int]]:
-        """At most room[i] tokens that may follow row i, for all unfinished rows of the group."""
+        """At most room[i] tokens that may follow row i, for all rows that are written and begun."""
         pairs = zip(rows, room, strict=True)
         return [self._continue(row, most) if most else [] for row, most in pairs]
 
@@ -87,25 +85,28 @@ class Ngrams:
 
 @dataclass
 class _Cached:
-    """A row of the draft's cache, which begins at the row's token `begin`: it holds `read` of the
+    """A row in the draft's cache, which begins at the row's token `begin`: it holds `read` of the
     row's tokens, then `guesses` that the draft has read (the row may have got other tokens)."""
 
     row: Row
-    begin: int
-    read: int
-    guesses: list[int]
+    begin: int = 0
+    read: int = 0
+    guesses: list[int] = field(default_factory=list)
 
     @property
-    def length(self) -> int:
-        return len(self.row.tokens) - self.begin
+    def tokens(self) -> list[int]:
+        return self.row.tokens[self.begin :]
 
-    def accept(self) -> None:
-        """Count the guesses that the row got as read, but not its newest token."""
-        for token in self.guesses:
-            if self.read == self.length - 1 or token != self.row.tokens[self.begin + self.read]:
+    def follow(self, room: int, size: int) -> None:
+        """Count the guesses that the row got as read, but not its newest token. Begin anew, from
+        half of `size` back, if the row has more than `room` tokens."""
+        for guess, token in zip(self.guesses, self.tokens[self.read : -1], strict=False):
+            if guess != token:
                 break
             self.read += 1
         self.guesses = []
+        if len(self.tokens) > room:
+            self.begin, self.read = len(self.row.tokens) - size // 2, 0
 
 
 class SmallModel:
@@ -114,30 +115,46 @@ class SmallModel:
 
     def __init__(self, model: TensorParallelGPT, sampling: Sampling):
         self.model, self.sampling, self.decoder = model, sampling, decoder_for(model)
-        self.begin()
 
-    def begin(self) -> None:
+    def begin(self, rows: int, longest: int) -> None:
         self.rows: list[_Cached] = []  # in the order of the cache
-        self.cache: KVCache | None = None
+        self.cache = self.decoder.new_cache(rows, min(self.model.config.block_size, longest))
 
     def guess(self, rows: list[Row], room: list[int]) -> list[list[int]]:
-        n = min(max(room), self.model.config.block_size // 2)
+        n = min(max(room), self.cache.size // 2)
         if n < 1:
             return [[] for _ in rows]
-        cache = self._follow(rows, n)
-        lengths = [cached.length for cached in self.rows]
-        T = max(cached.length - cached.read for cached in self.rows)
-        cache.advance([length - T for length in lengths])  # some rows read tokens a second time
-        new, drawn = [cached.row.tokens[-T:] for cached in self.rows], list[list[int]]()
+        self._seat(rows, n)
+        new, drawn = [cached.tokens[cached.read :] for cached in self.rows], list[list[int]]()
         for j in range(n):
-            drawn.append(self._draw(self.decoder.logits(new, cache)[:, -1], j))
-            cache.advance([length + j for length in lengths])
+            logits = self.decoder.logits(new, self.cache, [1] * len(new))
+            self.cache.advance([len(cached.tokens) + j for cached in self.rows])
+            drawn.append(self._draw(logits, j))
             new = [[token] for token in drawn[-1]]
         guesses = {}
         for cached, *guess in zip(self.rows, *drawn, strict=True):
             guesses[cached.row.number] = guess
-            cached.read, cached.guesses = cached.length, guess[:-1]  # the last one was not read
+            cached.read, cached.guesses = len(cached.tokens), guess[:-1]  # the last was not read
         return [guesses[row.number][:most] for row, most in zip(rows, room, strict=True)]
+
+    def _seat(self, rows: list[Row], n: int) -> None:
+        """Let the cache follow these rows, with room for n - 1 guesses: first those of which it has
+        something, then those that are read whole."""
+        size, known = self.cache.size, {cached.row.number: cached for cached in self.rows}
+        wanted = {row.number: known.get(row.number) or _Cached(row) for row in rows}
+        for cached in wanted.values():
+            cached.follow(size - n + 1, size)
+        # torch's decoder pads what rows read to the longest: some read tokens a second time
+        T = max([len(c.tokens) - c.read for c in wanted.values() if c.read], default=0)
+        kept = list[_Cached]()
+        for i, cached in enumerate(self.rows):
+            cached.read = min(cached.read, max(0, size - T))
+            if cached.row.number in wanted and cached.read:
+                if i > len(kept):
+                    self.cache.copy(len(kept), i, cached.read)
+                kept.append(wanted.pop(cached.row.number))
+        self.rows = kept + list(wanted.values())
+        self.cache.advance([cached.read for cached in self.rows])
 
     def _draw(self, logits: Tensor, ahead: int) -> list[int]:
         """Each row's token, `ahead` positions after its next one, from logits [rows, v]."""
@@ -146,40 +163,6 @@ class SmallModel:
         places = [(cached.row.sample, cached.row.new + ahead) for cached in self.rows]
         each = zip(bits.view(np.float32), ids, places, strict=True)
         return [choose(values, theirs, self.sampling, *place) for values, theirs, place in each]
-
-    def _follow(self, rows: list[Row], n: int) -> KVCache:
-        """The cache, without the rows that ended and with room for n more tokens."""
-        if self.cache is None:
-            return self._read(rows, n)
-        numbers = {row.number for row in rows}
-        stay = [i for i, cached in enumerate(self.rows) if cached.row.number in numbers]
-        if len(stay) < len(self.rows):
-            self.rows = [self.rows[i] for i in stay]
-            self.cache = self.decoder.adopt(self.cache.rows(stay))
-        for cached in self.rows:
-            cached.accept()
-        lengths = [cached.length for cached in self.rows]
-        unread = max(cached.length - cached.read for cached in self.rows)
-        if max(lengths) + n - 1 > self.cache.size or unread > min(lengths):
-            return self._read(rows, n)
-        return self.cache
-
-    def _read(self, rows: list[Row], n: int) -> KVCache:
-        """A new cache: one pass over all tokens of the rows but the newest."""
-        size, lengths = self.model.config.block_size, [len(row.tokens) for row in rows]
-        begins = [0 if length + n - 1 <= size else length - size // 2 for length in lengths]
-        windows = [row.tokens[begin:-1] for row, begin in zip(rows, begins, strict=True)]
-        each = zip(rows, begins, windows, strict=True)
-        self.rows = [_Cached(row, begin, len(window), []) for row, begin, window in each]
-        longest = max(map(len, windows))
-        most = min(size, longest + 1 + self.sampling.max_new_tokens + n)
-        cache = self.model.new_cache(len(rows), most)
-        if longest:
-            padded = [window + [0] * (longest - len(window)) for window in windows]
-            self.model.hidden(torch.tensor(padded, device=self.model.device), cache)
-            cache.advance([longest] * len(rows))
-        self.cache = self.decoder.adopt(cache)
-        return self.cache
 
 
 Guesser = Ngrams | SmallModel
@@ -195,9 +178,9 @@ class Speculation:
     accepted: int = 0
     _paces: dict[int, Pace] = field(default_factory=dict)
 
-    def begin(self) -> None:
+    def begin(self, rows: int, longest: int) -> None:
         self._paces.clear()
-        self.guesser.begin()
+        self.guesser.begin(rows, longest + self.most)
 
     def propose(self, rows: list[Row], room: list[int]) -> list[list[int]]:
         paces = [self._paces.setdefault(row.number, Pace(self.most)) for row in rows]

@@ -13,27 +13,28 @@ from parallel.regions import WHOLE, Region, f, f_linear, g, product
 
 
 class Sharded(nn.Module):
-    """A layer with this rank's part of a weight, [outputs, inputs]. int8: stands for the weight in
-    products, see quantized.py."""
+    """A layer with this rank's part of a weight, [outputs, inputs]. stored: has the products in the
+    weight's place where it is quantized or packed."""
 
     def __init__(self, outputs: int, inputs: int, bias: bool, axis: Axis):
         super().__init__()
         self.inputs, self.axis = inputs, axis
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
-        self.int8: Any = None
+        self.stored: Any = None
 
     def check(self, x: Tensor, hint: str = "") -> None:
         """ValueError if the last dimension of x does not fit."""
         if x.shape[-1] != self.inputs:
-            name = "Quantized" * (self.int8 is not None) + type(self).__name__
             fault = f"expects inputs of width {self.inputs}, got {x.shape[-1]}"
-            raise ValueError(f"{name} {fault}{hint}")
+            raise ValueError(f"{type(self).__name__} {fault}{hint}")
 
     def product(self, x: Tensor, bias: Tensor | None = None, hint: str = "") -> Tensor:
         """x [..., inputs] -> x W^T + bias [..., outputs]. No collective."""
         self.check(x, hint)
-        return product(x, self.weight, bias) if self.int8 is None else self.int8.product(x, bias)
+        if self.stored is not None:
+            return self.stored.product(x, bias)
+        return product(x, self.weight, bias)
 
 
 class ColumnParallelLinear(Sharded):
@@ -48,7 +49,7 @@ class ColumnParallelLinear(Sharded):
         super().__init__(local_out, in_features, bias, axis)
 
     def forward(self, x: Tensor, region: Region = WHOLE) -> Tensor:
-        if self.int8 is not None:
+        if self.stored is not None:
             return self.local(f(x, self.axis, region))
         self.check(x)
         return f_linear(x, self.weight, self.bias, self.axis, region)
@@ -102,8 +103,11 @@ class VocabParallelEmbedding(Sharded):
             raise ValueError(f"rank {axis.rank} cannot hold {wanted}")
         super().__init__(rows, dim, False, axis)
         self.lo, self.hi = lo, hi
+        self.table: Any = None  # table: stands for the weight in look-ups
 
     def forward(self, ids: Tensor, region: Region = WHOLE) -> Tensor:
+        if self.table is not None:
+            return g(self.table.rows(ids, self.lo), self.axis, region)
         if self.axis.size == 1:
             return F.embedding(ids, self.weight)
         elsewhere = (ids < self.lo) | (ids >= self.hi)

@@ -70,24 +70,24 @@ def quantize(model: nn.Module, gather: Exchange) -> None:
     for layer in layers:
         weight = layer.weight
         agreed = largest[layer] if layer in largest else weight.abs().amax(1)
-        layer.int8 = Int8Weight(weight, agreed.to(weight.device))
+        layer.stored = Int8Weight(weight, agreed.to(weight.device))
         if layer not in tables[:1]:
             del layer.weight
 
 
 def quantization(model: nn.Module) -> str:
     """The precision that --quantize gave the model: "int8" or ""."""
-    return "int8" if any(isinstance(module, Int8Weight) for module in model.modules()) else ""
+    return "int8" if any(b.dtype == torch.int8 for b in model.buffers()) else ""
 
 
 def read_weights(model: Any) -> list[Tensor]:
     """This rank's weights that a decode step reads: neither table of which it looks up a row, but
     for the head's."""
-    wte, head = model.transformer.wte, model.head
-    is_read = wte is head and head.int8 is None
-    skipped = [model.transformer.wpe.weight] + [wte.weight] * (not is_read)
-    found = [p.detach() for p in model.parameters() if all(p is not other for other in skipped)]
-    return found + list(model.buffers())
+    wte, skipped = model.transformer.wte, [model.transformer.wpe.weight]
+    if wte is not model.head or wte.stored is not wte.table:
+        skipped += [wte.weight] if wte.table is None else wte.table.buffers()
+    every = [*model.parameters(), *model.buffers()]
+    return [tensor.detach() for tensor in every if all(tensor is not other for other in skipped)]
 
 
 def weight_bytes(model: nn.Module) -> int:

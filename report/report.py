@@ -71,7 +71,7 @@ def build(entry: str, world: World, model: TensorParallelGPT, account: Account,
     fraction = comm["total"]["seconds"] / seconds if seconds else 0.0
     comm["total"]["fraction_of_time"] = round(fraction, 6)
     return {
-        "entry": entry, **where(world), "dtype": str(next(model.parameters()).dtype)[6:],
+        "entry": entry, **where(world), "dtype": str(model.dtype)[6:],
         "quantize": quantization(model), "sync": str(model.schedule),
         "model": model_of(model.config, model.split),
         "memory": {"weight_bytes_per_rank": weights, "kv_cache_bytes_per_rank": caches,

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from base.errors import UserError
 from bench.contestants import Contestant
-from inference.decoders import CudaGraphs, GraphDecoder, TorchDecoder, decoder_for
+from inference.cuda_graphs import CudaGraphs, GraphDecoder
+from inference.decoders import TorchDecoder, decoder_for
 from inference.generation import generate
 from inference.sampling import Sampling
 from model import GPTConfig
@@ -101,11 +102,11 @@ def replayed(
     read: float, copied: float,
 ) -> None:  # fmt: skip
     """The step alone, without choosing a token, and its kernels by time."""
-    cache = model.new_cache(1, 2 * len(prompt))
+    cache = decoder.new_cache(1, 2 * len(prompt))
     with step.attempt(f"{what}, the step alone"), torch.inference_mode():
-        model.hidden(torch.tensor([prompt], device=step.device), cache)
+        decoder.logits([prompt], cache)
         cache.advance([len(prompt)])
-        decoder.logits([[5]], decoder.adopt(cache))
+        decoder.logits([[5]], cache)
         ((_, replay, _),) = decoder._steps.values()
         s = step.seconds(replay, 30)
         step.say(

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from gpu_steps import ROOT, Step
 from torch import Tensor
 
-from inference.decoders import CudaGraphs, GraphDecoder, TorchDecoder
+from inference.cuda_graphs import CudaGraphs, GraphDecoder
+from inference.decoders import TorchDecoder
 from model import GPTConfig
 from parallel.collectives import Axis, GroupTransport
 from parallel.symmetric import MOST_BYTES, SymmetricTransport
@@ -119,16 +120,12 @@ def decoded(
     model = t.split(t.reference(config), Axis("tp")).to(step.device, dtype)
     decoder, cache, found = kind(model), model.new_cache(len(texts), 137), []
     first = [text[: -t.STEPS] for text in texts]
-    longest = max(map(len, first))
     with torch.inference_mode():
-        idx = torch.tensor(
-            [text + [0] * (longest - len(text)) for text in first], device=step.device
-        )
-        model.hidden(idx, cache)
+        decoder.logits(first, cache)
         cache.advance(list(map(len, first)))
         for i in range(t.STEPS):
             news = [[text[i - t.STEPS]] for text in texts]
-            found.append(decoder.logits(news, cache)[:, -1].double().cpu())
+            found.append(decoder.logits(news, cache).double().cpu())
             cache.advance([n + 1 for n in cache.lengths])
     return found
 

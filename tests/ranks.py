@@ -15,12 +15,20 @@ import torch
 import torch.distributed as dist
 
 from base.errors import Unavailable
+from base.native import load
+from inference.packed import SOURCES
 from parallel.collectives import Axis
 from parallel.ledger import Ledger
 from world.mesh import World, make_axis, make_groups
 
 PYTHON = sys.executable  # conftest.py puts a quicker one in its place
 TIMEOUT = 90.0
+
+
+def in_panels(outputs: int) -> int:
+    """The outputs of a packed matrix, with those that fill its last panel."""
+    panel: int = load(*SOURCES).nanotp_panel()
+    return -(-outputs // panel) * panel
 
 
 def run_ranks(size: int, body: Any, *args: Any, tp: int | None = None, comm: str = "shm") -> list[Any]:

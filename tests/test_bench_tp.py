@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import in_panels, run_ranks
 from test_sample_tp import alone
 
 import bench_tp
@@ -81,9 +81,13 @@ def test_decode_and_its_contestants_write_the_same_tokens(tmp_path: Path) -> Non
     made = json.loads(path.read_text())
     assert set(made["parties"]) == {"nanotp", "hf", "one_rank"} and "ratio" in made["parties"]["hf"]
     assert made["model"]["parameters"] == 131 * 24 + 1024 * 24 + 2 * (12 * 24 * 24 + 13 * 24) + 2 * 24
-    # each rank: its part of 12 C^2 a layer and of the biases, all LayerNorms and row-parallel biases, 128 rows of the table
-    split, whole = 2 * (12 * 24 * 24 + 7 * 24), 2 * 6 * 24 + 2 * 24
-    assert made["weight_bytes_read"] == 4 * (split + 2 * (whole + 128 * 24))
+    # each rank: its part of the matrices, whose outputs fill panels, and of the biases, all LayerNorms and
+    # row-parallel biases, its rows of the table
+    split = sum(
+        2 * (in_panels(24 * h) * 24 + in_panels(24) * (8 * h + 48) + in_panels(48) * 24) + in_panels(rows) * 24
+        for h, rows in ((2, 66), (1, 65))
+    )
+    assert made["weight_bytes_read"] == 4 * (split + 2 * 7 * 24 + 2 * (2 * 6 * 24 + 2 * 24))
     assert all(made[name]["median"] > 0 for name in ("read_bandwidth", "share_of_bandwidth"))
     # of a step: 2 all-reduces a layer and 1 for the embedding, 24 floats each; a candidate; a token and whether it ends
     assert f"7.0 calls and {5 * 24 * 4 + 8 + 16} bytes a token" in first
@@ -158,7 +162,7 @@ def test_allreduce_measures_every_transport(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "command, words, message",
     [
-        ("decode", ["--against=vllm"], "--against=vllm is not one of hf, ctranslate2, one_rank, all_syncs, no_draft."),
+        ("decode", ["--against=vllm"], "--against=vllm is not one of hf, ctranslate2, llama_cpp, one_rank, all_syncs, no"),
         ("train", ["--against=hf"], "--against=hf is not one of reference."),
         ("decode", ["--new_tokens=1000", *TINY, "--vocab_size=131"], "a prompt of 128 tokens and 1000 new ones do not fit"),
         ("allreduce", [], "bench_tp.py allreduce needs ranks"),

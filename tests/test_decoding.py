@@ -16,8 +16,9 @@ from test_entry import launch, spoken
 from test_tp_model import deaf
 from torch import Tensor
 
-from inference.decoders import CudaGraphs, GraphDecoder, Replay, TorchDecoder, decoder_for
-from inference.native_decoder import MOST_TOKENS, NativeDecoder
+from inference.cuda_graphs import CudaGraphs, GraphDecoder, Replay
+from inference.decoders import TorchDecoder, decoder_for
+from inference.native_decoder import NativeDecoder
 from model import GPT, GPTConfig
 from parallel import collectives
 from parallel.ledger import Tally
@@ -94,15 +95,13 @@ def steps(
         quantize(model, world.gather)
     decoder = kind(model)
     prompts = texts(config, rows)
-    cache = model.new_cache(rows)
-    longest = max(map(len, prompts)) - STEPS
+    cache = decoder.new_cache(rows, config.block_size)
     with torch.inference_mode():
-        idx = torch.tensor([(p[:-STEPS] + [0] * longest)[:longest] for p in prompts], device=world.device)
-        model.hidden(idx, cache)
+        decoder.logits([p[:-STEPS] for p in prompts], cache)
         cache.advance([len(p) - STEPS for p in prompts])
         before, passes, logits = world.ledger.snapshot(), world.ledger.forward_passes, []
         for i in range(STEPS):
-            logits.append(decoder.logits([[p[i - STEPS]] for p in prompts], cache)[:, -1].clone())
+            logits.append(decoder.logits([[p[i - STEPS]] for p in prompts], cache).clone())
             cache.advance([n + 1 for n in cache.lengths])
     told = {(e.layer, e.block, e.direction, e.op): (t.calls, t.bytes) for e, t in world.ledger.since(before).items()}
     return logits, told, world.ledger.forward_passes - passes
@@ -154,13 +153,13 @@ def test_the_account_is_that_of_torch(tp: int, kind: Any) -> None:
 
 def _deaf(world: World, block: str) -> Tensor:
     """Logits of a step in which one kind of all-reduce is left out."""
-    model = split(reference(WIDE), world.tp)
-    cache = model.new_cache(1)
+    decoder = NativeDecoder(split(reference(WIDE), world.tp))
+    cache = decoder.new_cache(1, 10)
     with torch.inference_mode():
-        model.hidden(torch.tensor([[1, 2, 3]]), cache)
+        decoder.logits([[1, 2, 3]], cache)
         cache.advance([3])
         deaf(block, "forward", "all_reduce")
-        return NativeDecoder(model).logits([[4]], cache)[:, -1].clone()
+        return decoder.logits([[4]], cache).clone()
 
 
 @pytest.mark.parametrize("block", ["embedding", "attention", "mlp"])
@@ -171,14 +170,31 @@ def test_every_all_reduce_is_needed(block: str) -> None:
     assert (torch.cat(run_ranks(2, _deaf, block), dim=1) - right).abs().max() > 1e-2 * right.abs().max()
 
 
-def test_more_rows_than_it_is_made_for_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = split(reference(ODD), alone())
-    decoder = NativeDecoder(model)
-    seen: list[int] = []
-    monkeypatch.setattr(TorchDecoder, "logits", lambda self, tokens, cache: seen.append(len(tokens)))
-    for rows in (MOST_TOKENS, MOST_TOKENS + 1):
-        decoder.logits([[1]] * rows, model.new_cache(rows))
-    assert seen == [MOST_TOKENS + 1]
+def _texts_at_once(world: World, config: GPTConfig, rows: int, int8: bool) -> list[bool]:
+    """Whether each of a pass's rows, some of which begin and some go on, is what it is alone."""
+    model = split(reference(config), world.tp)
+    if int8:
+        quantize(model, world.gather)
+    decoder, prompts, size = NativeDecoder(model), texts(config, rows), config.block_size
+    begun = list(range(0, rows, 2))
+    with torch.inference_mode():
+        cache = decoder.new_cache(rows, size)
+        decoder.logits([prompts[i][:3] if i in begun else prompts[i][:1] for i in range(rows)], cache)
+        cache.advance([3 if i in begun else 0 for i in range(rows)])
+        new = [prompts[i][3:] if i in begun else prompts[i] for i in range(rows)]
+        together, found = decoder.logits(new, cache, [1] * rows).clone(), []
+        for prompt, logits in zip(prompts, together, strict=True):
+            one = decoder.logits([prompt], decoder.new_cache(1, size), [1])
+            found.append(torch.equal(logits, one[0]))
+    return found
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("rows", [2, 7, 30])
+def test_a_text_is_the_same_to_the_bit_beside_any_others(rows: int, int8: bool) -> None:
+    for config in (ODD, WIDE):
+        for same in run_ranks(2, _texts_at_once, config, rows, int8):
+            assert same == [True] * rows
 
 
 def test_what_is_not_a_number_reaches_the_logits() -> None:
@@ -186,7 +202,7 @@ def test_what_is_not_a_number_reaches_the_logits() -> None:
         model = split(reference(ODD), alone())
         with torch.inference_mode():
             dict(model.named_parameters())[name].view(-1)[3] = float("nan")
-            assert NativeDecoder(model).logits([[1]], model.new_cache(1)).isnan().any()
+            assert (decoder := NativeDecoder(model)).logits([[1]], decoder.new_cache(1, 4)).isnan().any()
 
 
 def test_large_numbers_stay_numbers() -> None:
@@ -196,28 +212,27 @@ def test_large_numbers_stay_numbers() -> None:
         model.transformer.h[0].attn.c_attn.weight.mul_(60)  # type: ignore[union-attr, operator]
         model.transformer.h[1].mlp.c_fc.weight.mul_(60)  # type: ignore[union-attr, operator]
         right = model.double()(torch.tensor([[9, 8, 7]]))[0][:, -1]
-    here = split(model.float(), alone())
-    cache = here.new_cache(1)
+    decoder = NativeDecoder(split(model.float(), alone()))
+    cache = decoder.new_cache(1, 3)
     with torch.inference_mode():
-        here.hidden(torch.tensor([[9, 8]]), cache)
+        decoder.logits([[9, 8]], cache)
         cache.advance([2])
-        assert (NativeDecoder(here).logits([[7]], cache)[:, -1] - right).abs().max() < 1e-3 * right.abs().max()
+        assert (decoder.logits([[7]], cache) - right).abs().max() < 1e-3 * right.abs().max()
 
 
 def test_a_full_cache_is_refused() -> None:
-    model = split(reference(ODD), alone())
-    cache = model.new_cache(1, size=4)
-    cache.advance([4])
-    with pytest.raises(ValueError, match="4 tokens are in the cache, 1 more do not fit its 4"):
-        NativeDecoder(model).logits([[1]], cache)
-    with pytest.raises(ValueError, match="4 tokens are in the cache, 1 more do not fit its 4"):
-        graphed(model).logits([[1]], cache)
+    for kind in (TorchDecoder, graphed, NativeDecoder):
+        decoder: Any = kind(split(reference(ODD), alone()))
+        cache = decoder.new_cache(2, ODD.block_size)
+        cache.advance([1, 39])
+        with pytest.raises(ValueError, match="39 tokens are in the cache, 2 more do not fit its 40"):
+            decoder.logits([[1, 2], [1, 2]], cache)
 
 
 def test_where_torch_takes_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     model = split(reference(ODD), alone())
     assert decoder_for(model).name == "native"
-    assert decoder_for(TensorParallelGPT(ODD, alone(), dtype=torch.bfloat16)).name == "torch"
+    assert decoder_for(TensorParallelGPT(ODD, alone(), dtype=torch.bfloat16)).name == "native"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert (decoder_for(model).name, decoder_for(model).why) == ("torch", "")
     monkeypatch.undo()
@@ -241,11 +256,12 @@ def test_a_fixed_steps_logits_are_torchs_bits_where_the_cache_is_as_long_as_the_
     """There torch's own step attends to the whole cache under the same mask."""
     model, logits, caches = split(reference(ODD), alone()), [], []
     for kind in (TorchDecoder, graphed):
+        decoder: Any = kind(model)
         cache = model.new_cache(2, size=5)
         with torch.inference_mode():
-            model.hidden(torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), cache)
+            decoder.logits([[1, 2, 3, 4], [5, 6]], cache)
             cache.advance([4, 2])
-            logits.append(kind(model).logits([[9], [8]], cache))
+            logits.append(decoder.logits([[9], [8]], cache))
         caches.append(torch.stack(cache.kv))
     assert torch.equal(*logits) and torch.equal(*caches)
 
@@ -352,9 +368,8 @@ def test_no_clock_is_read_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_a_cuda_graph_takes_the_steps(
     device: str, compiled: bool, comm: str | None, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight = SimpleNamespace(device=torch.device(device), dtype=torch.float32)
     tp = SimpleNamespace(transport=comm and SimpleNamespace(name=comm))
-    model: Any = SimpleNamespace(transformer=SimpleNamespace(wpe=SimpleNamespace(weight=weight)), compiled=compiled, tp=tp)
+    model: Any = SimpleNamespace(device=torch.device(device), compiled=compiled, tp=tp)
     cudnn: list[bool] = []
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", cudnn.append)
     decoder = decoder_for(model)

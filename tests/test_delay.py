@@ -10,7 +10,8 @@ from test_decoding import Reruns
 from torch import Tensor
 
 from base.errors import UserError
-from inference.decoders import GraphDecoder, TorchDecoder
+from inference.cuda_graphs import GraphDecoder
+from inference.decoders import TorchDecoder
 from inference.native_decoder import NativeDecoder
 from model import GPT, GPTConfig, attend
 from parallel.flight import Away
@@ -135,14 +136,15 @@ def test_a_late_part_that_is_lost_doubled_or_elsewhere_is_seen(how: str) -> None
 def _steps(world: World, decoder: Any, name: str) -> tuple[Tensor, Any]:
     """Logits of a prompt of 3, then of 7 tokens, one by one."""
     model = sharded(full_model(CONFIG).float(), world, Schedule.parse(name, CONFIG.n_layer)).eval()
-    idx, cache, found = data(CONFIG)[0][:1], model.new_cache(1), []
+    idx, found = data(CONFIG)[0][:1], []
     steps: Any = decoder(model)
+    cache = steps.new_cache(1, CONFIG.block_size)
     with torch.inference_mode():
         for lo, hi in [(0, 3), *((t, t + 1) for t in range(3, 10))]:
             found.append(steps.logits(idx[:, lo:hi].tolist(), cache).clone())
             cache.advance([hi])
         calls = {(e.layer, e.block): t.calls for e, t in world.ledger.tallies.items()}
-        return model.gather_logits(torch.cat(found, dim=1)), calls
+        return model.gather_logits(torch.cat(found)), calls
 
 
 @pytest.mark.parametrize("decoder", [TorchDecoder, NativeDecoder, lambda model: GraphDecoder(model, Reruns())])
@@ -178,7 +180,8 @@ def _int8(world: World) -> list[Tensor]:
     found = []
     for kind in (TorchDecoder, NativeDecoder):
         with torch.inference_mode():
-            found.append(kind(model).logits([[5, 6, 7], [1, 2, 3]], model.new_cache(2)).clone())
+            decoder = kind(model)
+            found.append(decoder.logits([[5, 6, 7], [1, 2, 3]], decoder.new_cache(2, 3)).clone())
     return found
 
 

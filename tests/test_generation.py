@@ -19,6 +19,7 @@ from checkpoints.sources import open_source, reader
 from inference import generation
 from inference.decoders import TorchDecoder
 from inference.generation import Generation, generate
+from inference.native_decoder import NativeDecoder
 from inference.output import RowText
 from inference.prompts import check_prompts
 from inference.sampling import Row, Sampling, candidates, choose, likeliest, noise
@@ -297,6 +298,43 @@ def test_rows_end_one_by_one(tp: int) -> None:
     assert all(order == [] for _, order in others)  # and nobody else did
 
 
+APART = [[5, 9], [7], [3, 1, 4, 1], [2, 7, 1], [8]]
+LENGTHS = [2, 7, 3, 4, 1]  # new tokens
+
+
+def _in_two_rows(world: World, kind: Any, samples: int) -> tuple[list[list[int]], int, int]:
+    """The texts, the passes, and the most rows of a pass."""
+    here = split(reference(seed=2), world.tp)
+    decoder, prompts = kind(here), APART[: 5 // samples]
+    logits, most = decoder.logits, list[int]()
+
+    def noted(new: list[list[int]], *rest: Any) -> torch.Tensor:
+        most.append(len(new))
+        return logits(new, *rest)
+
+    decoder.logits = noted
+    ends = lambda row, token: row.new + 1 == LENGTHS[row.number]  # noqa: E731
+    sampling = replace(DRAWN, batch_size=2, num_samples=samples)
+    made = Generation(here, prompts, sampling, decoder, stops=ends)
+    for _ in made:
+        pass
+    return [row.tokens[row.prompt_tokens :] for row in made.rows], len(most), max(most)
+
+
+@pytest.mark.parametrize("samples", [1, 5])
+@pytest.mark.parametrize("kind", [NativeDecoder, TorchDecoder])
+def test_a_row_that_ends_makes_room_for_the_next_at_once(kind: Any, samples: int) -> None:
+    """Rows of 2, 3 and 4 tokens, then one of 7 and one of 1: 9 steps, where groups of two take 12."""
+    whole = run_ranks(1, _in_two_rows, kind, samples)[0][0]
+    for texts, steps, most in run_ranks(2, _in_two_rows, kind, samples):
+        assert texts == whole and [len(text) for text in texts] == LENGTHS
+        assert (steps, most) == (9, 2)
+    if samples == 1:
+        here = split(reference(seed=2), alone())
+        apart = [new_tokens(here, [prompt], DRAWN)[0] for prompt in APART]
+        assert whole == [text[:n] for text, n in zip(apart, LENGTHS, strict=True)]
+
+
 # --- ids that must not be drawn -------------------------------------------------------------------------------------
 
 
@@ -522,7 +560,8 @@ def _faulty(world: World, model: GPT, deaf: bool) -> list[list[int]]:
         here.local_logits = lambda x: local_logits(x) + torch.randn(  # type: ignore[method-assign]
             len(x), here.vocab_hi - here.vocab_lo, generator=noise
         )
-    return new_tokens(here, PROMPTS, DRAWN)
+    rows = generate(here, PROMPTS, DRAWN, TorchDecoder(here)).rows
+    return [row.tokens[row.prompt_tokens :] for row in rows]
 
 
 def test_ranks_agree_though_one_of_them_computes_something_else() -> None:

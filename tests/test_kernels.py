@@ -26,7 +26,8 @@ from torch import Tensor
 
 from base.errors import UserError
 from inference.ahead import FixedCache
-from inference.decoders import GraphDecoder, TorchDecoder, decoder_for
+from inference.cuda_graphs import GraphDecoder
+from inference.decoders import TorchDecoder, decoder_for
 from inference.generation import Generation
 from inference.sampling import Sampling
 from model import ACTIVATIONS, GPTConfig, LayerNorm
@@ -171,7 +172,7 @@ def _deaf(world: World, block: str) -> Tensor:
         model.hidden(torch.tensor([[1, 2, 3]]), cache)
         cache.advance([3])
         deaf(block, "forward", "all_reduce")
-        return GraphDecoder(model, Reruns(), kernels.hidden).logits([[4]], cache)[:, -1].clone()
+        return GraphDecoder(model, Reruns(), kernels.hidden).logits([[4]], cache).clone()
 
 
 @pytest.mark.parametrize("block", ["none", "embedding", "attention", "mlp"])
@@ -201,7 +202,9 @@ def test_more_tokens_or_rows_are_torchs() -> None:
 
 
 def _refused(world: World) -> list[str]:
-    said, model = list[str](), split(reference(SMALL), world.tp)
+    said, model, quantized = list[str](), *(split(reference(SMALL), world.tp) for _ in range(2))
+    quantize(quantized, world.gather)
+    quantized.schedule = Schedule.parse("mlp", 1)
     decoder_for(model)
     assert "inference.kernels" not in sys.modules  # off by default, and then nothing imports it
     with pytest.raises(UserError) as refused:
@@ -213,8 +216,7 @@ def _refused(world: World) -> list[str]:
     said.append(unusable(model))
     model.schedule = Schedule.parse("mlp", 1)
     said.append(unusable(model))
-    quantize(model, world.gather)
-    said.append(unusable(model))
+    said.append(unusable(quantized))
     model.tp.__dict__["transport"] = SimpleNamespace(name="gloo")
     with pytest.raises(UserError, match="over gloo messages go through the host"):
         decoder_for(model, kernels=True)

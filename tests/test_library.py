@@ -14,7 +14,7 @@ import pytest
 from base import native
 from base.errors import Unavailable
 from base.processes import is_running
-from inference import native_decoder
+from inference import packed
 from parallel.shm import SOURCE
 
 
@@ -72,8 +72,8 @@ def test_libraries_that_follow_each_other_through_one_descriptor_are_not_taken_f
 ):
     """The C library knows a library by the name that it was loaded by."""
     for name, function, other in [
-        (SOURCE, "nanotp_move", "nanotp_embed"),
-        (native_decoder.SOURCE, "nanotp_embed", "nanotp_move"),
+        (SOURCE, "nanotp_move", "nanotp_product"),
+        (packed.SOURCES[0], "nanotp_product", "nanotp_move"),
     ]:
         found = native.load(name)
         assert hasattr(found, function) and not hasattr(found, other)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from ranks import alone, run_ranks
+from ranks import alone, in_panels, run_ranks
 from test_tp_model import deaf
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -133,7 +133,7 @@ def _pair(world: World) -> None:
     assert torch.equal(x, kept)
     calls = {(e.direction, e.op): (t.calls, t.bytes) for e, t in world.ledger.tallies.items()}
     assert calls == ({} if world.size == 1 else {("forward", "all_reduce"): (1, 3 * 5 * 6 * 4)})
-    with pytest.raises(ValueError, match="QuantizedColumnParallelLinear expects inputs of width 7, got 6"):
+    with pytest.raises(ValueError, match="ColumnParallelLinear expects inputs of width 7, got 6"):
         pair(x[..., :6])
 
 
@@ -246,12 +246,12 @@ def test_commands_take_it_and_the_account_is_unchanged(weights: Path, tmp_path: 
         assert plain[name]["comm_account"]["total"]["calls"] > 0
     assert small["eval"]["evaluation"]["loss"] == pytest.approx(plain["eval"]["evaluation"]["loss"], rel=0.02)
     assert small["eval"]["evaluation"]["loss"] != plain["eval"]["evaluation"]["loss"]
-    # 2 and 1 heads of 8, 48 hidden units, 64 padded vocabulary rows, 24 wide: a byte an entry, 4 a row's scale
+    # 2 and 1 heads of 8, 48 hidden units, 24 wide: a byte an entry, 4 a row's scale; outputs fill panels
     width = {"float32": 4, "bfloat16": 2}[dtype]
-    for rank, heads in enumerate((2, 1)):
+    for rank, (heads, rows) in enumerate(((2, 51), (1, 50))):
         outputs, inputs = (3 * 8 * heads, 24, 48, 24), (24, 8 * heads, 24, 48)
-        entries = 2 * sum(a * b for a, b in zip(outputs, inputs, strict=True))
-        saved = entries * (width - 1) - 2 * 4 * sum(outputs) - 64 * (24 + 4)  # the float table stays beside the int8 head
+        entries = 2 * sum(in_panels(a) * b for a, b in zip(outputs, inputs, strict=True))
+        saved = entries * (width - 1) - 2 * 4 * sum(outputs) - in_panels(rows) * 24 - 4 * rows  # beside the float table
         before, after = (run["sample"]["memory"]["weight_bytes_per_rank"][rank] for run in (plain, small))
         assert before - after == saved
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import in_panels, run_ranks
 
 import sample_tp
 from base.errors import UserError
@@ -37,9 +37,9 @@ def _run(world: World, prompts: list[list[int]], sampling: Sampling) -> dict[str
     return {"seen": seen, "told": told, "forward_passes": world.ledger.forward_passes}
 
 
-def formula(passes: list[tuple[int, int]], steps: list[int], tp: int, k: int) -> dict[Any, tuple[int, int]]:
-    """The account of forward passes over [rows, T] tokens and of steps that choose a token for so many rows."""
-    message = sum(rows * T for rows, T in passes) * CONFIG.n_embd * 4
+def formula(passes: list[int], steps: list[int], tp: int, k: int) -> dict[Any, tuple[int, int]]:
+    """The account of forward passes over so many tokens and of steps that choose a token for so many rows."""
+    message = sum(passes) * CONFIG.n_embd * 4
     layers = {(i, block, "forward", "all_reduce"): (len(passes), message) for i in range(3) for block in ("attention", "mlp")}
     return layers | {
         (None, "embedding", "forward", "all_reduce"): (len(passes), message),
@@ -48,14 +48,14 @@ def formula(passes: list[tuple[int, int]], steps: list[int], tp: int, k: int) ->
     }
 
 
-# For each case: the forward passes, then the rows of each step. Prompts are read once for both samples, padded to 5.
+# For each case: the tokens of each pass, then the rows of each step. Prompts are read once for both samples.
 CASES = {
-    "plain": (PROMPTS, SAMPLING, [(2, 5)] + [(4, 1)] * 5, [4] * 6),
-    "one row": (PROMPTS[:1], replace(SAMPLING, num_samples=1), [(1, 3)] + [(1, 1)] * 5, [1] * 6),
-    "groups": (PROMPTS, replace(SAMPLING, batch_size=3), [(2, 5)] + [(3, 1)] * 5 + [(1, 5)] + [(1, 1)] * 5, [3] * 6 + [1] * 6),
-    "no cache": (PROMPTS, replace(SAMPLING, kv_cache=False), [(2, 5)] + [(4, 5 + i) for i in range(1, 6)], [4] * 6),
-    # rows whose past is cached, and those that slide, are two passes of one step
-    "sliding": (LONG, replace(SAMPLING, num_samples=1), [(2, 16)] + [(1, 1), (1, 16)] * 2 + [(2, 16)] * 3, [2] * 6),
+    "plain": (PROMPTS, SAMPLING, [8] + [4] * 5, [4] * 6),
+    "one row": (PROMPTS[:1], replace(SAMPLING, num_samples=1), [3] + [1] * 5, [1] * 6),
+    "groups": (PROMPTS, replace(SAMPLING, batch_size=3), [8] + [3] * 5 + [5] + [1] * 5, [3] * 6 + [1] * 6),
+    "no cache": (PROMPTS, replace(SAMPLING, kv_cache=False), [8] + [2 * 8 + 4 * i for i in range(1, 6)], [4] * 6),
+    # a row whose past is cached beside one that slides
+    "sliding": (LONG, replace(SAMPLING, num_samples=1), [30] + [1 + 16] * 2 + [2 * 16] * 3, [2] * 6),
 }
 
 
@@ -145,11 +145,15 @@ def check_memory(made: dict[str, Any]) -> None:
     assert made["model"]["parameters"] == (101 + 16) * 24 + 3 * layer + 2 * 24
     replicated = 16 * 24 + 3 * 6 * 24 + 2 * 24  # positions, LayerNorms and the row-parallel biases
     assert sum(made["model"]["parameters_per_rank"]) == made["model"]["parameters"] + replicated
-    padding = [64 - 51, 64 - 50]  # rows of the table beyond a rank's own
-    weights = [4 * (count + rows * 24) for count, rows in zip(made["model"]["parameters_per_rank"], padding, strict=True)]
-    assert made["memory"]["weight_bytes_per_rank"] == weights
-    cached = 3 + 6  # tokens of each of the 2 rows: a cache entry is k and v, in 3 layers, 8 channels a head, float32
-    assert made["memory"]["kv_cache_bytes_per_rank"] == [2 * 3 * 2 * cached * heads * 8 * 4 for heads in (2, 1)]
+    beyond = lambda n: in_panels(n) - n  # noqa: E731  # outputs of a panel that there are not
+    for rank, (heads, rows) in enumerate(((2, 51), (1, 50))):
+        padding = beyond(rows) * 24 + 3 * (
+            beyond(24 * heads) * 24 + beyond(24) * 8 * heads + beyond(columns := 48) * 24 + beyond(24) * columns
+        )
+        weights = made["model"]["parameters_per_rank"][rank] + padding
+        assert made["memory"]["weight_bytes_per_rank"][rank] == 4 * weights
+        cached = 9 + in_panels(9)  # values and keys of each of the 2 rows' tokens, in 3 layers, 8 channels a head, float32
+        assert made["memory"]["kv_cache_bytes_per_rank"][rank] == 2 * 3 * cached * heads * 8 * 4
     assert all(2**20 < peak < 2**34 for peak in made["memory"]["peak_bytes_per_rank"])
 
 

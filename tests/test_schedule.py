@@ -305,16 +305,16 @@ def _stepped(world: World, config: GPTConfig, sync: str, kind: Any) -> list[Tens
     lengths."""
     model = sharded(world, config, sync, torch.float32).eval()
     decoder, texts = kind(model), TEXTS
-    cache = model.new_cache(len(texts))
+    cache = decoder.new_cache(len(texts), config.block_size)
     with torch.inference_mode():
-        model.hidden(torch.tensor([(text[:-STEPS] + [0] * 9)[:4] for text in texts]), cache)
+        decoder.logits([text[:-STEPS] for text in texts], cache)
         lengths, found = [len(text) - STEPS for text in texts], []
         for i in range(STEPS):
             cache.advance([n + i for n in lengths])
             found.append(
                 decoder.logits(
                     [[text[n + i]] for text, n in zip(texts, lengths, strict=True)], cache
-                )[:, -1].clone()
+                ).clone()
             )
     return found
 

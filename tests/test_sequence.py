@@ -14,6 +14,7 @@ from torch import Tensor
 
 from base.errors import UserError
 from bench.strategies import kept_bytes
+from inference.decoders import TorchDecoder
 from inference.generation import generate
 from inference.sampling import Sampling
 from model import GPTConfig
@@ -415,9 +416,10 @@ def _sampled(world: World, on: bool, int8: bool) -> tuple[list[list[int]], dict[
         quantize(model, world.gather)
     prompts = [[5, 17, 3, 44, 2, 8, 66], [1, 9, 9, 30], [60]]
     sampling = Sampling(n_tokens=67, max_new_tokens=6, temperature=0.8, top_k=20, seed=3)
-    rows = generate(model, prompts, sampling).rows
+    decoder = TorchDecoder(model)
+    rows = generate(model, prompts, sampling, decoder).rows
     calls = {e.op: total(world.ledger.tallies, block="attention", op=e.op).calls for e in world.ledger.tallies}
-    generate(model, [[7]], sampling)
+    generate(model, [[7]], sampling, decoder)
     again = {e.op: total(world.ledger.tallies, block="attention", op=e.op).calls - calls[e.op] for e in world.ledger.tallies}
     assert again.get("reduce_scatter", 0) == 0  # one token is not split
     return [row.tokens for row in rows], calls

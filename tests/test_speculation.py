@@ -20,7 +20,8 @@ from base.files import write_json
 from checkpoints.convert import split as split_source
 from cli.grammar import parse
 from cli.options import SampleOptions, SplitOptions
-from inference.decoders import GraphDecoder, TorchDecoder
+from inference.cuda_graphs import GraphDecoder
+from inference.decoders import TorchDecoder
 from inference.generation import Generation, generate
 from inference.native_decoder import NativeDecoder
 from inference.sampling import Row, Sampling
@@ -182,6 +183,7 @@ def _believed(sampling: Sampling) -> np.ndarray[Any, Any]:
     model = reference(DICE, seed=4)
     here, draft = split(model, alone()), SmallModel(split(reference(DICE, seed=5), alone()), sampling)
     rows = generate(here, [[0]], replace(sampling, max_new_tokens=1)).rows
+    draft.begin(len(rows), 3)
     with torch.inference_mode():
         guesses = draft.guess(rows, [1] * len(rows))
     for row, guess in zip(rows, guesses, strict=True):
@@ -234,8 +236,8 @@ class Contrary(Ngrams):
     def __init__(self, guesser: Any):
         self.guesser = guesser
 
-    def begin(self) -> None:
-        self.guesser.begin()
+    def begin(self, rows: int, longest: int) -> None:
+        self.guesser.begin(rows, longest)
 
     def guess(self, rows: list[Row], room: list[int]) -> list[list[int]]:
         return [[(token + 1) % 523 for token in guess] for guess in self.guesser.guess(rows, room)]
@@ -265,13 +267,14 @@ def _at_once(world: World, int8: bool, kind: Any) -> tuple[Tensor, Tensor]:
     found = []
     news = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13, 14, 15]]
     for size in (5, 1):
-        decoder, cache = kind(here), here.new_cache(3, 30)
+        decoder = kind(here)
+        cache = decoder.new_cache(3, 30)
         with torch.inference_mode():
-            here.hidden(torch.arange(36).view(3, 12), cache)
+            decoder.logits(torch.arange(36).view(3, 12).tolist(), cache)
             cache.advance([12, 3, 7])
             parts = []
             for at in range(0, 5, size):
-                parts.append(decoder.logits([new[at : at + size] for new in news], cache).clone())
+                parts.append(decoder.logits([new[at : at + size] for new in news], cache).unflatten(0, (3, size)).clone())
                 cache.advance([n + size for n in cache.lengths])
         found.append(torch.cat(parts, dim=1))
     return found[0], found[1]
@@ -312,7 +315,7 @@ def test_look_up_goes_on_as_the_text_did() -> None:
     assert guesser.guess([growing], [2]) == [[]]
     growing.tokens += [2, 3, 1, 2]
     assert guesser.guess([growing], [2]) == [[3, 1]]
-    guesser.begin()
+    guesser.begin(1, 9)
     assert guesser.guess([row([5, 6])], [3]) == [[]]  # another group's row of the same number
 
 
