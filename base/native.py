@@ -1,4 +1,4 @@
-"""Compile a C file on first use (a fraction of a second) and keep the library in the user's cache.
+"""Compile a C file on first use (about two seconds) and keep the library in the user's cache.
 
 A library runs with the user's rights. So one from the cache is loaded only if nobody else can have
 written it, and only if its SHA-256 is the one in its name."""
