@@ -99,9 +99,10 @@ def hf(job: dict[str, Any]) -> Round:
     @torch.inference_mode()
     def run(prompts: list[list[int]], lengths: list[int]) -> list[list[int]]:
         T = max(map(len, prompts))
-        idx, n = torch.tensor([[0] * (T - len(p)) + p for p in prompts]), torch.tensor(lengths)
+        idx = torch.tensor([[0] * (T - len(p)) + p for p in prompts])
+        n = torch.tensor(lengths, device=job["device"])
         mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts])
-        ends = lambda ids, scores, **_: ids.shape[1] - T >= n.to(ids.device)  # noqa: E731
+        ends = lambda ids, scores, **_: ids.shape[1] - T >= n  # noqa: E731
         out = model.generate(
             idx.to(job["device"]), attention_mask=mask.to(job["device"]), do_sample=False,
             pad_token_id=0, max_new_tokens=max(lengths), min_new_tokens=max(lengths),

@@ -30,8 +30,10 @@ def decoder_for(model: TensorParallelGPT, kernels: bool = False) -> "TorchDecode
             why = "over gloo messages go through the host, so a step cannot be a CUDA graph"
             return TorchDecoder(model, why)
         return GraphDecoder(model, hidden=hidden)
-    if not suits(model) or model.sequence_parallel:  # which splits the prompts' tokens
+    if not suits(model):
         return TorchDecoder(model)
+    if model.sequence_parallel:
+        return TorchDecoder(model, "--sequence_parallel=True splits the tokens of prompts")
     try:
         return NativeDecoder(model)
     except Unavailable as error:

@@ -44,7 +44,7 @@ class Packed(nn.Module):
 
     def __init__(self, library: ctypes.CDLL, weight: Tensor, scale: Tensor | None = None):
         super().__init__()
-        self._library, self.shape, self.kind = library, weight.shape, KINDS[weight.dtype]
+        self.library, self.shape, self.kind = library, weight.shape, KINDS[weight.dtype]
         out, width = weight.shape
         panel = library.nanotp_panel()
         self.register_buffer("panels", weight.new_empty(-(-out // panel), width, panel))
@@ -64,7 +64,7 @@ class Packed(nn.Module):
         y = x.new_empty(*x.shape[:-1], self.shape[0])
         places = map(ctypes.c_void_p, (x.data_ptr(), y.data_ptr()))
         linear, rows = self.linear(bias), ctypes.c_int64(x.numel() // self.shape[1])
-        self._library.nanotp_product(ctypes.byref(linear), *places, rows)
+        self.library.nanotp_product(ctypes.byref(linear), *places, rows)
         return y
 
     def rows(self, ids: Tensor, lo: int) -> Tensor:
@@ -73,7 +73,7 @@ class Packed(nn.Module):
         y = self.panels.new_empty(*ids.shape, self.shape[1], dtype=torch.float32)
         places, linear = map(ctypes.c_void_p, (ids.data_ptr(), y.data_ptr())), self.linear()
         numbers = map(ctypes.c_int64, (ids.numel(), lo))
-        self._library.nanotp_rows(ctypes.byref(linear), next(places), *numbers, next(places))
+        self.library.nanotp_rows(ctypes.byref(linear), next(places), *numbers, next(places))
         return y
 
 
@@ -86,11 +86,12 @@ def suits(model: Any) -> bool:
 def pack(model: Any) -> ctypes.CDLL:
     """Pack the weights of a model on a CPU, quantized or not, layer by layer. Its other parameters
     become float32. Returns the library of decode.c. Unavailable without a compiler."""
-    library, wte = load(*SOURCES), model.transformer.wte
+    wte = model.transformer.wte
+    if wte.table is not None:  # the model is packed
+        return wte.table.library
+    library = load(*SOURCES)
     model.requires_grad_(False)
     for layer in [layer for layer in model.modules() if isinstance(layer, Sharded)]:
-        if isinstance(layer.stored, Packed):
-            break  # the model is packed
         weight, int8 = getattr(layer, "weight", None), layer.stored
         rows = layer.hi - layer.lo if isinstance(layer, VocabParallelEmbedding) else None
         if layer is wte:  # tokens are looked up in it
