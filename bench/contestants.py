@@ -201,10 +201,9 @@ def llama_cpp(job: dict[str, Any]) -> Round:
     writer.close()
     model = Llama(str(path), n_ctx=config.block_size, n_threads=job["threads"],
                   n_threads_batch=job["threads"], verbose=False)
-    (prompt,) = job["prompts"]
 
     def generate(n: int) -> list[int]:
-        return list(islice(model.generate(prompt, temp=0.0, repeat_penalty=1.0), n))
+        return list(islice(model.generate(job["prompts"][0], temp=0.0, repeat_penalty=1.0), n))
 
     return decoding(job, generate)
 

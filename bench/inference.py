@@ -216,8 +216,7 @@ def texts(world: World, options: BenchTextsOptions) -> None:
             started = time.perf_counter()
             made = Generation(ours.model, ours.prompts, sampling, decoder,
                               stops=lambda row, _: row.new + 1 == lengths[row.number])
-            for _ in made:
-                pass
+            list(made)  # to the end
             found = [token for row in made.rows for token in row.tokens[row.prompt_tokens :]]
             return {"seconds": (time.perf_counter() - started) / n, "tokens": found}
 

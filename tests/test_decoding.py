@@ -237,6 +237,7 @@ def test_where_torch_takes_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (decoder_for(model).name, decoder_for(model).why) == ("torch", "")
     monkeypatch.undo()
     monkeypatch.setenv("CC", "false")
+    model = split(reference(ODD), alone())  # the other one is packed, and has its library
     assert (decoder_for(model).name, decoder_for(model).why) == ("torch", "false failed: no message")
 
 
