@@ -6,6 +6,9 @@ by round, with the programs that a user would pick instead.
     python bench_tp.py predict --hardware=all
 """
 
+import base.quick_start  # noqa: F401
+
+# isort: split
 from bench.inference import decode, prefill, texts
 from bench.laboratory import allreduce, block, diagram, page
 from bench.predict import predict

@@ -9,6 +9,9 @@
 Perplexities are exact, of the dataset's validation split. The results hold for one number of ranks.
 """
 
+import base.quick_start  # noqa: F401
+
+# isort: split
 from typing import Any
 
 from cli.options import GroupOptions, RepairOptions, ScanOptions

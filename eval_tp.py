@@ -3,6 +3,9 @@
     torchrun --standalone --nproc_per_node=2 eval_tp.py --init_from=shards/gpt2-tp2 --text=book.txt
 """
 
+import base.quick_start  # noqa: F401
+
+# isort: split
 import math
 import sys
 import time

@@ -5,6 +5,9 @@
 Standard output gets the text alone; notices, the account and figures go to standard error.
 """
 
+import base.quick_start  # noqa: F401
+
+# isort: split
 import sys
 import time
 from dataclasses import fields

@@ -6,6 +6,9 @@
     python shard_checkpoint.py inspect --shards=shards/xl-tp4
 """
 
+import base.quick_start  # noqa: F401
+
+# isort: split
 import math
 import sys
 from typing import Any

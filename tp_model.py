@@ -205,7 +205,10 @@ class TensorParallelGPT(nn.Module):
             raise UserError(f"--dp_shard=True together with --sync={schedule}: use one of them.")
         if sharding:
             sharding.apply(self, self.transformer.h)
-        self.to_empty(device=device)  # memory for this rank's part: nothing is ever there in full
+        # memory for this rank's part: nothing is ever there in full. empty_like of a meta tensor
+        # imports sympy, which takes a third of a second; a sharded parameter needs it
+        self._apply(lambda p: torch.empty_like(p, device=device) if sharding
+                    else torch.empty(p.shape, dtype=p.dtype, device=device))
         self.load(read or partial(self._drawn, seed))
 
     def _drawn(self, seed: int, name: str, rule: Rule) -> Tensor:

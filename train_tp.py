@@ -3,6 +3,9 @@
     torchrun --standalone --nproc_per_node=4 train_tp.py configs/train_gpt2.py --tp=2
 """
 
+import base.quick_start  # noqa: F401
+
+# isort: split
 import sys
 import time
 from pathlib import Path

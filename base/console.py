@@ -6,6 +6,7 @@ unchanged. When nothing reads standard output any more (`| head`) the command en
 
 import contextlib
 import errno
+import gc
 import io
 import os
 import signal
@@ -78,7 +79,9 @@ def _discard(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def console() -> Iterator[None]:
-    """Replace sys.stdout and sys.stderr by an Output and an Errors inside the block."""
+    """Replace sys.stdout and sys.stderr by an Output and an Errors inside the block. The garbage
+    collector runs from now on (see quick_start.py)."""
+    gc.enable()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _wrapped(sys.stdout, 1, Output), _wrapped(sys.stderr, 2, Errors)
     try:

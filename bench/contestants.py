@@ -228,7 +228,8 @@ def one_rank(job: dict[str, Any]) -> Round:
         quantize(model, lambda mine: [mine])
     if job["compile"]:
         model.compile_blocks()
-    ours = Subject(model, tokenizer_of(source), job["prompts"], job["new_tokens"], Ledger())
+    ours = Subject(model, tokenizer_of(source), job["prompts"], job["new_tokens"], Ledger(),
+                   lambda: model)
     once = partial(ours.measure, decoder_for(model))
     once()
     return once

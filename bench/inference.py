@@ -3,7 +3,7 @@
 import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -65,6 +65,7 @@ class Subject:
     prompts: list[list[int]]
     n: int
     ledger: Ledger
+    in_float32: Callable[[], TensorParallelGPT]  # loads the same weights once more
     draft: Speculation | None = None
 
     @property
@@ -128,12 +129,14 @@ def subject(world: World, options: BenchModelOptions, n: int,
                             f"block_size={size}.")
         job = {"weights": weights, "scratch": scratch, "prompts": prompts, "new_tokens": n,
                "quantize": options.quantize, "compile": options.compile}
-        yield Subject(load(world, source, options), tokenizer, prompts, n, world.ledger), job
+        in_float32 = partial(load, world, source, replace(options, dtype="float32", quantize=""))
+        yield Subject(load(world, source, options), tokenizer, prompts, n, world.ledger,
+                      in_float32), job
 
 
 def decode(world: World, options: BenchDecodeOptions) -> None:
-    bench = Bench(world, options, ("hf", "ctranslate2", "llama_cpp", "one_rank", "all_syncs",
-                                  "no_draft"))
+    bench = Bench(world, options, ("hf", "ctranslate2", "llama_cpp", "one_rank", "float32",
+                                  "all_syncs", "no_draft"))
     if "llama_cpp" in bench.names and options.batch_size > 1:
         raise UserError("--against=llama_cpp writes one text. Use --batch_size=1.")
     n, rows = options.new_tokens, options.batch_size
@@ -155,6 +158,9 @@ def decode(world: World, options: BenchDecodeOptions) -> None:
 
         ours.measure(decoder)
         own = {"all_syncs": ours.all_syncs, "no_draft": lambda: ours.measure(decoder, guess=False)}
+        if "float32" in bench.names:
+            wide = replace(ours, model=ours.in_float32())
+            own["float32"] = partial(wide.measure, decoder_for(wide.model))
         rounds = bench.against(once, job, **own)
     head = (f"decode of {n} tokens after {len(ours.prompts[0])}, batch {rows}, on {ranks(world)}, "
             f"{decoder.name} step{', int8' if options.quantize else ''}; sync points: ")

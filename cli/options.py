@@ -247,8 +247,9 @@ class BenchModelOptions(BenchOptions):
 
 
 class BenchDecodeOptions(BenchModelOptions):
-    """Decode greedily after a prompt; --against=hf,ctranslate2,llama_cpp,one_rank,all_syncs,
-    no_draft (the last three: nanoTP on one thread; with the schedule all; without the draft)."""
+    """Decode greedily after a prompt; --against=hf,ctranslate2,llama_cpp,one_rank,float32,
+    all_syncs,no_draft (from one_rank on it is nanoTP: on one thread; with the weights in float32;
+    with the schedule all; without the draft)."""
 
     new_tokens: int = option(128, "tokens generated in a round", low=2)
     batch_size: int = option(1, "texts at a time, each after a prompt of its own", low=1)

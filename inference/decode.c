@@ -26,6 +26,7 @@ typedef struct {
     int64_t C, h, D, rows, size; /* size: tokens that fit a slot */
     float *x, *here, *partial;   /* [rows, C]; partial: the sum of own outputs since a sync point */
     float *work;                 /* see nanotp_work */
+    char *digits;                /* as wide as the products have inputs */
     const int64_t *positions, *slots; /* [rows] */
     float epsilon;                    /* of every LayerNorm */
 } state;
@@ -133,7 +134,7 @@ void nanotp_attention(const state *s, const block *b, const float *arrived, cons
     float *normed = s->work, *qkv = normed + s->rows * s->C;
     float *y = qkv + s->rows * 3 * width, *score = y + s->rows * width;
     normalize_all(s, arrive(s, arrived, bias), &b->ln_1, normed);
-    nanotp_product(&b->c_attn, normed, qkv, s->rows);
+    nanotp_product(&b->c_attn, normed, qkv, s->rows, s->digits);
     keep(s, qkv, cache);
     for (int64_t r = 0, n; r < s->rows; r += n) {
         const float *values = cache + s->slots[r] * nanotp_slot(h, D, s->size);
@@ -144,15 +145,15 @@ void nanotp_attention(const state *s, const block *b, const float *arrived, cons
                    values + i * s->size * D, s->positions[r], n, b->scale, score,
                    y + r * width + i * D);
     }
-    nanotp_product(&b->c_proj, y, out, s->rows);
+    nanotp_product(&b->c_proj, y, out, s->rows, s->digits);
 }
 
 void nanotp_mlp(const state *s, const block *b, const float *arrived, const float *bias,
                 float *out) {
     float *normed = s->work, *hidden = normed + s->rows * s->C;
     normalize_all(s, arrive(s, arrived, bias), &b->ln_2, normed);
-    nanotp_product(&b->c_fc, normed, hidden, s->rows);
-    nanotp_product(&b->c_proj_mlp, hidden, out, s->rows);
+    nanotp_product(&b->c_fc, normed, hidden, s->rows, s->digits);
+    nanotp_product(&b->c_proj_mlp, hidden, out, s->rows, s->digits);
 }
 
 /* Under a delay: what arrived joins x, and the next sub-block reads x with this rank's n outputs
@@ -189,5 +190,5 @@ void nanotp_head(const state *s, const norm *ln_f, const linear *table, const fl
     const float *x = arrive(s, arrived, bias);
     for (int64_t i = 0; i < n; i++)
         normalize(x + wanted[i] * s->C, s->C, s->epsilon, ln_f, s->work + i * s->C);
-    nanotp_product(table, s->work, logits, n);
+    nanotp_product(table, s->work, logits, n, s->digits);
 }

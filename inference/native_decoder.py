@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inference.decoders import TorchDecoder
-from inference.packed import Linear, address, fields, pack
+from inference.packed import Linear, address, digits, fields, pack
 from model import ACTIVATIONS, KVCache, LayerNorm
 from parallel.collectives import Axis, all_reduce
 from parallel.flight import Away
@@ -38,7 +38,7 @@ class _Block(ctypes.Structure):
 
 
 class _State(ctypes.Structure):
-    _fields_ = [*fields("C h D rows size x* here* partial* work* positions* slots*"),
+    _fields_ = [*fields("C h D rows size x* here* partial* work* digits* positions* slots*"),
                 ("epsilon", ctypes.c_float)]
 
 
@@ -75,8 +75,9 @@ class _Buffers:
         self.ids, self.positions, self.slots = torch.empty(3, n, dtype=torch.int64)
         self.wanted = torch.empty(wanted, dtype=torch.int64)
         self.work = torch.empty(library.nanotp_work(*map(ctypes.c_int64, (C, h * D, m, n, size))))
-        places = map(address, (self.x, self.here, self.partial, self.work, self.positions,
-                               self.slots))
+        self.digits = digits(library, n, max(C, h * D, m))
+        places = map(address, (self.x, self.here, self.partial, self.work, self.digits,
+                               self.positions, self.slots))
         self.state = _State(C, h, D, n, size, *places, model.config.layer_norm_epsilon)
         self.away: Away | None = None  # under a delay
 

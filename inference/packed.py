@@ -1,9 +1,9 @@
 """Weights packed for the products of product.c: on a CPU rank of one thread they stand in the place
 of a sharded layer's weight, which they free.
 
-They keep the weight's precision, float32, 16 bits or int8, and are widened in registers. Inputs,
-sums and messages are float32. So a model of 16 bits computes what the float32 model of the same
-rounded weights does, from half the memory.
+They keep the weight's precision, float32, 16 bits or int8, and are widened in registers, int8 only
+if it cannot be multiplied as it is (digits.c). Inputs, sums and messages are float32. So a model
+of 16 bits computes what the float32 model of the same rounded weights does, from half the memory.
 """
 
 import ctypes
@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from base.native import load
 from parallel.layers import Sharded, VocabParallelEmbedding
 
-SOURCES = [Path(__file__).with_name(name) for name in ("decode.c", "product.c")]
+SOURCES = [Path(__file__).with_name(name) for name in ("decode.c", "product.c", "digits.c")]
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 
@@ -32,6 +33,11 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def digits(library: ctypes.CDLL, rows: int, inputs: int) -> Tensor:
+    """Memory in which a product with int8 weights has its inputs' digits"""
+    return torch.empty(rows * library.nanotp_digits(ctypes.c_int64(inputs)), dtype=torch.int8)
+
+
 class Linear(ctypes.Structure):
     _fields_ = fields("panels* factor* bias* outputs inputs kind activation")
 
@@ -44,13 +50,17 @@ class Packed(nn.Module):
 
     def __init__(self, library: ctypes.CDLL, weight: Tensor, scale: Tensor | None = None):
         super().__init__()
-        self.library, self.shape, self.kind = library, weight.shape, KINDS[weight.dtype]
+        kept = weight.dtype
+        self.library, self.shape, self.kind = library, weight.shape, KINDS[kept]
+        panel, depth = library.nanotp_panel(), library.nanotp_depth()
+        if kept == torch.int8 and depth > 1:  # so many inputs are packed as one number
+            weight = F.pad(weight, (0, -weight.shape[1] % depth)).view(torch.int32)
         out, width = weight.shape
-        panel = library.nanotp_panel()
-        self.register_buffer("panels", weight.new_empty(-(-out // panel), width, panel))
+        panels = weight.new_empty(-(-out // panel), width, panel)
+        self.register_buffer("panels", panels.view(kept))
         self.register_buffer("scale", scale)
         sizes = map(ctypes.c_int64, (out, width, weight.itemsize))
-        places = map(ctypes.c_void_p, (weight.contiguous().data_ptr(), self.panels.data_ptr()))
+        places = map(ctypes.c_void_p, (weight.contiguous().data_ptr(), panels.data_ptr()))
         library.nanotp_pack(*places, *sizes)
 
     def linear(self, bias: Tensor | None = None, activation: int = 0) -> Linear:
@@ -62,9 +72,11 @@ class Packed(nn.Module):
         """x [..., in] float32 -> x W^T + bias [..., out]"""
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.shape[0])
-        places = map(ctypes.c_void_p, (x.data_ptr(), y.data_ptr()))
-        linear, rows = self.linear(bias), ctypes.c_int64(x.numel() // self.shape[1])
-        self.library.nanotp_product(ctypes.byref(linear), *places, rows)
+        rows, inputs = x.numel() // self.shape[1], self.shape[1]
+        work = digits(self.library, rows, inputs)
+        x_at, y_at, work_at = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, y, work))
+        linear = ctypes.byref(self.linear(bias))
+        self.library.nanotp_product(linear, x_at, y_at, ctypes.c_int64(rows), work_at)
         return y
 
     def rows(self, ids: Tensor, lo: int) -> Tensor:

@@ -6,15 +6,18 @@
    rows pass; the next block is fetched meanwhile (Goto, van de Geijn, ACM TOMS 34(3), 2008).
 
    Weights are float32, or bfloat16, float16 or int8 and widened in registers; int8 has a factor for
-   each output. x, y and sums are float32. A sum's additions are in the order of the inputs,
-   whatever the number of rows and of registers: y's row is the same to the bit beside any others.
-   Only fused multiply-add, which not every processor has, makes a difference. */
+   each output. x, y and sums are float32; digits.c has another way for int8. A sum's additions are
+   in the order of the inputs, whatever the number of rows and of registers: y's row is the same to
+   the bit beside any others. Fused multiply-add and the instructions of digits.c, which not every
+   processor has, make a difference. */
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX2__
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -95,6 +98,14 @@ INLINE chunk widen(const void *weights, int64_t i, kind of) {
 #endif
 }
 
+/* The processor fetches by itself what is read once, but not beyond the end of a page: touching the
+   page 12 pages ahead makes that a tenth faster. */
+static void fetch_pages(const char *begin, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 4096) __builtin_prefetch(begin + 12 * 4096 + i);
+}
+
+#include "digits.c"
+
 /* A product's operands: n inputs, PANEL outputs; a row of each is so many numbers after the one
    before. more: add to y. lines: cache lines to fetch from `ahead` with GROUP inputs. */
 typedef struct {
@@ -172,12 +183,6 @@ static void widen_all(const void *from, float *to, int64_t n, kind of) {
                       : of == FLOAT16 ? widen(from, i, FLOAT16) : widen(from, i, INT8));
 }
 
-/* The processor fetches by itself what is read once, but not beyond the end of a page: touching the
-   page 12 pages ahead makes that a tenth faster. */
-static void fetch_pages(const char *begin, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 4096) __builtin_prefetch(begin + 12 * 4096 + i);
-}
-
 /* Adds the products of inputs [at, at + n) to the outputs of one panel, from output j on, for all
    rows. If several tiles use a block of narrow weights, it is widened once. */
 static void multiply_block(const linear *l, const float *x, float *y, int64_t rows, int64_t j,
@@ -240,27 +245,40 @@ static void activate(float *y, int64_t n, int64_t activation) {
             y[i] = 0.5f * y[i] * (1.0f + error_function(y[i] * 0.7071067812f));
 }
 
+static void finish(const linear *l, float *y, int64_t rows, int64_t j) {
+    const int64_t n = l->outputs - j < PANEL ? l->outputs - j : PANEL;
+    for (float *z = y + j; rows--; z += l->outputs) {
+        for (int64_t i = 0; l->factor && i < n; i++) z[i] *= l->factor[j + i];
+        for (int64_t i = 0; l->bias && i < n; i++) z[i] += l->bias[j + i];
+        activate(z, n, l->activation);
+    }
+}
+
 /* y [rows, outputs] = activation(x [rows, inputs] W^T + bias). A block of inputs of x stays in the
-   cache while all outputs pass. */
-void nanotp_product(const linear *l, const float *x, float *y, int64_t rows) {
+   cache while all outputs pass. work: rows x nanotp_digits(inputs) bytes */
+void nanotp_product(const linear *l, const float *x, float *y, int64_t rows, char *work) {
     const int64_t inputs = l->inputs, outputs = l->outputs, most = rows > ROWS ? BLOCK : inputs;
+    if (DEPTH > 1 && l->kind == INT8) {
+        for (int64_t r = 0; r < rows; r++)
+            to_digits(x + r * inputs, inputs, (digits *)(work + r * nanotp_digits(inputs)));
+        for (int64_t j = 0; j < outputs; j += PANEL) {
+            multiply_ints(l, work, y, rows, j);
+            finish(l, y, rows, j);
+        }
+        return;
+    }
     for (int64_t at = 0; at < inputs; at += most)
         for (int64_t j = 0; j < outputs; j += PANEL) {
-            const int64_t n = outputs - j < PANEL ? outputs - j : PANEL;
             multiply_block(l, x, y, rows, j, at, inputs - at < most ? inputs - at : most);
-            for (int64_t r = 0; r < rows && inputs - at <= most; r++) {
-                float *const z = y + r * outputs + j;
-                for (int64_t i = 0; l->factor && i < n; i++) z[i] *= l->factor[j + i];
-                for (int64_t i = 0; l->bias && i < n; i++) z[i] += l->bias[j + i];
-                activate(z, n, l->activation);
-            }
+            if (inputs - at <= most) finish(l, y, rows, j);
         }
 }
 
 int64_t nanotp_panel(void) { return PANEL; }
+int64_t nanotp_depth(void) { return DEPTH; }
 
 /* weight [outputs, inputs] of numbers of `size` bytes -> panels, zero where there is no output. By
-   cache lines of the inputs, as each output's are far apart. */
+   cache lines of the inputs, as each output's are far apart. DEPTH int8 are one number. */
 #define PACK(type)                                                                                 \
     for (int64_t at = 0; at < inputs; at += line)                                                  \
         for (int64_t k = at; k < inputs && k < at + line; k++)                                     \
@@ -279,17 +297,19 @@ void nanotp_pack(const char *weight, char *panels, int64_t outputs, int64_t inpu
 
 /* rows [n, inputs] = row ids[i] - lo of the matrix; zeros if it has no such row */
 void nanotp_rows(const linear *l, const int64_t *ids, int64_t n, int64_t lo, float *rows) {
-    const int64_t size = SIZE[l->kind], inputs = l->inputs;
+    const int64_t size = SIZE[l->kind], inputs = l->inputs, depth = l->kind == INT8 ? DEPTH : 1;
     for (int64_t i = 0; i < n; i++, rows += inputs) {
         const int64_t j = ids[i] - lo;
-        const char *from = l->panels + (j / PANEL * inputs * PANEL + j % PANEL) * size;
+        const char *from = l->panels + (j / PANEL * padded(inputs, l->kind) * PANEL) * size;
         memset(rows, 0, (size_t)inputs * 4);
         for (int64_t k = 0; k < inputs && 0 <= j && j < l->outputs; k += WIDTH) {
             const int64_t m = inputs - k < WIDTH ? inputs - k : WIDTH;
             char narrow[4 * WIDTH] = {0};
             float wide[WIDTH];
-            for (int64_t e = 0; e < m; e++, from += PANEL * size)
-                memcpy(narrow + e * size, from, (size_t)size);
+            for (int64_t e = 0, at; e < m; e++) {
+                at = ((k + e) / depth * PANEL + j % PANEL) * depth + (k + e) % depth;
+                memcpy(narrow + e * size, from + at * size, (size_t)size);
+            }
             widen_all(narrow, wide, WIDTH, (kind)l->kind);
             memcpy(rows + k, wide, (size_t)m * 4);
         }

@@ -5,7 +5,7 @@ row of the full matrix: q and s are the same at every tp. Row-parallel layers ho
 row; ranks agree on its maximum when the model is loaded. Activations keep their dtype: some of
 GPT-2's channels are far larger than the rest, which 8 bits cannot hold. No message changes.
 
-The native decode step (inference/decode.c) reads the 8-bit weights themselves, a quarter of the
+The native decode step (inference/product.c) reads the 8-bit weights themselves, a quarter of the
 bytes. Elsewhere rows are widened a few at a time, which saves memory and hardly any time.
 """
 

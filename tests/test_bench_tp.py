@@ -1,6 +1,7 @@
 """bench_tp.py: its arithmetic, its fields, and that parties really do the same work. Nothing here is timed."""
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -100,6 +101,17 @@ def test_a_schedule_is_measured_beside_all_sync_points() -> None:
     assert f"5.0 calls and {3 * 24 * 4 + 8 + 16} bytes a token" in said  # 1 all-reduce a layer, and the embedding's
 
 
+def test_narrow_weights_are_measured_beside_float32(tmp_path: Path) -> None:
+    words = [*TINY, "--vocab_size=131", "--prompt_tokens=5", "--new_tokens=9", "--dtype=bfloat16", "--against=float32"]
+    path = tmp_path / "r.json"
+    said = run_ranks(2, _run, "decode", [*words, f"--report={path}"])[0]
+    assert re.search(r"float32: \d of 9 tokens as ours", said)
+    wide = run_ranks(2, _run, "decode", [*words[:-2], "--dtype=float32", f"--report={tmp_path / 'w.json'}"])[0]
+    assert "decode of 9 tokens" in wide
+    narrow, whole = (json.loads((tmp_path / name).read_text())["weight_bytes_read"] for name in ("r.json", "w.json"))
+    assert narrow < 0.6 * whole  # of so small a model the parameters that stay float32 are a part
+
+
 def test_a_draft_is_measured_beside_none(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     words = [*TINY, "--vocab_size=131", "--prompt=5 6 5 6", "--new_tokens=30", f"--report={path}"]
@@ -162,7 +174,7 @@ def test_allreduce_measures_every_transport(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "command, words, message",
     [
-        ("decode", ["--against=vllm"], "--against=vllm is not one of hf, ctranslate2, llama_cpp, one_rank, all_syncs, no"),
+        ("decode", ["--against=vllm"], "--against=vllm is not one of hf, ctranslate2, llama_cpp, one_rank, float32, all_syncs"),
         ("train", ["--against=hf"], "--against=hf is not one of reference."),
         ("decode", ["--new_tokens=1000", *TINY, "--vocab_size=131"], "a prompt of 128 tokens and 1000 new ones do not fit"),
         ("allreduce", [], "bench_tp.py allreduce needs ranks"),

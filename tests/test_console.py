@@ -115,10 +115,12 @@ def test_what_was_closed_is_there_and_no_other_file_takes_its_number(
     closed: str, tmp_path: Path
 ) -> None:
     script = (
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        f"import gc, os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import base.quick_start\n"
         "from base.console import console\n"
+        "assert not gc.isenabled()\n"
         "with console():\n"
-        "    assert not sys.stdout.isatty() and not sys.stderr.isatty()\n"
+        "    assert gc.isenabled() and not sys.stdout.isatty() and not sys.stderr.isatty()\n"
         "    print('out'); print('err', file=sys.stderr)\n"
         f"    assert os.open({str(tmp_path / 'file')!r}, os.O_CREAT | os.O_WRONLY) > 2\n"
         "    os.write(1, b''); os.write(2, b'')\n"

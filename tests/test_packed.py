@@ -53,6 +53,15 @@ def test_a_product_is_the_formula_and_its_rows_are_those_of_one(library: Any, ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_zeros_stay_zero_and_what_is_not_finite_stays_so(library: Any, kind: torch.dtype) -> None:
+    x = torch.zeros(4, 33)
+    x[1, 32], x[2, 0], x[3, 7] = torch.nan, torch.inf, -1e-40  # the last one is subnormal
+    y = Packed(library, weights(kind, 70, 33)).product(x)
+    assert not y[0].any() and y[1].isnan().all() and not y[2].isfinite().any()
+    assert y[3].isfinite().all() and y[3].abs().max() < 1e-30
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_looked_up_exactly_and_are_zero_where_others_have_them(library: Any, kind: torch.dtype) -> None:
     w = weights(kind, 70, 33)
     found = Packed(library, w).rows(torch.tensor([[5, 74], [4, 75], [40, 6]]), 5)
