@@ -7,8 +7,6 @@ by round, with the programs that a user would pick instead.
 """
 
 import base.quick_start  # noqa: F401
-
-# isort: split
 from bench.inference import decode, prefill, texts
 from bench.laboratory import allreduce, block, diagram, page
 from bench.predict import predict

@@ -9,11 +9,9 @@
 Perplexities are exact, of the dataset's validation split. The results hold for one number of ranks.
 """
 
-import base.quick_start  # noqa: F401
-
-# isort: split
 from typing import Any
 
+import base.quick_start  # noqa: F401
 from cli.options import GroupOptions, RepairOptions, ScanOptions
 from fewer_syncs.grouping import group_heads
 from fewer_syncs.repair import repair

@@ -5,13 +5,11 @@
 Standard output gets the text alone; notices, the account and figures go to standard error.
 """
 
-import base.quick_start  # noqa: F401
-
-# isort: split
 import sys
 import time
 from dataclasses import fields
 
+import base.quick_start  # noqa: F401
 from base.errors import ReaderGone, explaining_memory
 from checkpoints.sources import identity, open_for_inference, tokenizer_of
 from cli.options import SampleOptions

@@ -12,6 +12,7 @@ Shapes: B batch, T tokens, t of them this rank's, C = n_embd, h = this rank's he
 m = this rank's MLP columns.
 """
 
+import re
 from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
@@ -33,8 +34,9 @@ from parallel.loss import vocab_parallel_head_loss
 from parallel.operators import attend_with_own_dropout
 from parallel.parameters import Parts, take
 from parallel.regions import WHOLE, Region, SplitTokens, divide_gradient, f, g
-from plan.partition import Partition, Rule, spans
+from plan.partition import Partition, Rule, Span, spans
 from plan.schedule import Schedule, SubBlock
+from plan.stages import Stages
 
 if TYPE_CHECKING:
     from parallel.data_parallel import Sharding
@@ -178,13 +180,16 @@ class TensorParallelGPT(nn.Module):
     which sub-blocks ranks synchronise: every one unless given. sequence_parallel: split the
     residual stream by tokens, of passes with as many tokens as ranks; UserError if the schedule
     drops sync points. Neither has an effect on one rank. sharding: split parameters over dp, too.
+    stages: of a pipeline; the model then has this rank's modules, and None for the others.
     """
 
     def __init__(self, config: GPTConfig, tp: Axis, read: Read | None = None, seed: int = 1337,
                  device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
                  activation_checkpointing: bool = False, schedule: Schedule | None = None,
-                 sequence_parallel: bool = False, sharding: "Sharding | None" = None):
+                 sequence_parallel: bool = False, sharding: "Sharding | None" = None,
+                 stages: Stages | None = None):
         super().__init__()
+        self.stages = stages or Stages(config.n_layer)
         self.config, self.tp, self.sharding = config, tp, sharding
         self.dtype, self.compiled = dtype, False  # dtype: of the weights
         self.contribution: Any = contribution
@@ -197,6 +202,11 @@ class TensorParallelGPT(nn.Module):
             self.transformer = Transformer(config, split, tp).to(dtype)
             if not config.tie_word_embeddings:
                 self.lm_head = embedding(config, split, tp).to(dtype)
+        for path in {name.rpartition(".")[0] for name in self.split.table}:
+            path = re.sub(r"(\.h\.\d+).*", r"\1", path)  # of the whole block
+            if not self.stages.holds(f"{path}.weight"):
+                parent, _, name = path.rpartition(".")
+                setattr(self.get_submodule(parent), name, None)
         self.set_schedule(schedule or Schedule.plain(config.n_layer))
         if self.sequence_parallel and not self.schedule.is_plain:
             both = f"--sequence_parallel=True together with --sync={schedule}"
@@ -205,8 +215,7 @@ class TensorParallelGPT(nn.Module):
             raise UserError(f"--dp_shard=True together with --sync={schedule}: use one of them.")
         if sharding:
             sharding.apply(self, self.transformer.h)
-        # memory for this rank's part: nothing is ever there in full. empty_like of a meta tensor
-        # imports sympy, which takes a third of a second; a sharded parameter needs it
+        # this rank's part: nothing is ever there in full. empty_like imports sympy, for 0.3 s
         self._apply(lambda p: torch.empty_like(p, device=device) if sharding
                     else torch.empty(p.shape, dtype=p.dtype, device=device))
         self.load(read or partial(self._drawn, seed))
@@ -225,7 +234,8 @@ class TensorParallelGPT(nn.Module):
         """Other sync points from the next pass on, the same on all ranks, in uncompiled blocks."""
         self.schedule = schedule if self.tp.size > 1 else Schedule.plain(self.config.n_layer)
         for layer, block in enumerate(self.blocks):
-            block.syncs = self.schedule.syncs[2 * layer : 2 * layer + 2]
+            if block is not None:
+                block.syncs = self.schedule.syncs[2 * layer : 2 * layer + 2]
 
     def compile_blocks(self, tuned: bool = False) -> None:
         """torch.compile each block in place; all blocks share one graph. tuned: take longer, for
@@ -234,7 +244,7 @@ class TensorParallelGPT(nn.Module):
         torch._dynamo.config.optimize_ddp = False  # it cuts blocks where DDP's buckets end
         options: Any = {"coordinate_descent_tuning": tuned}
         self.contribution = torch.compile(contribution, options=options)
-        for block in self.blocks if not self.schedule.delay else ():
+        for block in filter(None, self.blocks if not self.schedule.delay else ()):
             block.compile(options=options)
 
     @property
@@ -248,7 +258,7 @@ class TensorParallelGPT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.wpe.weight.device
+        return next(self.parameters()).device
 
     def region(self, T: int) -> Region:
         """How a pass over T tokens holds the residual stream."""
@@ -273,14 +283,20 @@ class TensorParallelGPT(nn.Module):
         s = self.embed(idx, cache)
         if self.schedule.delay:
             return Stream(self.transformer.ln_f(self._fly(s.x, cache)))
-        for i, block in enumerate(self.blocks):
+        s = self.layers(s, (0, self.config.n_layer), cache)
+        return Stream(self.transformer.ln_f(s.x), s.region)
+
+    def layers(self, s: Stream, span: Span, cache: KVCache | None = None) -> Stream:
+        """The stream after the layers [lo, hi)."""
+        for i in range(*span):
+            block = self.blocks[i]
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # forward calls of the second pass are accounted to the backward pass
                 contexts = lambda: (nullcontext(), self.tp.ledger.recomputing())  # noqa: E731
                 s = checkpoint(block, s, use_reentrant=False, context_fn=contexts)
             else:
                 s = block(s, cache.past(i) if cache else None)
-        return Stream(self.transformer.ln_f(s.x), s.region)
+        return s
 
     def _fly(self, x: Tensor, cache: KVCache | None) -> Tensor:
         """The stream after the last layer under a delay. x: of the embeddings."""
@@ -318,13 +334,16 @@ class TensorParallelGPT(nn.Module):
         are never gathered, and not even a rank's own exist all at once."""
         if targets is None:
             return self.gather_logits(self.local_logits(self.hidden(idx, cache)[:, -1:])), None
-        s, T, table = self._final(idx, None), idx.shape[1], self.head.weight
+        return None, self.loss(self._final(idx, None), targets)
+
+    def loss(self, s: Stream, targets: Tensor) -> Tensor:
+        """The mean loss of targets [B, T], from the stream after ln_f."""
         if self.sequence_parallel and s.region is WHOLE and torch.is_grad_enabled():
-            which = f"{T} tokens cannot be split over {self.tp.size} ranks"
+            which = f"{targets.shape[1]} tokens cannot be split over {self.tp.size} ranks"
             raise ValueError(f"{which} to learn from them")
-        mine = table, targets, self.vocab_lo, self.vocab_hi
-        loss = vocab_parallel_head_loss(s.x, *mine, self.tp, s.region, self.compiled)
-        return None, loss / (targets >= 0).sum()
+        mine = self.head.weight, targets, self.vocab_lo, self.vocab_hi
+        how = self.tp, s.region, self.compiled, self.stages.kind.splits
+        return vocab_parallel_head_loss(s.x, *mine, *how) / (targets >= 0).sum()
 
     def gather_logits(self, local: Tensor) -> Tensor:
         """Every rank's columns [..., hi - lo] -> all columns [..., V], on every rank."""

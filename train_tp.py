@@ -3,15 +3,13 @@
     torchrun --standalone --nproc_per_node=4 train_tp.py configs/train_gpt2.py --tp=2
 """
 
-import base.quick_start  # noqa: F401
-
-# isort: split
 import sys
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import base.quick_start  # noqa: F401
 from base.errors import explaining_memory
 from cli.grammar import parse
 from cli.options import TrainOptions

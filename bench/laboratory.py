@@ -26,6 +26,7 @@ from plan.link import ring_bytes
 from plan.memory import Training
 from plan.partition import Partition
 from plan.schedule import Schedule
+from plan.stages import Stages
 from report import report
 from report.diagram import fit, layer, lines
 from world.devices import pick_dtype
@@ -240,7 +241,7 @@ def diagram(world: World, options: opt.BenchDiagramOptions) -> None:
     report.write(options.report, {
         "entry": "bench_tp", "what": "diagram", "tp": split.tp, "dtype": str(dtype)[6:],
         "sync": str(schedule), "sequence_parallel": drawn.sequence, "batch_size": batch,
-        "model": report.model_of(config, split), "lines": rows})
+        "model": report.model_of(config, split, Stages(config.n_layer)), "lines": rows})
 
 
 def page(world: World, options: opt.BenchPageOptions) -> None:

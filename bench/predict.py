@@ -19,6 +19,7 @@ from plan.cost import MODES, Hardware, Step
 from plan.link import ETHERNET, NVLINK3, NVLINK4, PCIE, PCIE_HOST, ROCE, Link
 from plan.partition import Partition
 from plan.schedule import Schedule
+from plan.stages import Stages
 from world.mesh import World
 
 # docs/predictions.md names the measurements that these numbers are from.
@@ -71,8 +72,10 @@ def step_of(config: GPTConfig, tp: int, strategy: str, mode: str, options: Optio
     tokens, past = (1, options.tokens) if mode == "decode" else (options.tokens, 0)
     width, int8 = 4 if options.dtype == "float32" else 2, bool(options.quantize) and not trains
     rows = chunk_rows(batch * tokens, split.local_vocab, "cuda") if trains else 0
+    micro_batches, pp = (options.micro_batches, options.pp) if trains else (1, 1)
+    Stages(config.n_layer, pp)  # UserError if there are too few layers
     return Step(split, schedule, mode, batch, tokens, past, width, int8, strategy == "sequence",
-                rows)
+                rows, micro_batches, pp)
 
 
 def ways(config: GPTConfig, sizes: Iterable[int], hardware: Hardware, mode: str,
@@ -80,6 +83,8 @@ def ways(config: GPTConfig, sizes: Iterable[int], hardware: Hardware, mode: str,
     """All layouts in which the model can be split, fitting or not. UserError if there is none."""
     found, fault = [], None
     fewer = [name for name in FEWER if config.n_layer > 1 or name != "every:2"]
+    if options.pp > 1 and mode == "train":
+        fewer = ["mlp"]  # a stage ends at a sync point
     for tp in sizes:
         for name in ("all", *["sequence"] * (mode != "decode"), *fewer) if tp > 1 else ("all",):
             try:
@@ -115,8 +120,8 @@ def break_even(step: Step, limit: float, hardware: Hardware) -> float | None:
 def pays_from(hardware: Hardware, tp: int, mode: str, options: Options) -> GPTConfig | None:
     """The smallest model from which on tp ranks beat one device, if any. Tries n layers of n heads
     of 128 channels, as Llamas of 7 and 13 billion have, n from tp to 160 in steps of 10 %."""
-    found = None
-    for n in sorted({min(160, round(tp * 1.1**k)) for k in range(60)}, reverse=True):
+    found, least = None, max(tp, options.pp if mode == "train" else 1)
+    for n in sorted({min(160, round(least * 1.1**k)) for k in range(60)}, reverse=True):
         config = GPTConfig(options.tokens + 1, GPT2_TOKENS, n, n, 128 * n)
         steps = (step_of(config, size, "all", mode, options) for size in (1, tp))
         one, many = (step.seconds(hardware).total for step in steps)
@@ -192,14 +197,18 @@ def answer(hardware: Hardware, mode: str, models: list[str], sizes: list[int],
     reduce, bus = 1e6 * hardware.link.seconds("all_reduce", 0, 2), 1e-9 / hardware.link.beta
     head = ["", "parameters", "ms", "at tp", *(f"tp {tp}" for tp in sizes[1:]), "best",
             "fewer syncs", "alpha limit"]
+    stages, one = "", "one device"
+    if mode == "train" and options.pp * options.micro_batches > 1:
+        stages = f", {options.micro_batches} micro-batches on {options.pp} stages (1F1B)"
+        one = f"tp 1 (with pp {options.pp})" if options.pp > 1 else one
     lines = [
-        f"{hardware.name}, {mode}: {options.batch_size} x {options.tokens:,} tokens; memory "
-        f"{hardware.memory / 1e9:,.0f} GB/s, products {hardware.peak / 1e12:,.0f} TFLOP/s, "
+        f"{hardware.name}, {mode}: {options.batch_size} x {options.tokens:,} tokens{stages}; "
+        f"memory {hardware.memory / 1e9:,.0f} GB/s, products {hardware.peak / 1e12:,.0f} TFLOP/s, "
         f"{1e6 * hardware.overhead:.0f} us a sub-block, an all-reduce of 2 ranks {reduce:,.0f} us, "
         f"{bus:,.0f} GB/s", *table([head, *(cells for _, cells in verdicts if cells)])]
     lines += [f"{line['model']} no room: at least {line['least_bytes'] / 1e9:,.1f} GB a rank"
               for line, cells in verdicts if not cells]
-    lines += [f"faster than one device: {'; '.join(words)} (128 channels a head, as many layers as "
+    lines += [f"faster than {one}: {'; '.join(words)} (128 channels a head, as many layers as "
               "heads)", ""]
     return {"hardware": asdict(hardware), "mode": mode, "lines": [line for line, _ in verdicts],
             "pays_from": pays}, lines
@@ -210,6 +219,9 @@ def predict(world: World, options: Options) -> None:
     bench = Bench(world, options)
     if options.quantize and options.dtype == "float32":
         raise UserError("--quantize=int8 is predicted with --dtype=bfloat16, as all other numbers.")
+    if options.micro_batches < options.pp:
+        wanted = f"1F1B on --pp={options.pp} needs at least {options.pp} micro-batches"
+        raise UserError(f"{wanted}: --micro_batches={options.micro_batches}.")
     known = [*PROFILES] if options.hardware == "all" else [*PROFILES, CUSTOM]
     machines = [hardware_of(n, options) for n in chosen(options.hardware, known, "hardware")]
     if options.dtype == "float32":  # in TF32, at half of bfloat16's rate

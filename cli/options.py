@@ -103,8 +103,8 @@ class SampleOptions(InferenceOptions):
 # job's micro-batches (nanoGPT divides by its ranks, this by dp), so an iteration holds the same
 # tokens on any number of ranks.
 class TrainOptions(MeshOptions):
-    """Train from scratch, fine-tune, resume or evaluate a GPT, tp ranks to a model and
-    world size / tp models."""
+    """Train from scratch, fine-tune, resume or evaluate a GPT, pp x tp ranks to a model and
+    world size / (pp x tp) models."""
 
     out_dir: str = option("out", "directory of the checkpoints, metrics.jsonl and the tokenizer")
     eval_interval: int = option(2000, "iterations between two evaluations", low=1)
@@ -138,6 +138,8 @@ class TrainOptions(MeshOptions):
     lr_decay_iters: int = option(600000, "iteration at which the decay has reached min_lr", low=0)
     min_lr: float = option(6e-5, "lowest learning rate", low=0)
     backend: str = option("", "nanoGPT's name for comm, used where comm=auto", ("", "nccl", "gloo"))
+    pp: int = option(1, "ranks that share the layers, as pipeline stages", low=1)
+    pp_schedule: str = option("1F1B", "order of micro-batches in stages: 1F1B, GPipe and others")
     sync: str = option("", SYNC)
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
     sequence_parallel: bool = option(False, "split activations over the sequence, to save memory")
@@ -338,6 +340,8 @@ class BenchPredictOptions(BenchOptions):
     tp: str = option("1,2,4,8", "tensor-parallel sizes with commas between")
     mode: str = option("decode", "decode, prefill and train with commas between, or all")
     batch_size: int = option(1, "sequences", low=1)
+    pp: int = option(1, "in mode train: ranks that share the layers, for each of tp", low=1)
+    micro_batches: int = option(1, "in mode train: of batch_size, in an iteration", low=1)
     tokens: int = option(512, "tokens in the cache (decode), or in a sequence that is read", low=1)
     quantize: str = option("", "int8: weights of 8 bits", ("", "int8"))
     alpha_us: float = option(0.0, "replaces the profile's microseconds of a message", low=0)

@@ -115,10 +115,10 @@ _own: Any = partial(field, init=False, repr=False, compare=False)
 
 @dataclass(frozen=True)
 class Axis:
-    """One dimension of the dp x tp mesh as one rank sees it. transport: None if size is 1.
+    """One dimension of the dp x pp x tp mesh as one rank sees it. transport: None if size is 1.
     layer, block: the label under which calls are accounted. track: this rank's calls under any."""
 
-    name: str  # tp | dp
+    name: str  # tp | pp | dp | ends
     rank: int = 0
     size: int = 1
     transport: Transport | None = None
@@ -145,7 +145,7 @@ class Axis:
     def account(self, op: str, direction: str, message: Tensor, call: Callable[[], T],
                 nbytes: int = -1, begun: Any = None, again: Any = None) -> T:
         """Make one call that moves `message`, and account it. nbytes: message's own unless given.
-        begun: `_clock` when the message started, if that was earlier; `call` then waits for it, and
+        begun: `clock` when the message started, if that was earlier; `call` then waits for it, and
         `again` sends one like it.
         Raises CollectiveError, which names the call, for a RuntimeError in it.
 
@@ -155,7 +155,7 @@ class Axis:
         entry, tally = self.line(op, direction)
         size = message.nbytes if nbytes < 0 else nbytes
         track = ledger.calling(self.track, entry, size)
-        start = _clock(message) if ledger.on else None
+        start = clock(message) if ledger.on else None
         try:
             result = call()
         except RuntimeError as error:
@@ -163,11 +163,11 @@ class Axis:
         track.waiting = False
         if not ledger.on:
             return result
-        seconds = _elapsed(start, message)
+        seconds = elapsed(start, message)
         if ledger.recorded is not None and track.call is not None:
             ledger.recorded.calls.append(GraphCall(tally, track, track.call, again or call))
             return result
-        ledger.record(tally, size, seconds, _elapsed(begun, message) if begun else 0.0)
+        ledger.record(tally, size, seconds, elapsed(begun, message) if begun else 0.0)
         if track.queued is not None and isinstance(seconds, _GpuTime):
             track.leave_open(track.number, track.call, seconds.end.query)
         return result
@@ -185,7 +185,7 @@ class Axis:
 AXES: WeakValueDictionary[int, Axis] = WeakValueDictionary()  # by `tag`
 
 
-def _clock(message: Tensor) -> Any:
+def clock(message: Tensor) -> Any:
     if not message.is_cuda:
         return time.perf_counter()
     if torch.cuda.is_current_stream_capturing():
@@ -209,11 +209,11 @@ class _GpuTime:
         return self.start.elapsed_time(self.end) / 1000.0
 
 
-def _elapsed(start: Any, message: Tensor) -> float | _GpuTime:
+def elapsed(start: Any, message: Tensor) -> float | _GpuTime:
     """Seconds since `start`, 0 in the capture of a graph; on a GPU a function that returns them."""
     if not message.is_cuda:
         return time.perf_counter() - start
-    return 0.0 if start is None else _GpuTime(start, _clock(message))
+    return 0.0 if start is None else _GpuTime(start, clock(message))
 
 
 def _send(method: str, axis: Axis, direction: str, x: Tensor, *more: Any) -> Tensor:
@@ -294,7 +294,7 @@ def _start_all_reduce(x: Tensor, axis: Axis, direction: str) -> Callable[[], Ten
     # the call is counted, and has a number, when it is waited for
     track, entry = axis.track, axis.line("all_reduce", direction)[0]
     track.call, track.waiting = (entry, x.nbytes, axis.ledger.doing), True
-    begun = _clock(x) if axis.ledger.on else None
+    begun = clock(x) if axis.ledger.on else None
     with track:
         finish = start(x)
     return lambda: axis.account("all_reduce", direction, x, finish, begun=begun,
@@ -319,14 +319,14 @@ def average_later(x: Tensor, axis: Axis, direction: str,
     with axis.ledger.calling(axis.track, entry, x.nbytes) as track:
         number, call = track.number, (entry, x.nbytes, axis.ledger.doing)
         track.begun[number] = call
-        start = _clock(x)
+        start = clock(x)
         message = x.div_(axis.size)
         if dtype.itemsize < x.dtype.itemsize:
             message = x.to(dtype)
         work = dist.all_reduce(message, group=torch_group(axis), async_op=True)
 
     def done(future: torch.futures.Future[list[Tensor]]) -> Tensor:
-        seconds = _elapsed(start, x)
+        seconds = elapsed(start, x)
         axis.ledger.record(tally, message.nbytes, seconds)
         if isinstance(seconds, _GpuTime):
             track.leave_open(number, call, seconds.end.query)

@@ -19,9 +19,10 @@ class Entry:
     """The key of one line of the account. layer: None outside the layers."""
 
     layer: int | None
-    block: str  # attention | mlp | embedding | head | loss | sampling | optimizer | data_parallel
+    # attention | mlp | embedding | head | loss | sampling | optimizer | data_parallel | pipeline
+    block: str
     direction: str  # forward | backward | step
-    op: str  # all_reduce | all_gather | reduce_scatter | broadcast
+    op: str  # all_reduce | all_gather | reduce_scatter | broadcast | send | recv
 
 
 @dataclass(slots=True)
@@ -189,9 +190,9 @@ class Ledger:
         return track
 
     def record(self, tally: Tally, nbytes: int, seconds: Clocked, in_flight: Clocked = 0.0,
-               ) -> None:
+               calls: int = 1) -> None:
         """Account one call. A GPU's seconds are a function, asked when the GPU is idle."""
-        tally.calls += 1
+        tally.calls += calls
         tally.bytes += nbytes
         for name, clocked in (("seconds", seconds), ("in_flight", in_flight)):
             if callable(clocked):

@@ -87,7 +87,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int, axis: Axis,
-                region: Region, learn: bool, fused: bool) -> Tensor:
+                region: Region, learn: bool, fused: bool, keep: bool) -> Tensor:
         kind, dtype = x.device.type, product_dtype(x)
         wide = torch.promote_types(dtype, torch.float32)
         x = region.gather(x, axis.at("head"), "forward")
@@ -115,23 +115,29 @@ class _HeadLoss(torch.autograd.Function):
                     dx[part] = dz @ w
                     dw = dw.addmm_(dz.t(), mine) if dtype == wide else dw.add_(dz.t() @ mine)
         ctx.gradients, ctx.dtype, ctx.axis, ctx.region = (dx, dw), weight.dtype, axis, region
+        ctx.keep = keep
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the head's gradient is used up: run the forward pass again.")
-        (dx, dw), ctx.gradients = ctx.gradients, None  # ours alone, and so scaled in place
-        dx.mul_(grad)
+        dx, dw = ctx.gradients
+        if ctx.keep:
+            dx, dw = dx.clone(), dw.clone()
+        else:
+            ctx.gradients = None
+        dx.mul_(grad)  # ours alone, and so scaled in place
         summed = None
         if ctx.needs_input_grad[0]:
             summed = ctx.region.sum_later(dx.view(ctx.shape), ctx.axis.at("head"), "backward")
         dw = dw.mul_(grad).to(ctx.dtype)
-        return summed and summed(), dw, *[None] * 7
+        return summed and summed(), dw, *[None] * 8
 
 
 def vocab_parallel_head_loss(x: Tensor, weight: Tensor, targets: Tensor, lo: int, hi: int,
-                             axis: Axis, region: Region = WHOLE, fused: bool = False) -> Tensor:
+                             axis: Axis, region: Region = WHOLE, fused: bool = False,
+                             keep: bool = False) -> Tensor:
     """The summed negative log-likelihood of targets under logits x W^T: a float32 scalar (float64
     for float64), the same on all ranks.
 
@@ -139,7 +145,8 @@ def vocab_parallel_head_loss(x: Tensor, weight: Tensor, targets: Tensor, lo: int
     C], this rank's rows of the tied table: ids [lo, hi), then padding, which takes no part and gets
     no gradient; as many rows on every rank. targets: [N] or [B, T] int64, the same on all ranks,
     below vocab_size; negative: ignored. fused: by torch.compile. Products are made in autocast's
-    dtype; the loss and the table's gradient add up in float32. The backward pass can run once.
+    dtype; the loss and the table's gradient add up in float32. The backward pass can run once, or
+    with `keep`, which takes more memory, again.
     Raises ValueError if the shapes do not fit.
     """
     fits = region is not WHOLE or targets.shape == x.shape[:-1]
@@ -147,7 +154,7 @@ def vocab_parallel_head_loss(x: Tensor, weight: Tensor, targets: Tensor, lo: int
         shapes = ", ".join(str(list(t.shape)) for t in (x, weight, targets))
         raise ValueError(f"expected x [N, C], weight [rows, C] and targets [N], got {shapes}")
     learn = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    loss: Tensor = _HeadLoss.apply(x, weight, targets, lo, hi, axis, region, learn, fused)
+    loss: Tensor = _HeadLoss.apply(x, weight, targets, lo, hi, axis, region, learn, fused, keep)
     return loss
 
 

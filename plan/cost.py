@@ -11,7 +11,7 @@ heads, columns and vocabulary rows.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from operator import add
+from operator import add, attrgetter
 from typing import NamedTuple
 
 from plan.link import Link
@@ -19,6 +19,7 @@ from plan.memory import FLOAT, ID, Training
 from plan.messages import exchanges, partial_gradients
 from plan.partition import Partition, length
 from plan.schedule import KINDS, Schedule
+from plan.stages import Stages
 
 MODES = ("decode", "prefill", "train")
 # Bytes a parameter that AdamW's step reads and writes: the gradient's norm and clipping (12), then
@@ -66,14 +67,16 @@ class Seconds:  # the parts of a step's time
     def share(self) -> float:
         return self.communication / self.total
 
+    def __mul__(self, times: int) -> "Seconds":
+        return Seconds(*(times * value for value in vars(self).values()))
+
     def __add__(self, other: "Seconds") -> "Seconds":
         return Seconds(*map(add, vars(self).values(), vars(other).values()))
 
 
 @dataclass
 class Step:
-    """A decode step, the prefill of a prompt with its first new token, or a training iteration of
-    one micro-batch."""
+    """A decode step, the prefill of a prompt with its first new token, or a training iteration."""
 
     split: Partition
     schedule: Schedule
@@ -85,6 +88,9 @@ class Step:
     int8: bool = False  # weights of one byte (not in training)
     sequence_parallel: bool = False
     logit_rows: int = 0  # rows whose logits exist at a time (train)
+    micro_batches: int = 1  # of `rows` sequences in an iteration (train)
+    pp: int = 1  # ranks that share the layers (train)
+    stage: str = ""  # of a pipeline: first or last
 
     def __post_init__(self) -> None:
         self.trains = self.mode == "train"
@@ -125,24 +131,58 @@ class Step:
         stream = self.tokens / (self.split.tp if self.split_tokens else 1) * self.split.n_embd
         own = self.tokens * (3 * self.channels + 2 * length(self.split.columns(0)))
         numbers = self.rows * (6 * stream + own) * self.split.n_layer * self.passes
-        if self.trains:
+        if self.trains and self.stage != "first":
             numbers += PASSES * self.rows * self.tokens * self.split.local_vocab
         return Seconds(elementwise=numbers * (hardware.touch or 2 * self.width / hardware.memory))
 
     def seconds(self, hardware: Hardware) -> Seconds:
         """The step on this hardware."""
+        stages = self.stages()
+        once = max((stage.once(hardware) for stage in stages), key=attrgetter("total"))
+        passes = max((stage.of_pass(hardware) for stage in stages), key=attrgetter("total"))
+        return once + passes * (self.micro_batches + self.pp - 1)  # the last stage waits at first
+
+    def stages(self) -> list["Step"]:
+        """The first stage of a pipeline, and the last one, which has the head and maybe a layer
+        less; itself if there is one."""
+        if self.pp == 1:
+            return [self]
+        found = []
+        for stage, place in (("first", 0), ("last", -1)):
+            lo, hi = Stages(self.split.n_layer, self.pp).layers[place]
+            schedule = Schedule(self.schedule.syncs[2 * lo : 2 * hi])
+            split = replace(self.split, n_layer=hi - lo)
+            found.append(replace(self, split=split, schedule=schedule, stage=stage, pp=1))
+        return found
+
+    def once(self, hardware: Hardware) -> Seconds:
+        """What an iteration does once: the optimizer, and the sum of the table of two stages."""
+        if not self.trains:
+            return Seconds()
+        nbytes = OPTIMIZER * self.numbers + TIED * self.entries[-1]
+        link, tp, table = hardware.link, self.split.tp, FLOAT * self.entries[-1]
+        seconds = [link.seconds(m.op, m.nbytes * m.parts, tp) for m in self.messages()
+                   if m.block == "optimizer"]
+        if self.stage:
+            seconds.append(link.seconds("all_reduce", table, 2))
+        return Seconds(weights=nbytes / hardware.memory, communication=sum(seconds))
+
+    def of_pass(self, hardware: Hardware) -> Seconds:
+        """The passes over one micro-batch."""
         n, (*layers, head) = self.rows * self.tokens, self.entries
         found = self.elementwise(hardware) + self.product(sum(layers), n, hardware)
         found += Seconds(attention=self.split.n_layer * self.attention(hardware).attention)
-        found += self.product(head, n if self.trains else self.rows, hardware)
-        if self.trains:
-            nbytes = OPTIMIZER * self.numbers + TIED * head
-            found += Seconds(weights=nbytes / hardware.memory)
+        if self.stage != "first":
+            found += self.product(head, n if self.trains else self.rows, hardware)
         link, tp = hardware.link, self.split.tp
-        messages = [m for m in self.messages() if not (self.schedule.delay and m.block in KINDS)]
+        messages = [m for m in self.messages() if m.block != "optimizer"
+                    and not (self.schedule.delay and m.block in KINDS)]
         communication = sum(link.seconds(m.op, m.nbytes * m.parts, tp) for m in messages)
         if self.schedule.delay and tp > 1:
             communication += self.waits(hardware)
+        if self.stage:  # the stream goes on, its gradient comes back
+            nbytes = n * self.split.n_embd * FLOAT / (tp if self.split_tokens else 1)
+            communication += 2 * (link.alpha + nbytes * link.beta)
         overhead = len(self.entries) * hardware.overhead * self.passes
         return found + Seconds(communication=communication, overhead=overhead)
 
@@ -172,7 +212,10 @@ class Step:
             return
         # a sub-block's are as narrow as its products, but for sums in the backward pass
         narrow, wide = n * C * self.width, n * C * (FLOAT if self.trains else self.width)
+        absent = {"first": "head", "last": "embedding"}.get(self.stage)
         for block, exchange in exchanges(self.schedule, self.split_tokens):
+            if block == absent:
+                continue
             inside = narrow if block in KINDS else wide
             for op in exchange.forward:
                 yield Message(block, "forward", op, inside)
@@ -182,7 +225,8 @@ class Step:
             yield Message("sampling", "step", "all_gather", 2 * self.rows * FLOAT, tp)
             yield Message("sampling", "step", "broadcast", 2 * self.rows * ID)
             return
-        for first in range(0, n, self.logit_rows):  # the loss: three numbers a row of each rank
+        # the loss: three numbers a row of each rank
+        for first in range(0, n if self.stage != "first" else 0, self.logit_rows):
             rows = min(self.logit_rows, n - first)
             yield Message("loss", "forward", "all_gather", 3 * rows * FLOAT, tp)
         if names := partial_gradients(self.split, self.schedule, self.split_tokens):
@@ -194,10 +238,11 @@ class Step:
     def capacity(self) -> int:
         """Bytes of this rank's weights and cache; in training the peak on a GPU by memory.py."""
         if self.trains:
-            return Training(
+            return max(Training(
                 split=self.split, rows=self.rows, eval_rows=self.rows, gpu=True, width=self.width,
                 logit_rows=self.logit_rows, sequence_parallel=self.split_tokens,
-            ).peak  # fmt: skip
+                micro_steps=self.micro_batches, stages=Stages(self.split.n_layer, self.pp, rank),
+            ).peak for rank in range(self.pp))  # fmt: skip
         cache = self.width * self.split.cache_numbers(self.rows * (self.past + self.tokens))
         if self.int8:  # look-ups read the table in full width
             return self.numbers + self.entries[-1] * self.width + cache

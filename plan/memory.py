@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from math import prod
 
 from plan.partition import Partition, length, spans
+from plan.stages import TABLE, Stages
 
 FLOAT = 4  # bytes of a parameter, a gradient, a moment, a number of the residual stream
 ID = 8  # bytes of a token id
@@ -30,7 +31,8 @@ ID = 8  # bytes of a token id
 
 @dataclass(kw_only=True)
 class Training:
-    """A training run. Each figure is of the rank that has most: the first of a tp group (`spans`).
+    """A training run. Each figure is of the rank that has most: the first of a tp group (`spans`),
+    of those with the stages of `stages`.
     rows, eval_rows: sequences in a micro-batch and in a batch of an evaluation. width: bytes of a
     number in products, 4, or 2 under autocast. logit_rows: rows whose logits exist at a time."""
 
@@ -46,14 +48,17 @@ class Training:
     sequence_parallel: bool = False
     activation_checkpointing: bool = False
     dp_shard: bool = False
+    stages: Stages | None = None
 
     def __post_init__(self) -> None:
         s, w = self.split, self.width
-        self.shapes = s.local_shapes(0)  # padding included, before dp shards them
+        self.place = place = self.stages or Stages(s.n_layer)
+        # padding included, before dp shards them
+        self.shapes = {n: shape for n, shape in s.local_shapes(0).items() if place.holds(n)}
         self.whole = FLOAT * sum(map(prod, self.shapes.values()))
         self._layers = FLOAT * sum(prod(shape) for n, shape in self.shapes.items() if ".h." in n)
         # a gradient of the embedding table: the head's waits for the embedding's
-        self._table = FLOAT * prod(self.shapes["transformer.wte.weight"])
+        self._table = FLOAT * prod(self.shapes.get(TABLE, (0,)))
         # sharded over dp, each tensor is cut along dimension 0; the first piece is the longest
         dp = self.dp if self.dp_shard else 1
         pieces = (-(-rows // dp) * prod(rest) for rows, *rest in self.shapes.values())
@@ -73,17 +78,33 @@ class Training:
             layer = self.stream + half // min(s.tp, 2)
         # token ids, all layers, the last LayerNorm
         self.activations = 2 * self.tokens * ID + s.n_layer * layer + self.kept_by_norm
+        if place.pp > 1:
+            self.activations = self._in_stages(layer)
         # whole parameters under dp_shard: those in no layer, and three layers'
         layers = self._layers - 3 * self._layers // s.n_layer
+        layers *= place.pp == 1  # PyTorch's stages keep all that they have gathered
         self._gathered = self.whole - layers if self.dp_shard else 0
         self._passing = self._within_a_pass()
         self.temporary = max(self._passing.values()) + self._table + self._gathered
         self.kv_cache = w * s.cache_numbers(s.block_size)  # of a sequence, in generation
 
+    def _in_stages(self, layer: int) -> int:
+        """Activations of a pipeline's rank, with those that PyTorch receives: it allocates them for
+        all micro-batches of an iteration, and of a step of an evaluation. layer: bytes a layer."""
+        place, m = self.place, self.micro_steps
+        before, after = place.messages()
+        passes, own = place.in_flight(m), sum(length(place.layers[stage]) for stage in place.mine)
+        found = m * (2 * self.tokens * ID + (before + after) * self.stream)
+        found += before * place.count * self.stream // self.rows * self.eval_rows
+        found += passes * own * layer // place.kind.each
+        if place.has_last:  # the loss holds the table's gradient from one pass to the other
+            found += passes * self.kept_by_norm + (passes - 1) * self._table
+        return found
+
     def _gradients(self, done: int) -> int:
         """Bytes of gradients in the last micro-batch, when those of `done` bytes are there. Earlier
         micro-batches leave sums; dp adds DDP's buckets or, sharded, this rank's part of `done`."""
-        if self.dp == 1:
+        if self.dp == 1 or self.place.pp > 1:
             return self.whole if self.micro_steps > 1 else done
         sums = self.whole - done if self.micro_steps > 1 else 0
         return sums + (-(-done // self.dp) if self.dp_shard else self.whole)
@@ -121,9 +142,10 @@ class Training:
         backward = self.stream + max(self.tokens * columns * w, message)
         backward += columns * s.n_embd * FLOAT  # a weight's gradient
         again = self.kept_by_layer - self.stream if self.activation_checkpointing else 0
+        last = self.place.has_last
         return {
-            "evaluation": head(seen, wide) + 2 * seen * columns * w,
-            "head and loss": loss,
+            "evaluation": head(seen, wide) * last + 2 * seen * columns * w,
+            "head and loss": loss * last,
             "last layer, backward": backward + again + self._table,
         }
 

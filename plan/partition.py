@@ -1,6 +1,7 @@
 """The split of a GPT-2 over ranks: who owns which heads, columns and rows. Pure integers, no torch.
 `Partition.table` is the only place that holds the split rules: all others read it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import prod
@@ -173,11 +174,12 @@ class Partition:
     def local_shapes(self, rank: int) -> dict[str, Shape]:
         return {name: rule.local_shape(shape, rank) for name, (shape, rule) in self.table.items()}
 
-    def count(self, rank: int | None = None) -> int:
-        """Parameters of the full model, or those that `rank` owns. Padding rows do not count."""
+    def count(self, rank: int | None = None, names: Iterable[str] = ()) -> int:
+        """Parameters of the full model, or those that `rank` owns, of these names or of all.
+        Padding rows do not count."""
         if rank is None:
             return sum(map(prod, self.shapes().values()))
-        rows = self.table.values()
+        rows = map(self.table.__getitem__, names or self.table)
         return sum(prod(rule.unpadded.local_shape(shape, rank)) for shape, rule in rows)
 
     def imbalance(self) -> str:

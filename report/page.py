@@ -16,8 +16,8 @@ from report.sections import SECTIONS, Report, unit_of
 STYLE = Path(__file__).with_name("style.css")
 RECORD = '<pre id="report">'
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # nothing from elsewhere
-HEAD = {"entry", "what", "world_size", "tp", "dp", "comm", "device", "dtype", "quantize", "sync",
-        "decoder", "source", "best_val_loss"}  # keys that the page's beginning shows
+HEAD = {"entry", "what", "world_size", "tp", "pp", "dp", "comm", "device", "dtype", "quantize",
+        "sync", "decoder", "source", "best_val_loss"}  # keys that the page's beginning shows
 HEADINGS = {"block": "A layer under every strategy", "allreduce": "All-reduces of many sizes",
             "save": "What a checkpoint costs"}
 lost = partial(share, digits=2)

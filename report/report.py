@@ -12,9 +12,10 @@ import torch
 from base.errors import UserError, printable
 from base.files import json_of, read_json, read_small, replacing
 from model import GPTConfig
-from parallel.ledger import Account, as_json
+from parallel.ledger import Account, Tally, as_json
 from parallel.quantized import quantization, weight_bytes
 from plan.partition import Partition
+from plan.stages import Stages
 from report.page import page, record
 from report.sections import account_rows, entries
 from tp_model import TensorParallelGPT
@@ -46,14 +47,16 @@ def peak_bytes(device: torch.device) -> int:
 
 def where(world: World) -> dict[str, Any]:
     """Of every run's report: who computed."""
-    return {"world_size": world.size, "tp": world.tp.size, "dp": world.dp.size, "comm": world.over,
-            "device": world.device.type}
+    return {"world_size": world.size, "tp": world.tp.size, "pp": world.pp.size,
+            "dp": world.dp.size, "comm": world.over, "device": world.device.type}
 
 
-def model_of(config: GPTConfig, split: Partition) -> dict[str, Any]:
-    """Of a report: the model's sizes, and the parameters of each rank."""
-    return {**config.as_json(), "parameters": split.count(),
-            "parameters_per_rank": list(map(split.count, range(split.tp)))}
+def model_of(config: GPTConfig, split: Partition, stages: Stages) -> dict[str, Any]:
+    """Of a report: the model's sizes, and the parameters of each rank of a pipeline."""
+    names = [[name for name in split.table if stages.owner(name) == rank]
+             for rank in range(stages.pp)]
+    return {**config.as_json(), "parameters": split.count(), "parameters_per_rank": [
+        split.count(rank, own) for own in names for rank in range(split.tp)]}
 
 
 def build(entry: str, world: World, model: TensorParallelGPT, account: Account,
@@ -61,19 +64,26 @@ def build(entry: str, world: World, model: TensorParallelGPT, account: Account,
           ) -> dict[str, Any]:
     """The report of a run. Every rank calls it and gets the same.
 
-    account: of the run, on this rank. seconds: the time that it took, collectives and all else.
+    account: of the run, on this rank; with stages the report has the sum over those of a pipeline.
+    seconds: the time that it took, collectives and all else.
     """
-    mine = (weight_bytes(model), kv_cache_bytes, peak_bytes(world.device))
-    weights, caches, peaks = map(list, zip(*world.gather(mine), strict=True))
+    mine = (weight_bytes(model), kv_cache_bytes, peak_bytes(world.device), account)
+    weights, caches, peaks, accounts = map(list, zip(*world.gather(mine), strict=True))
+    stages = world.pp.size
+    if stages > 1:
+        account = {}
+        for theirs in accounts[: stages * world.tp.size : world.tp.size]:
+            for line, tally in theirs.items():
+                account.setdefault(line, Tally()).add(tally)
     comm = as_json(account, model.config.n_layer)
     if world.ledger.replayed.calls:
         comm["in_graphs"] = world.ledger.replayed.as_json()
-    fraction = comm["total"]["seconds"] / seconds if seconds else 0.0
+    fraction = comm["total"]["seconds"] / seconds / stages if seconds else 0.0
     comm["total"]["fraction_of_time"] = round(fraction, 6)
     return {
         "entry": entry, **where(world), "dtype": str(model.dtype)[6:],
         "quantize": quantization(model), "sync": str(model.schedule),
-        "model": model_of(model.config, model.split),
+        "model": model_of(model.config, model.split, model.stages),
         "memory": {"weight_bytes_per_rank": weights, "kv_cache_bytes_per_rank": caches,
                    "peak_bytes_per_rank": peaks},
         "timing": {key: round(value, 6) for key, value in timing.items()},
@@ -111,10 +121,11 @@ def account_table(report: dict[str, Any]) -> str:
     account = report["comm_account"]
     weights = f", {report['quantize']} weights" if report["quantize"] else ""
     sync = "" if report["sync"] == "all" else f"; sync points: {report['sync']}"
-    title = (f"{report['entry']}: world {report['world_size']} = dp {report['dp']} x tp "
+    stages = f" x pp {report['pp']}" if report.get("pp", 1) > 1 else ""
+    title = (f"{report['entry']}: world {report['world_size']} = dp {report['dp']}{stages} x tp "
              f"{report['tp']}, {report['comm']}, {report['device']}, {report['dtype']}{weights}; "
              f"{account['forward_passes']} forward passes{sync}")
-    if report["tp"] * report["dp"] == 1:
+    if report["world_size"] == 1:
         return f"{title}\none rank: nothing is communicated"
 
     lines = account_rows(entries(report), 3)
@@ -124,7 +135,7 @@ def account_table(report: dict[str, Any]) -> str:
             "{bytes:>14} {seconds:>9}")
     table = [form.format(**line) for line in ({head: head for head in lines[0]}, *lines)]
     table.append(f"{account['total']['fraction_of_time']:.1%} of the time was spent in collectives "
-                 "(rank 0's clock)")
+                 f"({'rank 0' if not stages else 'a rank'}'s clock)")
     late = [tally for tally in entries(report).values() if tally.in_flight]
     if late:
         calls, flown, waited = (sum(getattr(tally, name) for tally in late)

@@ -71,11 +71,11 @@ def command(scratch: Path, phase: str, comm: str, out: Path) -> list[str]:
     return [*words, f"--comm={comm}", f"--comm_timeout={LIMIT_S:g}"]
 
 
-def strike(scratch: Path, phase: str, name: str, comm: str, ranks: int) -> dict[str, Any]:
-    """One run with one fault: seconds until all its ranks were gone, and what it said."""
+def strike(scratch: Path, phase: str, name: str, comm: str, ranks: int, *more: str) -> dict[str, Any]:
+    """One run with one fault: seconds until all its ranks were gone, and what it said. more: options."""
     with tempfile.TemporaryDirectory(dir=scratch) as place:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__]
-        words = command(scratch, phase, comm, Path(place) / "out")
+        words = [*command(scratch, phase, comm, Path(place) / "out"), *more]
         with open(Path(place) / "stderr", "w") as log:
             run = subprocess.Popen(
                 [sys.executable, *launcher, "rank", place, phase, name, *words],
@@ -135,6 +135,7 @@ def rank(place: Path, phase: str, name: str, argv: list[str]) -> None:
     from cli.options import SampleOptions, TrainOptions
     from parallel.collectives import Axis
     from parallel.ledger import Ledger
+    from parallel.pipeline import Messages, Stage
     from world import entry
 
     (place / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
@@ -143,9 +144,12 @@ def rank(place: Path, phase: str, name: str, argv: list[str]) -> None:
         scratch = place / ".struck"
         scratch.write_text(f"{time.time()}\n")
         scratch.replace(place / "struck")
+        if name == "late":
+            time.sleep(60)
         os.kill(os.getpid(), signal.Signals[name])
 
-    account, close, replay, calls = Axis.account, TensorFile.close, Ledger.replay, 0
+    account, close, replay, note, calls = Axis.account, TensorFile.close, Ledger.replay, Messages.note, 0
+    compute = Stage.forward_one_chunk
 
     def watched(axis: Axis, op: str, direction: str, *rest: Any, **more: Any) -> Any:
         nonlocal calls
@@ -163,6 +167,16 @@ def rank(place: Path, phase: str, name: str, argv: list[str]) -> None:
             fall()
         return account(axis, op, direction, *rest, **more)
 
+    def noted(messages: Any, op: str, direction: str, asked: list[Any]) -> list[Any]:
+        if asked and messages.axis.ledger.doing == "step 6" and direction == phase and name != "late":
+            fall()
+        return note(messages, op, direction, asked)
+
+    def computed(stage: Any, *args: Any, **more: Any) -> Any:
+        if stage.messages.axis.ledger.doing == "step 6" and name == "late":
+            stage.around = lambda micro: fall()
+        return compute(stage, *args, **more)
+
     def replayed(ledger: Ledger, *what: Any) -> None:
         nonlocal calls
         calls += 1
@@ -179,6 +193,8 @@ def rank(place: Path, phase: str, name: str, argv: list[str]) -> None:
         Axis.account = watched  # type: ignore[method-assign, assignment]
         TensorFile.close = closed  # type: ignore[method-assign, assignment]
         Ledger.replay = replayed  # type: ignore[method-assign, assignment]
+        Messages.note = noted  # type: ignore[method-assign, assignment]
+        Stage.forward_one_chunk = computed  # type: ignore[method-assign, assignment]
     runs: dict[bool, tuple[Any, Callable[..., None], str]] = {
         True: (SampleOptions, sample_tp.main, "sample_tp.py"),
         False: (TrainOptions, train_tp.main, "train_tp.py"),

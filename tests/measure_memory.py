@@ -44,6 +44,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "dp2-shard": (2, ["--tp=1", "--dp_shard=True"]),
     "dp2-shard-accumulated": (2, ["--tp=1", "--dp_shard=True", "--batch_size=1", "--gradient_accumulation_steps=4"]),
     "tp4": (4, ["--tp=4"]),
+    "pp2": (2, ["--pp=2", "--batch_size=2", "--gradient_accumulation_steps=4"]),
+    "pp2-gpipe": (2, ["--pp=2", "--pp_schedule=GPipe", "--batch_size=2", "--gradient_accumulation_steps=4"]),
 }
 COMMON = [
     "--device=cpu", "--dataset=random", "--batch_size=4", "--gradient_accumulation_steps=1", "--bias=True", "--eval_iters=1",

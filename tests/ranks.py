@@ -31,7 +31,9 @@ def in_panels(outputs: int) -> int:
     return -(-outputs // panel) * panel
 
 
-def run_ranks(size: int, body: Any, *args: Any, tp: int | None = None, comm: str = "shm") -> list[Any]:
+def run_ranks(
+    size: int, body: Any, *args: Any, tp: int | None = None, pp: int = 1, comm: str = "shm"
+) -> list[Any]:
     """Run `body(world, *args)` on `size` ranks; returns what each returned, in rank order.
 
     comm: the tp axis's transport: shm (gloo where that cannot be had), which the commands choose for ranks on CPU cores, or
@@ -41,7 +43,7 @@ def run_ranks(size: int, body: Any, *args: Any, tp: int | None = None, comm: str
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as scratch:
-        shape = size, tp or size, comm
+        shape = size, pp, tp or size // pp, comm
         ranks = [context.Process(target=_rank, args=(rank, *shape, scratch, body, args)) for rank in range(size)]
         for rank in ranks:
             rank.start()
@@ -67,7 +69,7 @@ def run_ranks(size: int, body: Any, *args: Any, tp: int | None = None, comm: str
         return [pickle.loads((Path(scratch) / f"result-{i}").read_bytes()) for i in range(size)]
 
 
-def _rank(rank: int, size: int, tp: int, comm: str, scratch: str, body: Any, args: tuple[Any, ...]) -> None:
+def _rank(rank: int, size: int, pp: int, tp: int, comm: str, scratch: str, body: Any, args: tuple[Any, ...]) -> None:
     try:
         torch.set_num_threads(1)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -75,14 +77,14 @@ def _rank(rank: int, size: int, tp: int, comm: str, scratch: str, body: Any, arg
         dist.init_process_group(
             "gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=size, timeout=timedelta(seconds=20)
         )
-        groups = make_groups(size // tp, tp, timeout=20)
+        groups = make_groups(size // tp // pp, pp, tp, timeout=20)
         try:
             tp_axis = make_axis("tp", groups.get("tp"), comm, ledger)
         except Unavailable:
             tp_axis = make_axis("tp", groups.get("tp"), "gloo", ledger)
         said = tp_axis.transport.name if tp_axis.transport else "gloo" if size > 1 else "none"
-        dp_axis = make_axis("dp", groups.get("dp"), "gloo", ledger)
-        world = World(rank, size, torch.device("cpu"), said, tp_axis, dp_axis, ledger, groups)
+        dp_axis, pp_axis, ends = (make_axis(name, groups.get(name), "gloo", ledger) for name in ("dp", "pp", "ends"))
+        world = World(rank, size, torch.device("cpu"), said, tp_axis, dp_axis, ledger, groups, pp=pp_axis, ends=ends)
         result = body(world, *args)
         world.barrier()  # one that leaves while another is still connecting would be missed
         dist.destroy_process_group()

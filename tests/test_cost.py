@@ -165,6 +165,28 @@ def test_training_is_three_products_and_the_optimizer() -> None:
     assert training.weights == pytest.approx((OPTIMIZER * numbers + TIED * 192 * 96) / 1e9)
 
 
+@pytest.mark.parametrize("pp", [2, 4])
+def test_a_pipeline_of_like_stages_by_hand(pp: int) -> None:
+    """Stages of 2 layers: a micro-batch takes as long as in a model of 2, and its messages; the pipeline fills once."""
+
+    def seconds(n_layer: int, **more: Any) -> float:
+        return step("train", 1, config=replace(CONFIG, n_layer=n_layer), rows=2, **more).seconds(MACHINE).total
+
+    alone, further = seconds(2, micro_batches=4), seconds(2, micro_batches=5)
+    message = 2 * (1e-5 + 4 * 2 * 8 * 24 * 1e-9)  # rows x tokens x width, in 4 bytes, there and back
+    table = MACHINE.link.seconds("all_reduce", 4 * 192 * 24, 2)
+    passes, once = further - alone, alone - 4 * (further - alone)
+    for m in (4, 8):
+        whole = seconds(2 * pp, micro_batches=m, pp=pp)
+        assert whole == pytest.approx(once + table + (m + pp - 1) * (passes + message))
+
+
+def test_a_pipeline_takes_its_rank_with_most_memory() -> None:
+    config = replace(CONFIG, n_layer=8, n_embd=96)
+    one, two = (step("train", 2, config=config, micro_batches=4, pp=pp).capacity for pp in (1, 2))
+    assert one / 2 < two < one
+
+
 def test_attention_multiplies_or_reads_what_is_before_a_token() -> None:
     """4 flop for each pair of tokens and channel; in training 3.5 times: the scores again, and four products more."""
     reading = step("prefill", 1, tokens=9, past=40).attention(MACHINE)
@@ -244,6 +266,12 @@ def test_a_machine_of_ones_own() -> None:
     assert "an all-reduce of 2 ranks 20 us" in ask("--hardware=a100-nvlink", "--alpha_us=10", "--model=gpt2")
 
 
+def test_stages_are_asked_about() -> None:
+    said = ask("--hardware=h100-ethernet", "--model=7b-like", "--mode=train", "--tp=1,2", "--pp=4", "--micro_batches=16")
+    assert "train: 1 x 512 tokens, 16 micro-batches on 4 stages (1F1B); memory" in said
+    assert "faster than tp 1 (with pp 4): " in said
+
+
 def test_what_does_not_fit_one_is_said_of_it() -> None:
     said = ask("--hardware=rtx4090-pcie,h100-nvlink", "--model=65b-like")
     assert "no room: at least" not in said and "65b-like" in said  # 8 x 24 GB hold it
@@ -269,6 +297,8 @@ def test_what_does_not_fit_one_is_said_of_it() -> None:
         (["--hardware=all", "--model=custom", "--n_head=3", "--n_embd=24", "--tp=4"], "tp=4 is more than n_head=3"),
         (["--hardware=all", "--model=custom", "--n_head=5"], "n_embd=768 does not divide into n_head=5 heads"),
         (["--hardware=all", "--model=custom", "--n_layer=0"], "n_layer"),
+        (["--hardware=all", "--mode=train", "--pp=4"], "1F1B on --pp=4 needs at least 4 micro-batches: --micro_batches=1."),
+        (["--hardware=all", "--mode=train", "--pp=13", "--micro_batches=13"], "--pp=13: 13 stages are more than n_layer=12."),
     ],
 )  # fmt: skip
 def test_mistakes(words: list[str], message: str) -> None:

@@ -61,8 +61,8 @@ def _train(world: World, settings: TrainOptions, fault: str = "", at: int = -1) 
                 return 1e12
         return rate(given, iter_num)
 
-    def broken(model: TensorParallelGPT) -> torch.Tensor:
-        return norm(model) * (float("inf") if struck.iter_num in range(at, at + 3) else 1.0)  # type: ignore[attr-defined]
+    def broken(model: TensorParallelGPT, pp: Any = None) -> torch.Tensor:
+        return norm(model, pp) * (float("inf") if struck.iter_num in range(at, at + 3) else 1.0)  # type: ignore[attr-defined]
 
     def noted(given: TrainOptions, iter_num: int) -> float:
         struck.iter_num = iter_num  # type: ignore[attr-defined]
@@ -289,7 +289,7 @@ def test_what_a_run_says_that_could_not_save(letters: Path, tmp_path: Path) -> N
 
 
 def _stopped_after_a_bad_norm(world: World, settings: TrainOptions) -> str:
-    gradients.grad_norm = lambda model: torch.tensor(float("nan"))
+    gradients.grad_norm = lambda model, pp=None: torch.tensor(float("nan"))
     rate = loop.learning_rate
 
     def told(given: TrainOptions, iter_num: int) -> float:

@@ -38,6 +38,15 @@ def test_a_lost_rank_takes_all_down_and_is_named(scratch: Path, phase: str, name
     assert case["names_rank_1"] and case["launcher_status"] == 1, case["said"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("phase, name", [("forward", "SIGSTOP"), ("backward", "SIGKILL"), ("forward", "late")])
+def test_a_lost_stage_takes_all_down_and_is_named(scratch: Path, phase: str, name: str) -> None:
+    case = faults.strike(scratch, phase, name, "gloo", 2, "--pp=2")
+    assert name != "late" or "rank 1 first: it is in no collective" in case["said"]
+    assert case["gone_s"] < (10 if name == "SIGKILL" else faults.LIMIT_S + 10)
+    assert case["names_rank_1"] and case["launcher_status"] == 1, case["said"]
+
+
 @pytest.mark.gpu(2)
 @pytest.mark.parametrize("phase", ["sampling", "replay"])
 def test_a_rank_that_stops_on_a_gpu_is_named(scratch: Path, phase: str) -> None:

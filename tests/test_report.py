@@ -91,7 +91,7 @@ def _sampled(world: World, weights: Path, path: Path) -> None:
 
 
 SHAPE: dict[str, Any] = {  # docs/formats.md
-    "entry": str, "world_size": int, "tp": int, "dp": int, "comm": str, "device": str, "dtype": str, "quantize": str,
+    "entry": str, "world_size": int, "tp": int, "pp": int, "dp": int, "comm": str, "device": str, "dtype": str, "quantize": str,
     "sync": str,
     "model": {"block_size": int, "vocab_size": int, "n_layer": int, "n_head": int, "n_embd": int, "dropout": float,
               "bias": bool, "activation": str, "parameters": int, "parameters_per_rank": list},

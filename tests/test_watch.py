@@ -235,7 +235,7 @@ def test_a_gpus_calls_are_open_until_its_stream_has_got_there(
     """A call over nccl returns at once; what tells that it was made is an event."""
     arrived: list[bool] = [False]
     event = SimpleNamespace(query=lambda: arrived[0])
-    monkeypatch.setattr(collectives, "_clock", lambda message: event)
+    monkeypatch.setattr(collectives, "clock", lambda message: event)
     axis = Axis("tp", 0, 2).at("mlp", 5)
     axis.track.queued = deque()
     message: Any = SimpleNamespace(is_cuda=True, nbytes=8)

@@ -4,8 +4,9 @@
     optimizer/shards.json, rank-*.safetensors         AdamW's moments, split like the parameters
     training.json                                     iteration, best loss, options
 
-Every rank writes what it owns. The directory gets its name when all have finished; after that,
-`latest` (train/directory.py) names it.
+Every rank writes what it owns. With pipeline stages the manifest describes a split over pp x tp
+ranks, most of which own nothing of a tensor, so every command reads it. The directory gets its name
+when all have finished; after that, `latest` (train/directory.py) names it.
 """
 
 import collections
@@ -184,30 +185,44 @@ class Saver:
 def _tensors(
     model: TensorParallelGPT, optimizer: torch.optim.Optimizer | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """This tp rank's weights, then moments if there is an optimizer. Sharded over dp, all ranks of
-    that axis iterate together, and one tensor at a time is whole."""
-    for name, p in model.named_parameters():
-        yield name, model.parts.owned(name, p)
-    state = optimizer.state if optimizer else {}
-    for moment in MOMENTS if optimizer else ():
-        for name, p in model.named_parameters():
-            value = state[p][moment] if p in state else torch.zeros_like(p)
-            yield f"{moment}.{name}", model.parts.owned(name, value)
+    """This rank's part of all weights, then of all moments if there is an optimizer: of those of
+    other stages it is empty. Sharded over dp, all ranks of that axis iterate together, and one
+    tensor at a time is whole."""
+    number, _ = _place(model)
+    state: Any = optimizer.state if optimizer else {}
+    parameters = dict(model.named_parameters())
+    for prefix in ("", *PREFIXES) if optimizer else ("",):
+        for name, entry in _entries(model, ("",)).items():
+            shape = entry.rule.local_shape(entry.shape, number)
+            if 0 in shape:
+                yield prefix + name, torch.empty(shape)
+                continue
+            value: Any = parameters[name]
+            if prefix:
+                kept = state.get(value, {})
+                value = kept[prefix[:-1]] if kept else torch.zeros_like(value)
+            yield prefix + name, model.parts.owned(name, value)
+
+
+def _place(model: TensorParallelGPT) -> tuple[int, int]:
+    """(the number of this rank's file, the number of files)"""
+    stages, tp = model.stages, model.tp
+    return stages.rank * tp.size + tp.rank, stages.pp * tp.size
 
 
 def _entries(model: TensorParallelGPT, prefixes: tuple[str, ...]) -> dict[str, TensorEntry]:
     """The tensors of a file: the parameters once for each prefix."""
     return {
-        prefix + name: TensorEntry(shape, rule.unpadded)
+        prefix + name: TensorEntry(shape, model.stages.rule(name, shape, rule, model.tp.size))
         for prefix in prefixes for name, (shape, rule) in model.split.table.items()
     }  # fmt: skip
 
 
 def _write(model: TensorParallelGPT, directory: Path, layout: Layout, tensors: Tensors) -> Files:
-    """Write this tp rank's files of a layout."""
-    rest, rank, files = iter(tensors), model.tp.rank, []
+    """Write this rank's files of a layout."""
+    rest, (rank, count), files = iter(tensors), _place(model), []
     for part, prefixes in layout.items():
-        path = directory / part / shard_name(rank, model.tp.size)
+        path = directory / part / shard_name(rank, count)
         entries = _entries(model, prefixes).items()
         shapes = {name: entry.rule.local_shape(entry.shape, rank) for name, entry in entries}
         try:
@@ -225,8 +240,8 @@ def _describe(
     model: TensorParallelGPT, directory: Path, layout: Layout, files: Iterable[Files], source: str,
     tokenizer: dict[str, Any], sync: Sync | None,
 ) -> None:  # fmt: skip
-    """Write what stands beside the files that all tp ranks have written."""
-    about = model.config, model.tp.size, "float32", source
+    """Write what stands beside the files that the ranks have written."""
+    about = model.config, _place(model)[1], "float32", source
     for (part, prefixes), written in zip(layout.items(), zip(*files, strict=True), strict=True):
         manifest = Manifest(*about, written, _entries(model, prefixes), sync)
         write_json(directory / part / MANIFEST, manifest.as_json())

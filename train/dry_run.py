@@ -20,6 +20,7 @@ from parallel.collectives import Axis
 from parallel.loss import chunk_rows
 from plan.memory import Training
 from plan.partition import Partition
+from plan.stages import Stages
 from report import report
 from text.dataset import Dataset, is_prepared
 from tp_model import TensorParallelGPT
@@ -49,24 +50,27 @@ def described(options: TrainOptions) -> Source:
 
 def training(options: TrainOptions, model: Source, ranks: int) -> Training:
     """The run's plan. UserError if its layout is impossible on so many ranks."""
-    dp, tp = sizes(ranks, options.tp, "train_tp.py")
+    dp, pp, tp = sizes(ranks, options.tp, "train_tp.py", options.pp)
     split, size = Partition.of(model.config, tp), model.config.block_size
     sequence_parallel = options.sequence_parallel and tp > 1
-    if tp > 1:
-        schedule = schedule_of(model, options.sync, tp)
-        if sequence_parallel and (tp > size or not schedule.is_plain):
-            fault = "--sequence_parallel=True needs --sync=all and a token for every rank"
-            raise UserError(f"{fault}: --sync={schedule} and block_size={size} on tp={tp}.")
+    schedule = schedule_of(model, options.sync if tp > 1 else "all", tp)
+    if sequence_parallel and (tp > size or not schedule.is_plain):
+        fault = "--sequence_parallel=True needs --sync=all and a token for every rank"
+        raise UserError(f"{fault}: --sync={schedule} and block_size={size} on tp={tp}.")
     rows, auto = Rows.of(options, 0, dp), torch.cuda.is_available()
+    stages = Stages.of(options, model.config, schedule)
+    stages.check_micro_batches(rows.micro_steps)
     gpu = options.device.startswith("cuda") or options.device == "auto" and auto
     half = options.dtype in ("bfloat16", "float16") or options.dtype == "auto" and gpu
-    return Training(
+    plan = Training(
         split=split, dp=dp, rows=rows.micro_rows, micro_steps=rows.micro_steps,
         eval_rows=options.batch_size, width=2 if half else 4, dropout=model.config.dropout > 0,
         logit_rows=chunk_rows(rows.micro_rows * size, split.local_vocab, "cuda" if gpu else "cpu"),
         gpu=gpu, dp_shard=options.dp_shard and dp > 1, sequence_parallel=sequence_parallel,
-        activation_checkpointing=options.activation_checkpointing,
+        activation_checkpointing=options.activation_checkpointing, stages=stages,
     )  # fmt: skip
+    each = (replace(plan, stages=replace(stages, rank=rank)) for rank in range(pp))
+    return max(each, key=lambda plan: plan.peak)
 
 
 def need(options: TrainOptions, ranks: int) -> str:
@@ -87,11 +91,12 @@ def show(options: TrainOptions) -> int:
     limit = amount(options.memory) if options.memory else 0
     ranks = options.ranks or launch.size
     own = training(options, model, ranks)
-    plans, tps = [own], (n for n in range(1, ranks + 1) if ranks % n == 0)
-    for tp, *values in product(tps, *[(False, True)] * len(SHORT)):
+    plans, tps = [own], [n for n in range(1, ranks + 1) if ranks % n == 0]
+    pps = tps if options.pp > 1 else [1]
+    for tp, pp, *values in product(tps, pps, *[(False, True)] * len(SHORT)):
         savings: dict[str, Any] = dict(zip(SHORT, values, strict=True))
         with contextlib.suppress(UserError):
-            plan = training(replace(options, tp=tp, **savings), model, ranks)
+            plan = training(replace(options, tp=tp, pp=pp, **savings), model, ranks)
             plans += [plan] * (plan not in plans)
     base = GPU_BASE if own.gpu else process_bytes()
     found = [row(plan, base) for plan in plans]
@@ -118,7 +123,8 @@ def row(plan: Training, base: int) -> dict[str, Any]:
     """A layout's figures in bytes. live: the most that tensors take at a time, at the moment `at`.
     peak: of the rank, the process (`base`) included."""
     names = ("dp", *SHORT, "rows", "micro_steps", *COLUMNS)
-    figures = {"tp": plan.split.tp} | {name: getattr(plan, name) for name in names}
+    figures: dict[str, Any] = {"tp": plan.split.tp, "pp": plan.place.pp}
+    figures |= {name: getattr(plan, name) for name in names}
     figures |= zip(("live", "at"), plan.live(), strict=True)
     return figures | {"base": base, "peak": base + plan.peak}
 
@@ -148,8 +154,9 @@ def table(
         "KV cache: a sequence, sampling.",
         f"{'tp':>5}{'dp':>4}  {'options':<15}{'rows x steps':>12}{heads}" + "  fits" * bool(limit),
     ]
-    for line in sorted(found, key=lambda line: (line["tp"], [line[name] for name in SHORT])):
+    for line in sorted(found, key=lambda line: [line[name] for name in ("tp", "pp", *SHORT)]):
         words = " ".join(short for name, short in SHORT.items() if line[name])
+        words = f"pp {line['pp']} {words}" if line["pp"] > 1 else words
         steps, mark = f"{line['rows']} x {line['micro_steps']}", ">" if line is asked else " "
         shown = "".join(f"{line[name] / scale:>{wide[name]},.2f}" for name in COLUMNS)
         shown += ("   yes" if line["peak"] <= limit else "    no") * bool(limit)
@@ -169,7 +176,8 @@ def verdict(options: TrainOptions, found: list[dict[str, Any]], limit: int) -> s
     if not fitting:
         return f"{need}, nor does another layout. Use a smaller --batch_size or more ranks."
     best = min(fitting, key=lambda line: (sum(line[name] for name in SHORT), line["tp"]))
-    words = "".join(f" --{name}=True" for name in SHORT if best[name])
+    words = f" --pp={best['pp']}" * (best["pp"] > 1)
+    words += "".join(f" --{name}=True" for name in SHORT if best[name])
     return f"{need}. What would: --tp={best['tp']}{words}, {best['peak'] / 1e9:.2f} GB."
 
 

@@ -14,7 +14,7 @@ from tp_model import TensorParallelGPT
 def partial_gradients(model: TensorParallelGPT) -> list[nn.Parameter]:
     """The replicated parameters of whose gradient each rank has only a part."""
     names = messages.partial_gradients(model.split, model.schedule, model.sequence_parallel)
-    return list(map(model.get_parameter, names))
+    return [model.get_parameter(name) for name in names if model.stages.holds(name)]
 
 
 def sum_partial_gradients(model: TensorParallelGPT) -> None:
@@ -34,20 +34,24 @@ def sum_gradients(parameters: Iterable[nn.Parameter], axis: Axis) -> None:
 
 
 @torch.no_grad()
-def grad_norm(model: TensorParallelGPT) -> Tensor:
+def grad_norm(model: TensorParallelGPT, pp: Axis | None = None) -> Tensor:
     """The 2-norm of the full model's gradient, float32, equal on all ranks.
 
-    One all-reduce adds the squares of tp-split parameters, and one over dp those of sharded ones.
-    Replicated gradients are the same on every rank and count once; padding rows have none.
+    One all-reduce adds the squares of tp-split parameters, one over dp those of sharded ones, and
+    one over pp those of the stages. Replicated gradients are the same on every rank and count once,
+    as does the table that two stages hold; padding rows have none.
     """
-    rules, squares = model.split.rules, []
+    rules, squares, stages = model.split.rules, [], model.stages
     for replicated in (True, False):
         found = [local_part(p.grad)[0] for name, p in model.named_parameters()
-                 if p.grad is not None and (rules[name].dim is None) == replicated]
+                 if p.grad is not None and (rules[name].dim is None) == replicated
+                 and stages.owner(name) == stages.rank]
         norms = torch._foreach_norm(found, dtype=torch.float32) if found else ()
         zero = torch.zeros((), device=model.device)
         squares.append(torch.stack([zero, *norms]).square().sum())
     square = squares[0] + all_reduce(squares[1], model.tp.at("optimizer"), "step")
     if model.parts.dp:
         square = all_reduce(square, model.parts.dp.at("optimizer"), "step")
+    if pp:
+        square = all_reduce(square, pp.at("optimizer"), "step")
     return square.sqrt()

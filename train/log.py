@@ -63,7 +63,8 @@ class Log:
         rate, fraction = run.tokens_per_iter / seconds, total(account).seconds / seconds
         size = run.model.config.block_size
         self.operations = rate * peaks.operations(run.model.split, size, backward=True)
-        passes = run.model.config.n_layer * run.rows.micro_steps  # of one layer
+        own = sum(block is not None for block in run.model.blocks)  # layers of this rank's stages
+        passes = own * run.rows.micro_steps  # of one layer
         layers = {entry: tally for entry, tally in account.items() if entry.layer is not None}
         calls = {way: total(layers, direction=way, op="all_reduce").calls for way in ways}
         self.write({

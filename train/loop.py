@@ -4,6 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from parallel.collectives import all_reduce
 from parallel.data_parallel import last_only, rest
 from parallel.parameters import local_part
 from parallel.replicas import check_alike, checksum
+from plan.stages import TABLE
 from text.dataset import EVAL_STREAM, batch
 from train import directory, gradients
 from train.checkpoint import Saver
@@ -130,25 +132,12 @@ def iterate(run: Run, lr: float, ask: Callable[[], tuple[int, ...]] = tuple) -> 
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     scale = run.progress.loss_scale if run.dtype == torch.float16 else 1.0
-    total, batches = torch.zeros((), device=world.device), list[Tensor]()
-    for micro in range(run.rows.micro_steps):
-        # replicated activations: one dropout mask across tp, others for each dp rank, micro-batch
-        torch.manual_seed(stream_seed(options.seed, iter_num, micro, world.dp.rank))
-        x, y = next_batch(run, run.rows.micro(micro), iter_num)
-        if check:
-            batches += [checksum(x), checksum(y)]
-        model = last_only(run.wrapped, micro == run.rows.micro_steps - 1)
-        with run.autocast():
-            _, loss = model(x, y)
-        loss = loss / run.rows.micro_steps
-        total += loss.detach()
-        with world.ledger.recomputing():  # a sharded model gathers again in the backward pass
-            (loss * scale).backward()
+    total, batches = (accumulate if run.pipeline is None else pipelined)(run, scale)
     total = all_reduce(total, world.dp.at("data_parallel"), "step") / world.dp.size
     gradients.sum_partial_gradients(run.model)
-    grad_norm = gradients.grad_norm(run.model) / scale
+    grad_norm = gradients.grad_norm(run.model, world.pp) / scale
     if check:
-        check_replicas(run, torch.stack(batches))
+        check_replicas(run, torch.stack([checksum(batch) for batch in batches]))
     take_step(run, grad_norm, scale)
     numbers = torch.stack([total, grad_norm])
     if mine := ask():
@@ -158,12 +147,46 @@ def iterate(run: Run, lr: float, ask: Callable[[], tuple[int, ...]] = tuple) -> 
     return mean, norm, *map(int, answers)
 
 
+def seed_of(run: Run, micro: int, stage: int = 0) -> int:
+    """Replicated activations: one dropout mask across tp, others for each dp rank, micro-batch and
+    pipeline stage."""
+    place = run.world.dp.rank + stage * run.world.dp.size
+    return stream_seed(run.options.seed, run.progress.iter_num, micro, place)
+
+
+def accumulate(run: Run, scale: float) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of an iteration, micro-batch by micro-batch. Returns (mean loss, token ids)."""
+    total, batches = torch.zeros((), device=run.world.device), list[Tensor]()
+    for micro in range(run.rows.micro_steps):
+        torch.manual_seed(seed_of(run, micro))
+        x, y = next_batch(run, run.rows.micro(micro), run.progress.iter_num)
+        batches += [x, y]
+        model = last_only(run.wrapped, micro == run.rows.micro_steps - 1)
+        with run.autocast():
+            _, loss = model(x, y)
+        loss = loss / run.rows.micro_steps
+        total += loss.detach()
+        with run.world.ledger.recomputing():  # a sharded model gathers again in the backward pass
+            (loss * scale).backward()
+    return total, batches
+
+
+def pipelined(run: Run, scale: float) -> tuple[Tensor, list[Tensor]]:
+    """The same, all micro-batches at once, through the stages of a pipeline."""
+    rows = range(run.rows.micro(0).start, run.rows.micro(run.rows.micro_steps - 1).stop)
+    x, y = next_batch(run, rows, run.progress.iter_num)
+    losses = run.pipeline.train(x, y, scale, partial(seed_of, run))
+    return losses.mean(), [x, y]
+
+
 def check_replicas(run: Run, batches: Tensor) -> None:
     """DriftError if a tp group computed on different tokens, or a shared parameter differs."""
     world, rules, iter_num = run.world, run.model.split.rules, run.progress.iter_num
     mine = {name: local_part(p)[0] for name, p in run.model.named_parameters()}
     shared = {name: tensor for name, tensor in mine.items() if rules[name].dim is None}
     check_alike({"batch": batches, **shared}, world.tp.at("optimizer"), "tp ranks", iter_num)
+    if run.model.stages.shares_table:
+        check_alike({TABLE: mine[TABLE]}, world.ends.at("optimizer"), "stages", iter_num)
     if run.model.sharding is None:
         check_alike(mine, world.dp.at("data_parallel"), "dp ranks", iter_num)
 
@@ -175,7 +198,7 @@ def agree(world: World, numbers: tuple[int, ...]) -> list[int]:
 
 def agreed(world: World, numbers: tuple[int, ...]) -> Tensor:
     most = on_device(world, torch.tensor(numbers, dtype=torch.float32))
-    for axis in (world.tp.at("optimizer"), world.dp.at("data_parallel")):
+    for axis in (world.tp.at("optimizer"), world.pp.at("optimizer"), world.dp.at("data_parallel")):
         most = all_reduce(most, axis, "step", op="max")
     return most
 
@@ -252,18 +275,21 @@ def check_finite(run: Run, losses: dict[str, float]) -> None:
 def evaluate(run: Run, iters: int) -> dict[str, float]:
     """Mean loss of each split over the same `iters` batches, which dp ranks share."""
     world, model, n = run.world, run.model, run.options.batch_size
-    losses = {}
+    losses, many = {}, run.pipeline.eval_count if run.pipeline else 1  # batches at a time
     model.eval()
     for split in ("train", "val"):
         total = torch.zeros((), device=world.device)
-        for k in range(world.dp.rank, iters + world.dp.rank, world.dp.size):
-            counts = k < iters
-            if not counts and not model.sharding:  # a sharded pass needs all ranks of the axis
+        for k in range(world.dp.rank * many, iters + world.dp.rank * many, world.dp.size * many):
+            count = max(0, min(iters - k, many))
+            if not count and not model.sharding:  # a sharded pass needs all ranks of the axis
                 break
-            x, y = next_batch(run, range(k * n, (k + 1) * n), 0, split, EVAL_STREAM)
+            x, y = next_batch(run, range(k * n, (k + many) * n), 0, split, EVAL_STREAM)
+            if run.pipeline:
+                total += run.pipeline.losses(x, y)[:count].sum()
+                continue
             with run.autocast():
                 _, loss = model(x, y)
-            total += loss if counts else 0.0
+            total += loss if count else 0.0
         total = all_reduce(total, world.dp.at("data_parallel"), "step")
         losses[split] = total.item() / iters
     model.train()

@@ -14,6 +14,7 @@ from checkpoints.manifest import DTYPES, dtype_name
 from cli.options import TrainOptions, as_dict
 from model import GPTConfig, adamw
 from parallel.data_parallel import Sharding, replicate
+from plan.stages import Stages
 from text.dataset import Dataset
 from text.tokenizer import GPT2Tokenizer, Tokenizer
 from tp_model import TensorParallelGPT
@@ -76,6 +77,7 @@ class Run:
     replaces: list[Path]  # checkpoints of an earlier run, deleted after the first save
     seconds: list[float] = field(default_factory=list)  # of each iteration
     skipped: float = 0.0  # the norm of the last gradient, if its update was skipped
+    pipeline: Any = None  # train/pipeline.py's, if there are several stages
 
     @property
     def tokens_per_iter(self) -> int:
@@ -93,10 +95,10 @@ class Run:
         return (
             f"number of parameters: {self.model.get_num_params() / 1e6:.2f}M "
             f"({c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide)\n"
-            f"world {w.size} = dp {w.dp.size} x tp {w.tp.size}, {w.over}, {w.device.type}, "
+            f"world {w.size} = {w.layout}, {w.over}, {w.device.type}, "
             f"{dtype_name(self.dtype)}; {self.tokens_per_iter:,} tokens/iter = {rows.micro_rows} "
             f"seq x {c.block_size} x {rows.micro_steps} accum x {w.dp.size} dp"
-            f"{', sharded' * bool(self.model.sharding)}{points}"
+            f"{', sharded' * bool(self.model.sharding)}{points}{self.model.stages}"
         )
 
 
@@ -126,14 +128,20 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
     optimizer = adamw(model.named_parameters(), *rates, betas)
     if saved is not None:
         checkpoint.load_optimizer(model, optimizer, saved, progress.optimizer_steps, world)
-    wrapped = model if shard else replicate(model, world.dp, DTYPES[options.dp_reduce_dtype])
     rows = Rows.of(options, world.dp.rank, world.dp.size)
+    own = shard or options.pp > 1  # gradients over dp are not DistributedDataParallel's
+    wrapped = model if own else replicate(model, world.dp, DTYPES[options.dp_reduce_dtype])
     writes, resumed = world.is_main and not options.eval_only, options.init_from == "resume"
     old = directory.make_ready(out_dir, progress.iter_num, resumed) if writes else []
     run = Run(
         world, options, dataset, model, wrapped, optimizer, rows, progress, replace(progress),
         out_dir, pick_dtype(options.dtype, world.device), tokenizer, old,
     )  # fmt: skip
+    if options.pp > 1:
+        from train.pipeline import Pipeline
+
+        sizes = rows.micro_steps, rows.micro_rows, options.batch_size
+        run.pipeline = Pipeline(model, world, *sizes, run.autocast)
     if source is not None and world.is_main:
         report_differences(run, source, before)
     return run
@@ -149,12 +157,17 @@ def make_model(
         fault = f"block_size={size} is shorter than tp={tp}, some ranks would have no token"
         raise UserError(f"--sequence_parallel=True: {fault}. Use a --tp of at most {size}.")
     read = sources.reader(source, world.tp.rank, size) if source else None
-    sharding = Sharding(world.dp, world.device, DTYPES[options.dp_reduce_dtype])
+    kind: type[Sharding] = Sharding
+    if options.pp > 1:
+        from train.pipeline import StageSharding as kind  # which imports half a second of PyTorch
+    sharding = kind(world.dp, world.device, DTYPES[options.dp_reduce_dtype])
+    schedule = sources.schedule_of(source or sources.Source(config, ""), options.sync, tp)
     model = TensorParallelGPT(
         config, world.tp, read, options.seed, world.device,
+        stages=Stages.of(options, config, schedule, world.pp.rank),
         activation_checkpointing=options.activation_checkpointing,
-        schedule=sources.schedule_of(source or sources.Source(config, ""), options.sync, tp),
-        sequence_parallel=options.sequence_parallel, sharding=sharding if shard else None,
+        schedule=schedule, sequence_parallel=options.sequence_parallel,
+        sharding=sharding if shard else None,
     )  # fmt: skip
     if options.compile:
         model.compile_blocks()

@@ -1,4 +1,4 @@
-"""The dp x tp mesh: the world as a rank sees it, its groups and axes, and how they are built."""
+"""The dp x pp x tp mesh: the world as a rank sees it, its groups and axes, how they are built."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -45,6 +45,8 @@ class World:
     track: Track = field(default_factory=Track)
     watch: Watch | None = None
     link: Link | None = None  # that is emulated on the tp axis
+    pp: Axis = field(default_factory=lambda: Axis("pp"))
+    ends: Axis = field(default_factory=lambda: Axis("ends"))  # first and last rank of a pipeline
 
     @property
     def is_main(self) -> bool:
@@ -55,6 +57,12 @@ class World:
     def over(self) -> str:
         """The transport of the tp axis, for people."""
         return f"{self.comm}, link emulated ({self.link})" if self.link else self.comm
+
+    @property
+    def layout(self) -> str:
+        """`dp 2 x tp 4`, with the stages of a pipeline between them if there are several."""
+        stages = f" x pp {self.pp.size}" * (self.pp.size > 1)
+        return f"dp {self.dp.size}{stages} x tp {self.tp.size}"
 
     @property
     def orphaned(self) -> bool:
@@ -95,29 +103,38 @@ def _gathered(value: Any, size: int, group: dist.ProcessGroup | None = None) -> 
     return values
 
 
-def sizes(world_size: int, tp: int, prog: str) -> tuple[int, int]:
-    """(dp, tp) of a world; tp=0 means all of it. UserError if tp does not divide the world size."""
-    tp = tp or world_size
-    if world_size % tp == 0:
-        return world_size // tp, tp
-    fit = ", ".join(str(k) for k in range(1, world_size + 1) if world_size % k == 0)
-    low = world_size // tp * tp
-    counts = " or ".join(str(n) for n in (low, low + tp) if n)
-    start = f"torchrun --standalone --nproc_per_node={low + tp} {prog} ..."
-    raise UserError(
-        f"world size {world_size} cannot be split into tensor-parallel groups of {tp}. Use --tp in "
-        f"{{{fit}}}, or start {counts} processes: {start}"
-    )
+def sizes(world_size: int, tp: int, prog: str, pp: int = 1) -> tuple[int, int, int]:
+    """(dp, pp, tp) of a world; tp=0 means all that pp leaves. UserError if pp x tp does not divide
+    the world size."""
+    tp = tp or max(1, world_size // pp)
+    size = pp * tp
+    if world_size % size == 0:
+        return world_size // size, pp, tp
+    fit = ", ".join(str(k) for k in range(1, world_size + 1) if world_size % (k * pp) == 0)
+    groups, use = f"tensor-parallel groups of {tp}", f"Use --tp in {{{fit}}}, or start"
+    if pp > 1:
+        groups = f"pipelines of {pp} x {tp} ranks (pp x tp)"
+        use = use if fit else "Start"
+    low = world_size // size * size
+    counts = " or ".join(str(n) for n in (low, low + size) if n)
+    start = f"torchrun --standalone --nproc_per_node={low + size} {prog} ..."
+    fault = f"world size {world_size} cannot be split into {groups}"
+    raise UserError(f"{fault}. {use} {counts} processes: {start}")
 
 
-def make_groups(dp: int, tp: int, timeout: float) -> dict[str, dist.ProcessGroup]:
+def make_groups(dp: int, pp: int, tp: int, timeout: float) -> dict[str, dist.ProcessGroup]:
     """torch's group of each axis with several ranks, on this rank. All ranks call this.
     Not torch's DeviceMesh: its groups have torch's default timeout, and those of nccl warn."""
-    ranks = torch.arange(dp * tp).view(dp, tp)
+    ranks = torch.arange(dp * pp * tp).view(dp, pp, tp)
+    lines_of = {
+        name: ranks.movedim(dim, 2).reshape(-1, ranks.shape[dim]).tolist()
+        for dim, name in enumerate(("dp", "pp", "tp"))
+    }
+    lines_of["ends"] = [[line[0], line[-1]] for line in lines_of["pp"] if pp > 1]
     found: dict[str, dist.ProcessGroup] = {}
-    for name, lines in (("dp", ranks.T.tolist()), ("tp", ranks.tolist())):
-        for line in lines if len(lines[0]) > 1 else []:
-            whole = len(line) == dp * tp
+    for name, lines in lines_of.items():
+        for line in lines if lines and len(lines[0]) > 1 else []:
+            whole = len(line) == dp * pp * tp
             group = dist.group.WORLD if whole else dist.new_group(line, timedelta(seconds=timeout))
             if dist.get_rank() in line and group is not None:
                 found[name] = group
@@ -163,13 +180,13 @@ def first_ranks(world: World, size: int, timeout: float) -> Axis | None:
 @contextmanager
 def start(options: Any, tp: int, prog: str, shared: dict[str, Any]) -> Iterator[World]:
     """The world of this run, inside the block. options: RunOptions. tp: 0 = world size. shared:
-    options that must be the same on all ranks. rank = dp_rank * tp + tp_rank: a tp group stays on
-    one host if it fits."""
+    options that must be the same on all ranks. rank = (dp_rank * pp + pp_rank) * tp + tp_rank: a tp
+    group stays on one host if it fits."""
     launch, ledger = Launch.from_environment(), Ledger()
-    shape = sizes(launch.size, tp, prog)
+    shape = sizes(launch.size, tp, prog, getattr(options, "pp", 1))
     device = pick_device(options.device, launch)
     link = Link.parse(options.link) if options.link else None
-    comm = pick_comm(options.comm, device, launch, shape[1], link=link)
+    comm = pick_comm(options.comm, device, launch, shape[2], link=link)
     set_threads(options.threads, device, launch)
     if options.compile:
         check_compiler(device)
@@ -184,10 +201,10 @@ def start(options: Any, tp: int, prog: str, shared: dict[str, Any]) -> Iterator[
     attempt, statements = call_roll(store, launch.rank, launch.size, mine, options.start_timeout)
     check_statements(statements)
     same_gpu = share_gpus(statements, options.oversubscribe)
-    comm = pick_comm(options.comm, device, launch, shape[1], same_gpu, link)
+    comm = pick_comm(options.comm, device, launch, shape[2], same_gpu, link)
     peers = tuple(Peer(stated["host"], stated["pid"], stated["space"]) for stated in statements)
     if launch.rank == 0:
-        warn_of_hosts(peers, shape[1], prog)
+        warn_of_hosts(peers, shape[2], prog)
     store = dist.PrefixStore(attempt, store)
     watch = Watch(store, holds, launch, peers, ledger, options.start_timeout, prog)
     watch.start()
@@ -202,10 +219,10 @@ def start(options: Any, tp: int, prog: str, shared: dict[str, Any]) -> Iterator[
 
 
 def _connect(
-    store: Any, watch: Watch, shape: tuple[int, int], device: torch.device, comm: str,
+    store: Any, watch: Watch, shape: tuple[int, int, int], device: torch.device, comm: str,
     link: Link | None, options: Any,
 ) -> World:
-    """The world after the roll call. shape: (dp, tp)."""
+    """The world after the roll call. shape: (dp, pp, tp)."""
     seconds, ledger, launch = options.comm_timeout + LATER_S, watch.ledger, watch.launch
     limit, nccl = timedelta(seconds=seconds), comm == "nccl"
     store.set_timeout(limit)
@@ -215,7 +232,10 @@ def _connect(
         world_size=launch.size,
     )  # fmt: skip
     groups = make_groups(*shape, seconds)
-    dp_axis = make_axis("dp", groups.get("dp"), "gloo" if comm == "shm" else comm, ledger)
+    over = "gloo" if comm == "shm" else comm
+    dp_axis, pp_axis, ends = (
+        make_axis(name, groups.get(name), over, ledger) for name in ("dp", "pp", "ends")
+    )
     try:
         tp_axis = make_axis("tp", groups.get("tp"), comm, ledger, seconds, link)
     except Unavailable as error:
@@ -229,7 +249,7 @@ def _connect(
             print_error(f"{watch.prog}: {slower}: {error}")
     world = World(
         launch.rank, launch.size, device, comm, tp_axis, dp_axis, ledger, groups, watch.peers,
-        launch, ledger.track("world", tuple(range(launch.size))), watch, link,
+        launch, ledger.track("world", tuple(range(launch.size))), watch, link, pp_axis, ends,
     )  # fmt: skip
     _test(world)
     for track in ledger.tracks:
@@ -244,7 +264,7 @@ def _connect(
 
 def _test(world: World) -> None:
     """One tiny message along each axis: a transport that does not work fails at the start."""
-    for axis in (world.tp, world.dp):
+    for axis in (world.tp, world.dp, world.pp, world.ends):
         if axis.transport is not None:
             what = f"{axis.name} over {axis.transport.name}"
             with world.ledger.during("start-up"), world.waiting("all_reduce", what):
