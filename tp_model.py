@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn as nn
@@ -189,10 +189,9 @@ class TensorParallelGPT(nn.Module):
                  sequence_parallel: bool = False, sharding: "Sharding | None" = None,
                  stages: Stages | None = None):
         super().__init__()
-        self.stages = stages or Stages(config.n_layer)
         self.config, self.tp, self.sharding = config, tp, sharding
-        self.dtype, self.compiled = dtype, False  # dtype: of the weights
-        self.contribution: Any = contribution
+        self.stages, self.compiled = stages or Stages(config.n_layer), False
+        self.dtype, self.contribution = dtype, cast(Any, contribution)  # dtype: of the weights
         self.activation_checkpointing = activation_checkpointing
         self.split = split = Partition.of(config, tp.size)
         self.parts = Parts(split.rules, tp.rank, sharding.dp if sharding else None)
@@ -288,8 +287,7 @@ class TensorParallelGPT(nn.Module):
 
     def layers(self, s: Stream, span: Span, cache: KVCache | None = None) -> Stream:
         """The stream after the layers [lo, hi)."""
-        for i in range(*span):
-            block = self.blocks[i]
+        for i, block in list(enumerate(self.blocks))[slice(*span)]:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # forward calls of the second pass are accounted to the backward pass
                 contexts = lambda: (nullcontext(), self.tp.ledger.recomputing())  # noqa: E731

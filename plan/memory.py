@@ -27,6 +27,8 @@ from plan.stages import TABLE, Stages
 
 FLOAT = 4  # bytes of a parameter, a gradient, a moment, a number of the residual stream
 ID = 8  # bytes of a token id
+# The most numbers in a message of local steps: a slow link must send it within --comm_timeout
+MESSAGE = 2**23
 
 
 @dataclass(kw_only=True)
@@ -34,7 +36,8 @@ class Training:
     """A training run. Each figure is of the rank that has most: the first of a tp group (`spans`),
     of those with the stages of `stages`.
     rows, eval_rows: sequences in a micro-batch and in a batch of an evaluation. width: bytes of a
-    number in products, 4, or 2 under autocast. logit_rows: rows whose logits exist at a time."""
+    number in products, 4, or 2 under autocast. logit_rows: rows whose logits exist at a time.
+    outer: copies of the parameters that local steps keep: 1, with an outer momentum 2."""
 
     split: Partition
     rows: int
@@ -48,6 +51,7 @@ class Training:
     sequence_parallel: bool = False
     activation_checkpointing: bool = False
     dp_shard: bool = False
+    outer: int = 0
     stages: Stages | None = None
 
     def __post_init__(self) -> None:
@@ -63,7 +67,7 @@ class Training:
         dp = self.dp if self.dp_shard else 1
         pieces = (-(-rows // dp) * prod(rest) for rows, *rest in self.shapes.values())
         self.parameters = FLOAT * sum(pieces)
-        self.optimizer = 2 * self.parameters
+        self.optimizer = (2 + self.outer) * self.parameters
         self.gradients = max(self.parameters, self._gradients(0), self._gradients(self._layers))
         self.tokens = self.rows * s.block_size
         own = spans(s.block_size, s.tp if self.sequence_parallel else 1)[0]
@@ -85,7 +89,10 @@ class Training:
         layers *= place.pp == 1  # PyTorch's stages keep all that they have gathered
         self._gathered = self.whole - layers if self.dp_shard else 0
         self._passing = self._within_a_pass()
-        self.temporary = max(self._passing.values()) + self._table + self._gathered
+        # what local steps have changed, and a message of it
+        self._averaging = (self.whole + min(self.whole, FLOAT * MESSAGE)) * (self.outer > 0)
+        passing = max(self._passing.values()) + self._table + self._gathered
+        self.temporary = max(passing, self._averaging)
         self.kv_cache = w * s.cache_numbers(s.block_size)  # of a sequence, in generation
 
     def _in_stages(self, layer: int) -> int:
@@ -104,7 +111,7 @@ class Training:
     def _gradients(self, done: int) -> int:
         """Bytes of gradients in the last micro-batch, when those of `done` bytes are there. Earlier
         micro-batches leave sums; dp adds DDP's buckets or, sharded, this rank's part of `done`."""
-        if self.dp == 1 or self.place.pp > 1:
+        if self.dp == 1 or self.place.pp > 1 or self.outer:
             return self.whole if self.micro_steps > 1 else done
         sums = self.whole - done if self.micro_steps > 1 else 0
         return sums + (-(-done // self.dp) if self.dp_shard else self.whole)
@@ -154,7 +161,9 @@ class Training:
         moments = {
             name: self._gradients(0) + self.activations * (name != "evaluation") + passing
             for name, passing in self._passing.items()
-        } | {"embedding, backward": self._gradients(self._layers) + 2 * self._table}
+        }
+        moments["embedding, backward"] = self._gradients(self._layers) + 2 * self._table
+        moments["averaging"] = self._averaging
         name = max(moments, key=moments.__getitem__)
         return self.parameters + self.optimizer + self._gathered + moments[name], name
 

@@ -4,6 +4,12 @@
     optimizer/shards.json, rank-*.safetensors         AdamW's moments, split like the parameters
     training.json                                     iteration, best loss, options
 
+With local steps (train/local_steps.py) dp groups differ in AdamW's moments, and the weights are
+those of an averaging:
+
+    optimizer-1/, optimizer-2/ ...                    the moments of the other groups
+    outer/                                            the outer momentum
+
 Every rank writes what it owns. With pipeline stages the manifest describes a split over pp x tp
 ranks, most of which own nothing of a tensor, so every command reads it. The directory gets its name
 when all have finished; after that, `latest` (train/directory.py) names it.
@@ -50,6 +56,7 @@ PREFIXES = tuple(f"{moment}." for moment in MOMENTS)  # of the names in an optim
 Layout = dict[str, tuple[str, ...]]
 WEIGHTS: Layout = {"": ("",)}
 CHECKPOINT = WEIGHTS | {OPTIMIZER: PREFIXES}
+OUTER, MOMENTUM = "outer", "momentum."
 
 
 @dataclass
@@ -85,7 +92,8 @@ def _calmly() -> None:
 
 
 class Saver:
-    """Saves a run's checkpoints. Every rank has one and makes the same calls; dp rank 0 writes.
+    """Saves a run's checkpoints. Every rank has one and makes the same calls; dp rank 0 writes,
+    with local steps all. layouts: what each dp rank writes.
 
     In the background, `save` copies the tensors to host memory that it keeps (12 bytes a parameter
     of this tp rank) and a thread hashes and writes them; `poll`, called between two iterations,
@@ -100,6 +108,11 @@ class Saver:
         self._publishing: Future[Path] | None = None
         self._completion: Callable[[list[Files]], Path]  # of the save under way
         self._began = self._stall = 0.0
+        others = [f"{OPTIMIZER}-{group}" for group in range(1, run.world.dp.size)]
+        self.layouts: list[Layout] = [CHECKPOINT, *({} for _ in others)]
+        if run.local:
+            own = {OUTER: (MOMENTUM,)} if run.local.outer else {}
+            self.layouts = [CHECKPOINT | own, *({name: PREFIXES} for name in others)]
 
     @property
     def busy(self) -> bool:
@@ -113,15 +126,20 @@ class Saver:
         self._began = time.perf_counter()
         path = self.out_dir / f"step-{run.progress.iter_num:06d}"
         scratch = self.out_dir / f".{path.name}.{os.urandom(4).hex()}.tmp"
-        if self.world.is_main:
-            (scratch / OPTIMIZER).mkdir(parents=True)
+        for part in {*itertools.chain(*self.layouts)} if self.world.is_main else ():
+            (scratch / part).mkdir(parents=True, exist_ok=True)
         # a fresh name: a rank of a run that was just killed may still be writing
-        scratch = self.world.gather(scratch)[0]
-        state = {"progress": {**vars(run.progress)}, "options": as_dict(run.options)}  # as of now
+        said = self.world.gather((scratch, {**vars(run.progress)}))  # as of now
+        scratch, groups = said[0][0], [progress for _, progress in said[:: _place(model)[1]]]
+        state = {"progress": groups[0], "options": as_dict(run.options)}
+        if run.local:
+            state["groups"] = groups[1:]
         self._completion = partial(self._complete, state, scratch, path)
-        tensors: Tensors = _tensors(model, run.optimizer)
-        write: Callable[[Tensors], Any] = partial(_write, model, scratch, CHECKPOINT)
-        if self.world.dp.rank > 0:  # only takes part in the messages that make tensors whole
+        layout = self.layouts[self.world.dp.rank]
+        outer = run.local.outer if run.local else None
+        tensors: Tensors = _tensors(model, layout or CHECKPOINT, run.optimizer, outer)
+        write: Callable[[Tensors], Any] = partial(_write, model, scratch, layout)
+        if not layout:  # only takes part in the messages that make tensors whole
             write = partial(collections.deque, maxlen=0)
         if self.background:
             self._writing = self._thread.submit(write, self._copied(tensors))
@@ -132,9 +150,10 @@ class Saver:
         return ended if self.background else ended + self.finish()
 
     def _copied(self, tensors: Tensors) -> Tensors:
-        """Copies of the tensors in host memory that is allocated once; none if dp rank > 0."""
+        """Copies of the tensors in host memory that is allocated once; none if nothing is written
+        of them."""
         for name, tensor in tensors:
-            if self.world.dp.rank == 0:
+            if self.layouts[self.world.dp.rank]:
                 gpu = tensor.is_cuda
                 if (copy := self._copies.get(name)) is None:
                     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=gpu)
@@ -148,7 +167,7 @@ class Saver:
         if all_wrote and self._writing is not None:
             files, self._writing = self.world.gather(self._writing.result()), None
             if self.world.is_main:
-                self._publishing = self._thread.submit(self._completion, [f for f in files if f])
+                self._publishing = self._thread.submit(self._completion, files)
         if self._publishing is None or not (wait or self._publishing.done()):
             return []
         path, self._publishing = self._publishing.result(), None
@@ -170,9 +189,13 @@ class Saver:
         source = f"training, iteration {state['progress']['iter_num']}"
         sync = None if model.schedule.is_plain else Sync(str(model.schedule), model.tp.size)
         tokenizer = self.run.tokenizer.to_json()
-        _describe(model, scratch, CHECKPOINT, files, source, tokenizer, sync)
+        count = _place(model)[1]
+        for group, layout in enumerate(self.layouts):
+            mine = files[group * count : (group + 1) * count]
+            _describe(model, scratch, layout, mine, source, tokenizer, sync)
+            for part in layout:
+                sync_directory(scratch / part)
         write_json(scratch / STATE, state)
-        sync_directory(scratch / OPTIMIZER)
         publish(scratch, path)
         point(path, self.run.replaces)
         # one of a later iteration stems from a run that went further, and does not count here
@@ -183,22 +206,23 @@ class Saver:
 
 
 def _tensors(
-    model: TensorParallelGPT, optimizer: torch.optim.Optimizer | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """This rank's part of all weights, then of all moments if there is an optimizer: of those of
-    other stages it is empty. Sharded over dp, all ranks of that axis iterate together, and one
+    model: TensorParallelGPT, layout: Layout, optimizer: torch.optim.Optimizer | None = None,
+    outer: Any = None,
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    """This rank's part of all tensors of a layout: weights, moments, the outer momentum. Of those
+    of other stages it is empty. Sharded over dp, all ranks of that axis iterate together, and one
     tensor at a time is whole."""
     number, _ = _place(model)
     state: Any = optimizer.state if optimizer else {}
     parameters = dict(model.named_parameters())
-    for prefix in ("", *PREFIXES) if optimizer else ("",):
+    for prefix in itertools.chain(*layout.values()):
         for name, entry in _entries(model, ("",)).items():
             shape = entry.rule.local_shape(entry.shape, number)
             if 0 in shape:
                 yield prefix + name, torch.empty(shape)
                 continue
-            value: Any = parameters[name]
-            if prefix:
+            value: Any = (outer if prefix == MOMENTUM else parameters)[name]
+            if prefix in PREFIXES:
                 kept = state.get(value, {})
                 value = kept[prefix[:-1]] if kept else torch.zeros_like(value)
             yield prefix + name, model.parts.owned(name, value)
@@ -259,7 +283,8 @@ def export(
         scratch.mkdir(parents=True)
     world.barrier()
     mine = world.dp.rank == 0
-    files = world.gather(_write(model, scratch, WEIGHTS, _tensors(model)) if mine else None)
+    tensors = _tensors(model, WEIGHTS)
+    files = world.gather(_write(model, scratch, WEIGHTS, tensors) if mine else None)
     if world.is_main:
         _describe(model, scratch, WEIGHTS, filter(None, files), source, tokenizer, sync)
         publish(scratch, path)
@@ -281,9 +306,14 @@ def _instead(out_dir: Path) -> str:
     return "Start with --init_from=scratch, or name its out_dir."
 
 
-def read_state(out_dir: Path) -> tuple[Path, Progress, dict[str, Any]]:
+def number_of(group: int, path: Path) -> int:
+    """Whose optimizer state a dp group takes from a checkpoint: its own if that is there."""
+    return group % (1 + len(list(path.glob(f"{OPTIMIZER}-*"))))
+
+
+def read_state(out_dir: Path, group: int = 0) -> tuple[Path, Progress, dict[str, Any]]:
     """(path, progress, options) of the newest checkpoint, or of nanoGPT's ckpt.pt where there is no
-    other. UserError if there is none."""
+    other. UserError if there is none. group: of dp, with local steps."""
     if not has_checkpoints(out_dir) and (out_dir / "ckpt.pt").is_file():
         return nanogpt_state(own_file(out_dir / "ckpt.pt"))
     if not has_checkpoints(out_dir):
@@ -295,7 +325,9 @@ def read_state(out_dir: Path) -> tuple[Path, Progress, dict[str, Any]]:
     path = latest_checkpoint(out_dir)
     raw = read_json(path / STATE)
     try:
-        progress, options = Progress(**raw["progress"]), raw["options"]
+        number = number_of(group, path)
+        groups = [raw["progress"], *raw.get("groups", ())]
+        progress, options = Progress(**groups[number]), raw["options"]
         for name, default in vars(Progress()).items():
             value = getattr(progress, name)
             most = 2**53 if type(value) is int else float("inf")
@@ -303,7 +335,7 @@ def read_state(out_dir: Path) -> tuple[Path, Progress, dict[str, Any]]:
                 raise TypeError
         if progress.loss_scale == 0 or not isinstance(options, dict):
             raise TypeError
-    except (TypeError, KeyError):
+    except (TypeError, LookupError):
         raise UserError(f"{path / STATE} is damaged or of another version.") from None
     return path, progress, options
 
@@ -324,28 +356,38 @@ def nanogpt_state(path: Path) -> tuple[Path, Progress, dict[str, Any]]:
     return path, Progress(at, best, 0, steps), options if isinstance(options, dict) else {}
 
 
-def moments_of(path: Path, world: World) -> Source | ShardDirectory:
+def moments_of(path: Path, world: World, group: int = 0) -> Source | ShardDirectory:
     """AdamW's moments in a checkpoint, checked, as exp_avg.NAME and exp_avg_sq.NAME."""
     if path.is_file():
         source = NanoGPTCheckpoint(path)
         source.optimizer_steps()
         return source
-    stored = ShardDirectory(inside(path / OPTIMIZER))
+    number = number_of(group, path)
+    return checked(path, f"{OPTIMIZER}-{number}" if number else OPTIMIZER, PREFIXES, world)
+
+
+def checked(path: Path, part: str, prefixes: tuple[str, ...], world: World) -> ShardDirectory:
+    """A directory of a checkpoint that has all parameters once for each prefix. This rank checks
+    its share of the bytes."""
+    stored = ShardDirectory(inside(path / part))
     shapes = Partition.of(read_manifest(path).model, 1).shapes()
-    stored.check_tensors({p + name: shapes[name] for p in PREFIXES for name in shapes})
-    for i in range(world.rank, stored.manifest.tp, world.size):
+    stored.check_tensors({p + name: shapes[name] for p in prefixes for name in shapes})
+    several = any(path.glob(f"{OPTIMIZER}-*"))  # then each group reads its own
+    ranks = world.size // world.dp.size if several else world.size
+    for i in range(world.rank % ranks, stored.manifest.tp, ranks):
         stored.check_bytes(i)
     return stored
 
 
 def load_optimizer(
     model: TensorParallelGPT, optimizer: torch.optim.Optimizer, path: Path, optimizer_steps: int,
-    world: World,
+    world: World, group: int = 0,
 ) -> None:  # fmt: skip
-    """Load AdamW's moments, at this run's tp and block_size, from a checkpoint of any other."""
+    """Load AdamW's moments, at this run's tp and block_size, from a checkpoint of any other. group:
+    of dp, with local steps."""
     if optimizer_steps == 0:
         return
-    stored = moments_of(path, world)
+    stored = moments_of(path, world, group)
     names, made = {p: name for name, p in model.named_parameters()}, optimizer.state_dict()
     read = reader(stored, model.tp.rank, model.config.block_size)
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):

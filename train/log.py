@@ -56,10 +56,11 @@ class Log:
         fault = f"{error.strerror}: {error.filename}"
         print_error(f"train_tp.py: {fault}. Training goes on without it.")
 
-    def iteration(self, at: int, loss: float, lr: float, norm: float, account: Account) -> None:
+    def iteration(self, at: int, loss: float, lr: float, norm: float, account: Account,
+                  seconds: float) -> None:
         if not self.on:
             return
-        run, seconds, ways = self.run, self.run.seconds[-1], ("forward", "backward")
+        run, ways = self.run, ("forward", "backward")
         rate, fraction = run.tokens_per_iter / seconds, total(account).seconds / seconds
         size = run.model.config.block_size
         self.operations = rate * peaks.operations(run.model.split, size, backward=True)

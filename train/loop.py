@@ -1,7 +1,6 @@
-"""The loop of a training run: iterations, evaluations, saves, signals."""
+"""The loop of a training run: iterations, evaluations, saves."""
 
 import math
-import signal
 import time
 from collections.abc import Callable
 from functools import partial
@@ -10,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from base.errors import Stopped, UserError
+from base.errors import UserError
 from cli.options import TrainOptions
-from parallel.collectives import all_reduce
+from parallel.collectives import Axis, all_reduce
 from parallel.data_parallel import last_only, rest
 from parallel.parameters import local_part
 from parallel.replicas import check_alike, checksum
@@ -22,34 +21,8 @@ from train import directory, gradients
 from train.checkpoint import Saver
 from train.log import Log
 from train.setup import Run
+from train.signals import Signals, stopped
 from world.mesh import World
-from world.watch import STOPS
-
-ORPHANED = 1000  # beside the numbers of signals: the launcher is gone
-
-
-class Signals:
-    """Notes a signal that asks the run to end; the loop looks at `asked` between two iterations.
-    A second Ctrl-C ends it at once, after 2 s: torchrun repeats the terminal's first one."""
-
-    def __init__(self) -> None:
-        self.asked, self._since, self._before = 0, 0.0, dict[int, Any]()
-
-    def __enter__(self) -> "Signals":
-        for number in (*STOPS, signal.SIGINT):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.asked and number == signal.SIGINT and time.monotonic() > self._since + 2:
-            raise KeyboardInterrupt
-        if not self.asked:
-            self.asked, self._since = number, time.monotonic()
 
 
 def train(run: Run, wandb: Any = None) -> None:
@@ -77,63 +50,59 @@ def train(run: Run, wandb: Any = None) -> None:
 
 
 def step(run: Run, log: Log, saver: Saver, signals: Signals) -> int:
-    """One iteration and its lines in the log. Returns the signal that any rank has got, or 0."""
-    world, progress, iter_num = run.world, run.progress, run.progress.iter_num
-    before, started = world.ledger.snapshot(), time.perf_counter()
-    lr = learning_rate(run.options, iter_num)
-    with world.ledger.during(f"step {iter_num}"):
-        loss, grad_norm, asked, busy = iterate(
-            run, lr, lambda: (signals.asked or log.asked or ORPHANED * world.orphaned, saver.busy)
-        )
-    run.seconds.append(time.perf_counter() - started)
-    check_finite(run, {"": loss})
-    progress.iter_num += 1
-    progress.tokens_seen += run.tokens_per_iter
-    log.iteration(iter_num, loss, lr, grad_norm, world.ledger.since(before))
-    with world.ledger.during(f"step {iter_num}, save"):
+    """One iteration, with local steps all up to the next averaging, and their lines in the log.
+    Returns the signal that any rank has got, or 0."""
+    world, progress, numbers, lines = run.world, run.progress, list[Any](), list[Any]()
+    ask = lambda: (signals.number(log.asked, world.orphaned), saver.busy)  # noqa: E731
+    while not lines or not run.averaged:
+        at, before, started = progress.iter_num, world.ledger.snapshot(), time.perf_counter()
+        lr = learning_rate(run.options, at)
+        with world.ledger.during(f"step {at}"):
+            numbers.append([*iterate(run, lr, ask), run.skipped])
+            progress.iter_num += 1
+            if run.local and run.averaged:
+                numbers = run.local.agree(numbers)
+                run.local.average()
+        run.seconds.append(time.perf_counter() - started)
+        lines.append((at, lr, run.seconds[-1], world.ledger.since(before)))
+    progress.tokens_seen += run.tokens_per_iter * len(lines)
+    for (at, lr, seconds, account), (loss, norm, *_) in zip(lines, numbers, strict=True):
+        check_finite(run, {"": loss}, at)
+        log.iteration(at, loss, lr, norm, account, seconds)
+    *_, asked, busy, run.skipped = numbers[-1]
+    with world.ledger.during(f"step {at}, save"):
         log.saved(saver.poll(not busy))
-    return asked
+    return int(asked)
 
 
 def between(run: Run, log: Log, saver: Saver, last: bool) -> None:
     """Evaluate and save if either is due before the next iteration. last: there is none."""
     options, progress, iter_num = run.options, run.progress, run.progress.iter_num
     moved = iter_num > run.first.iter_num
-    if iter_num % options.eval_interval == 0 or last:
+    if run.due(options.eval_interval) or last:
         with run.world.ledger.during(f"step {iter_num}, evaluation"):
             losses = evaluate(run, options.eval_iters)
         log.evaluation(iter_num, losses)
-        check_finite(run, losses)
+        check_finite(run, losses, iter_num)
         better = losses["val"] < progress.best_val_loss
         progress.best_val_loss = min(losses["val"], progress.best_val_loss)
         if moved and (better or options.always_save_checkpoint):
             keep(run, log, saver)
-    elif options.save_interval and iter_num % options.save_interval == 0 and moved:
+    elif run.due(options.save_interval) and moved:
         keep(run, log, saver, measured=False)
-
-
-def stopped(run: Run, asked: int) -> Stopped:
-    """The end of a run that got a signal, with its exit status."""
-    at, kept = run.progress.iter_num, directory.last_good(run.out_dir)
-    number = signal.SIGTERM if asked == ORPHANED else signal.Signals(asked)
-    why = "the launcher is gone" if asked == ORPHANED else number.name
-    saved = f"saved {kept}. --init_from=resume goes on from there."
-    if kept is None or directory.iteration(kept) < at:
-        saved = f"not saved; last good checkpoint: {kept or 'none'}."
-    return Stopped(f"{why}: stopped after {at} iterations, {saved}", 128 + number)
 
 
 def iterate(run: Run, lr: float, ask: Callable[[], tuple[int, ...]] = tuple) -> tuple[Any, ...]:
     """One AdamW step. Returns (mean loss, norm of the full gradient, the largest answers of any
-    rank to `ask`), equal on all ranks. The host waits for the device once, at the end."""
+    rank to `ask`), equal on all ranks, with local steps on those of a dp group. The host waits for
+    the device once, at the end."""
     options, world, iter_num = run.options, run.world, run.progress.iter_num
-    every = options.check_replicas
-    check = every > 0 and iter_num % every == 0 and iter_num > run.first.iter_num
+    check = run.due(options.check_replicas) and iter_num > run.first.iter_num
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     scale = run.progress.loss_scale if run.dtype == torch.float16 else 1.0
     total, batches = (accumulate if run.pipeline is None else pipelined)(run, scale)
-    total = all_reduce(total, world.dp.at("data_parallel"), "step") / world.dp.size
+    total = all_reduce(total, run.dp.at("data_parallel"), "step") / run.dp.size
     gradients.sum_partial_gradients(run.model)
     grad_norm = gradients.grad_norm(run.model, world.pp) / scale
     if check:
@@ -141,7 +110,7 @@ def iterate(run: Run, lr: float, ask: Callable[[], tuple[int, ...]] = tuple) -> 
     take_step(run, grad_norm, scale)
     numbers = torch.stack([total, grad_norm])
     if mine := ask():
-        numbers = torch.cat([numbers, agreed(world, mine)])
+        numbers = torch.cat([numbers, agreed(world, mine, run.dp)])
     mean, norm, *answers = numbers.tolist()
     note_step(run, norm)
     return mean, norm, *map(int, answers)
@@ -193,12 +162,12 @@ def check_replicas(run: Run, batches: Tensor) -> None:
 
 def agree(world: World, numbers: tuple[int, ...]) -> list[int]:
     """The maximum over all ranks of each number."""
-    return [int(number) for number in agreed(world, numbers).tolist()]
+    return [int(number) for number in agreed(world, numbers, world.dp).tolist()]
 
 
-def agreed(world: World, numbers: tuple[int, ...]) -> Tensor:
+def agreed(world: World, numbers: tuple[int, ...], dp: Axis) -> Tensor:
     most = on_device(world, torch.tensor(numbers, dtype=torch.float32))
-    for axis in (world.tp.at("optimizer"), world.pp.at("optimizer"), world.dp.at("data_parallel")):
+    for axis in (world.tp.at("optimizer"), world.pp.at("optimizer"), dp.at("data_parallel")):
         most = all_reduce(most, axis, "step", op="max")
     return most
 
@@ -260,11 +229,11 @@ def learning_rate(options: TrainOptions, iter_num: int) -> float:
     return options.min_lr + 0.5 * (1.0 + math.cos(math.pi * done)) * height
 
 
-def check_finite(run: Run, losses: dict[str, float]) -> None:
+def check_finite(run: Run, losses: dict[str, float], at: int) -> None:
     """UserError if a loss is not a number, before a checkpoint is written. Keys: the splits."""
     for split, loss in losses.items():
         if not math.isfinite(loss):
-            kept, at = directory.last_good(run.out_dir), run.progress.iter_num
+            kept = directory.last_good(run.out_dir)
             where = f"last good checkpoint: {kept}" if kept else "no checkpoint yet"
             fault = f"{f'{split} loss'.strip()} is {loss} at iteration {at}; {where}"
             advice = "Lower --learning_rate or use --dtype=float32, then --init_from=resume."
@@ -303,7 +272,7 @@ def keep(run: Run, log: Log, saver: Saver, measured: bool = True) -> None:
     at = run.progress.iter_num
     with run.world.ledger.during(f"step {at}, save"):
         if not measured:
-            check_finite(run, evaluate(run, 1))
+            check_finite(run, evaluate(run, 1), at)
         if run.skipped:
             log.print(f"not saved at iteration {at}: the norm of the gradient is {run.skipped}")
         else:

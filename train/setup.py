@@ -1,6 +1,7 @@
 """A training run before its first iteration: weights, optimizer, and how rows are dealt."""
 
 import ctypes
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from checkpoints import sources
 from checkpoints.manifest import DTYPES, dtype_name
 from cli.options import TrainOptions, as_dict
 from model import GPTConfig, adamw
+from parallel.collectives import Axis
 from parallel.data_parallel import Sharding, replicate
 from plan.stages import Stages
 from text.dataset import Dataset
@@ -20,6 +22,7 @@ from text.tokenizer import GPT2Tokenizer, Tokenizer
 from tp_model import TensorParallelGPT
 from train import checkpoint, directory
 from train.checkpoint import Progress
+from train.local_steps import LocalSteps, check_local_steps
 from world.devices import pick_dtype
 from world.mesh import World
 
@@ -28,7 +31,7 @@ SIZES = ("n_layer", "n_head", "n_embd", "bias", "block_size")
 SHAPES_THE_CURVE = {
     "dataset", "gradient_accumulation_steps", "batch_size", "block_size", "dropout", "seed", "sync",
     "learning_rate", "weight_decay", "beta1", "beta2", "grad_clip", "decay_lr", "warmup_iters",
-    "lr_decay_iters", "min_lr", "dtype",
+    "lr_decay_iters", "min_lr", "dtype", "dp_every", "outer_lr", "outer_momentum",
 }  # fmt: skip
 
 
@@ -68,6 +71,7 @@ class Run:
     model: TensorParallelGPT
     wrapped: nn.Module  # the model whose backward pass averages gradients over dp
     optimizer: torch.optim.Optimizer
+    dp: Axis  # over which gradients are averaged: with local steps this rank alone
     rows: Rows
     progress: Progress
     first: Progress  # at the start of this process
@@ -78,11 +82,24 @@ class Run:
     seconds: list[float] = field(default_factory=list)  # of each iteration
     skipped: float = 0.0  # the norm of the last gradient, if its update was skipped
     pipeline: Any = None  # train/pipeline.py's, if there are several stages
+    local: LocalSteps | None = None
 
     @property
     def tokens_per_iter(self) -> int:
         rows = self.rows.micro_steps * self.rows.micro_rows * self.world.dp.size
         return rows * self.model.config.block_size
+
+    @property
+    def averaged(self) -> bool:
+        """Whether all dp groups have the same parameters: with local steps, after an averaging."""
+        at, options = self.progress.iter_num, self.options
+        return at % max(1, options.dp_every) == 0 or at == options.max_iters
+
+    def due(self, interval: int) -> bool:
+        """Whether it is time for what is done every `interval` iterations, 0 = never; with local
+        steps it waits for the next averaging."""
+        late = self.progress.iter_num % interval if interval else math.inf
+        return self.averaged and late < max(1, self.options.dp_every)
 
     def autocast(self) -> Any:
         """Matrix products in the run's dtype; the rest (parameters, LayerNorm, loss) in float32."""
@@ -92,6 +109,7 @@ class Run:
     def describe(self) -> str:
         w, c, schedule, rows = self.world, self.model.config, self.model.schedule, self.rows
         points = "" if schedule.is_plain else f"; sync points: {schedule}"
+        every = self.options.dp_every
         return (
             f"number of parameters: {self.model.get_num_params() / 1e6:.2f}M "
             f"({c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide)\n"
@@ -99,18 +117,21 @@ class Run:
             f"{dtype_name(self.dtype)}; {self.tokens_per_iter:,} tokens/iter = {rows.micro_rows} "
             f"seq x {c.block_size} x {rows.micro_steps} accum x {w.dp.size} dp"
             f"{', sharded' * bool(self.model.sharding)}{points}{self.model.stages}"
+            f"{f'; dp averaged every {every} iterations' * bool(every)}"
         )
 
 
 def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
     """Everything before the first iteration. UserError if options, weights and data do not fit."""
-    shard = options.dp_shard and world.dp.size > 1
+    check_local_steps(options)
+    shard, local = options.dp_shard and world.dp.size > 1, options.dp_every > 0
+    group = world.dp.rank if local else 0  # whose optimizer state is read
     if world.device.type == "cpu":
         set_up_heap(keep=not shard)
     out_dir, progress = Path(options.out_dir), Progress(loss_scale=65536.0)
     saved, source, before = None, None, dict[str, Any]()
     if options.init_from == "resume":
-        saved, progress, before = checkpoint.read_state(out_dir)
+        saved, progress, before = checkpoint.read_state(out_dir, group)
     elif not options.overwrite and not options.eval_only:
         directory.check_free(out_dir)
     if options.init_from != "scratch":
@@ -127,21 +148,26 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
     rates, betas = (options.weight_decay, options.learning_rate), (options.beta1, options.beta2)
     optimizer = adamw(model.named_parameters(), *rates, betas)
     if saved is not None:
-        checkpoint.load_optimizer(model, optimizer, saved, progress.optimizer_steps, world)
+        checkpoint.load_optimizer(model, optimizer, saved, progress.optimizer_steps, world, group)
     rows = Rows.of(options, world.dp.rank, world.dp.size)
+    dp = Axis("dp", ledger=world.ledger) if local else world.dp
     own = shard or options.pp > 1  # gradients over dp are not DistributedDataParallel's
-    wrapped = model if own else replicate(model, world.dp, DTYPES[options.dp_reduce_dtype])
+    wrapped = model if own else replicate(model, dp, DTYPES[options.dp_reduce_dtype])
     writes, resumed = world.is_main and not options.eval_only, options.init_from == "resume"
     old = directory.make_ready(out_dir, progress.iter_num, resumed) if writes else []
     run = Run(
-        world, options, dataset, model, wrapped, optimizer, rows, progress, replace(progress),
+        world, options, dataset, model, wrapped, optimizer, dp, rows, progress, replace(progress),
         out_dir, pick_dtype(options.dtype, world.device), tokenizer, old,
     )  # fmt: skip
     if options.pp > 1:
         from train.pipeline import Pipeline
 
         sizes = rows.micro_steps, rows.micro_rows, options.batch_size
-        run.pipeline = Pipeline(model, world, *sizes, run.autocast)
+        run.pipeline = Pipeline(model, replace(world, dp=dp), *sizes, run.autocast)
+    if local:
+        run.local = LocalSteps(model, world.dp, options)
+        if saved is not None:
+            run.local.load(model, saved, world)
     if source is not None and world.is_main:
         report_differences(run, source, before)
     return run
