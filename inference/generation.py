@@ -271,6 +271,5 @@ def generate(model: TensorParallelGPT, prompts: list[list[int]], sampling: Sampl
              decoder: TorchDecoder | None = None, draft: Speculation | None = None) -> Generation:
     """Continue every prompt num_samples times; see Generation."""
     generation = Generation(model, prompts, sampling, decoder, draft)
-    for _ in generation:
-        pass
+    list(generation)  # to the end
     return generation

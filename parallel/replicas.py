@@ -1,11 +1,14 @@
-"""Do ranks hold the same replicas? Checksums of the bits, compared over an axis in one message."""
+"""Do ranks hold the same replicas? Checksums of the bits, compared over an axis in one message. And
+how replicas of a tp group stay the same when dp sums them."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from parallel.collectives import Axis, all_gather
+from parallel.collectives import Axis, all_gather, broadcast
+from parallel.parameters import local_part
 
 AT_ONCE = 1 << 20  # words; each takes 16 bytes meanwhile
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -50,3 +53,20 @@ def check_alike(tensors: Mapping[str, Tensor], axis: Axis, ranks: str, step: int
     most = (values[other].double() - values[0].double()).abs().max().item()
     where = f"differs between {ranks} 0 and {other} (max {most:.0e}) at step {step}"
     raise DriftError(f"replicated parameter {name} {where}.")
+
+
+@torch.no_grad()
+def make_alike(model: Any, dp: Axis, found: Mapping[str, Tensor] | None = None) -> None:
+    """Give all tp ranks rank 0's sums over dp of the parameters that they share, in one broadcast.
+    A sum of three or more numbers is rounded in an order that depends on its place in a message,
+    and tp ranks have other messages. model: a TensorParallelGPT. found: the sums by name, those of
+    all parameters; default: the gradients."""
+    tp, rules = model.tp.at("optimizer"), model.split.rules
+    if tp.size == 1 or dp.size <= 2:
+        return
+    if found is None:
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    tensors = [local_part(x)[0] for name, x in found.items() if rules[name].dim is None]
+    whole = broadcast(torch.cat([tensor.flatten() for tensor in tensors]), tp, "step")
+    for tensor, part in zip(tensors, whole.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))

@@ -205,3 +205,10 @@ def test_resume_over_all_pairs_of_layouts(
         assert np.array_equal(again, whole[4:])
     np.testing.assert_allclose(again, whole[4:], rtol=1e-5)
     assert read_manifest(tmp_path / "step-000008").tp == tp
+
+
+@pytest.mark.parametrize("changes", [{}, {"dp_every": 2}], ids=["every", "local-steps"])
+def test_tp_ranks_share_the_bits_of_a_sum_over_many_ranks(letters: Path, tmp_path: Path, changes: Any) -> None:  # noqa: F811
+    """A sum of 4 is rounded by its place in a message, which heads of unequal number move: 2 and 1 of 3."""
+    sizes = {"n_head": 3, "n_embd": 48, "bias": True, "gradient_accumulation_steps": 4, "max_iters": 4}
+    trained(letters, tmp_path, 4, 2, check_replicas=1, **sizes, **changes)  # a DriftError would end it

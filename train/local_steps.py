@@ -18,6 +18,7 @@ from checkpoints.manifest import DTYPES
 from checkpoints.sources import reader
 from cli.options import TrainOptions
 from parallel.collectives import Axis, all_gather, all_reduce
+from parallel.replicas import make_alike
 from plan.memory import MESSAGE
 from tp_model import TensorParallelGPT
 from train.checkpoint import MOMENTUM, OUTER, checked
@@ -40,7 +41,8 @@ class LocalSteps:
     """
 
     def __init__(self, model: TensorParallelGPT, dp: Axis, options: TrainOptions):
-        self.dp, self.dtype = dp.at("data_parallel"), DTYPES[options.dp_reduce_dtype]
+        self.model, self.dp = model, dp.at("data_parallel")
+        self.dtype = DTYPES[options.dp_reduce_dtype]
         self.parameters = dict(model.named_parameters())
         self.before = self._now()
         self.momentum = torch.zeros_like(self.before[: None if options.outer_momentum else 0])
@@ -78,10 +80,12 @@ class LocalSteps:
     @torch.no_grad()
     def average(self) -> None:
         """One all-reduce for each 2^23 numbers. The parameters are then equal on all dp ranks."""
-        for part, change in zip(self.messages, self._now().split(MESSAGE), strict=True):
+        changes = self._now()
+        for part, change in zip(self.messages, changes.split(MESSAGE), strict=True):
             torch.sub(part, change, out=change)
             change.copy_(all_reduce(change.to(self.dtype), self.dp, "step"))
             part.grad = change.div_(self.dp.size)
+        make_alike(self.model, self.dp, self._views(changes))
         self.optimizer.step()
         self.optimizer.zero_grad()
         for name, value in self._views(self.before).items():

@@ -14,7 +14,7 @@ from cli.options import TrainOptions
 from parallel.collectives import Axis, all_reduce
 from parallel.data_parallel import last_only, rest
 from parallel.parameters import local_part
-from parallel.replicas import check_alike, checksum
+from parallel.replicas import check_alike, checksum, make_alike
 from plan.stages import TABLE
 from text.dataset import EVAL_STREAM, batch
 from train import directory, gradients
@@ -104,6 +104,7 @@ def iterate(run: Run, lr: float, ask: Callable[[], tuple[int, ...]] = tuple) -> 
     total, batches = (accumulate if run.pipeline is None else pipelined)(run, scale)
     total = all_reduce(total, run.dp.at("data_parallel"), "step") / run.dp.size
     gradients.sum_partial_gradients(run.model)
+    make_alike(run.model, run.dp)
     grad_norm = gradients.grad_norm(run.model, world.pp) / scale
     if check:
         check_replicas(run, torch.stack([checksum(batch) for batch in batches]))

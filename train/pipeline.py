@@ -118,13 +118,13 @@ class Pipeline:
         loss of each micro-batch; the gradients are those of their mean over dp, times `scale`."""
         self.scale, self.seed_of = scale, seed_of
         losses = self._run(self._training, x, y, self.count)
-        if self.stages.shares_table:
-            sum_gradients([self.model.head.weight], self.world.ends.at("embedding"))
         dp, modules = self.world.dp, (m for part in self.parts.values() for m in part.parts)
         for module in dict.fromkeys(modules) if dp.size > 1 and not self.model.sharding else ():
             sum_gradients(module.parameters(), dp.at("data_parallel"))
             for p in module.parameters():
                 p.grad = None if p.grad is None else p.grad.div_(dp.size)
+        if self.stages.shares_table:  # after dp, whose sums may be rounded differently at both ends
+            sum_gradients([self.model.head.weight], self.world.ends.at("embedding"))
         return losses
 
     def losses(self, x: Tensor, y: Tensor) -> Tensor:
