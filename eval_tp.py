@@ -48,7 +48,7 @@ def main(world: World, options: EvalOptions) -> None:
         started = time.perf_counter()
         with world.ledger.during("evaluation"):
             show = world.is_main and sys.stderr.isatty()
-            total, count = measure(model, tokens, stride, options.batch_size, show)
+            total, count = measure(model, tokens, stride, options.batch_size, show, world.pp)
     seconds = time.perf_counter() - started
     timing = {"load_s": load_s, "eval_s": seconds, "tokens_per_s": count / seconds}
     evaluation, account = figures(total, count, stride, n_bytes), world.ledger.snapshot()

@@ -13,10 +13,9 @@ import base.quick_start  # noqa: F401
 from base.errors import ReaderGone, explaining_memory
 from checkpoints.sources import identity, open_for_inference, tokenizer_of
 from cli.options import SampleOptions
-from inference.decoders import decoder_for
-from inference.generation import Generation
 from inference.load import load, load_draft, memory_needed
 from inference.output import output_of
+from inference.pipeline import generation_for
 from inference.prompts import check_prompts, encode, read_prompts
 from inference.sampling import Sampling
 from inference.summary import build_report, notices, print_summary
@@ -42,7 +41,7 @@ def main(world: World, options: SampleOptions) -> None:
     with explaining_memory(lambda: memory_needed(world, source, options)):
         model = load(world, source, options)
         draft = load_draft(world, options, tokenizer, sampling)
-    decoder = decoder_for(model, options.kernels)
+    kind, decoder = generation_for(model, world.pp, options.kernels)
     world.synchronize()
     load_s = time.perf_counter() - started
     if world.is_main:
@@ -50,7 +49,7 @@ def main(world: World, options: SampleOptions) -> None:
             print(notice, file=sys.stderr)
     with output_of(texts, tokenizer, options, options.out if world.is_main else "") as output:
         started = time.perf_counter()
-        generation = Generation(model, prompts, sampling, decoder, draft, output.stops)
+        generation = kind(model, prompts, sampling, decoder, draft, output.stops)
         rows = min(options.batch_size, len(generation.rows))
         explained = explaining_memory(lambda: memory_needed(world, source, options, rows))
         with world.ledger.during("sampling"), explained:

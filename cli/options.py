@@ -72,6 +72,7 @@ class InferenceOptions(RunOptions):
     quantize: str = option("", "int8: 8-bit matrices, smaller and faster", ("", "int8"))
     sync: str = option("", SYNC)
     sequence_parallel: bool = option(False, "split activations over the sequence, to save memory")
+    pp: int = option(1, "ranks that share the layers, as pipeline stages", low=1)
     tokenizer: str = option("", TOKENIZER)
 
 

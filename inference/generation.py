@@ -52,6 +52,14 @@ class Timing:
     kv_cache_bytes: int = 0
     slid: bool = False
 
+    def add(self, seconds: float, tokens: int) -> None:
+        """A step. tokens: that it decoded, 0 if it has read a prompt."""
+        self.time_to_first_token_s = self.time_to_first_token_s or seconds
+        self.prefill_s += 0 if tokens else seconds
+        self.decode_s += seconds if tokens else 0
+        self.decode_tokens += tokens
+        self.decode_steps += tokens > 0
+
 
 class Generation:
     """Iterate over it, to the end and on all ranks, to write its rows; it yields a row each time
@@ -80,7 +88,7 @@ class Generation:
         timing.kv_cache_bytes = self.cache.nbytes
         if self.draft is not None:
             self.draft.begin(self.most, longest)
-        rows, began = list[Row](), time.perf_counter()
+        rows = list[Row]()
         while rows := self._seat(rows):
             started = time.perf_counter()
             # a draft has to see a step's tokens before it can guess the next ones
@@ -90,17 +98,9 @@ class Generation:
                 timing.decode_s += time.perf_counter() - started
                 continue
             reads = any(not row.new for row in rows)
-            counts = self._step(rows)
-            timing.time_to_first_token_s = (timing.time_to_first_token_s
-                                            or time.perf_counter() - began)
+            counts = self._finish(rows, *self._begin(rows))
             yield from rows
-            seconds = time.perf_counter() - started
-            if reads:
-                timing.prefill_s += seconds
-            else:
-                timing.decode_s += seconds
-                timing.decode_tokens += sum(counts)
-                timing.decode_steps += 1
+            timing.add(time.perf_counter() - started, 0 if reads else sum(counts))
 
     def _seat(self, rows: list[Row]) -> list[Row]:
         """The rows of the next step, each in the row of the cache with its number in the list:
@@ -130,8 +130,8 @@ class Generation:
         cache.advance([len(row.tokens) - 1 for row in kept] + [0] * len(whole))
         return kept + whole + led
 
-    def _step(self, rows: list[Row]) -> list[int]:
-        """One pass, and the rows' next tokens. Returns how many each got."""
+    def _begin(self, rows: list[Row]) -> tuple[list[list[int]], Tensor]:
+        """One pass. Returns the draft's guesses, and what `_gather` does."""
         n, guesses = len(self.cache.lengths), self._guesses(rows)
         new = [(row.tokens + guess)[length or -self.size :]
                for row, guess, length in zip(rows, guesses, self.cache.lengths, strict=False)]
@@ -144,11 +144,20 @@ class Generation:
             self.cache.copy(i, leader, min(row.prompt_tokens, self.size))
         if len(rows) > n:
             logits = logits[torch.tensor(places, device=logits.device)]
-        counts = self._extend(rows, guesses, logits)
-        for row, guess, count in zip(rows, guesses, counts, strict=True):
-            if self.draft is not None and row.new > count:
-                self.draft.learn(row, len(guess), min(count - 1, len(guess)))
-        return counts
+        lo, vocab_size, tp = self.model.vocab_lo, self.model.config.vocab_size, self.model.tp.size
+        best = candidates(logits, lo, vocab_size, self.sampling, tp)
+        return guesses, self._gather(best, guesses)
+
+    def _finish(self, rows: list[Row], guesses: list[list[int]], everyone: Tensor) -> list[int]:
+        """Give each row its next tokens and end the complete ones. Returns how many each got."""
+        chosen = self._agree(rows, guesses, everyone).tolist()
+        for row, guess, (count, *tokens) in zip(rows, guesses, chosen, strict=True):
+            got = abs(count)
+            row.tokens += tokens[:got]
+            row.ended = count < 0 or self._is_complete(row)
+            if self.draft is not None and row.new > got:
+                self.draft.learn(row, len(guess), min(got - 1, len(guess)))
+        return [abs(count) for count, *_ in chosen]
 
     def _guesses(self, rows: list[Row]) -> list[list[int]]:
         """The draft's guesses for each row that is begun. With the token after them they fit
@@ -206,42 +215,34 @@ class Generation:
                 row.ended = True
         self.timing.decode_tokens += sum(row.new for row in rows) - sum(new)
 
-    def _extend(self, rows: list[Row], guesses: list[list[int]], logits: Tensor) -> list[int]:
-        """Give each row its next tokens and end the complete ones. Returns how many each got."""
-        chosen = self._agree(rows, guesses, logits)
-        for row, (count, *tokens) in zip(rows, chosen, strict=True):
-            row.tokens += tokens[: abs(count)]
-            row.ended = count < 0 or self._is_complete(row)
-        return [abs(count) for count, *_ in chosen]
-
     def _is_complete(self, row: Row) -> bool:
         full = self.sampling.overflow == "stop" and len(row.tokens) == self.size
         return full or row.new == self.sampling.max_new_tokens
 
-    def _agree(self, rows: list[Row], guesses: list[list[int]], logits: Tensor) -> list[list[int]]:
-        """The next tokens of each row, the same on all ranks: (count, token, ...), where the count
-        is negative if the row ends with them.
-
-        Two small collectives: ranks gather their candidates and guesses, and rank 0 broadcasts its
-        choice. So ranks agree even if they compute different numbers or guesses.
-        """
-        axis, lo = self.model.tp.at("sampling"), self.model.vocab_lo
-        best = candidates(logits, lo, self.model.config.vocab_size, self.sampling, axis.size)
+    def _gather(self, best: Tensor, guesses: list[list[int]]) -> Tensor:
+        """Every rank's candidates and guesses, [tp, 2 * positions * k + guesses] int32."""
         guessed = torch.tensor([token for guess in guesses for token in guess], dtype=torch.int32)
         mine = torch.cat([best.flatten(), guessed.to(best.device)])
-        everyone = all_gather(mine, axis, "step").cpu().numpy()  # [tp, 2 * positions * k + guesses]
+        return all_gather(mine, self.model.tp.at("sampling"), "step")
+
+    def _agree(self, rows: list[Row], guesses: list[list[int]], everyone: Tensor) -> Tensor:
+        """The next tokens of each row, the same on all ranks, int64: (count, token, ...), where the
+        count is negative if the row ends with them.
+
+        Ranks have gathered their candidates and guesses, and rank 0 broadcasts its choice. So ranks
+        agree even if they compute different numbers or guesses.
+        """
+        axis, n = self.model.tp.at("sampling"), sum(map(len, guesses))
         chosen = np.zeros((len(rows), 2 + max(map(len, guesses))), np.int64)
         if axis.rank == 0:
             # [tp, 2, positions, k] -> each position's candidates of all ranks, [positions, tp * k]
-            found = everyone[:, : best.numel()].reshape(axis.size, *best.shape)
-            bits, ids = found.transpose(1, 2, 0, 3).reshape(2, len(logits), -1)
-            theirs = everyone[:, best.numel() :]
+            best, theirs = np.split(everyone.cpu().numpy(), [everyone.shape[1] - n], axis=1)
+            found = best.reshape(axis.size, 2, len(rows) + n, -1).transpose(1, 2, 0, 3)
+            bits, ids = found.reshape(2, len(rows) + n, -1)
             alike = (theirs == theirs[0]).all(axis=0)
             self._draw(chosen, rows, guesses, alike, bits.view(np.float32), ids)
-        device = best.device if axis.size > 1 else torch.device("cpu")  # one rank: nothing is sent
-        agreed: list[list[int]]
-        agreed = broadcast(torch.from_numpy(chosen).to(device), axis, "step").tolist()
-        return agreed
+        device = everyone.device if axis.size > 1 else "cpu"  # one rank: nothing is sent
+        return broadcast(torch.from_numpy(chosen).to(device), axis, "step")
 
     def _draw(self, chosen: NDArray[np.int64], rows: list[Row], guesses: list[list[int]],
               alike: NDArray[np.bool_], values: NDArray[np.float32],

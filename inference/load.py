@@ -15,6 +15,7 @@ from inference.speculation import Guesser, Ngrams, SmallModel, Speculation
 from parallel.collectives import Axis
 from parallel.quantized import quantize
 from plan.partition import Partition
+from plan.stages import Stages
 from text.tokenizer import Tokenizer
 from tp_model import TensorParallelGPT
 from world.devices import pick_dtype
@@ -23,17 +24,18 @@ from world.mesh import World
 
 def load(world: World, source: Source, options: Any) -> TensorParallelGPT:
     """The model for inference, on this rank; options: of sample_tp.py or eval_tp.py."""
-    model = TensorParallelGPT(source.config, world.tp, reader(source, world.tp.rank),
-                              device=world.device, dtype=pick_dtype(options.dtype, world.device),
-                              schedule=schedule_of(source, options.sync, world.tp.size),
-                              sequence_parallel=options.sequence_parallel)
-    return _prepared(model, options, world.gather)
+    config, tp, schedule = source.config, world.tp, schedule_of(source, options.sync, world.tp.size)
+    model = TensorParallelGPT(config, tp, reader(source, tp.rank), device=world.device,
+                              dtype=pick_dtype(options.dtype, world.device), schedule=schedule,
+                              sequence_parallel=options.sequence_parallel,
+                              stages=Stages.over(world.pp, config).without(schedule))
+    return _prepared(model, options, lambda x: world.gather(x)[world.rank - tp.rank :][: tp.size])
 
 
 def _prepared(model: TensorParallelGPT, options: Any, gather: Exchange) -> TensorParallelGPT:
     model.eval()
     if options.quantize:
-        quantize(model, gather)
+        quantize(model, gather, (model.stages.has_first, model.stages.has_last))
     if options.compile:
         model.compile_blocks(tuned=model.device.type == "cuda")
     if suits(model):
@@ -65,14 +67,14 @@ def load_draft(world: World, options: SampleOptions, tokenizer: Tokenizer,
 
 def memory_needed(world: World, source: Source, options: Any, rows: int = 0) -> str:
     """What the weights and `rows` rows of the KV cache take, for a message about memory."""
-    split = Partition.of(source.config, world.tp.size)
-    itemsize = pick_dtype(options.dtype, world.device).itemsize
-    weights = split.count(0) * (1 if options.quantize else itemsize)
+    split, stages = Partition.of(source.config, world.tp.size), Stages.over(world.pp, source.config)
+    size = pick_dtype(options.dtype, world.device).itemsize
+    weights = split.count(0, filter(stages.holds, split.table)) * (1 if options.quantize else size)
     if options.quantize:  # tokens are looked up in a float table
-        weights += split.local_vocab * split.n_embd * itemsize
+        weights += split.local_vocab * split.n_embd * size
     takes = f"The weights take {weights / 1e9:.2f} GB on rank 0"
     if rows:
-        cache = split.cache_numbers(rows * split.block_size) * itemsize
+        cache = split.cache_numbers(rows * split.block_size) * size / stages.pp
         takes += f", keys and values of {rows} rows at most {cache / 1e9:.2f} GB"
     if world.device.type == "cuda":
         has = torch.cuda.get_device_properties(world.device).total_memory

@@ -13,6 +13,7 @@ from inference.packed import Linear, address, digits, fields, pack
 from model import ACTIVATIONS, KVCache, LayerNorm
 from parallel.collectives import Axis, all_reduce
 from parallel.flight import Away
+from parallel.ring import Ring
 from tp_model import TensorParallelGPT
 
 FUNCTIONS = {  # of decode.c, with their parameters: see `fields`
@@ -71,7 +72,8 @@ class _Buffers:
         self.key = n, wanted, size
         self.x, self.here, self.partial, self.out = torch.empty(4, n, C)
         self.arrived = self.out  # keeps an all-reduce's result while C reads it
-        self.logits = torch.empty(wanted, model.vocab_hi - model.vocab_lo)
+        columns = model.vocab_hi - model.vocab_lo if model.stages.has_last else 0
+        self.logits = torch.empty(wanted, columns)
         self.ids, self.positions, self.slots = torch.empty(3, n, dtype=torch.int64)
         self.wanted = torch.empty(wanted, dtype=torch.int64)
         self.work = torch.empty(library.nanotp_work(*map(ctypes.c_int64, (C, h * D, m, n, size))))
@@ -95,10 +97,13 @@ class _After(NamedTuple):
 
 
 class NativeDecoder(TorchDecoder):
+    """ring: joins this stage to the others of a pipeline; only the last one has logits."""
+
     name = "native"
 
-    def __init__(self, model: TensorParallelGPT):
+    def __init__(self, model: TensorParallelGPT, ring: Ring | None = None):
         super().__init__(model)
+        self.ring = ring
         self._library, self._call = pack(model), dict[str, Any]()
         for name, parameters in FUNCTIONS.items():
             function = self._call[name] = getattr(self._library, f"nanotp_{name}")
@@ -109,7 +114,7 @@ class NativeDecoder(TorchDecoder):
         self._blocks, self._biases = [], list[Tensor | None]()  # C has the biases' addresses
         after = iter(self._after_sub_blocks())
         activation = 1 + list(ACTIVATIONS).index(model.config.activation)
-        for block in transformer.h:
+        for block in filter(None, transformer.h):
             attn, mlp = block.attn, block.mlp
             # a row-parallel layer's bias is added once, to the sum
             made = _Block(_norm(block.ln_1), attn.c_attn.stored.linear(attn.c_attn.bias),
@@ -117,8 +122,10 @@ class NativeDecoder(TorchDecoder):
                           mlp.c_fc.stored.linear(mlp.c_fc.bias, activation),
                           mlp.c_proj.stored.linear(), attn.factor / attn.head_dim**0.5)
             self._blocks.append((made, ctypes.addressof(made), next(after), next(after)))
-        self._ln_f, self._head = _norm(transformer.ln_f), model.head.stored.linear()
-        self._table, self._wpe = transformer.wte.table.linear(), address(transformer.wpe.weight)
+        if model.stages.has_first:
+            self._table, self._wpe = transformer.wte.table.linear(), address(transformer.wpe.weight)
+        if model.stages.has_last:
+            self._ln_f, self._head = _norm(transformer.ln_f), model.head.stored.linear()
         self._buffers: _Buffers | None = None
 
     def _after_sub_blocks(self) -> Iterator[_After]:
@@ -126,6 +133,8 @@ class NativeDecoder(TorchDecoder):
             total = None  # of the run's biases
             for i, (layer, kind) in enumerate(run):
                 block: Any = self.model.transformer.h[layer]
+                if block is None:  # of another stage
+                    continue
                 c_proj = (block.attn if kind == "attention" else block.mlp).c_proj
                 own = None if c_proj.bias is None else c_proj.bias.detach()
                 total = own if total is None or own is None else total + own
@@ -151,16 +160,24 @@ class NativeDecoder(TorchDecoder):
         model.tp.ledger.forward_passes += 1
         state, out = ctypes.addressof(b.state), b.out.data_ptr()
         b.away = Away(model.schedule) if model.schedule.delay else None
-        table, axis = ctypes.addressof(self._table), model.transformer.wte.axis
-        call["rows"](table, b.ids.data_ptr(), n, model.vocab_lo, out)
-        b.arrived = all_reduce(b.out, axis, "forward")
-        call["begin"](state, self._wpe)
-        arrived: tuple[int | None, int | None] = b.arrived.data_ptr(), None
+        arrived: tuple[int | None, int | None] = None, None
+        if self.ring is not None and not model.stages.has_first:
+            b.here.copy_(b.x.copy_(self.ring.receive(b.x)))
+        else:
+            table, axis = ctypes.addressof(self._table), model.transformer.wte.axis
+            call["rows"](table, b.ids.data_ptr(), n, model.vocab_lo, out)
+            b.arrived = all_reduce(b.out, axis, "forward")
+            call["begin"](state, self._wpe)
+            arrived = b.arrived.data_ptr(), None
         for (_, block, attention, mlp), kv in zip(self._blocks, cache.kv, strict=True):
             call["attention"](state, block, *arrived, kv.data_ptr(), out)
             arrived = self._arrived(attention, b)
             call["mlp"](state, block, *arrived, out)
             arrived = self._arrived(mlp, b)
+        if self.ring is not None and not model.stages.has_last:
+            call["join"](state, *arrived, None, 0)
+            self.ring.send(b.x)
+            return b.logits
         ln_f, head = ctypes.addressof(self._ln_f), ctypes.addressof(self._head)
         call["head"](state, ln_f, head, *arrived, b.wanted.data_ptr(), wanted, b.logits.data_ptr())
         return b.logits

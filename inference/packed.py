@@ -98,15 +98,16 @@ def suits(model: Any) -> bool:
 def pack(model: Any) -> ctypes.CDLL:
     """Pack the weights of a model on a CPU, quantized or not, layer by layer. Its other parameters
     become float32. Returns the library of decode.c. Unavailable without a compiler."""
-    wte = model.transformer.wte
-    if wte.table is not None:  # the model is packed
-        return wte.table.library
+    wte, layers = model.transformer.wte, [m for m in model.modules() if isinstance(m, Sharded)]
+    if isinstance(layers[-1].stored, Packed):  # the model is packed
+        library: ctypes.CDLL = layers[-1].stored.library
+        return library
     library = load(*SOURCES)
     model.requires_grad_(False)
-    for layer in [layer for layer in model.modules() if isinstance(layer, Sharded)]:
+    for layer in layers:
         weight, int8 = getattr(layer, "weight", None), layer.stored
         rows = layer.hi - layer.lo if isinstance(layer, VocabParallelEmbedding) else None
-        if layer is wte:  # tokens are looked up in it
+        if layer is wte and weight is not None:  # tokens are looked up in it
             layer.table = layer.stored = Packed(library, wte.weight[:rows])
         if int8 is not None:
             layer.stored = Packed(library, int8.q[:rows], int8.scale[:rows])

@@ -9,6 +9,7 @@ from inference.decoders import TorchDecoder
 from inference.generation import Generation
 from parallel.quantized import read_weights
 from report import report
+from report.sections import entries
 from text.tokenizer import Tokenizer
 from tp_model import TensorParallelGPT
 from world import peaks
@@ -44,20 +45,21 @@ def build_report(world: World, generation: Generation, load_s: float, seconds: f
     names = ("time_to_first_token_s", "prefill_s", "decode_s", "decode_tokens")
     figures = {"load_s": load_s, **{name: getattr(timing, name) for name in names}}
     figures["decode_tokens_per_s"] = rate
-    # all-reduces and the like of forward passes, without the small calls that agree on tokens
-    counts = {"passes": world.ledger.forward_passes}
-    for entry, tally in account.items():
-        if entry.direction == "forward":
-            counts[entry.op] = counts.get(entry.op, 0) + tally.calls
-    tokens = sum(row.new for row in generation.rows)
-    per_token = {"tokens": tokens} | {op: round(n / tokens, 6) for op, n in counts.items()}
-    more: dict[str, Any] = {"decoder": generation.decoder.name, "per_token": per_token}
+    more: dict[str, Any] = {"decoder": generation.decoder.name}
     if draft := generation.draft:
         rate = round(draft.accepted / max(draft.proposed, 1), 6)
         guesses = {"proposed": draft.proposed, "accepted": draft.accepted, "acceptance_rate": rate}
         more["speculation"] = guesses
     made = report.build("sample_tp", world, generation.model, account, figures, seconds,
                         timing.kv_cache_bytes, **more, samples=samples)
+    # all-reduces and the like of forward passes, without the small calls that agree on tokens
+    counts = {"passes": world.ledger.forward_passes}
+    for entry, tally in entries(made).items():
+        if entry.direction == "forward":
+            counts[entry.op] = counts.get(entry.op, 0) + tally.calls
+    tokens = sum(row.new for row in generation.rows)
+    per_token = {op: round(n / tokens, 6) for op, n in counts.items()}
+    made["per_token"] = {"tokens": tokens} | per_token
     made["utilisation"] = used(world, generation).figures(world)
     return made
 

@@ -55,14 +55,16 @@ class Int8Weight(nn.Module):
 
 
 @torch.no_grad()
-def quantize(model: nn.Module, gather: Exchange) -> None:
+def quantize(model: nn.Module, gather: Exchange, ends: tuple[bool, bool] = (True, True)) -> None:
     """Give every sharded layer of a loaded model its int8 weight, one by one, and freeze the other
     parameters. Every rank calls it. gather: called once, to agree on the scales of row-parallel
-    layers. Tokens are looked up in the float table: exact, and no slower than in 8 bits."""
+    layers. Tokens are looked up in the float table: exact, and no slower than in 8 bits. ends:
+    whether tokens are looked up, and logits computed, in this rank's stage."""
     model.requires_grad_(False)
     layers = [layer for layer in model.modules() if isinstance(layer, Sharded)]
     tables = [layer for layer in layers if isinstance(layer, VocabParallelEmbedding)]
-    layers = [layer for layer in layers if layer not in tables[:-1]]  # the last is the head
+    looked_up, head = tables[: ends[0]], tables[-1:] if ends[1] else []
+    layers = [layer for layer in layers if layer not in looked_up or layer in head]
     row_parallel = [layer for layer in layers if isinstance(layer, RowParallelLinear)]
     everyone = gather([layer.weight.abs().amax(1).float().cpu() for layer in row_parallel])
     parts = zip(row_parallel, *everyone, strict=True)
@@ -71,7 +73,7 @@ def quantize(model: nn.Module, gather: Exchange) -> None:
         weight = layer.weight
         agreed = largest[layer] if layer in largest else weight.abs().amax(1)
         layer.stored = Int8Weight(weight, agreed.to(weight.device))
-        if layer not in tables[:1]:
+        if layer not in looked_up:
             del layer.weight
 
 
@@ -83,9 +85,11 @@ def quantization(model: nn.Module) -> str:
 def read_weights(model: Any) -> list[Tensor]:
     """This rank's weights that a decode step reads: neither table of which it looks up a row, but
     for the head's."""
-    wte, skipped = model.transformer.wte, [model.transformer.wpe.weight]
-    if wte is not model.head or wte.stored is not wte.table:
-        skipped += [wte.weight] if wte.table is None else wte.table.buffers()
+    wte, stages, skipped = model.transformer.wte, model.stages, list[Tensor]()
+    if stages.has_first:
+        skipped.append(model.transformer.wpe.weight)
+        if not stages.has_last or wte is not model.head or wte.stored is not wte.table:
+            skipped += [wte.weight] if wte.table is None else wte.table.buffers()
     every = [*model.parameters(), *model.buffers()]
     return [tensor.detach() for tensor in every if all(tensor is not other for other in skipped)]
 

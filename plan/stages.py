@@ -51,22 +51,30 @@ class Stages:
         made = cls(
             config.n_layer, options.pp, rank, options.pp_schedule, config.tie_word_embeddings
         )
-        splits, inside = made.kind.splits, f"--sync={sync}, where a stage ends between sync points"
-        zero = f"--pp_schedule={made.schedule}"
-        ends = (sync.syncs[2 * hi - 1] for _, hi in made.layers)
-        others = {
+        splits, zero = made.kind.splits, f"--pp_schedule={made.schedule}"
+        return made.without(sync, {
             f"--dp_shard=True and {zero}": options.dp_shard and made.kind.each > 1,
             "--dp_reduce_dtype=bfloat16":
                 options.dp_reduce_dtype != "float32" and not options.dp_shard,
-            inside: sync.delay or not all(ends),
             f"--compile=True and {zero}": options.compile and splits,
             f"--activation_checkpointing=True and {zero}":
                 options.activation_checkpointing and splits,
-        }
-        for other, given in others.items():
-            if made.pp > 1 and given:
-                raise UserError(f"--pp={made.pp} together with {other}: use one of them.")
-        return made
+        })  # fmt: skip
+
+    @classmethod
+    def over(cls, pp: Any, config: Any) -> "Stages":
+        """Of a run of forward passes alone, over the ranks of the axis pp."""
+        return cls(config.n_layer, pp.size, pp.rank, tied=config.tie_word_embeddings)
+
+    def without(self, sync: Schedule, others: Any = ()) -> "Stages":
+        """These stages; UserError if there are several and one of the `others` is given, or a
+        schedule in which a stage ends between sync points."""
+        inside = f"--sync={sync}, where a stage ends between sync points"
+        ends = (sync.syncs[2 * hi - 1] for _, hi in self.layers)
+        for other, given in {**dict(others), inside: sync.delay or not all(ends)}.items():
+            if self.pp > 1 and given:
+                raise UserError(f"--pp={self.pp} together with {other}: use one of them.")
+        return self
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:

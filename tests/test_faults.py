@@ -39,7 +39,9 @@ def test_a_lost_rank_takes_all_down_and_is_named(scratch: Path, phase: str, name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase, name", [("forward", "SIGSTOP"), ("backward", "SIGKILL"), ("forward", "late")])
+@pytest.mark.parametrize(
+    "phase, name", [("forward", "SIGSTOP"), ("backward", "SIGKILL"), ("forward", "late"), ("sampling", "SIGSTOP")]
+)
 def test_a_lost_stage_takes_all_down_and_is_named(scratch: Path, phase: str, name: str) -> None:
     case = faults.strike(scratch, phase, name, "gloo", 2, "--pp=2")
     assert name != "late" or "rank 1 first: it is in no collective" in case["said"]
