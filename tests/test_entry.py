@@ -1,8 +1,10 @@
 """How runs end: one line from one rank for a mistake, and nobody left behind when a rank dies."""
 
+import contextlib
 import importlib.util
 import multiprocessing
 import os
+import random
 import resource
 import signal
 import socket
@@ -32,9 +34,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below those that the system gives to connections, one of which could take it meanwhile."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port := random.SystemRandom().randint(15000, 32000)))
+            return port
 
 
 def launch(
