@@ -524,6 +524,7 @@ def test_a_rank_without_memory_says_so_in_one_line(body: Any, tmp_path: Path) ->
 
 
 def _interrupted(world: World, options: Any) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # another test may have ignored it
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)
 
