@@ -10,6 +10,7 @@ from operator import itemgetter
 from typing import Any
 
 from base.errors import UserError
+from bench.cluster import answer as answer_for_cluster
 from bench.rounds import Bench, chosen, numbers, table
 from checkpoints.huggingface import GPT2_TOKENS, HUB_SIZES
 from cli.options import BenchPredictOptions as Options
@@ -19,7 +20,6 @@ from plan.cost import MODES, Hardware, Step
 from plan.link import ETHERNET, NVLINK3, NVLINK4, PCIE, PCIE_HOST, ROCE, Link
 from plan.partition import Partition
 from plan.schedule import Schedule
-from plan.stages import Stages
 from world.mesh import World
 
 # docs/predictions.md names the measurements that these numbers are from.
@@ -72,10 +72,9 @@ def step_of(config: GPTConfig, tp: int, strategy: str, mode: str, options: Optio
     tokens, past = (1, options.tokens) if mode == "decode" else (options.tokens, 0)
     width, int8 = 4 if options.dtype == "float32" else 2, bool(options.quantize) and not trains
     rows = chunk_rows(batch * tokens, split.local_vocab, "cuda") if trains else 0
-    micro_batches, pp = (options.micro_batches, options.pp) if trains else (1, 1)
-    Stages(config.n_layer, pp)  # UserError if there are too few layers
+    micro_batches = options.gradient_accumulation_steps if trains else 1
     return Step(split, schedule, mode, batch, tokens, past, width, int8, strategy == "sequence",
-                rows, micro_batches, pp)
+                rows, micro_batches)
 
 
 def ways(config: GPTConfig, sizes: Iterable[int], hardware: Hardware, mode: str,
@@ -83,8 +82,6 @@ def ways(config: GPTConfig, sizes: Iterable[int], hardware: Hardware, mode: str,
     """All layouts in which the model can be split, fitting or not. UserError if there is none."""
     found, fault = [], None
     fewer = [name for name in FEWER if config.n_layer > 1 or name != "every:2"]
-    if options.pp > 1 and mode == "train":
-        fewer = ["mlp"]  # a stage ends at a sync point
     for tp in sizes:
         for name in ("all", *["sequence"] * (mode != "decode"), *fewer) if tp > 1 else ("all",):
             try:
@@ -120,8 +117,8 @@ def break_even(step: Step, limit: float, hardware: Hardware) -> float | None:
 def pays_from(hardware: Hardware, tp: int, mode: str, options: Options) -> GPTConfig | None:
     """The smallest model from which on tp ranks beat one device, if any. Tries n layers of n heads
     of 128 channels, as Llamas of 7 and 13 billion have, n from tp to 160 in steps of 10 %."""
-    found, least = None, max(tp, options.pp if mode == "train" else 1)
-    for n in sorted({min(160, round(least * 1.1**k)) for k in range(60)}, reverse=True):
+    found = None
+    for n in sorted({min(160, round(tp * 1.1**k)) for k in range(60)}, reverse=True):
         config = GPTConfig(options.tokens + 1, GPT2_TOKENS, n, n, 128 * n)
         steps = (step_of(config, size, "all", mode, options) for size in (1, tp))
         one, many = (step.seconds(hardware).total for step in steps)
@@ -197,18 +194,15 @@ def answer(hardware: Hardware, mode: str, models: list[str], sizes: list[int],
     reduce, bus = 1e6 * hardware.link.seconds("all_reduce", 0, 2), 1e-9 / hardware.link.beta
     head = ["", "parameters", "ms", "at tp", *(f"tp {tp}" for tp in sizes[1:]), "best",
             "fewer syncs", "alpha limit"]
-    stages, one = "", "one device"
-    if mode == "train" and options.pp * options.micro_batches > 1:
-        stages = f", {options.micro_batches} micro-batches on {options.pp} stages (1F1B)"
-        one = f"tp 1 (with pp {options.pp})" if options.pp > 1 else one
+    steps = f" x {options.gradient_accumulation_steps} micro-batches" if mode == "train" else ""
     lines = [
-        f"{hardware.name}, {mode}: {options.batch_size} x {options.tokens:,} tokens{stages}; "
+        f"{hardware.name}, {mode}: {options.batch_size} x {options.tokens:,} tokens{steps}; "
         f"memory {hardware.memory / 1e9:,.0f} GB/s, products {hardware.peak / 1e12:,.0f} TFLOP/s, "
         f"{1e6 * hardware.overhead:.0f} us a sub-block, an all-reduce of 2 ranks {reduce:,.0f} us, "
         f"{bus:,.0f} GB/s", *table([head, *(cells for _, cells in verdicts if cells)])]
     lines += [f"{line['model']} no room: at least {line['least_bytes'] / 1e9:,.1f} GB a rank"
               for line, cells in verdicts if not cells]
-    lines += [f"faster than {one}: {'; '.join(words)} (128 channels a head, as many layers as "
+    lines += [f"faster than one device: {'; '.join(words)} (128 channels a head, as many layers as "
               "heads)", ""]
     return {"hardware": asdict(hardware), "mode": mode, "lines": [line for line, _ in verdicts],
             "pays_from": pays}, lines
@@ -217,16 +211,26 @@ def answer(hardware: Hardware, mode: str, models: list[str], sizes: list[int],
 def predict(world: World, options: Options) -> None:
     """Predictions for each hardware, model and mode. Rank 0 prints; more ranks are of no use."""
     bench = Bench(world, options)
+
+    def finish(figures: list[dict[str, Any]], lines: list[str]) -> None:
+        lines.append("These are predictions: nothing was measured. Sources: docs/predictions.md")
+        bench.finish("predict", {"dtype": options.dtype, "batch_size": options.batch_size,
+                                 "tokens": options.tokens, "predictions": figures}, lines)
+
     if options.quantize and options.dtype == "float32":
         raise UserError("--quantize=int8 is predicted with --dtype=bfloat16, as all other numbers.")
-    if options.micro_batches < options.pp:
-        wanted = f"1F1B on --pp={options.pp} needs at least {options.pp} micro-batches"
-        raise UserError(f"{wanted}: --micro_batches={options.micro_batches}.")
+    if options.nnodes and options.quantize or options.dp_every and not options.nnodes:
+        fault = "--nnodes=N is about training" if options.nnodes else "--dp_every=H needs --nnodes=N"
+        raise UserError(f"{fault}: leave {'--quantize' if options.nnodes else '--dp_every'} out.")
     known = [*PROFILES] if options.hardware == "all" else [*PROFILES, CUSTOM]
     machines = [hardware_of(n, options) for n in chosen(options.hardware, known, "hardware")]
     if options.dtype == "float32":  # in TF32, at half of bfloat16's rate
         machines = [replace(machine, peak=machine.peak / 2) for machine in machines]
     models = chosen(options.model, [*SHAPES, CUSTOM], "model")
+    if options.nnodes:
+        made = [answer_for_cluster(machine, name, config_of(name, options), options)
+                for machine in machines for name in models]
+        return finish([figure for figure, _ in made], [line for _, said in made for line in said])
     sizes = sorted(set(numbers(options.tp, "tp")))
     if not 1 <= sizes[0] <= sizes[-1] <= MOST_RANKS:
         raise UserError(f"--tp={options.tp}: sizes are 1 to {MOST_RANKS}, as many ranks as the "
@@ -239,6 +243,4 @@ def predict(world: World, options: Options) -> None:
                 raise too_large(name, sizes, largest, mode, options)
         figures += [figure for figure, _ in made]
         lines += [line for _, said in made for line in said]
-    lines.append("These are predictions: nothing was measured. Sources: docs/predictions.md")
-    bench.finish("predict", {"dtype": options.dtype, "batch_size": options.batch_size,
-                             "tokens": options.tokens, "predictions": figures}, lines)
+    finish(figures, lines)

@@ -147,10 +147,8 @@ class TrainOptions(MeshOptions):
     dp_shard: bool = option(False, "shard parameters, gradients and optimizer over dp (FSDP2)")
     dp_every: int = option(0, "iterations between averagings of parameters over dp (DiLoCo), 0 ="
                               " plain dp", low=0)
-    outer_lr: float = option(0.7, "with dp_every: factor of the averaged change, 1 = average",
-                             above=0)
-    outer_momentum: float = option(0.9, "with dp_every: Nesterov momentum of the averaged change",
-                                   low=0, below=1)
+    outer_lr: float = option(0.7, "with dp_every: factor of the mean change, 1 = average", above=0)
+    outer_momentum: float = option(0.9, "with dp_every: its Nesterov momentum", low=0, below=1)
     dp_reduce_dtype: str = option("float32", "precision of sums over dp", ("float32", "bfloat16"))
     async_save: bool = option(False, "write checkpoints in the background, from a copy")
     save_interval: int = option(0, "iterations between checkpoints, 0 = at evaluations", low=0)
@@ -347,8 +345,11 @@ class BenchPredictOptions(BenchOptions):
     tp: str = option("1,2,4,8", "tensor-parallel sizes with commas between")
     mode: str = option("decode", "decode, prefill and train with commas between, or all")
     batch_size: int = option(1, "sequences", low=1)
-    pp: int = option(1, "in mode train: ranks that share the layers, for each of tp", low=1)
-    micro_batches: int = option(1, "in mode train: of batch_size, in an iteration", low=1)
+    gradient_accumulation_steps: int = option(1, "training: micro-batches in an iteration", low=1)
+    nnodes: int = option(0, "training on so many nodes: which tp, pp and dp are fastest", low=0)
+    nproc_per_node: int = option(8, "with --nnodes: ranks of a node", low=1)
+    between: str = option("roce-100g", "with --nnodes: a node's link, or alpha_us:40,GBps:5")
+    dp_every: int = option(0, "with --nnodes: local steps between averagings over dp", low=0)
     tokens: int = option(512, "tokens in the cache (decode), or in a sequence that is read", low=1)
     quantize: str = option("", "int8: weights of 8 bits", ("", "int8"))
     alpha_us: float = option(0.0, "replaces the profile's microseconds of a message", low=0)

@@ -25,10 +25,10 @@ from world.mesh import World
 def load(world: World, source: Source, options: Any) -> TensorParallelGPT:
     """The model for inference, on this rank; options: of sample_tp.py or eval_tp.py."""
     config, tp, schedule = source.config, world.tp, schedule_of(source, options.sync, world.tp.size)
+    stages = Stages.over(config, world.pp.size, world.pp.rank).without(schedule)
     model = TensorParallelGPT(config, tp, reader(source, tp.rank), device=world.device,
                               dtype=pick_dtype(options.dtype, world.device), schedule=schedule,
-                              sequence_parallel=options.sequence_parallel,
-                              stages=Stages.over(world.pp, config).without(schedule))
+                              sequence_parallel=options.sequence_parallel, stages=stages)
     return _prepared(model, options, lambda x: world.gather(x)[world.rank - tp.rank :][: tp.size])
 
 
@@ -67,7 +67,8 @@ def load_draft(world: World, options: SampleOptions, tokenizer: Tokenizer,
 
 def memory_needed(world: World, source: Source, options: Any, rows: int = 0) -> str:
     """What the weights and `rows` rows of the KV cache take, for a message about memory."""
-    split, stages = Partition.of(source.config, world.tp.size), Stages.over(world.pp, source.config)
+    split = Partition.of(source.config, world.tp.size)
+    stages = Stages.over(source.config, world.pp.size, world.pp.rank)
     size = pick_dtype(options.dtype, world.device).itemsize
     weights = split.count(0, filter(stages.holds, split.table)) * (1 if options.quantize else size)
     if options.quantize:  # tokens are looked up in a float table

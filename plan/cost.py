@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from plan.link import Link
 from plan.memory import FLOAT, ID, Training
-from plan.messages import exchanges, partial_gradients
+from plan.messages import MEGATRON, SEQUENCE, exchanges, partial_gradients
 from plan.partition import Partition, length
 from plan.schedule import KINDS, Schedule
 from plan.stages import Stages
@@ -27,6 +27,7 @@ MODES = ("decode", "prefill", "train")
 # gradients, cleared and added (20).
 OPTIMIZER, TIED = 10 * FLOAT, 5 * FLOAT
 PASSES = 6  # of the loss over a chunk of logits
+BUCKET = 25 * 2**20  # bytes of a message of gradients: DistributedDataParallel's
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,10 @@ class Seconds:  # the parts of a step's time
     compute: float = 0.0  # products that do not
     attention: float = 0.0  # scores, values and the cache
     elementwise: float = 0.0  # LayerNorm, GELU, biases, sums, the loss
-    communication: float = 0.0
+    communication: float = 0.0  # on the tp axis, and from stage to stage
     overhead: float = 0.0
+    bubble: float = 0.0  # a stage waits for its first micro-batch, and after its last
+    replicas: float = 0.0  # dp's messages, as far as no work hides them
 
     @property
     def total(self) -> float:
@@ -89,12 +92,17 @@ class Step:
     sequence_parallel: bool = False
     logit_rows: int = 0  # rows whose logits exist at a time (train)
     micro_batches: int = 1  # of `rows` sequences in an iteration (train)
+    activation_checkpointing: bool = False
     pp: int = 1  # ranks that share the layers (train)
+    dp: int = 1  # ranks that share the iteration (train): micro_batches each
+    dp_shard: bool = False
+    dp_every: int = 0  # local steps from one averaging to the next
     stage: str = ""  # of a pipeline: first or last
 
     def __post_init__(self) -> None:
         self.trains = self.mode == "train"
-        self.passes = 3 if self.trains else 1  # a backward pass has as many products as two forward
+        # a backward pass has as many products as two forward
+        self.passes = 3 + self.activation_checkpointing if self.trains else 1
         self.split_tokens = self.sequence_parallel and self.split.tp <= self.tokens
         self.channels, layers = length(self.split.channels(0)), self.split.n_layer
         one = replace(self.split, n_layer=1).local_shapes(0).items()  # all layers are alike
@@ -118,7 +126,8 @@ class Step:
         """One layer's products of queries, keys and values, or reading keys and values. A backward
         pass computes the scores again and has four more products."""
         seen = self.past + (self.tokens + 1) / 2  # by a token, on average
-        flops = 4 * self.rows * self.tokens * seen * self.channels * (3.5 if self.trains else 1)
+        flops = 4 * self.rows * self.tokens * seen * self.channels
+        flops *= self.passes + 0.5 if self.trains else 1
         nbytes = 2 * self.rows * (self.past + self.tokens) * self.channels * self.width
         compute = flops / (hardware.attend or hardware.peak)
         return Seconds(attention=max(compute, nbytes / hardware.memory))
@@ -140,31 +149,53 @@ class Step:
         stages = self.stages()
         once = max((stage.once(hardware) for stage in stages), key=attrgetter("total"))
         passes = max((stage.of_pass(hardware) for stage in stages), key=attrgetter("total"))
-        return once + passes * (self.micro_batches + self.pp - 1)  # the last stage waits at first
+        bubble = (self.pp - 1) * passes.total  # of 1F1B
+        numbers = max(stage.numbers for stage in stages)
+        replicas = self.replicas(hardware, numbers, passes.total)
+        return once + passes * self.micro_batches + Seconds(bubble=bubble, replicas=replicas)
+
+    def replicas(self, hardware: Hardware, numbers: int, pass_seconds: float) -> float:
+        """Seconds in which dp ranks wait for messages of a stage's gradients or parameters. Without
+        stages they overlap the last micro-batch's backward pass, sharded all passes, but for one
+        bucket."""
+        if self.dp == 1:
+            return 0.0
+        count = -(-FLOAT * numbers // BUCKET)
+        bucket, stride = FLOAT * numbers / count, self.pp * self.split.tp
+        reduce, gather = (count * hardware.link.seconds(op, bucket, self.dp, stride)
+                          for op in ("all_reduce", "all_gather"))
+        if self.dp_every:
+            return reduce / self.dp_every
+        sent, hidden = reduce, 2 / 3 * pass_seconds
+        if self.dp_shard:  # parameters for each pass, and a reduce-scatter at the end
+            sent, hidden = gather * (2 * self.micro_batches + 1), self.micro_batches * pass_seconds
+        if self.pp > 1:
+            sent, hidden = 2 * gather, 0.0
+        return max(sent - hidden, sent / count)
 
     def stages(self) -> list["Step"]:
         """The first stage of a pipeline, and the last one, which has the head and maybe a layer
         less; itself if there is one."""
-        if self.pp == 1:
+        if self.pp == 1 or self.stage:
             return [self]
         found = []
         for stage, place in (("first", 0), ("last", -1)):
-            lo, hi = Stages(self.split.n_layer, self.pp).layers[place]
+            lo, hi = Stages.over(self.split, self.pp).layers[place]
             schedule = Schedule(self.schedule.syncs[2 * lo : 2 * hi])
             split = replace(self.split, n_layer=hi - lo)
-            found.append(replace(self, split=split, schedule=schedule, stage=stage, pp=1))
+            found.append(replace(self, split=split, schedule=schedule, stage=stage))
         return found
 
     def once(self, hardware: Hardware) -> Seconds:
         """What an iteration does once: the optimizer, and the sum of the table of two stages."""
         if not self.trains:
             return Seconds()
-        nbytes = OPTIMIZER * self.numbers + TIED * self.entries[-1]
+        nbytes = OPTIMIZER * self.numbers / (self.dp if self.dp_shard else 1) + TIED * self.entries[-1]
         link, tp, table = hardware.link, self.split.tp, FLOAT * self.entries[-1]
         seconds = [link.seconds(m.op, m.nbytes * m.parts, tp) for m in self.messages()
                    if m.block == "optimizer"]
         if self.stage:
-            seconds.append(link.seconds("all_reduce", table, 2))
+            seconds.append(link.seconds("all_reduce", table, 2, tp * (self.pp - 1), tp))
         return Seconds(weights=nbytes / hardware.memory, communication=sum(seconds))
 
     def of_pass(self, hardware: Hardware) -> Seconds:
@@ -182,7 +213,7 @@ class Step:
             communication += self.waits(hardware)
         if self.stage:  # the stream goes on, its gradient comes back
             nbytes = n * self.split.n_embd * FLOAT / (tp if self.split_tokens else 1)
-            communication += 2 * (link.alpha + nbytes * link.beta)
+            communication += 2 * link.seconds("broadcast", nbytes, 2, tp, tp)
         overhead = len(self.entries) * hardware.overhead * self.passes
         return found + Seconds(communication=communication, overhead=overhead)
 
@@ -213,12 +244,16 @@ class Step:
         # a sub-block's are as narrow as its products, but for sums in the backward pass
         narrow, wide = n * C * self.width, n * C * (FLOAT if self.trains else self.width)
         absent = {"first": "head", "last": "embedding"}.get(self.stage)
+        last = "mlp", (SEQUENCE if self.split_tokens else MEGATRON)[1]
         for block, exchange in exchanges(self.schedule, self.split_tokens):
             if block == absent:
                 continue
             inside = narrow if block in KINDS else wide
             for op in exchange.forward:
                 yield Message(block, "forward", op, inside)
+            if self.activation_checkpointing and block in KINDS and (block, exchange) != last:
+                for op in exchange.forward:  # a layer again, but for its last message
+                    yield Message(block, "backward", op, inside)
             for op in exchange.backward if self.trains else ():
                 yield Message(block, "backward", op, inside if op == "all_gather" else wide)
         if not self.trains:
@@ -241,7 +276,9 @@ class Step:
             return max(Training(
                 split=self.split, rows=self.rows, eval_rows=self.rows, gpu=True, width=self.width,
                 logit_rows=self.logit_rows, sequence_parallel=self.split_tokens,
-                micro_steps=self.micro_batches, stages=Stages(self.split.n_layer, self.pp, rank),
+                micro_steps=self.micro_batches, stages=Stages.over(self.split, self.pp, rank),
+                activation_checkpointing=self.activation_checkpointing, dp=self.dp,
+                dp_shard=self.dp_shard, outer=2 * (self.dp_every > 0),
             ).peak for rank in range(self.pp))  # fmt: skip
         cache = self.width * self.split.cache_numbers(self.rows * (self.past + self.tokens))
         if self.int8:  # look-ups read the table in full width

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from base.errors import UserError, shown
-from plan.partition import Rule, Shape, Span, spans
+from plan.partition import Rule, Shape, Span
 from plan.schedule import Schedule
 
 TABLE = "transformer.wte.weight"
@@ -37,20 +37,26 @@ SCHEDULES = {
 class Stages:
     """The stages of a model of n_layer layers over the pp ranks of one pipeline, of which this is
     number `rank`. schedule: a key of SCHEDULES. tied: the head is the embedding table, which first
-    and last stage then both hold. UserError if there are fewer layers than stages."""
+    and last stage then both hold. table: its size, in layers. UserError if there are fewer layers
+    than stages."""
 
     n_layer: int
     pp: int = 1
     rank: int = 0
     schedule: str = "1F1B"
     tied: bool = True
+    table: float = 0.0
+
+    @classmethod
+    def over(cls, config: Any, pp: int = 1, rank: int = 0, schedule: str = "1F1B") -> "Stages":
+        """Of the model that a GPTConfig or a Partition describes."""
+        table = config.vocab_size / (4 * config.n_embd + 2 * config.n_hidden)
+        return cls(config.n_layer, pp, rank, schedule, config.tie_word_embeddings, table)
 
     @classmethod
     def of(cls, options: Any, config: Any, sync: Schedule, rank: int = 0) -> "Stages":
         """Of a training run. UserError if its other options do not go with stages."""
-        made = cls(
-            config.n_layer, options.pp, rank, options.pp_schedule, config.tie_word_embeddings
-        )
+        made = cls.over(config, options.pp, rank, options.pp_schedule)
         splits, zero = made.kind.splits, f"--pp_schedule={made.schedule}"
         return made.without(sync, {
             f"--dp_shard=True and {zero}": options.dp_shard and made.kind.each > 1,
@@ -60,11 +66,6 @@ class Stages:
             f"--activation_checkpointing=True and {zero}":
                 options.activation_checkpointing and splits,
         })  # fmt: skip
-
-    @classmethod
-    def over(cls, pp: Any, config: Any) -> "Stages":
-        """Of a run of forward passes alone, over the ranks of the axis pp."""
-        return cls(config.n_layer, pp.size, pp.rank, tied=config.tie_word_embeddings)
 
     def without(self, sync: Schedule, others: Any = ()) -> "Stages":
         """These stages; UserError if there are several and one of the `others` is given, or a
@@ -102,8 +103,15 @@ class Stages:
 
     @cached_property
     def layers(self) -> list[Span]:
-        """The layers [lo, hi) of each stage: the first `n_layer % count` stages have one more."""
-        return spans(self.n_layer, self.count)
+        """The layers [lo, hi) of each stage. The first and the last stage also have the table, so
+        each next layer goes to the stage that has least."""
+        has = [1 + self.table * (stage in (0, self.count - 1)) for stage in range(self.count)]
+        owners = [*range(self.count)]
+        for _ in range(self.n_layer - self.count):
+            owners.append(min(range(self.count), key=has.__getitem__))
+            has[owners[-1]] += 1
+        edges = [sum(owner < stage for owner in owners) for stage in range(self.count + 1)]
+        return [*pairwise(edges)]
 
     def check_micro_batches(self, count: int) -> None:
         """UserError if the schedule cannot run so many micro-batches."""

@@ -25,7 +25,8 @@ from world.mesh import World
 def _rates(world: World, rows: int, new: int, rounds: int) -> list[tuple[float, float]]:
     """Tokens a second of one group and of two, in each round."""
     config = GPTConfig()
-    model = TensorParallelGPT(config, world.tp, stages=Stages.over(world.pp, config)).eval()
+    stages = Stages.over(config, world.pp.size, world.pp.rank)
+    model = TensorParallelGPT(config, world.tp, stages=stages).eval()
     pack(model)
     _, decoder = generation_for(model, world.pp, False)
     sampling = Sampling(config.vocab_size, temperature=0.0, max_new_tokens=new)

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from inference.sampling import Sampling
 from model import GPTConfig
 from parallel.ledger import Account
 from parallel.loss import chunk_rows
-from plan.cost import OPTIMIZER, TIED, Hardware, Seconds, Step
-from plan.link import Link, ring_bytes
+from plan.cost import BUCKET, OPTIMIZER, TIED, Hardware, Seconds, Step
+from plan.link import Cluster, Link, ring_bytes
 from plan.partition import Partition
 from plan.schedule import Schedule
 from tp_model import TensorParallelGPT
@@ -73,10 +74,11 @@ def accounted(account: Account) -> dict[tuple[str, str, str], tuple[int, int]]:
     return {key: (calls[key], told[key]) for key in calls}
 
 
-def _accounts(world: World, sync: str, sequence_parallel: bool) -> list[Any]:
+def _accounts(world: World, sync: str, sequence_parallel: bool, again: bool) -> list[Any]:
     """What real ranks tell the ledger: reading a prompt of 7, a decode step of 2 rows, and a training step of 2 x 16."""
     schedule = Schedule.parse(sync, CONFIG.n_layer)
-    make = partial(TensorParallelGPT, CONFIG, world.tp, schedule=schedule, sequence_parallel=sequence_parallel)
+    make = partial(TensorParallelGPT, CONFIG, world.tp, schedule=schedule, sequence_parallel=sequence_parallel,
+                   activation_checkpointing=again)
     model, found = make(), []
     for prompts, n in (([[1, 2, 3, 4, 5, 6, 7]], 1), ([[1, 2, 3], [4, 5, 6]], 1), ([[1, 2, 3], [4, 5, 6]], 2)):
         before = world.ledger.snapshot()
@@ -97,16 +99,19 @@ def _accounts(world: World, sync: str, sequence_parallel: bool) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "tp, sync, sequence",
-    [(2, "all", False), (3, "mlp", False), (2, "every:2", False), (2, "0a,1m", False), (3, "all", True)],
+    "tp, sync, sequence, again",
+    [
+        (2, "all", False, False), (3, "mlp", False, False), (2, "every:2", False, False), (2, "0a,1m", False, False),
+        (3, "all", True, False), (2, "all", False, True), (2, "all", True, True),
+    ],
 )
-def test_what_is_said_is_what_ranks_tell_the_ledger(tp: int, sync: str, sequence: bool) -> None:
-    prefill, decode, train = run_ranks(tp, _accounts, sync, sequence)[0]
+def test_what_is_said_is_what_ranks_tell_the_ledger(tp: int, sync: str, sequence: bool, again: bool) -> None:
+    prefill, decode, train = run_ranks(tp, _accounts, sync, sequence, again)[0]
     rows = chunk_rows(32, Partition.of(CONFIG, tp).local_vocab, "cpu")
     said = [
         step("prefill", tp, sync, tokens=7, sequence_parallel=sequence),
         step("decode", tp, sync, rows=2, past=3, sequence_parallel=sequence),
-        step("train", tp, sync, rows=2, tokens=16, logit_rows=rows, sequence_parallel=sequence),
+        step("train", tp, sync, rows=2, tokens=16, logit_rows=rows, sequence_parallel=sequence, activation_checkpointing=again),
     ]
     # what a second token adds to a first is one decode step, which is never split over its one token
     assert [counted(each.messages()) for each in said] == [prefill, decode, train]
@@ -163,6 +168,42 @@ def test_training_is_three_products_and_the_optimizer() -> None:
     split = Partition.of(config, 1)
     numbers = sum(torch.Size(shape).numel() for shape in split.local_shapes(0).values())
     assert training.weights == pytest.approx((OPTIMIZER * numbers + TIED * 192 * 96) / 1e9)
+
+
+def test_two_levels_of_links_by_hand() -> None:
+    """2 nodes of 4 ranks. tp 8 shares out its message within nodes; the 4 pairs between them share the node's link."""
+    a, b, m = 1e-6, 1e-10, 4e6
+    both = Cluster(a, b, ranks=4, between=Link(5e-6, 1e-8))
+    within = 2 * (3 * a + 3 / 4 * m * b)  # a reduce-scatter and an all-gather of 4
+    assert both.seconds("all_reduce", m, 8) == pytest.approx(within + 2 * 5e-6 + m / 4 * 4 * 1e-8)
+    assert both.seconds("all_gather", m, 8) == pytest.approx(within / 2 + 5e-6 + m / 4 / 2 * 4 * 1e-8)
+    assert both.seconds("all_reduce", m, 4) == Link(a, b).seconds("all_reduce", m, 4)  # tp 4 stays in a node
+    assert both.seconds("all_reduce", m, 2, 4) == pytest.approx(2 * 5e-6 + m * 4 * 1e-8)  # dp 2 over it: 4 pairs cross
+    assert both.seconds("all_reduce", m, 2, 2) == Link(a, b).seconds("all_reduce", m, 2)  # dp 2 over tp 2: in a node
+    assert both.seconds("broadcast", m, 2, 4, 4) == pytest.approx(5e-6 + m * 4 * 1e-8)  # 4 tp ranks send to the next stage
+    assert both.seconds("broadcast", m, 2, 8, 8) == pytest.approx(5e-6 + m * 4 * 1e-8)  # of 8, 4 are in a node
+
+
+def test_what_dp_waits_for_by_hand() -> None:
+    """Gradients overlap the last backward pass, parameters all passes; with stages nothing hides them."""
+    wide = replace(CONFIG, n_embd=384)
+    numbers = sum(torch.Size(shape).numel() for shape in Partition.of(wide, 1).local_shapes(0).values())
+    assert BUCKET / 2 < 4 * numbers <= BUCKET
+    sums, parts = (MACHINE.link.seconds(op, 4 * numbers, 3) for op in ("all_reduce", "all_gather"))
+
+    def waits(speed: float, config: GPTConfig, **more: Any) -> float:
+        machine = replace(MACHINE, peak=speed * 1e11, memory=speed * 1e9)
+        return step("train", 1, config=config, micro_batches=2, **({"dp": 3} | more)).seconds(machine).replicas
+
+    assert waits(1, wide, dp=1) == 0
+    assert waits(1, wide) == pytest.approx(sums)  # one bucket: it is complete when the pass ends
+    assert waits(1, wide, dp_every=7) == pytest.approx(sums / 7)
+    # gathered for 2 x 2 passes and scattered once
+    assert waits(1e9, wide, dp_shard=True) == pytest.approx(5 * parts, rel=1e-3)
+    assert waits(1e-3, wide, dp_shard=True) == pytest.approx(5 * parts)
+    two = replace(wide, n_layer=6)
+    assert waits(1e9, two) == pytest.approx(2 * waits(1e-3, two), rel=0.01)  # of two buckets a pass hides one
+    assert waits(1e-3, two, pp=2) == pytest.approx(waits(1e9, two, pp=2))
 
 
 @pytest.mark.parametrize("pp", [2, 4])
@@ -266,10 +307,32 @@ def test_a_machine_of_ones_own() -> None:
     assert "an all-reduce of 2 ranks 20 us" in ask("--hardware=a100-nvlink", "--alpha_us=10", "--model=gpt2")
 
 
-def test_stages_are_asked_about() -> None:
-    said = ask("--hardware=h100-ethernet", "--model=7b-like", "--mode=train", "--tp=1,2", "--pp=4", "--micro_batches=16")
-    assert "train: 1 x 512 tokens, 16 micro-batches on 4 stages (1F1B); memory" in said
-    assert "faster than tp 1 (with pp 4): " in said
+def of_cluster(path: Path, *words: str) -> list[dict[str, Any]]:
+    """The layouts of a cluster, best first."""
+    ask("--hardware=h100-nvlink", "--gradient_accumulation_steps=64", "--tokens=1024", f"--report={path}", *words)
+    found = json.loads(path.read_text())["predictions"][0]["layouts"]
+    assert all(way["seconds"] == pytest.approx(sum(way["parts"].values())) for way in found)
+    ways = [(way["tp"], way["pp"], way["dp"]) for way in found]
+    assert len({*ways}) == len(ways) and {prod(way) for way in ways} == {16}
+    assert found[0]["seconds"] == min(way["seconds"] for way in found if way["fits"])
+    return found
+
+
+def test_the_links_of_a_cluster_decide_how_a_model_is_cut(tmp_path: Path) -> None:
+    words = ["--model=gpt2-xl", "--nnodes=2", "--nproc_per_node=8"]
+    slow, quick = ([f"--between=alpha_us:{alpha},GBps:{rate}"] for alpha, rate in ((50, 0.1), (1, 5000)))
+    near, far, local = (of_cluster(tmp_path / "r.json", *words, *more) for more in (quick, slow, [*slow, "--dp_every=100"]))
+    assert near[0]["dp"] > 1 == far[0]["dp"] and far[0]["pp"] > 1  # stages send least
+    assert near[-1]["tp"] == far[-1]["tp"] == 16  # then the sums of every layer cross
+    assert local[0]["dp"] > 1 and local[0]["seconds"] < far[0]["seconds"]
+    waits, hundredth = ({(way["tp"], way["pp"]): way["parts"]["replicas"] for way in found} for found in (far, local))
+    assert hundredth[1, 1] == pytest.approx(waits[1, 1] / 100, rel=0.01)
+
+
+def test_a_model_that_wants_all_of_a_cluster() -> None:
+    said = ask("--hardware=rtx4090-pcie", "--model=7b-like", "--nnodes=4", "--nproc_per_node=2", "--between=ethernet-10g",
+               "--gradient_accumulation_steps=32")
+    assert "Of 10 layouts" in said and "Fastest: train_tp.py --tp=" in said
 
 
 def test_what_does_not_fit_one_is_said_of_it() -> None:
@@ -297,8 +360,11 @@ def test_what_does_not_fit_one_is_said_of_it() -> None:
         (["--hardware=all", "--model=custom", "--n_head=3", "--n_embd=24", "--tp=4"], "tp=4 is more than n_head=3"),
         (["--hardware=all", "--model=custom", "--n_head=5"], "n_embd=768 does not divide into n_head=5 heads"),
         (["--hardware=all", "--model=custom", "--n_layer=0"], "n_layer"),
-        (["--hardware=all", "--mode=train", "--pp=4"], "1F1B on --pp=4 needs at least 4 micro-batches: --micro_batches=1."),
-        (["--hardware=all", "--mode=train", "--pp=13", "--micro_batches=13"], "--pp=13: 13 stages are more than n_layer=12."),
+        (["--hardware=h100-nvlink", "--model=175b-like", "--nnodes=1", "--gradient_accumulation_steps=8"],
+         "--model=175b-like fits no layout of 1 x 8 ranks of h100-nvlink (80 GB a rank)"),
+        (["--hardware=all", "--nnodes=2", "--between=ethernet"], "--between='ethernet': use alpha_us:200,GBps:1, or one of"),
+        (["--hardware=all", "--nnodes=13", "--nproc_per_node=1", "--gradient_accumulation_steps=5"],
+         "tp=13 is more than n_head=12"),
     ],
 )  # fmt: skip
 def test_mistakes(words: list[str], message: str) -> None:

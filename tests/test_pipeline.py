@@ -5,6 +5,9 @@ import math
 import re
 import shutil
 import sys
+from collections.abc import Sequence
+from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -372,6 +375,26 @@ def test_worlds_that_do_not_fit() -> None:
 def test_the_schedules_are_torchs() -> None:
     with pytest.raises(UserError, match="PyTorch .* has no such schedule. Use --pp_schedule=1F1B."):
         make_schedule("TwoForwardNoBackward", [], 2, None)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("vocabulary", [64, 2000, 50257])
+def test_the_largest_stage_is_as_small_as_can_be(count: int, vocabulary: int) -> None:
+    """Of all ways to deal 12 layers to stages, the table being held by the first and the last."""
+    config = GPTConfig(8, vocabulary, n_layer=12, n_head=4, n_embd=384)
+    model = Partition.of(config, 1)
+    layer, table = (
+        sum(prod(shape) for name, (shape, _) in model.table.items() if part in name and len(shape) == 2)
+        for part in (".h.0.", ".wte.")
+    )
+
+    def largest(layers: Sequence[int]) -> int:
+        return max(layer * n + table * (i in (0, count - 1)) for i, n in enumerate(layers))
+
+    dealt = [hi - lo for lo, hi in Stages.over(config, count).layers]
+    assert sum(dealt) == 12 and min(dealt) > 0
+    every = (way for way in product(range(1, 12), repeat=count) if sum(way) == 12)
+    assert largest(dealt) == min(map(largest, every))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

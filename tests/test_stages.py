@@ -40,7 +40,8 @@ def stage(model: GPT, world: World) -> TensorParallelGPT:
     def read(name: str, rule: Rule) -> torch.Tensor:
         return take(full[name].detach(), rule, world.tp.rank)
 
-    return TensorParallelGPT(model.config, world.tp, read, stages=Stages.over(world.pp, model.config)).eval()
+    stages = Stages.over(model.config, world.pp.size, world.pp.rank)
+    return TensorParallelGPT(model.config, world.tp, read, stages=stages).eval()
 
 
 def _texts(world: World, model: GPT, samplings: list[Sampling], by_torch: bool) -> list[list[list[int]]]:

@@ -45,7 +45,7 @@ class Rows:
     dp_rank: int
 
     @classmethod
-    def of(cls, options: TrainOptions, dp_rank: int, dp: int) -> "Rows":
+    def of(cls, options: Any, dp_rank: int, dp: int) -> "Rows":
         most = options.batch_size
         total = options.gradient_accumulation_steps * most
         if total % dp:
