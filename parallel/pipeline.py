@@ -79,18 +79,37 @@ class Messages:
 
 class Stage(PipelineStage):
     """Stage `number` of `count`. module: called with the stage's input, returns its output. shapes:
-    of both, as tensors on the meta device. around: called with a micro-batch's number, returns what
-    its forward pass runs in."""
+    of both, as tensors on the meta device. kept: how many inputs and how many gradients that it has
+    received are in use at a time. around: called with a micro-batch's number, returns what its
+    forward pass runs in."""
 
     def __init__(self, module: nn.Module, number: int, count: int, shapes: tuple[Tensor, Tensor],
-                 messages: Messages, around: Callable[[int], AbstractContextManager[Any]]):
-        self.messages, self.around = messages, around
+                 kept: tuple[int, int], messages: Messages,
+                 around: Callable[[int], AbstractContextManager[Any]]):
+        self.kept, self.messages, self.around = kept, messages, around
         super().__init__(
             module, number, count, messages.here.device, input_args=shapes[0],
             output_args=shapes[1], group=torch_group(messages.axis),
         )  # fmt: skip
 
+    # torch would allocate memory to receive in for each micro-batch of an iteration
+
+    def _prepare_forward_infra(self, count: int, *args: Any, **more: Any) -> Any:  # type: ignore[override]
+        made = super()._prepare_forward_infra(min(count, self.kept[0]), *args, **more)
+        infos = self.args_recv_info
+        infos.update({micro: infos[micro % self.kept[0]] for micro in range(count)})
+        return made
+
+    def _prepare_backward_infra(self, count: int, *args: Any, **more: Any) -> Any:  # type: ignore[override]
+        made = super()._prepare_backward_infra(min(count, self.kept[1]), *args, **more)
+        infos, self.chunks = self.grad_recv_info, count
+        infos.update({micro: infos[micro % self.kept[1]] for micro in range(count)})
+        return made
+
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[Any]:
+        for info in self.args_recv_info[fwd_chunk_id]:
+            if (buffer := getattr(info, "buffer", None)) is not None:
+                buffer.grad = None  # that of an earlier micro-batch
         return self.messages.note("recv", "forward", super().get_fwd_recv_ops(fwd_chunk_id))
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[Any]:

@@ -96,12 +96,16 @@ class Training:
         self.kv_cache = w * s.cache_numbers(s.block_size)  # of a sequence, in generation
 
     def _in_stages(self, layer: int) -> int:
-        """Activations of a pipeline's rank, with those that PyTorch receives: it allocates them for
-        all micro-batches of an iteration, and of a step of an evaluation. layer: bytes a layer."""
+        """Activations of a pipeline's rank, with the streams between stages. One stage receives in
+        as much memory as it uses at a time; what it has received is the input of its first layer.
+        With two on a rank PyTorch allocates for all micro-batches of an iteration, as it does for
+        those of an evaluation. layer: bytes a layer."""
         place, m = self.place, self.micro_steps
         before, after = place.messages()
         passes, own = place.in_flight(m), sum(length(place.layers[stage]) for stage in place.mine)
-        found = m * (2 * self.tokens * ID + (before + after) * self.stream)
+        received = after if place.kind.each == 1 else m * (before + after)
+        kept = passes * after // place.kind.each  # until their gradients come
+        found = m * 2 * self.tokens * ID + (received + kept) * self.stream
         found += before * place.count * self.stream // self.rows * self.eval_rows
         found += passes * own * layer // place.kind.each
         if place.has_last:  # the loss holds the table's gradient from one pass to the other

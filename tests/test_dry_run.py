@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,11 @@ from parallel.shm import SOURCE
 from plan.memory import FLOAT, Training
 from plan.partition import Partition, spans
 from plan.schedule import Schedule
+from plan.stages import Stages
 from tp_model import Stream, TensorParallelGPT
 from train import dry_run
 from train.dry_run import amount
+from train.pipeline import Pipeline
 from world.mesh import World, make_axis
 
 UNEVEN = GPTConfig(block_size=18, vocab_size=131, n_layer=3, n_head=5, n_embd=40)
@@ -133,12 +137,25 @@ MODELS["layers"] = replace(MODELS["wide"], n_embd=256)  # with one row, their we
 MODELS["dropout"] = replace(MODELS["wide"], dropout=0.1)
 
 
-def _live(world: World, config: GPTConfig, plan: Training, half: bool) -> int:
+def most_held(world: World, iterate: Callable[[], None]) -> int:
     """The most bytes that torch's allocator has handed out at a time in an iteration, above those before it began.
 
     The profiler does not see what gloo's threads free: such an iteration seems to end with more than it began with, and is
     made again.
     """
+    iterate()
+    iterate()
+    for _ in range(30):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            iterate()
+        events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+        if all(world.gather(abs(held[-1]) < 0.001 * held.max())):
+            break
+    return int(held.max())
+
+
+def _live(world: World, config: GPTConfig, plan: Training, half: bool) -> int:
     tp = make_axis("tp", world.groups.get("tp"), "shm", world.ledger)
     how: dict[str, Any] = {name: getattr(plan, name) for name in ("activation_checkpointing", "sequence_parallel")}
     model = TensorParallelGPT(config, tp, sharding=Sharding(world.dp, world.device) if plan.dp_shard else None, **how)
@@ -155,16 +172,7 @@ def _live(world: World, config: GPTConfig, plan: Training, half: bool) -> int:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    iterate()
-    iterate()
-    for _ in range(30):
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            iterate()
-        events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-        held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-        if world.gather(abs(held[-1]) < 0.001 * held.max())[0]:
-            break
-    return int(held.max())
+    return most_held(world, iterate)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +206,46 @@ def test_the_largest_moment_is_what_torch_hands_out(size: int, tp: int, shape: s
     print(f"{changes}: {found:,} found, {live - before:,} computed, {at}")
     # measured: -11 % with dp_shard, +6 % with accumulation as well, within 1.5 % everywhere else
     assert live - before == pytest.approx(found, rel=0.15)
+
+
+def _live_in_stages(world: World, config: GPTConfig, plans: list[Training]) -> float:
+    """Computed over found, for this rank's stages."""
+    plan = plans[world.rank]
+    count, rows = plan.micro_steps, plan.rows
+    model = TensorParallelGPT(config, world.tp, stages=plan.stages, activation_checkpointing=plan.activation_checkpointing)
+    pipeline = Pipeline(model, world, count, rows, rows, nullcontext)
+    optimizer = adamw(model.named_parameters(), 0.1, 1e-3, (0.9, 0.95))
+    tokens = torch.zeros(count * rows, config.block_size, dtype=torch.int64)
+
+    def iterate() -> None:
+        pipeline.train(tokens.clone(), tokens.clone(), 1.0, lambda micro, stage: 1)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    found = most_held(world, iterate)
+    received = {  # is there from the first iteration on
+        id(info): info.buffer.nbytes
+        for stage in pipeline._training[1] for infos in (stage.args_recv_info, stage.grad_recv_info)
+        for info in chain(*infos.values()) if getattr(info, "buffer", None) is not None
+    }  # fmt: skip
+    return (plan.live()[0] - plan.parameters - plan.optimizer) / (found + sum(received.values()))
+
+
+@pytest.mark.parametrize(
+    "pp, count, rows, schedule, again",
+    [
+        (2, 8, 8, "1F1B", False), (2, 32, 2, "1F1B", False), (3, 9, 4, "1F1B", False), (2, 8, 8, "1F1B", True),
+        (2, 8, 4, "GPipe", False), (2, 8, 4, "Interleaved1F1B", False),
+    ],
+)
+def test_the_largest_moment_of_each_stage(pp: int, count: int, rows: int, schedule: str, again: bool) -> None:
+    config = replace(MODELS["wide"], n_layer=4)
+    stages = [Stages.over(config, pp, rank, schedule) for rank in range(pp)]
+    plans = [training(config, 1, rows, micro_steps=count, activation_checkpointing=again, stages=at) for at in stages]
+    ratios = run_ranks(pp, _live_in_stages, config, plans, pp=pp)
+    print(ratios)
+    # measured: 1.01 to 1.11, 0.94 and 0.97 with two stages on a rank
+    assert ratios == pytest.approx([1.0] * pp, abs=0.15)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -85,10 +85,11 @@ class Pipeline:
             own = spans(c.block_size, model.tp.size)[model.tp.rank]
         stream = like(rows, length(own), c.n_embd, requires_grad=True)
         tokens = like(rows, c.block_size, dtype=torch.int64)
+        kept = (stages.in_flight(count), 1) if loss and stages.kind.each == 1 else (count, count)
         for number, part in self.parts.items():
             out = like(1, requires_grad=True) if part.is_last else stream
             around = partial(self._around, number) if loss else lambda _: self.autocast()
-            place = number, stages.count, (stream if number else tokens, out)
+            place = number, stages.count, (stream if number else tokens, out), kept
             made.append(Stage(part, *place, self.messages, around))
         return make_schedule(stages.schedule, made, count, loss), made
 
