@@ -108,7 +108,7 @@ class _FLinear(torch.autograd.Function):
         dtype = product_dtype(x)
         own, w, b = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         full = region.gather(own, axis, "forward")
-        ctx.save_for_backward(full if region.keep else own, w)
+        ctx.save_for_backward(full if region.keep else own, weight)  # no copy of it
         ctx.axis, ctx.region, ctx.dtypes = axis, region, (x.dtype, weight.dtype)
         return F.linear(full, w, b)
 
@@ -119,7 +119,8 @@ class _FLinear(torch.autograd.Function):
         dx = dw = db = None
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                dx = ctx.region.sum_later((grad @ weight).to(x_dtype), ctx.axis, "backward")
+                dx = (grad @ weight.to(grad.dtype)).to(x_dtype)
+                dx = ctx.region.sum_later(dx, ctx.axis, "backward")
             rows = grad.flatten(0, -2)
             if ctx.needs_input_grad[1]:
                 full = x

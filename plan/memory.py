@@ -74,16 +74,18 @@ class Training:
         self.own_tokens = self.rows * length(own)  # of the residual stream
         self.stream = self.own_tokens * s.n_embd * FLOAT
         self.kept_by_norm = self.stream + 2 * self.own_tokens * FLOAT  # input; means, deviations
-        # autocast copies a layer's weights
-        weights = (4 * length(s.channels(0)) + 2 * length(s.columns(0))) * s.n_embd
-        half = weights * w if w < FLOAT else 0
-        self.kept_by_layer = layer = self._kept_by_layer() + half
-        if self.activation_checkpointing:  # autocast holds weights: if split, the row-parallel ones
-            layer = self.stream + half // min(s.tp, 2)
+        # autocast keeps copies of a layer's weights: of those split by columns there are none
+        channels, columns = length(s.channels(0)), length(s.columns(0))
+        weights = channels + columns if s.tp > 1 else 4 * channels + 2 * columns
+        half = weights * s.n_embd * w if w < FLOAT else 0
+        layer = self._kept_by_layer()
+        self.kept_by_layer = layer + half
+        if self.activation_checkpointing:
+            layer = self.stream
         # token ids, all layers, the last LayerNorm
-        self.activations = 2 * self.tokens * ID + s.n_layer * layer + self.kept_by_norm
+        self.activations = 2 * self.tokens * ID + s.n_layer * (layer + half) + self.kept_by_norm
         if place.pp > 1:
-            self.activations = self._in_stages(layer)
+            self.activations = self._in_stages(layer, half)
         # whole parameters under dp_shard: those in no layer, and three layers'
         layers = self._layers - 3 * self._layers // s.n_layer
         layers *= place.pp == 1  # PyTorch's stages keep all that they have gathered
@@ -95,11 +97,11 @@ class Training:
         self.temporary = max(passing, self._averaging)
         self.kv_cache = w * s.cache_numbers(s.block_size)  # of a sequence, in generation
 
-    def _in_stages(self, layer: int) -> int:
+    def _in_stages(self, layer: int, half: int) -> int:
         """Activations of a pipeline's rank, with the streams between stages. One stage receives in
         as much memory as it uses at a time; what it has received is the input of its first layer.
         With two on a rank PyTorch allocates for all micro-batches of an iteration, as it does for
-        those of an evaluation. layer: bytes a layer."""
+        those of an evaluation. Bytes a layer: `layer` for each micro-batch, `half` for all."""
         place, m = self.place, self.micro_steps
         before, after = place.messages()
         passes, own = place.in_flight(m), sum(length(place.layers[stage]) for stage in place.mine)
@@ -107,7 +109,7 @@ class Training:
         kept = passes * after // place.kind.each  # until their gradients come
         found = m * 2 * self.tokens * ID + (received + kept) * self.stream
         found += before * place.count * self.stream // self.rows * self.eval_rows
-        found += passes * own * layer // place.kind.each
+        found += passes * own * layer // place.kind.each + own * half
         if place.has_last:  # the loss holds the table's gradient from one pass to the other
             found += passes * self.kept_by_norm + (passes - 1) * self._table
         return found

@@ -104,7 +104,8 @@ class Pipeline:
         """The mean loss of each micro-batch, [count], on all ranks of the pipeline."""
         tokens, targets = [x] if self.stages.has_first else [], {"targets": y}
         schedule, stages = made
-        with self.messages.step():
+        # around all micro-batches: autocast's copies of the weights serve all of them
+        with self.messages.step(), torch.autocast(x.device.type, enabled=False):
             losses = schedule.step(*tokens, target=y, **targets if self.stages.has_last else {})
         for stage in stages:  # of an evaluation it would keep all activations
             stage.clear_runtime_states()
