@@ -2,6 +2,7 @@
 
     python tests/measure_memory.py                     GPT-2 124M's sizes, about a minute a layout on two cores
     python tests/measure_memory.py --only=tp2,dp2 --out=memory.json
+    python tests/measure_memory.py --sampled=gpt2-xl   instead: sample_tp.py in stages, --init_from=gpt2-xl
 
 Each layout is trained for --iters iterations in fresh processes, on random tokens, with an evaluation before and a checkpoint
 after, and the peak resident size (VmHWM) of the rank that had most is taken from the run's own report. The dry run is a
@@ -82,6 +83,22 @@ def measure(place: Path, ranks: int, words: list[str]) -> dict[str, Any]:
     return {"ranks": ranks, "options": words[len(COMMON) + 2 :], "predicted": plan, **measured, "ratio": plan["peak"] / peak}
 
 
+def sampled(source: str, place: Path) -> dict[str, Any]:
+    """Peaks of sample_tp.py's ranks in 1, 2 and 4 stages, which read a source and write 8 tokens to each of 8 rows."""
+    found = {}
+    words = ["sample_tp.py", f"--init_from={source}", "--device=cpu", "--dtype=float32", "--tokenizer=ids", "--start=7 8 9",
+             "--num_samples=8", "--max_new_tokens=8"]
+    print("stages    weights  peak of each rank, MB     the highest, of a process alone / stages")
+    for pp in (1, 2, 4):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={pp}"]
+        found[pp] = made = reported([*torchrun, *words, f"--pp={pp}"], place / "sampled.json")["memory"]
+        weights, peaks = (made[f"{what}_bytes_per_rank"] for what in ("weight", "peak"))
+        alone = max(found[1]["peak_bytes_per_rank"])
+        each = " ".join(f"{peak / 1e6:,.0f}" for peak in peaks)
+        print(f"{pp:<6}{max(weights) / 1e6:>11,.0f}  {each:<25} {max(peaks) * pp / alone:.3f}", flush=True)
+    return found
+
+
 def line(name: str, made: dict[str, Any]) -> str:
     plan = made["predicted"]
     figures = [plan[part] for part in PARTS] + [plan["peak"], made["measured_peak"]]
@@ -97,8 +114,15 @@ def main() -> None:
     parser.add_argument("--n_embd", type=int, default=768)
     parser.add_argument("--n_head", type=int, default=12)
     parser.add_argument("--block_size", type=int, default=256)
+    parser.add_argument("--sampled", default="", help="weights that sample_tp.py reads in stages, instead of training")
     parser.add_argument("--out", default="", help="write the figures as JSON to this file")
     options = parser.parse_args()
+    if options.sampled:
+        with tempfile.TemporaryDirectory(prefix="measure-memory-", dir=options.dir) as scratch:
+            made = {"entry": "measure_memory", "machine": machine(), "stages": sampled(options.sampled, Path(scratch))}
+        if options.out:
+            Path(options.out).write_text(json.dumps(made, indent=1) + "\n")
+        return
     sizes = [f"--{name}={getattr(options, name)}" for name in ("n_layer", "n_embd", "n_head", "block_size")]
     found = {}
     heads = [*PARTS[:-1], "process", "predicted", "measured"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -282,6 +283,10 @@ def test_a_dry_run_shows_stages(capsys: pytest.CaptureFixture[str]) -> None:
 
 SHORT: dict[str, Any] = {"max_iters": 8, "save_interval": 4, "eval_interval": 8, "gradient_accumulation_steps": 4}
 LAYOUTS = [(1, 2, 2), (1, 1, 3), (1, 3, 1), (2, 1, 2), (1, 2, 1), (1, 1, 1), (2, 2, 1), (4, 1, 1), (1, 4, 1)]
+STEPS = {"itself": 0, "next": 1, "previous": -1}
+if os.environ.get("PAIRS") == "all":  # every (dp, pp, tp) of at most 4 ranks, into every other: 5 minutes
+    LAYOUTS += [(1, 1, 2), (2, 1, 1), (3, 1, 1), (1, 1, 4)]
+    STEPS = {f"+{step}": step for step in range(len(LAYOUTS))}
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +299,7 @@ def halves(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tupl
     return made
 
 
-@pytest.mark.parametrize("to", [0, 1, -1], ids=["itself", "next", "previous"])
+@pytest.mark.parametrize("to", STEPS.values(), ids=STEPS)
 @pytest.mark.parametrize("number", range(len(LAYOUTS)), ids=["dp{}-pp{}-tp{}".format(*layout) for layout in LAYOUTS])
 def test_a_run_goes_on_in_another_layout(
     letters: Path, tmp_path: Path, halves: Any, number: int, to: int  # noqa: F811

@@ -33,7 +33,7 @@ from world.mesh import World, sizes
 DEEP = GPTConfig(block_size=16, vocab_size=523, n_layer=5, n_head=5, n_embd=40)
 
 
-def stage(model: GPT, world: World) -> TensorParallelGPT:
+def stage(model: GPT, world: World, **how: Any) -> TensorParallelGPT:
     """This rank's part of the reference."""
     full = dict(model.named_parameters()) | {"transformer.wte.weight": model.lm_head.weight}
 
@@ -41,7 +41,7 @@ def stage(model: GPT, world: World) -> TensorParallelGPT:
         return take(full[name].detach(), rule, world.tp.rank)
 
     stages = Stages.over(model.config, world.pp.size, world.pp.rank)
-    return TensorParallelGPT(model.config, world.tp, read, stages=stages).eval()
+    return TensorParallelGPT(model.config, world.tp, read, stages=stages, **how).eval()
 
 
 def _texts(world: World, model: GPT, samplings: list[Sampling], by_torch: bool) -> list[list[list[int]]]:
@@ -79,8 +79,8 @@ def test_the_text_does_not_depend_on_the_stages(whole: Any, pp: int, tp: int, by
 
 def _variant(world: World, model: GPT, what: str) -> tuple[list[list[int]], int]:
     """The texts, and how many guesses were right."""
-    here, tp = stage(model, world), world.tp
-    here.to(torch.bfloat16 if what == "bfloat16" else torch.float32)
+    here, tp = stage(model, world, sequence_parallel=what == "sequence"), world.tp
+    here.to(getattr(torch, what) if "float" in what else torch.float32)
     if what == "int8":
         ends = here.stages.has_first, here.stages.has_last
         quantize(here, lambda mine: world.gather(mine)[world.rank - tp.rank :][: tp.size], ends)
@@ -97,7 +97,7 @@ def _variant(world: World, model: GPT, what: str) -> tuple[list[list[int]], int]
     return [row.tokens for row in made.rows], made.draft.accepted if made.draft else 0
 
 
-@pytest.mark.parametrize("what", ["int8", "bfloat16", "draft", "ends"])
+@pytest.mark.parametrize("what", ["int8", "bfloat16", "float16", "draft", "ends", "sequence"])
 def test_other_ways_to_write_are_the_same_too(what: str) -> None:
     model = GPT(DEEP).eval() if what == "draft" else reference(DEEP, seed=2)  # as initialised it repeats itself
     expected, right = run_ranks(1, _variant, model, what)[0]
@@ -114,7 +114,10 @@ def _sent(world: World, model: GPT, silent: str) -> tuple[dict[Any, tuple[int, i
     send = Ring.send
 
     def sent(ring: Ring, x: torch.Tensor, direction: str = "forward") -> None:
-        send(ring, x * 0 if silent == f"{x.dtype}" else x, direction)
+        if silent == f"{x.dtype}":
+            x = x.clone()
+            x[..., 1 if x.dtype == torch.int64 else 0 :] = 0  # a choice begins with how many tokens it has
+        send(ring, x, direction)
 
     Ring.send = sent  # type: ignore[method-assign, assignment]
     here = stage(model, world)
@@ -146,9 +149,11 @@ def test_what_stages_send_for_a_text(pp: int, tp: int) -> None:
         assert sent["step", "recv"] == (passes, candidates if first else choices)
 
 
-@pytest.mark.parametrize("silent", ["torch.float32", "torch.int32"])
+@pytest.mark.parametrize("silent", ["torch.float32", "torch.int32", "torch.int64"])
 def test_each_message_of_a_text_is_needed(silent: str) -> None:
-    expected, found = (run_ranks(2, _sent, reference(DEEP), which, pp=2, tp=1)[0][2] for which in ("", silent))
+    expected, found = (
+        [text for _, _, text in run_ranks(2, _sent, reference(DEEP), which, pp=2, tp=1)] for which in ("", silent)
+    )
     assert expected != found
 
 
@@ -164,11 +169,11 @@ def test_a_stage_holds_its_layers_alone() -> None:
     model, split = reference(DEEP), Partition.of(DEEP, 1)
     caches = [run_ranks(1, _held, model)[0][1]]
     for rank, (numbers, cache) in enumerate(run_ranks(3, _held, model, pp=3, tp=1)):
-        stages = Stages(5, 3, rank)
+        stages = Stages.over(DEEP, 3, rank)
         own = split.count(0, filter(stages.holds, split.table))
         padding = (split.local_vocab - DEEP.vocab_size) * DEEP.n_embd * (rank != 1)
         assert numbers == own + padding < 0.6 * split.count()
-        assert cache == caches[0] * (2, 2, 1)[rank] // 5
+        assert cache == caches[0] * (1, 3, 1)[rank] // 5
 
 
 # --- the commands ---------------------------------------------------------------------------------------------------
@@ -183,8 +188,9 @@ def test_the_commands_take_stages(weights: Path, tmp_path: Path, capfd: pytest.C
     text, said = tmp_path / "text", []
     text.write_text("One two three, and so on to the end of a window. " * 9)
     for pp, tp in ((1, 1), (2, 1), (2, 2)):
-        run_ranks(pp * tp, _run, SampleOptions, sample_tp.main, [*words, f"--pp={pp}", "--max_new_tokens=9", "--prompt=One",
-                  "--prompt=Two or", "--num_samples=3"], pp=pp, tp=tp)
+        for draft in ("", str(weights)):
+            run_ranks(pp * tp, _run, SampleOptions, sample_tp.main, [*words, f"--pp={pp}", "--max_new_tokens=9",
+                      "--prompt=One", "--prompt=Two or", "--num_samples=3", f"--draft={draft}"], pp=pp, tp=tp)
         run_ranks(pp * tp, _run, EvalOptions, eval_tp.main, [*words, f"--pp={pp}", f"--text={text}", "--batch_size=2"],
                   pp=pp, tp=tp)
         shown = capfd.readouterr()
