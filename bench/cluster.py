@@ -49,7 +49,7 @@ def steps(config: GPTConfig, tp: int, pp: int, dp: int, options: Options) -> Ite
 
 
 def layouts(config: GPTConfig, hardware: Hardware, options: Options) -> list[Layout]:
-    """Each (tp, pp, dp): its fastest step that fits, or its smallest. UserError if there is none."""
+    """Each (tp, pp, dp): its fastest step that fits, or its smallest one. UserError for none."""
     found, fault, world = [], None, options.nnodes * options.nproc_per_node
     sizes = [n for n in range(1, world + 1) if world % n == 0]
     for tp, pp in product(sizes, repeat=2):
@@ -85,13 +85,14 @@ def answer(hardware: Hardware, name: str, config: GPTConfig,
     hardware = cluster_of(hardware, options)
     every = layouts(config, hardware, options)
     fitting = [way for way in every if way["fits"]]
+    ranks = f"{options.nnodes} x {options.nproc_per_node} ranks"
     room = f"{hardware.name} ({1e-9 * hardware.capacity:.0f} GB a rank)"
     if not fitting:
         least = min(every, key=itemgetter("bytes"))
         raise UserError(
-            f"--model={name} fits no layout of {options.nnodes} x {options.nproc_per_node} ranks of "
-            f"{room}. The one that takes least, tp={least['tp']}, pp={least['pp']}, "
-            f"dp={least['dp']}, takes {least['bytes'] / 1e9:.1f} GB. Use more nodes.")
+            f"--model={name} fits no layout of {ranks} of {room}. The one that takes least, "
+            f"tp={least['tp']}, pp={least['pp']}, dp={least['dp']}, takes "
+            f"{least['bytes'] / 1e9:.1f} GB. Use more nodes.")
     tokens = options.gradient_accumulation_steps * options.batch_size * options.tokens
     cells = [["tp", "pp", "dp", "options", "rows x steps", "GB", "ms", "tokens/s", "messages",
               "bubble", "waits for dp"]]
@@ -100,12 +101,13 @@ def answer(hardware: Hardware, name: str, config: GPTConfig,
         shares = (parts[part] / total for part in ("communication", "bubble", "replicas"))
         cells.append([*(str(way[axis]) for axis in ("tp", "pp", "dp")), " ".join(way["options"]),
                       f"{way['rows']} x {way['micro_batches']}", f"{way['bytes'] / 1e9:.1f}",
-                      f"{1e3 * total:,.0f}", f"{tokens / total:,.0f}", *map("{:.0%}".format, shares)])
+                      f"{1e3 * total:,.0f}", f"{tokens / total:,.0f}",
+                      *(f"{share:.0%}" for share in shares)])
     best = fitting[0]
     flags = "".join(f" --{FLAGS[word]}=True" for word in best["options"])
     lines = [
-        f"{name} on {options.nnodes} x {options.nproc_per_node} ranks of {room}; between nodes "
-        f"{options.between}; {tokens:,} tokens an iteration, {options.tokens:,} a sequence",
+        f"{name} on {ranks} of {room}; between nodes {options.between}; {tokens:,} tokens an "
+        f"iteration, {options.tokens:,} a sequence",
         *table(cells), f"({WORDS}; messages: over tp and from stage to stage)",
         f"Of {len(every)} layouts {len(fitting)} fit. Fastest: train_tp.py --tp={best['tp']} "
         f"--pp={best['pp']}{flags}", ""]

@@ -219,9 +219,10 @@ def predict(world: World, options: Options) -> None:
 
     if options.quantize and options.dtype == "float32":
         raise UserError("--quantize=int8 is predicted with --dtype=bfloat16, as all other numbers.")
-    if options.nnodes and options.quantize or options.dp_every and not options.nnodes:
-        fault = "--nnodes=N is about training" if options.nnodes else "--dp_every=H needs --nnodes=N"
-        raise UserError(f"{fault}: leave {'--quantize' if options.nnodes else '--dp_every'} out.")
+    if options.nnodes and options.quantize:
+        raise UserError("--quantize together with --nnodes, which is about training: use one.")
+    if options.dp_every and not options.nnodes:
+        raise UserError("--dp_every needs --nnodes: without it predictions have no dp.")
     known = [*PROFILES] if options.hardware == "all" else [*PROFILES, CUSTOM]
     machines = [hardware_of(n, options) for n in chosen(options.hardware, known, "hardware")]
     if options.dtype == "float32":  # in TF32, at half of bfloat16's rate

@@ -40,9 +40,10 @@ def prepared(world: World, options: BenchTrainOptions | BenchSaveOptions,
             if options.vocab_size != GPT2_TOKENS:  # else the table has nanoGPT's 50304 rows
                 write_tokenizer(IdsTokenizer(options.vocab_size), place / "random")
         world.barrier()
-        settings = {name: getattr(options, name) for name in SETTINGS} | more
-        asked = TrainOptions(gradient_accumulation_steps=1, bias=True, data_dir=str(place),
-                             dataset="random", out_dir=str(place / "out"), **settings)
+        settings = {name: getattr(options, name) for name in SETTINGS}
+        settings |= {"gradient_accumulation_steps": 1} | more
+        asked = TrainOptions(bias=True, data_dir=str(place), dataset="random",
+                             out_dir=str(place / "out"), **settings)
         yield prepare(world, asked, Dataset(place / "random")), place
         world.barrier()
 

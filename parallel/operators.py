@@ -130,3 +130,15 @@ operator("attend_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor seed
          "Tensor tag) -> (Tensor, Tensor, Tensor)", _attend_backward,
          lambda grad, *qkv: tuple(x.new_empty(x.shape) for x in qkv[:3]))
 torch.library.register_autograd("nanotp::attend", _backward, setup_context=_setup, lib=LIBRARY)
+
+
+def wanted(ctx: Any, number: int) -> bool:
+    """Whether this backward pass wants an input's gradient. A zero-bubble schedule makes two: one
+    for gradients of activations, a later one for those of weights."""
+    needs: bool = ctx.needs_input_grad[number]
+    if not needs or torch.compiler.is_compiling():
+        return needs
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[number][0])
+    except RuntimeError:  # of a leaf that autograd.grad was asked for
+        return True

@@ -94,13 +94,13 @@ class Stage(PipelineStage):
 
     # torch would allocate memory to receive in for each micro-batch of an iteration
 
-    def _prepare_forward_infra(self, count: int, *args: Any, **more: Any) -> Any:  # type: ignore[override]
+    def _prepare_forward_infra(self, count: Any, *args: Any, **more: Any) -> Any:  # type: ignore
         made = super()._prepare_forward_infra(min(count, self.kept[0]), *args, **more)
         infos = self.args_recv_info
         infos.update({micro: infos[micro % self.kept[0]] for micro in range(count)})
         return made
 
-    def _prepare_backward_infra(self, count: int, *args: Any, **more: Any) -> Any:  # type: ignore[override]
+    def _prepare_backward_infra(self, count: Any, *args: Any, **more: Any) -> Any:  # type: ignore
         made = super()._prepare_backward_infra(min(count, self.kept[1]), *args, **more)
         infos, self.chunks = self.grad_recv_info, count
         infos.update({micro: infos[micro % self.kept[1]] for micro in range(count)})

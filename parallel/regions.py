@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.collectives import Axis, all_reduce, all_reduce_later, gather_tokens, reduce_scatter
-from parallel.operators import own_dropout
+from parallel.operators import own_dropout, wanted
 
 
 @dataclass(frozen=True)
@@ -115,19 +115,16 @@ class _FLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        x_dtype, dtype = ctx.dtypes
+        (x_dtype, dtype), region, axis = ctx.dtypes, ctx.region, ctx.axis
         dx = dw = db = None
         with torch.autocast(grad.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                dx = (grad @ weight.to(grad.dtype)).to(x_dtype)
-                dx = ctx.region.sum_later(dx, ctx.axis, "backward")
+            if wanted(ctx, 0):
+                dx = region.sum_later((grad @ weight.to(grad.dtype)).to(x_dtype), axis, "backward")
             rows = grad.flatten(0, -2)
-            if ctx.needs_input_grad[1]:
-                full = x
-                if not ctx.region.keep:
-                    full = ctx.region.gather(x, ctx.axis, "backward", dx and dx())
+            if wanted(ctx, 1):
+                full = x if region.keep else region.gather(x, axis, "backward", dx and dx())
                 dw = (rows.t() @ full.flatten(0, -2)).to(dtype)
-            if ctx.needs_input_grad[2]:
+            if wanted(ctx, 2):
                 db = rows.sum(dim=0).to(dtype)
         return dx and dx(), dw, db, None, None
 

@@ -190,7 +190,8 @@ class Step:
         """What an iteration does once: the optimizer, and the sum of the table of two stages."""
         if not self.trains:
             return Seconds()
-        nbytes = OPTIMIZER * self.numbers / (self.dp if self.dp_shard else 1) + TIED * self.entries[-1]
+        own = self.numbers / (self.dp if self.dp_shard else 1)
+        nbytes = OPTIMIZER * own + TIED * self.entries[-1]
         link, tp, table = hardware.link, self.split.tp, FLOAT * self.entries[-1]
         seconds = [link.seconds(m.op, m.nbytes * m.parts, tp) for m in self.messages()
                    if m.block == "optimizer"]

@@ -36,7 +36,8 @@ class Link:  # between ranks
                 raise UserError(f"{fault}. {name} is {low:g} to {high:g}.")
         return cls(1e-6 * float(fields["alpha_us"]), 1e-9 / float(fields["GBps"]))
 
-    def seconds(self, op: str, nbytes: float, size: int, stride: int = 1, senders: int = 0) -> float:
+    def seconds(self, op: str, nbytes: float, size: int, stride: int = 1,
+                senders: int = 0) -> float:
         """A collective of nbytes (the whole message) over `size` ranks, by its fastest algorithm.
         stride and senders mean something between nodes only.
 
@@ -63,7 +64,8 @@ class Cluster(Link):  # this one is within a node
     ranks: int = 1  # of a node
     between: Link = Link(0.0, 0.0)  # of one node to the others; its ranks share it
 
-    def seconds(self, op: str, nbytes: float, size: int, stride: int = 1, senders: int = 0) -> float:
+    def seconds(self, op: str, nbytes: float, size: int, stride: int = 1,
+                senders: int = 0) -> float:
         """A collective over ranks that are `stride` apart, while as many ranks of each node, all or
         `senders`, are in one of the same kind. The members within a node share out the message: an
         all-reduce is a reduce-scatter within nodes, all-reduces between them, an all-gather."""

@@ -74,18 +74,9 @@ class Training:
         self.own_tokens = self.rows * length(own)  # of the residual stream
         self.stream = self.own_tokens * s.n_embd * FLOAT
         self.kept_by_norm = self.stream + 2 * self.own_tokens * FLOAT  # input; means, deviations
-        # autocast keeps copies of a layer's weights: of those split by columns there are none
-        channels, columns = length(s.channels(0)), length(s.columns(0))
-        weights = channels + columns if s.tp > 1 else 4 * channels + 2 * columns
-        half = weights * s.n_embd * w if w < FLOAT else 0
-        layer = self._kept_by_layer()
+        layer, half = self._kept_by_layer(), self._half_weights()
         self.kept_by_layer = layer + half
-        if self.activation_checkpointing:
-            layer = self.stream
-        # token ids, all layers, the last LayerNorm
-        self.activations = 2 * self.tokens * ID + s.n_layer * (layer + half) + self.kept_by_norm
-        if place.pp > 1:
-            self.activations = self._in_stages(layer, half)
+        self.activations = self._kept(self.stream if self.activation_checkpointing else layer, half)
         # whole parameters under dp_shard: those in no layer, and three layers'
         layers = self._layers - 3 * self._layers // s.n_layer
         layers *= place.pp == 1  # PyTorch's stages keep all that they have gathered
@@ -97,12 +88,13 @@ class Training:
         self.temporary = max(passing, self._averaging)
         self.kv_cache = w * s.cache_numbers(s.block_size)  # of a sequence, in generation
 
-    def _in_stages(self, layer: int, half: int) -> int:
-        """Activations of a pipeline's rank, with the streams between stages. One stage receives in
-        as much memory as it uses at a time; what it has received is the input of its first layer.
-        With two on a rank PyTorch allocates for all micro-batches of an iteration, as it does for
-        those of an evaluation. Bytes a layer: `layer` for each micro-batch, `half` for all."""
-        place, m = self.place, self.micro_steps
+    def _kept(self, layer: int, half: int) -> int:
+        """Activations: token ids, layers, the last LayerNorm, in a pipeline the streams between
+        stages. One stage receives in as much memory as it uses at a time; what it has received is
+        the input of its first layer. With two on a rank PyTorch allocates for all micro-batches of
+        an iteration, as it does for those of an evaluation. Bytes a layer: `layer` for each
+        micro-batch, `half` for all."""
+        place, m = self.place, self.micro_steps if self.place.pp > 1 else 1
         before, after = place.messages()
         passes, own = place.in_flight(m), sum(length(place.layers[stage]) for stage in place.mine)
         received = after if place.kind.each == 1 else m * (before + after)
@@ -121,6 +113,13 @@ class Training:
             return self.whole if self.micro_steps > 1 else done
         sums = self.whole - done if self.micro_steps > 1 else 0
         return sums + (-(-done // self.dp) if self.dp_shard else self.whole)
+
+    def _half_weights(self) -> int:
+        """Copies of a layer's weights that autocast keeps: with tp none of those split by columns.
+        """
+        channels, columns = length(self.split.channels(0)), length(self.split.columns(0))
+        kept = channels + columns if self.split.tp > 1 else 4 * channels + 2 * columns
+        return kept * self.split.n_embd * self.width if self.width < FLOAT else 0
 
     def _kept_by_layer(self) -> int:
         """What a layer keeps for its backward pass, but half weights: the table at the head of this

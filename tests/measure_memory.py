@@ -85,15 +85,15 @@ def measure(place: Path, ranks: int, words: list[str]) -> dict[str, Any]:
 
 def sampled(source: str, place: Path) -> dict[str, Any]:
     """Peaks of sample_tp.py's ranks in 1, 2 and 4 stages, which read a source and write 8 tokens to each of 8 rows."""
-    found = {}
+    found: dict[str, Any] = {}
     words = ["sample_tp.py", f"--init_from={source}", "--device=cpu", "--dtype=float32", "--tokenizer=ids", "--start=7 8 9",
              "--num_samples=8", "--max_new_tokens=8"]
     print("stages    weights  peak of each rank, MB     the highest, of a process alone / stages")
     for pp in (1, 2, 4):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={pp}"]
-        found[pp] = made = reported([*torchrun, *words, f"--pp={pp}"], place / "sampled.json")["memory"]
+        found[str(pp)] = made = reported([*torchrun, *words, f"--pp={pp}"], place / "sampled.json")["memory"]
         weights, peaks = (made[f"{what}_bytes_per_rank"] for what in ("weight", "peak"))
-        alone = max(found[1]["peak_bytes_per_rank"])
+        alone = max(found["1"]["peak_bytes_per_rank"])
         each = " ".join(f"{peak / 1e6:,.0f}" for peak in peaks)
         print(f"{pp:<6}{max(weights) / 1e6:>11,.0f}  {each:<25} {max(peaks) * pp / alone:.3f}", flush=True)
     return found

@@ -37,6 +37,7 @@ from world.entry import run
 from world.mesh import World, make_axis
 
 ALONE, EMULATED = "one rank", "emulated link"
+STAGES, REPLICAS = "2 stages over gloo", "dp 2 over gloo"
 LINK = Link(250e-6, 1 / 0.1e9)
 GOAL = 0.2  # how far a prediction may be from the measurement
 SIZES = (64, 3072, 16384, 131072, 1 << 20)  # bytes of the all-reduces that a link is fitted to
@@ -46,7 +47,8 @@ DECODED, REPEATED = 24, 3  # steps of a measurement: tokens, prompts or iteratio
 @dataclass(frozen=True)
 class Job:
     """A step to measure. sizes: n_layer, n_embd, n_head, vocabulary (training has GPT-2's). comm: a
-    transport, EMULATED (shm with LINK) or ALONE. rows x tokens: of a prompt or an iteration. past: tokens of the prompt."""
+    transport of tp 2, EMULATED (shm with LINK), ALONE, STAGES or REPLICAS. rows x tokens: of a
+    prompt or a micro-batch. past: tokens of the prompt."""
 
     mode: str
     sizes: tuple[int, int, int, int]
@@ -56,11 +58,13 @@ class Job:
     rows: int = 1
     tokens: int = 1
     past: int = 32
+    micro_batches: int = 1
 
     @property
     def name(self) -> str:
         n_layer, n_embd, _, vocab = self.sizes
         what = f"{self.rows} x {self.tokens}"
+        what += f" x {self.micro_batches}" if self.micro_batches > 1 else ""
         if self.mode == "decode":
             what = f"{self.past} + {DECODED}"
         words = [f"{self.mode} {what}: {n_layer} x {n_embd}", f"{vocab:,}"]
@@ -90,6 +94,10 @@ CHECKED = (
     *(Job("prefill", SMALL, EMULATED, sync, tokens=256) for sync in ("all", "mlp", "delay:1")),
     *(Job("train", (6, 768, 12, 50304), EMULATED, sync, rows=2, tokens=128)
       for sync in ("all", "mlp", "delay:1")),
+    *(Job("train", (6, 768, 12, 50304), STAGES, rows=1, tokens=128, micro_batches=m)
+      for m in (2, 6)),
+    *(Job("train", (6, 768, 12, 50304), REPLICAS, rows=2, tokens=128, micro_batches=m)
+      for m in (1, 4)),
 )  # fmt: skip
 
 
@@ -116,6 +124,10 @@ class Runner:
         slow = make_axis("tp", world.groups.get("tp"), "shm", world.ledger, link=LINK)
         self.worlds = {"shm": world, "gloo": replace(world, comm="gloo", tp=gloo),
                        EMULATED: replace(world, tp=slow, link=LINK)}
+        group, one = world.groups.get("tp"), Axis("tp", ledger=world.ledger)
+        dp, pp, ends = (make_axis(name, group, "gloo", world.ledger) for name in ("dp", "pp", "ends"))
+        self.worlds[STAGES] = replace(world, comm="gloo", tp=one, pp=pp, ends=ends)
+        self.worlds[REPLICAS] = replace(world, comm="gloo", tp=one, dp=dp)
         if world.is_main:
             axes = Axis("tp", ledger=world.ledger), Axis("dp", ledger=world.ledger)
             self.worlds[ALONE] = World(0, 1, world.device, "none", *axes, world.ledger)
@@ -156,11 +168,13 @@ class Runner:
     def training(self, job: Job, world: World) -> tuple[Step, Callable[[], float]]:
         sizes = self.options(job) | {"vocab_size": 50257, "tp": world.tp.size}
         options = BenchTrainOptions(**sizes, batch_size=job.rows, block_size=job.tokens)
-        training, _ = self.stack.enter_context(prepared(world, options, sync=job.sync))
-        split = training.model.split
-        rows = chunk_rows(job.rows * job.tokens, split.local_vocab, "cpu")
-        schedule = training.model.schedule
-        step = Step(split, schedule, job.mode, job.rows, job.tokens, logit_rows=rows)
+        training, _ = self.stack.enter_context(prepared(
+            world, options, sync=job.sync, pp=world.pp.size,
+            gradient_accumulation_steps=job.micro_batches))
+        split, dealt = training.model.split, training.rows
+        rows = chunk_rows(dealt.micro_rows * job.tokens, split.local_vocab, "cpu")
+        step = Step(split, training.model.schedule, job.mode, dealt.micro_rows, job.tokens, logit_rows=rows,
+                    micro_batches=dealt.micro_steps, pp=world.pp.size, dp=world.dp.size)
         return step, lambda: typical([iterations(training, 1)[0] for _ in range(REPEATED)])
 
 
@@ -271,7 +285,7 @@ def one_round(runner: Runner, fitted: dict[str, list[Any]], checked: list[Any]) 
 
     axes = {comm: runner.worlds[comm].tp for comm in ("shm", "gloo")}
     links = {comm: fit_link(world, axis, comm == "shm") for comm, axis in axes.items()}
-    links[EMULATED] = LINK
+    links |= {EMULATED: LINK, STAGES: links["gloo"], REPLICAS: links["gloo"]}
     decoding = [job.mode == "decode" for job in CHECKED]
     took = [fit()]
     measured = {i: measure(checked[i]) for i in range(len(CHECKED)) if decoding[i]}

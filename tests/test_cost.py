@@ -363,6 +363,8 @@ def test_what_does_not_fit_one_is_said_of_it() -> None:
         (["--hardware=h100-nvlink", "--model=175b-like", "--nnodes=1", "--gradient_accumulation_steps=8"],
          "--model=175b-like fits no layout of 1 x 8 ranks of h100-nvlink (80 GB a rank)"),
         (["--hardware=all", "--nnodes=2", "--between=ethernet"], "--between='ethernet': use alpha_us:200,GBps:1, or one of"),
+        (["--hardware=all", "--nnodes=2", "--quantize=int8"], "--quantize together with --nnodes, which is about training"),
+        (["--hardware=all", "--dp_every=30"], "--dp_every needs --nnodes"),
         (["--hardware=all", "--nnodes=13", "--nproc_per_node=1", "--gradient_accumulation_steps=5"],
          "tp=13 is more than n_head=12"),
     ],

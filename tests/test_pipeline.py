@@ -92,6 +92,15 @@ def test_the_curve_is_the_same_with_each_schedule(letters: Path, tmp_path: Path,
     np.testing.assert_allclose(mine, one[1], rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", [name for name, kind in SCHEDULES.items() if kind.splits])
+def test_gradients_of_weights_come_later_and_send_nothing(
+    letters: Path, tmp_path: Path, one: Any, name: str  # noqa: F811
+) -> None:
+    mine = trained(letters, tmp_path, 1, 2, 2, pp_schedule=name, max_iters=8)
+    np.testing.assert_allclose(mine, one[1][:8], rtol=1e-4)
+    assert [line["all_reduce_per_layer"] for line in curve(tmp_path)] == [{"forward": 2.0, "backward": 2.0}] * 8
+
+
 def test_a_stage_may_end_at_a_sync_point(letters: Path, tmp_path: Path) -> None:  # noqa: F811
     how: dict[str, Any] = {"sync": "mlp", "max_iters": 5}
     alike = [trained(letters, tmp_path / str(pp), 1, pp, 2, **how) for pp in (1, 2)]
