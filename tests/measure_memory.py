@@ -86,7 +86,7 @@ def measure(place: Path, ranks: int, words: list[str]) -> dict[str, Any]:
 def sampled(source: str, place: Path) -> dict[str, Any]:
     """Peaks of sample_tp.py's ranks in 1, 2 and 4 stages, which read a source and write 8 tokens to each of 8 rows."""
     found: dict[str, Any] = {}
-    words = ["sample_tp.py", f"--init_from={source}", "--device=cpu", "--dtype=float32", "--tokenizer=ids", "--start=7 8 9",
+    words = ["sample_tp.py", f"--init_from={source}", "--device=cpu", "--dtype=float32", "--tokenizer=ids", "--prompt=7 8 9",
              "--num_samples=8", "--max_new_tokens=8"]
     print("stages    weights  peak of each rank, MB     the highest, of a process alone / stages")
     for pp in (1, 2, 4):
