@@ -8,6 +8,7 @@ JPDC 69, 2009). A step is as fast as its slowest rank, the first of a tp group: 
 heads, columns and vocabulary rows.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -97,7 +98,8 @@ class Step:
     dp: int = 1  # ranks that share the iteration (train): micro_batches each
     dp_shard: bool = False
     dp_every: int = 0  # local steps from one averaging to the next
-    stage: str = ""  # of a pipeline: first or last
+    has_first: bool = True  # of one stage: whether it is the first, the last
+    has_last: bool = True
 
     def __post_init__(self) -> None:
         self.trains = self.mode == "train"
@@ -107,11 +109,13 @@ class Step:
         self.channels, layers = length(self.split.channels(0)), self.split.n_layer
         one = replace(self.split, n_layer=1).local_shapes(0).items()  # all layers are alike
         # numbers in this rank's parameters, padding rows included
-        self.numbers = sum(prod(shape) * (layers if ".h." in name else 1) for name, shape in one)
+        ends = self.has_first or self.has_last
+        self.numbers = sum(prod(shape) * (layers if ".h." in name else ends) for name, shape in one)
         matrices = [(name, prod(shape)) for name, shape in one if len(shape) == 2]
         parts = (".attn.", ".mlp.", ".wte.")
         *layer, table = (sum(n for name, n in matrices if part in name) for part in parts)
-        self.entries = layer * layers + [table]  # of each sub-block's matrices, and of the head's
+        # of each sub-block's matrices, and of the head's
+        self.entries = layer * layers + [table * ends]
 
     def product(self, entries: int, rows: int, hardware: Hardware) -> Seconds:
         """Rows times a matrix of so many entries; in training its two gradients as well."""
@@ -140,19 +144,21 @@ class Step:
         stream = self.tokens / (self.split.tp if self.split_tokens else 1) * self.split.n_embd
         own = self.tokens * (3 * self.channels + 2 * length(self.split.columns(0)))
         numbers = self.rows * (6 * stream + own) * self.split.n_layer * self.passes
-        if self.trains and self.stage != "first":
+        if self.trains and self.has_last:
             numbers += PASSES * self.rows * self.tokens * self.split.local_vocab
         return Seconds(elementwise=numbers * (hardware.touch or 2 * self.width / hardware.memory))
 
     def seconds(self, hardware: Hardware) -> Seconds:
         """The step on this hardware."""
         stages = self.stages()
-        once = max((stage.once(hardware) for stage in stages), key=attrgetter("total"))
-        passes = max((stage.of_pass(hardware) for stage in stages), key=attrgetter("total"))
-        bubble = (self.pp - 1) * passes.total  # of 1F1B
-        numbers = max(stage.numbers for stage in stages)
-        replicas = self.replicas(hardware, numbers, passes.total)
-        return once + passes * self.micro_batches + Seconds(bubble=bubble, replicas=replicas)
+        once = max((stage.once(hardware) for stage, _ in stages), key=attrgetter("total"))
+        passes = [(stage.of_pass(hardware), count) for stage, count in stages]
+        slowest = max((one for one, _ in passes), key=attrgetter("total"))
+        # of 1F1B: the first micro-batch comes through the other stages, the last one goes back
+        bubble = sum(one.total * count for one, count in passes) - slowest.total
+        numbers = max(stage.numbers for stage, _ in stages)
+        replicas = self.replicas(hardware, numbers, slowest.total)
+        return once + slowest * self.micro_batches + Seconds(bubble=bubble, replicas=replicas)
 
     def replicas(self, hardware: Hardware, numbers: int, pass_seconds: float) -> float:
         """Seconds in which dp ranks wait for messages of a stage's gradients or parameters. Without
@@ -173,18 +179,14 @@ class Step:
             sent, hidden = 2 * gather, 0.0
         return max(sent - hidden, sent / count)
 
-    def stages(self) -> list["Step"]:
-        """The first stage of a pipeline, and the last one, which has the head and maybe a layer
-        less; itself if there is one."""
-        if self.pp == 1 or self.stage:
-            return [self]
-        found = []
-        for stage, place in (("first", 0), ("last", -1)):
-            lo, hi = Stages.over(self.split, self.pp).layers[place]
-            schedule = Schedule(self.schedule.syncs[2 * lo : 2 * hi])
-            split = replace(self.split, n_layer=hi - lo)
-            found.append(replace(self, split=split, schedule=schedule, stage=stage))
-        return found
+    def stages(self) -> list[tuple["Step", int]]:
+        """The stages of a pipeline, and how many are alike."""
+        layers = Stages.over(self.split, self.pp).layers
+        alike = Counter((hi - lo, self.schedule.syncs[2 * lo : 2 * hi], lo == 0, i == self.pp - 1)
+                        for i, (lo, hi) in enumerate(layers))
+        return [(replace(self, split=replace(self.split, n_layer=n), schedule=Schedule(syncs),
+                         has_first=first, has_last=last), count)
+                for (n, syncs, first, last), count in alike.items()]
 
     def once(self, hardware: Hardware) -> Seconds:
         """What an iteration does once: the optimizer, and the sum of the table of two stages."""
@@ -195,7 +197,7 @@ class Step:
         link, tp, table = hardware.link, self.split.tp, FLOAT * self.entries[-1]
         seconds = [link.seconds(m.op, m.nbytes * m.parts, tp) for m in self.messages()
                    if m.block == "optimizer"]
-        if self.stage:
+        if self.has_first != self.has_last:
             seconds.append(link.seconds("all_reduce", table, 2, tp * (self.pp - 1), tp))
         return Seconds(weights=nbytes / hardware.memory, communication=sum(seconds))
 
@@ -204,7 +206,7 @@ class Step:
         n, (*layers, head) = self.rows * self.tokens, self.entries
         found = self.elementwise(hardware) + self.product(sum(layers), n, hardware)
         found += Seconds(attention=self.split.n_layer * self.attention(hardware).attention)
-        if self.stage != "first":
+        if self.has_last:
             found += self.product(head, n if self.trains else self.rows, hardware)
         link, tp = hardware.link, self.split.tp
         messages = [m for m in self.messages() if m.block != "optimizer"
@@ -212,10 +214,10 @@ class Step:
         communication = sum(link.seconds(m.op, m.nbytes * m.parts, tp) for m in messages)
         if self.schedule.delay and tp > 1:
             communication += self.waits(hardware)
-        if self.stage:  # the stream goes on, its gradient comes back
+        if self.pp > 1:  # the stream goes on, its gradient comes back
             nbytes = n * self.split.n_embd * FLOAT / (tp if self.split_tokens else 1)
             communication += 2 * link.seconds("broadcast", nbytes, 2, tp, tp)
-        overhead = len(self.entries) * hardware.overhead * self.passes
+        overhead = (2 * self.split.n_layer + self.has_last) * hardware.overhead * self.passes
         return found + Seconds(communication=communication, overhead=overhead)
 
     def waits(self, hardware: Hardware) -> float:
@@ -244,10 +246,10 @@ class Step:
             return
         # a sub-block's are as narrow as its products, but for sums in the backward pass
         narrow, wide = n * C * self.width, n * C * (FLOAT if self.trains else self.width)
-        absent = {"first": "head", "last": "embedding"}.get(self.stage)
+        here = {"embedding": self.has_first, "head": self.has_last}
         last = "mlp", (SEQUENCE if self.split_tokens else MEGATRON)[1]
         for block, exchange in exchanges(self.schedule, self.split_tokens):
-            if block == absent:
+            if not here.get(block, True):
                 continue
             inside = narrow if block in KINDS else wide
             for op in exchange.forward:
@@ -262,7 +264,7 @@ class Step:
             yield Message("sampling", "step", "broadcast", 2 * self.rows * ID)
             return
         # the loss: three numbers a row of each rank
-        for first in range(0, n if self.stage != "first" else 0, self.logit_rows):
+        for first in range(0, n * self.has_last, self.logit_rows):
             rows = min(self.logit_rows, n - first)
             yield Message("loss", "forward", "all_gather", 3 * rows * FLOAT, tp)
         if names := partial_gradients(self.split, self.schedule, self.split_tokens):

@@ -208,7 +208,8 @@ def test_what_dp_waits_for_by_hand() -> None:
 
 @pytest.mark.parametrize("pp", [2, 4])
 def test_a_pipeline_of_like_stages_by_hand(pp: int) -> None:
-    """Stages of 2 layers: a micro-batch takes as long as in a model of 2, and its messages; the pipeline fills once."""
+    """Stages of 2 layers: a micro-batch takes as long as in a model of 2, and its messages. The last stage, which has the
+    head, is the slowest; the first micro-batch goes through the others, and the last one back."""
 
     def seconds(n_layer: int, **more: Any) -> float:
         return step("train", 1, config=replace(CONFIG, n_layer=n_layer), rows=2, **more).seconds(MACHINE).total
@@ -217,9 +218,10 @@ def test_a_pipeline_of_like_stages_by_hand(pp: int) -> None:
     message = 2 * (1e-5 + 4 * 2 * 8 * 24 * 1e-9)  # rows x tokens x width, in 4 bytes, there and back
     table = MACHINE.link.seconds("all_reduce", 4 * 192 * 24, 2)
     passes, once = further - alone, alone - 4 * (further - alone)
+    layers = seconds(4, micro_batches=5) - seconds(4, micro_batches=4) - passes
     for m in (4, 8):
         whole = seconds(2 * pp, micro_batches=m, pp=pp)
-        assert whole == pytest.approx(once + table + (m + pp - 1) * (passes + message))
+        assert whole == pytest.approx(once + table + m * (passes + message) + (pp - 1) * (layers + message))
 
 
 def test_a_pipeline_takes_its_rank_with_most_memory() -> None:
