@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import product
+from math import gcd
 from operator import itemgetter
 from typing import Any
 
@@ -39,13 +40,18 @@ def steps(config: GPTConfig, tp: int, pp: int, dp: int, options: Options) -> Ite
     Stages.over(config, pp).check_micro_batches(rows.micro_steps)
     plain, width = Schedule.plain(config.n_layer), 4 if options.dtype == "float32" else 2
     logit_rows = chunk_rows(rows.micro_rows * options.tokens, split.local_vocab, "cuda")
-    local = options.dp_every if dp > 1 else 0
+    within = options.nproc_per_node
+    own = dp  # dp ranks of a group: with local steps those of a node
+    if options.dp_every:
+        own = gcd(dp, within // (tp * pp)) if within % (tp * pp) == 0 else 1
+    local = options.dp_every if dp > own else 0
     for sequence, again, shard in product((False, True), repeat=3):
-        if sequence <= (1 < tp <= options.tokens) and shard <= (dp > 1 and not local):
+        if sequence <= (1 < tp <= options.tokens) and shard <= (own > 1):
             yield Step(
                 split, plain, "train", rows.micro_rows, options.tokens, width=width,
                 sequence_parallel=sequence, logit_rows=logit_rows, micro_batches=rows.micro_steps,
-                activation_checkpointing=again, pp=pp, dp=dp, dp_shard=shard, dp_every=local)
+                activation_checkpointing=again, pp=pp, dp=dp, dp_shard=shard,
+                dp_every=local, dp_groups=dp // own)
 
 
 def layouts(config: GPTConfig, hardware: Hardware, options: Options) -> list[Layout]:
@@ -72,7 +78,7 @@ def layouts(config: GPTConfig, hardware: Hardware, options: Options) -> list[Lay
 def figures(step: Step, hardware: Hardware) -> Layout:
     size, seconds = step.capacity, step.seconds(hardware)
     given = step.split_tokens, step.activation_checkpointing, step.dp_shard
-    return {"tp": step.split.tp, "pp": step.pp, "dp": step.dp,
+    return {"tp": step.split.tp, "pp": step.pp, "dp": step.dp, "dp_groups": step.dp_groups,
             "options": [word for word, on in zip(FLAGS, given, strict=True) if on],
             "rows": step.rows, "micro_batches": step.micro_batches, "bytes": size,
             "fits": not hardware.capacity or size <= hardware.capacity,
@@ -105,6 +111,8 @@ def answer(hardware: Hardware, name: str, config: GPTConfig,
                       *(f"{share:.0%}" for share in shares)])
     best = fitting[0]
     flags = "".join(f" --{FLAGS[word]}=True" for word in best["options"])
+    if best["dp_groups"] > 1:
+        flags += f" --dp_every={options.dp_every} --dp_groups={best['dp_groups']}"
     lines = [
         f"{name} on {ranks} of {room}; between nodes {options.between}; {tokens:,} tokens an "
         f"iteration, {options.tokens:,} a sequence",

@@ -30,7 +30,7 @@ from plan.stages import Stages
 from report import report
 from report.diagram import fit, layer, lines
 from world.devices import pick_dtype
-from world.mesh import World, first_ranks, make_axis
+from world.mesh import World, make_axis, new_axis
 
 WAYS = ("forward", "backward", "step")
 WRONG = 0.03  # a relative error that no rounding explains, not even in bfloat16
@@ -96,7 +96,7 @@ def measured(world: World, bench: Bench, case: Case, dense: dict[str, Tensor], t
              mistake: str) -> Iterator[dict[str, Any]]:
     """The lines of all strategies, or of megatron with and without a mistake, run on the first tp
     ranks while the others wait. They are complete on rank 0."""
-    axis = first_ranks(world, tp, bench.options.comm_timeout)
+    axis = new_axis(world, "tp", [[*range(tp)] or [0]], bench.options.comm_timeout)
     names = ("megatron", mistake) if mistake else case.strategies(tp)
     pieces = {} if axis is None else {name: Piece(case, name, axis, world.device) for name in names}
     right = {name: answers(case, case.split(tp)) if name == "spd" else dense for name in pieces}

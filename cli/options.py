@@ -145,8 +145,8 @@ class TrainOptions(MeshOptions):
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
     sequence_parallel: bool = option(False, "split activations over the sequence, to save memory")
     dp_shard: bool = option(False, "shard parameters, gradients and optimizer over dp (FSDP2)")
-    dp_every: int = option(0, "iterations between averagings of parameters over dp (DiLoCo), 0 ="
-                              " plain dp", low=0)
+    dp_every: int = option(0, "iterations between averagings over dp (DiLoCo), 0 = plain dp", low=0)
+    dp_groups: int = option(0, "with dp_every: groups of dp ranks, 0 = each rank is one", low=0)
     outer_lr: float = option(0.7, "with dp_every: factor of the mean change, 1 = average", above=0)
     outer_momentum: float = option(0.9, "with dp_every: its Nesterov momentum", low=0, below=1)
     dp_reduce_dtype: str = option("float32", "precision of sums over dp", ("float32", "bfloat16"))

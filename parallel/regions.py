@@ -182,5 +182,4 @@ class _DivideGradient(torch.autograd.Function):
 def divide_gradient(x: Tensor, axis: Axis) -> Tensor:
     """x. For where every rank computes the full gradient of x, and the ranks' gradients of x are
     summed later."""
-    divided: Tensor = _DivideGradient.apply(x, axis.size)
-    return divided
+    return _DivideGradient.apply(x, axis.size)

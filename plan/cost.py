@@ -97,12 +97,13 @@ class Step:
     pp: int = 1  # ranks that share the layers (train)
     dp: int = 1  # ranks that share the iteration (train): micro_batches each
     dp_shard: bool = False
-    dp_every: int = 0  # local steps from one averaging to the next
+    dp_every: int = 0  # local steps from one averaging to the next, of
+    dp_groups: int = 1  # this many groups of dp ranks
     has_first: bool = True  # of one stage: whether it is the first, the last
     has_last: bool = True
 
     def __post_init__(self) -> None:
-        self.trains = self.mode == "train"
+        self.trains, self.own = self.mode == "train", self.dp // self.dp_groups
         # a backward pass has as many products as two forward
         self.passes = 3 + self.activation_checkpointing if self.trains else 1
         self.split_tokens = self.sequence_parallel and self.split.tp <= self.tokens
@@ -163,21 +164,23 @@ class Step:
     def replicas(self, hardware: Hardware, numbers: int, pass_seconds: float) -> float:
         """Seconds in which dp ranks wait for messages of a stage's gradients or parameters. Without
         stages they overlap the last micro-batch's backward pass, sharded all passes, but for one
-        bucket."""
-        if self.dp == 1:
-            return 0.0
-        count = -(-FLOAT * numbers // BUCKET)
-        bucket, stride = FLOAT * numbers / count, self.pp * self.split.tp
-        reduce, gather = (count * hardware.link.seconds(op, bucket, self.dp, stride)
-                          for op in ("all_reduce", "all_gather"))
+        bucket. Those of local steps overlap nothing."""
+        stride, link = self.pp * self.split.tp, hardware.link
+        count, far = -(-FLOAT * numbers // BUCKET), 0.0
         if self.dp_every:
-            return reduce / self.dp_every
+            mine = FLOAT * numbers / (self.own if self.dp_shard else 1) / count
+            far = count * link.seconds("all_reduce", mine, self.dp_groups, stride * self.own)
+            far /= self.dp_every
+        if self.own == 1:
+            return far
+        reduce, gather = (count * link.seconds(op, FLOAT * numbers / count, self.own, stride)
+                          for op in ("all_reduce", "all_gather"))
         sent, hidden = reduce, 2 / 3 * pass_seconds
         if self.dp_shard:  # parameters for each pass, and a reduce-scatter at the end
             sent, hidden = gather * (2 * self.micro_batches + 1), self.micro_batches * pass_seconds
         if self.pp > 1:
             sent, hidden = 2 * gather, 0.0
-        return max(sent - hidden, sent / count)
+        return far + max(sent - hidden, sent / count)
 
     def stages(self) -> list[tuple["Step", int]]:
         """The stages of a pipeline, and how many are alike."""
@@ -192,7 +195,7 @@ class Step:
         """What an iteration does once: the optimizer, and the sum of the table of two stages."""
         if not self.trains:
             return Seconds()
-        own = self.numbers / (self.dp if self.dp_shard else 1)
+        own = self.numbers / (self.own if self.dp_shard else 1)
         nbytes = OPTIMIZER * own + TIED * self.entries[-1]
         link, tp, table = hardware.link, self.split.tp, FLOAT * self.entries[-1]
         seconds = [link.seconds(m.op, m.nbytes * m.parts, tp) for m in self.messages()
@@ -281,7 +284,8 @@ class Step:
                 logit_rows=self.logit_rows, sequence_parallel=self.split_tokens,
                 micro_steps=self.micro_batches, stages=Stages.over(self.split, self.pp, rank),
                 activation_checkpointing=self.activation_checkpointing, dp=self.dp,
-                dp_shard=self.dp_shard, outer=2 * (self.dp_every > 0),
+                dp_shard=self.dp_shard, groups=self.dp_groups,
+                outer=2 * (self.dp_every > 0),
             ).peak for rank in range(self.pp))  # fmt: skip
         cache = self.width * self.split.cache_numbers(self.rows * (self.past + self.tokens))
         if self.int8:  # look-ups read the table in full width

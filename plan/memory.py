@@ -37,7 +37,8 @@ class Training:
     of those with the stages of `stages`.
     rows, eval_rows: sequences in a micro-batch and in a batch of an evaluation. width: bytes of a
     number in products, 4, or 2 under autocast. logit_rows: rows whose logits exist at a time.
-    outer: copies of the parameters that local steps keep: 1, with an outer momentum 2."""
+    groups: of dp ranks; each averages its gradients. outer: copies of the parameters that local
+    steps keep: 1, with an outer momentum 2."""
 
     split: Partition
     rows: int
@@ -51,6 +52,7 @@ class Training:
     sequence_parallel: bool = False
     activation_checkpointing: bool = False
     dp_shard: bool = False
+    groups: int = 1
     outer: int = 0
     stages: Stages | None = None
 
@@ -64,7 +66,8 @@ class Training:
         # a gradient of the embedding table: the head's waits for the embedding's
         self._table = FLOAT * prod(self.shapes.get(TABLE, (0,)))
         # sharded over dp, each tensor is cut along dimension 0; the first piece is the longest
-        dp = self.dp if self.dp_shard else 1
+        self.own = self.dp // self.groups
+        dp = self.own if self.dp_shard else 1
         pieces = (-(-rows // dp) * prod(rest) for rows, *rest in self.shapes.values())
         self.parameters = FLOAT * sum(pieces)
         self.optimizer = (2 + self.outer) * self.parameters
@@ -83,7 +86,8 @@ class Training:
         self._gathered = self.whole - layers if self.dp_shard else 0
         self._passing = self._within_a_pass()
         # what local steps have changed, and a message of it
-        self._averaging = (self.whole + min(self.whole, FLOAT * MESSAGE)) * (self.outer > 0)
+        message = min(self.parameters, FLOAT * MESSAGE)
+        self._averaging = (self.parameters + message) * (self.outer > 0)
         passing = max(self._passing.values()) + self._table + self._gathered
         self.temporary = max(passing, self._averaging)
         self.kv_cache = w * s.cache_numbers(s.block_size)  # of a sequence, in generation
@@ -109,10 +113,10 @@ class Training:
     def _gradients(self, done: int) -> int:
         """Bytes of gradients in the last micro-batch, when those of `done` bytes are there. Earlier
         micro-batches leave sums; dp adds DDP's buckets or, sharded, this rank's part of `done`."""
-        if self.dp == 1 or self.place.pp > 1 or self.outer:
+        if self.own == 1 or self.place.pp > 1:
             return self.whole if self.micro_steps > 1 else done
         sums = self.whole - done if self.micro_steps > 1 else 0
-        return sums + (-(-done // self.dp) if self.dp_shard else self.whole)
+        return sums + (-(-done // self.own) if self.dp_shard else self.whole)
 
     def _half_weights(self) -> int:
         """Copies of a layer's weights that autocast keeps: with tp none of those split by columns.

@@ -197,7 +197,9 @@ def test_what_dp_waits_for_by_hand() -> None:
 
     assert waits(1, wide, dp=1) == 0
     assert waits(1, wide) == pytest.approx(sums)  # one bucket: it is complete when the pass ends
-    assert waits(1, wide, dp_every=7) == pytest.approx(sums / 7)
+    assert waits(1, wide, dp_every=7, dp_groups=3) == pytest.approx(sums / 7)
+    near = waits(1, wide, dp=2)
+    assert near > 0 and waits(1, wide, dp=6, dp_every=7, dp_groups=3) == pytest.approx(near + sums / 7)
     # gathered for 2 x 2 passes and scattered once
     assert waits(1e9, wide, dp_shard=True) == pytest.approx(5 * parts, rel=1e-3)
     assert waits(1e-3, wide, dp_shard=True) == pytest.approx(5 * parts)
@@ -328,7 +330,7 @@ def test_the_links_of_a_cluster_decide_how_a_model_is_cut(tmp_path: Path) -> Non
     assert near[-1]["tp"] == far[-1]["tp"] == 16  # then the sums of every layer cross
     assert local[0]["dp"] > 1 and local[0]["seconds"] < far[0]["seconds"]
     waits, hundredth = ({(way["tp"], way["pp"]): way["parts"]["replicas"] for way in found} for found in (far, local))
-    assert hundredth[1, 1] == pytest.approx(waits[1, 1] / 100, rel=0.01)
+    assert waits[1, 1] / 100 < hundredth[1, 1] < waits[1, 1] / 90  # and what remains within a node
 
 
 def test_a_model_that_wants_all_of_a_cluster() -> None:

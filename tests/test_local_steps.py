@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from test_dry_run import training
+from test_dry_run import most_held, training
 from test_training import curve, figures, letters, options  # noqa: F401
 from torch import Tensor
 
@@ -125,16 +126,37 @@ def two(letters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noq
 
 
 @pytest.mark.parametrize(
-    "tp, changes",
+    "dp, tp, changes",
     [
-        (2, {}), (1, {"pp": 2}), (2, {"sequence_parallel": True, "activation_checkpointing": True}),
-        (1, {"gradient_accumulation_steps": 1, "batch_size": 12}),
+        (2, 2, {}), (2, 1, {"pp": 2}), (2, 2, {"sequence_parallel": True, "activation_checkpointing": True}),
+        (2, 1, {"gradient_accumulation_steps": 1, "batch_size": 12}), (4, 1, {"dp_groups": 2}),
+        (4, 1, {"dp_groups": 2, "dp_shard": True}), (4, 2, {"dp_groups": 2, "dp_shard": True}),
+        (4, 1, {"dp_groups": 2, "pp": 2, "batch_size": 1, "gradient_accumulation_steps": 12}),
     ],
-    ids=["tp", "pp", "sequence", "one-micro-batch"],
+    ids=["tp", "pp", "sequence", "one-micro-batch", "dp", "sharded", "sharded-tp", "dp-pp"],
 )  # fmt: skip
-def test_a_group_may_be_split(letters: Path, tmp_path: Path, two: Path, tp: int, changes: dict[str, Any]) -> None:  # noqa: F811
-    mine = trained(letters, tmp_path, 2, tp, **changes)
+def test_a_group_may_be_split(
+    letters: Path, tmp_path: Path, two: Path, dp: int, tp: int, changes: dict[str, Any]  # noqa: F811
+) -> None:
+    mine = trained(letters, tmp_path, dp, tp, **changes)
     np.testing.assert_allclose(mine, figures(two)[: len(mine)], rtol=1e-4)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_run_goes_on_with_groups_of_several_ranks(letters: Path, tmp_path: Path, two: Path, shard: bool) -> None:  # noqa: F811
+    """From a checkpoint of single ones, and back."""
+    how: dict[str, Any] = {"dp_groups": 2, "dp_shard": shard, "save_interval": 2, "keep_last": 0}
+    broken_off(two, tmp_path)
+    mine = trained(letters, tmp_path, 4, init_from="resume", **how)
+    np.testing.assert_allclose(mine, figures(two)[6:], rtol=1e-5)
+    for name in ("", "optimizer", "optimizer-1", "outer"):
+        ours, theirs = (ShardDirectory(home / "step-000008" / name) for home in (tmp_path, two))
+        for tensor in theirs.manifest.tensors:
+            torch.testing.assert_close(ours.read(tensor, None, ()), theirs.read(tensor, None, ()), rtol=1e-4, atol=1e-6)
+    whole = trained(letters, tmp_path / "a", 4, **how)
+    (tmp_path / "b").mkdir()
+    broken_off(tmp_path / "a", tmp_path / "b")
+    np.testing.assert_allclose(trained(letters, tmp_path / "b", init_from="resume"), whole[6:], rtol=1e-5)
 
 
 def test_half_precision_follows(letters: Path, tmp_path: Path, two: Path) -> None:  # noqa: F811
@@ -171,6 +193,19 @@ def test_nothing_travels_between_two_averagings(letters: Path, tmp_path: Path) -
             assert sent["all_reduce"] == (averagings + 2 * 2, 4 * (averagings * numbers + 2 * 2))
             assert sent["all_gather"] == (averagings, 8 * 8 * 5)  # 5 numbers in double precision of each of 8 iterations
             assert sent["profiler"] == sent["all_reduce"]
+
+
+def _calls(world: World, settings: TrainOptions) -> dict[tuple[int, ...], int]:
+    train_tp.main(world, settings)
+    return {track.ranks: track.number for track in world.ledger.tracks if track.name == "dp"}
+
+
+def test_groups_of_several_ranks_talk_among_themselves(letters: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Between the two: a sum of the parameters and an all-gather of figures, for each of 3 averagings."""
+    settings = options(letters, tmp_path, **{**ROWS, "tp": 1, "dp_groups": 2, "check_replicas": 0})
+    first, second, third, fourth = run_ranks(4, _calls, settings, tp=1)
+    assert first[0, 2] == third[0, 2] == second[1, 3] == fourth[1, 3] == 3 * 2
+    assert first[0, 1] == second[0, 1] >= 8 * 2 and (2, 3) in third
 
 
 def test_a_large_model_is_sent_in_pieces(letters: Path, tmp_path: Path, two: Path) -> None:  # noqa: F811
@@ -362,11 +397,14 @@ def test_groups_may_differ_between_averagings_and_not_after_one(letters: Path, t
     assert ends == [f"replicated parameter {said}"] * 2
 
 
-def test_sharding_over_dp_is_refused(letters: Path, tmp_path: Path) -> None:  # noqa: F811
-    with pytest.raises(AssertionError) as error:
-        trained(letters, tmp_path, dp_shard=True)
-    said = "UserError: --dp_every=3 together with --dp_shard=True, which needs the same parameters on all dp ranks after every"
-    assert said in str(error.value)
+@pytest.mark.parametrize("changes, said", [
+    ({"dp_shard": True}, "--dp_every=3 together with --dp_shard=True needs groups of several dp ranks: use --dp_groups=N, "),
+    ({"dp_groups": 3}, "--dp_groups=3 does not divide dp=2."),
+    ({"dp_groups": 2, "dp_every": 0}, "--dp_groups=2 needs --dp_every=H: without it there are no groups."),
+])  # fmt: skip
+def test_groups_that_cannot_be_are_refused(letters: Path, tmp_path: Path, changes: Any, said: str) -> None:  # noqa: F811
+    with pytest.raises(AssertionError, match=re.escape(f"UserError: {said}")):
+        trained(letters, tmp_path, **changes)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -376,12 +414,7 @@ def _held(world: World, settings: TrainOptions) -> tuple[int, int]:
     """(bytes of the outer state, the most that an averaging takes beside it)"""
     run = setup.prepare(world, settings, Dataset(Path(settings.data_dir) / settings.dataset))
     assert run.local is not None
-    run.local.average()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
-        run.local.average()
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    return run.local.before.nbytes + run.local.momentum.nbytes, int(held.max())
+    return run.local.before.nbytes + run.local.momentum.nbytes, most_held(world, run.local.average)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -390,7 +423,7 @@ def test_the_dry_run_counts_the_outer_state(letters: Path, tmp_path: Path, momen
     held, most = run_ranks(2, _held, options(letters, tmp_path, **size), tp=1)[0]
     config = replace(CONFIG, n_embd=128)
     plain = training(config, 1, dp=2, micro_steps=2)
-    plan = replace(plain, outer=1 + (momentum > 0))
+    plan = replace(plain, groups=2, outer=1 + (momentum > 0))
     assert plan.optimizer - plain.optimizer == held
     assert 2 * plan.gradients == plain.gradients  # no buckets
     assert plan.live()[0] - plan.parameters - plan.optimizer >= 0.98 * most

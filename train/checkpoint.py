@@ -92,8 +92,8 @@ def _calmly() -> None:
 
 
 class Saver:
-    """Saves a run's checkpoints. Every rank has one and makes the same calls; dp rank 0 writes,
-    with local steps all. layouts: what each dp rank writes.
+    """Saves a run's checkpoints. Every rank has one and makes the same calls; the first dp rank of
+    each group writes (without local steps there is one group). layouts: what each group writes.
 
     In the background, `save` copies the tensors to host memory that it keeps (12 bytes a parameter
     of this tp rank) and a thread hashes and writes them; `poll`, called between two iterations,
@@ -108,11 +108,13 @@ class Saver:
         self._publishing: Future[Path] | None = None
         self._completion: Callable[[list[Files]], Path]  # of the save under way
         self._began = self._stall = 0.0
-        others = [f"{OPTIMIZER}-{group}" for group in range(1, run.world.dp.size)]
-        self.layouts: list[Layout] = [CHECKPOINT, *({} for _ in others)]
-        if run.local:
-            own = {OUTER: (MOMENTUM,)} if run.local.outer else {}
-            self.layouts = [CHECKPOINT | own, *({name: PREFIXES} for name in others)]
+        own = {OUTER: (MOMENTUM,)} if run.local and run.local.outer else {}
+        others = range(1, run.world.dp.size // run.dp.size)
+        self.layouts: list[Layout] = [CHECKPOINT | own]
+        self.layouts += [{f"{OPTIMIZER}-{group}": PREFIXES} for group in others]
+        group, place = divmod(run.world.dp.rank, run.dp.size)
+        self.layout, self._writes = self.layouts[group], place == 0
+        self._each = _place(run.model)[1] * run.dp.size  # ranks of a group
 
     @property
     def busy(self) -> bool:
@@ -130,16 +132,15 @@ class Saver:
             (scratch / part).mkdir(parents=True, exist_ok=True)
         # a fresh name: a rank of a run that was just killed may still be writing
         said = self.world.gather((scratch, {**vars(run.progress)}))  # as of now
-        scratch, groups = said[0][0], [progress for _, progress in said[:: _place(model)[1]]]
+        scratch, groups = said[0][0], [progress for _, progress in said[:: self._each]]
         state = {"progress": groups[0], "options": as_dict(run.options)}
         if run.local:
             state["groups"] = groups[1:]
         self._completion = partial(self._complete, state, scratch, path)
-        layout = self.layouts[self.world.dp.rank]
         outer = run.local.outer if run.local else None
-        tensors: Tensors = _tensors(model, layout or CHECKPOINT, run.optimizer, outer)
-        write: Callable[[Tensors], Any] = partial(_write, model, scratch, layout)
-        if not layout:  # only takes part in the messages that make tensors whole
+        tensors: Tensors = _tensors(model, self.layout, run.optimizer, outer)
+        write: Callable[[Tensors], Any] = partial(_write, model, scratch, self.layout)
+        if not self._writes:  # only takes part in the messages that make tensors whole
             write = partial(collections.deque, maxlen=0)
         if self.background:
             self._writing = self._thread.submit(write, self._copied(tensors))
@@ -153,7 +154,7 @@ class Saver:
         """Copies of the tensors in host memory that is allocated once; none if nothing is written
         of them."""
         for name, tensor in tensors:
-            if self.layouts[self.world.dp.rank]:
+            if self._writes:
                 gpu = tensor.is_cuda
                 if (copy := self._copies.get(name)) is None:
                     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=gpu)
@@ -191,7 +192,7 @@ class Saver:
         tokenizer = self.run.tokenizer.to_json()
         count = _place(model)[1]
         for group, layout in enumerate(self.layouts):
-            mine = files[group * count : (group + 1) * count]
+            mine = files[group * self._each :][:count]
             _describe(model, scratch, layout, mine, source, tokenizer, sync)
             for part in layout:
                 sync_directory(scratch / part)

@@ -25,7 +25,7 @@ from report import report
 from text.dataset import Dataset, is_prepared
 from tp_model import TensorParallelGPT
 from train.checkpoint import read_state
-from train.local_steps import check_local_steps
+from train.local_steps import group_size
 from train.setup import Rows, make_config
 from world.launch import Launch
 from world.mesh import sizes
@@ -54,7 +54,7 @@ def training(options: TrainOptions, model: Source, ranks: int) -> Training:
     dp, pp, tp = sizes(ranks, options.tp, "train_tp.py", options.pp)
     split, size = Partition.of(model.config, tp), model.config.block_size
     sequence_parallel = options.sequence_parallel and tp > 1
-    check_local_steps(options)
+    own = group_size(options, dp)
     schedule = schedule_of(model, options.sync if tp > 1 else "all", tp)
     if sequence_parallel and (tp > size or not schedule.is_plain):
         fault = "--sequence_parallel=True needs --sync=all and a token for every rank"
@@ -68,9 +68,9 @@ def training(options: TrainOptions, model: Source, ranks: int) -> Training:
         split=split, dp=dp, rows=rows.micro_rows, micro_steps=rows.micro_steps,
         eval_rows=options.batch_size, width=2 if half else 4, dropout=model.config.dropout > 0,
         logit_rows=chunk_rows(rows.micro_rows * size, split.local_vocab, "cuda" if gpu else "cpu"),
-        gpu=gpu, dp_shard=options.dp_shard and dp > 1, sequence_parallel=sequence_parallel,
+        gpu=gpu, dp_shard=options.dp_shard and own > 1, sequence_parallel=sequence_parallel,
         activation_checkpointing=options.activation_checkpointing, stages=stages,
-        outer=(options.dp_every > 0) * (1 + (options.outer_momentum > 0)),
+        groups=dp // own, outer=(options.dp_every > 0) * (1 + (options.outer_momentum > 0)),
     )  # fmt: skip
     each = (replace(plan, stages=replace(stages, rank=rank)) for rank in range(pp))
     return max(each, key=lambda plan: plan.peak)

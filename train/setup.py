@@ -22,7 +22,7 @@ from text.tokenizer import GPT2Tokenizer, Tokenizer
 from tp_model import TensorParallelGPT
 from train import checkpoint, directory
 from train.checkpoint import Progress
-from train.local_steps import LocalSteps, check_local_steps
+from train.local_steps import LocalSteps, dp_axes
 from world.devices import pick_dtype
 from world.mesh import World
 
@@ -31,7 +31,7 @@ SIZES = ("n_layer", "n_head", "n_embd", "bias", "block_size")
 SHAPES_THE_CURVE = {
     "dataset", "gradient_accumulation_steps", "batch_size", "block_size", "dropout", "seed", "sync",
     "learning_rate", "weight_decay", "beta1", "beta2", "grad_clip", "decay_lr", "warmup_iters",
-    "lr_decay_iters", "min_lr", "dtype", "dp_every", "outer_lr", "outer_momentum",
+    "lr_decay_iters", "min_lr", "dtype", "dp_every", "dp_groups", "outer_lr", "outer_momentum",
 }  # fmt: skip
 
 
@@ -71,7 +71,7 @@ class Run:
     model: TensorParallelGPT
     wrapped: nn.Module  # the model whose backward pass averages gradients over dp
     optimizer: torch.optim.Optimizer
-    dp: Axis  # over which gradients are averaged: with local steps this rank alone
+    dp: Axis  # over which gradients are averaged: with local steps that of a group
     rows: Rows
     progress: Progress
     first: Progress  # at the start of this process
@@ -109,7 +109,7 @@ class Run:
     def describe(self) -> str:
         w, c, schedule, rows = self.world, self.model.config, self.model.schedule, self.rows
         points = "" if schedule.is_plain else f"; sync points: {schedule}"
-        every = self.options.dp_every
+        every, groups = self.options.dp_every, w.dp.size // self.dp.size
         return (
             f"number of parameters: {self.model.get_num_params() / 1e6:.2f}M "
             f"({c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide)\n"
@@ -117,15 +117,15 @@ class Run:
             f"{dtype_name(self.dtype)}; {self.tokens_per_iter:,} tokens/iter = {rows.micro_rows} "
             f"seq x {c.block_size} x {rows.micro_steps} accum x {w.dp.size} dp"
             f"{', sharded' * bool(self.model.sharding)}{points}{self.model.stages}"
-            f"{f'; dp averaged every {every} iterations' * bool(every)}"
+            f"{f'; {groups} groups of dp averaged every {every} iterations' * bool(every)}"
         )
 
 
 def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
     """Everything before the first iteration. UserError if options, weights and data do not fit."""
-    check_local_steps(options)
-    shard, local = options.dp_shard and world.dp.size > 1, options.dp_every > 0
-    group = world.dp.rank if local else 0  # whose optimizer state is read
+    dp, groups = dp_axes(world, options)
+    shard, local = options.dp_shard and dp.size > 1, options.dp_every > 0
+    group = groups.rank  # whose optimizer state is read
     if world.device.type == "cpu":
         set_up_heap(keep=not shard)
     out_dir, progress = Path(options.out_dir), Progress(loss_scale=65536.0)
@@ -144,13 +144,12 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
         if notice and world.is_main:
             print_error(notice)
     dataset.check(config.block_size, config.vocab_size)
-    model = make_model(world, options, config, source, shard)
+    model = make_model(replace(world, dp=dp), options, config, source, shard)
     rates, betas = (options.weight_decay, options.learning_rate), (options.beta1, options.beta2)
     optimizer = adamw(model.named_parameters(), *rates, betas)
     if saved is not None:
         checkpoint.load_optimizer(model, optimizer, saved, progress.optimizer_steps, world, group)
     rows = Rows.of(options, world.dp.rank, world.dp.size)
-    dp = Axis("dp", ledger=world.ledger) if local else world.dp
     own = shard or options.pp > 1  # gradients over dp are not DistributedDataParallel's
     wrapped = model if own else replicate(model, dp, DTYPES[options.dp_reduce_dtype])
     writes, resumed = world.is_main and not options.eval_only, options.init_from == "resume"
@@ -165,7 +164,7 @@ def prepare(world: World, options: TrainOptions, dataset: Dataset) -> Run:
         sizes = rows.micro_steps, rows.micro_rows, options.batch_size
         run.pipeline = Pipeline(model, replace(world, dp=dp), *sizes, run.autocast)
     if local:
-        run.local = LocalSteps(model, world.dp, options)
+        run.local = LocalSteps(model, groups, options)
         if saved is not None:
             run.local.load(model, saved, world)
     if source is not None and world.is_main:

@@ -167,14 +167,15 @@ def make_axis(
     return Axis(name, rank, size, transport, ledger, track=track)
 
 
-def first_ranks(world: World, size: int, timeout: float) -> Axis | None:
-    """A tp axis over the first `size` ranks; None on the others. All ranks call this."""
-    if size == 1 or world.size == 1:
-        return Axis("tp", ledger=world.ledger) if world.is_main else None
-    group = dist.new_group(list(range(size)), timedelta(seconds=timeout))
-    if world.rank >= size:
-        return None
-    return make_axis("tp", group, world.comm, world.ledger, timeout, world.link)
+def new_axis(world: World, name: str, lines: list[list[int]], timeout: float) -> Axis | None:
+    """An axis over that line of ranks that has this one; None if none has. All ranks call this."""
+    found, over = None, "gloo" if name == "dp" and world.comm == "shm" else world.comm
+    for line in lines:
+        group = dist.new_group(line, timedelta(seconds=timeout)) if len(line) > 1 else None
+        if world.rank in line:
+            found = make_axis(name, group, over, world.ledger, timeout, world.link)
+            found.track.queued = deque()
+    return found
 
 
 @contextmanager
@@ -233,9 +234,8 @@ def _connect(
     )  # fmt: skip
     groups = make_groups(*shape, seconds)
     over = "gloo" if comm == "shm" else comm
-    dp_axis, pp_axis, ends = (
-        make_axis(name, groups.get(name), over, ledger) for name in ("dp", "pp", "ends")
-    )
+    dp_axis, pp_axis, ends = (make_axis(name, groups.get(name), over, ledger)
+                              for name in ("dp", "pp", "ends"))  # fmt: skip
     try:
         tp_axis = make_axis("tp", groups.get("tp"), comm, ledger, seconds, link)
     except Unavailable as error:
