@@ -183,7 +183,9 @@ class Step:
         return far + max(sent - hidden, sent / count)
 
     def stages(self) -> list[tuple["Step", int]]:
-        """The stages of a pipeline, and how many are alike."""
+        """The stages of a pipeline, and how many are alike; itself if there is one."""
+        if self.pp == 1:
+            return [(self, 1)]
         layers = Stages.over(self.split, self.pp).layers
         alike = Counter((hi - lo, self.schedule.syncs[2 * lo : 2 * hi], lo == 0, i == self.pp - 1)
                         for i, (lo, hi) in enumerate(layers))

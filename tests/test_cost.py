@@ -260,6 +260,9 @@ def test_limits_and_monotony() -> None:
         assert totals == sorted(totals, reverse=True)  # nothing to pay: more ranks are never slower
         said = [step(mode, 2, sync).seconds(MACHINE).communication for sync in ("all", "mlp", "every:3")]
         assert said == sorted(said, reverse=True) and said[0] > said[2]
+        slow = replace(MACHINE, link=Link(1e-3, 1e-9))
+        late = [step(mode, 2, sync).seconds(slow).communication for sync in ("all", "delay:1", "delay:2")]
+        assert late[0] > late[1] > late[2] > 0  # a longer delay hides more
         better: list[dict[str, Any]] = [{"memory": 2e9}, {"peak": 1e12}, {"link": Link(1e-6, 1e-10)}, {"overhead": 0.0}]
         for change in better:
             assert step(mode).seconds(replace(MACHINE, **change)).total <= step(mode).seconds(MACHINE).total
