@@ -22,7 +22,7 @@ SOURCES = [
     for pattern in ("*.py", *(f"{room}/*.py" for room in ROOMS))
     for path in sorted(ROOT.glob(pattern))
 ]
-LINES = 15_545  # non-blank, of all CODE, to fall to 11,000; only a new capability raises it
+LINES = 15_546  # non-blank, of all CODE, to fall to 11,000; only a new capability raises it
 CODE = [*SOURCES, *sorted(ROOT.glob("*/*.c")), *sorted(ROOT.glob("report/*.css"))]
 
 

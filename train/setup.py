@@ -117,7 +117,7 @@ class Run:
             f"{dtype_name(self.dtype)}; {self.tokens_per_iter:,} tokens/iter = {rows.micro_rows} "
             f"seq x {c.block_size} x {rows.micro_steps} accum x {w.dp.size} dp"
             f"{', sharded' * bool(self.model.sharding)}{points}{self.model.stages}"
-            f"{f'; {groups} groups of dp averaged every {every} iterations' * bool(every)}"
+            f"{f'; dp groups averaged every {every} iterations: {groups}' * bool(every)}"
         )
 
 
