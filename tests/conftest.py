@@ -1,6 +1,7 @@
 """Set up before any test: one thread (a parent that has used an OpenMP pool must not fork), warm
 imports, no network."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -48,6 +49,9 @@ def warm() -> Iterator[None]:
         return
     programs, python = Warm(), sys.executable
     sys.executable = programs.python
+    gc.collect()
+    gc.freeze()  # a collection in a forked rank would copy every page that has an object
     yield
     sys.executable = python
     programs.close()
+    gc.unfreeze()  # else nanobind reports what is left as leaks
