@@ -39,7 +39,7 @@ class Link:  # between ranks
     def seconds(self, op: str, nbytes: float, size: int, stride: int = 1,
                 senders: int = 0) -> float:
         """A collective of nbytes (the whole message) over `size` ranks, by its fastest algorithm.
-        stride and senders mean something between nodes only.
+        stride and senders matter between nodes only: see Cluster.
 
         all_reduce: a ring, 2 (N - 1) rounds of m / N; a tree, 2 log2 N rounds of m; or one shot, 2
         rounds, in which a rank reads the m bytes of N - 1 others. all_gather and reduce_scatter are
